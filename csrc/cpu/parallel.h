@@ -1,0 +1,29 @@
+// Runs fixed blocks of work on the caller's number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace amalgam::cpu {
+
+// At most `threads`, but no more than have `grain` elements each: waking one costs microseconds.
+inline int worthwhile_threads(int64_t elements, int64_t grain, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements / grain, 1, std::max(threads, 1)));
+}
+
+// OpenMP, because PyTorch's Linux wheels run on libgomp too and it is loaded before this module:
+// the loader resolves libgomp.so.1 to that copy, so both share one pool and no core is taken twice.
+// (Where a wheel bundles libgomp under another name there are two pools, never active at once.)
+// Blocks do not depend on the number of threads, so results don't either.
+template <typename Body>
+void for_each_block(int64_t blocks, int threads, const Body& body) {
+  const int team = static_cast<int>(std::min<int64_t>(blocks, threads));
+  if (team < 2) {
+    for (int64_t block = 0; block < blocks; ++block) body(block);
+    return;
+  }
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) body(block);
+}
+
+}  // namespace amalgam::cpu

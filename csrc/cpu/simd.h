@@ -1,0 +1,54 @@
+// Vectors of the instruction set this file is compiled for, by the compilers' vector extensions.
+//
+// Only for *_simd.cpp. Those files include no standard header with inline functions: an inline
+// function compiled here with AVX-512 could be the copy the linker keeps for everyone, and crash
+// a machine without it.
+#pragma once
+
+#include <cstdint>
+
+namespace amalgam::cpu::AMALGAM_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+// Loops advance by a chunk of several vectors: independent sums hide the latency of addition. It
+// has one size for all instruction sets, so they all sum in the same order.
+inline constexpr int kChunkBytes = 128;
+inline constexpr int kVectors = kChunkBytes / kVectorBytes;
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+inline constexpr int kLanes = kVectorBytes / sizeof(T);
+template <typename T>
+inline constexpr int kChunk = kChunkBytes / sizeof(T);
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  Vector<T> vector;
+  __builtin_memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <typename T>
+inline void store(T* to, const Vector<T>& vector) {
+  __builtin_memcpy(to, &vector, sizeof vector);
+}
+
+template <typename T>
+inline Vector<T> splat(T value) {
+  return value - Vector<T>{};
+}
+
+}  // namespace amalgam::cpu::AMALGAM_ISA

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation: device code and launches, no autograd and no dispatch."""

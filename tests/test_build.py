@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from amalgam.backends import core
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("amalgam_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    return tmp_path
+
+
+def test_the_toolchain_decides_about_cuda(build: ModuleType, toolkit: Path) -> None:
+    nvcc = str(toolkit / "bin" / "nvcc")
+    assert build.cuda_compiler({"CUDA_HOME": str(toolkit), "PATH": ""}) == nvcc
+    assert build.cuda_compiler({"PATH": str(toolkit / "bin"), "AMALGAM_CUDA": "1"}) == nvcc
+    assert build.cuda_compiler({"PATH": str(toolkit / "bin"), "AMALGAM_CUDA": "0"}) is None
+    assert build.cuda_compiler({"PATH": str(toolkit), "AMALGAM_CUDA": "auto"}) is None
+
+
+def test_a_forced_part_that_cannot_be_built_is_an_error(build: ModuleType, toolkit: Path) -> None:
+    with pytest.raises(SystemExit, match="AMALGAM_CUDA=1, but nvcc is neither"):
+        build.cuda_compiler({"PATH": str(toolkit), "AMALGAM_CUDA": "1"})
+    with pytest.raises(SystemExit, match="must be auto, 0 or 1, not 'yes'"):
+        build.cuda_compiler({"PATH": "", "AMALGAM_CUDA": "yes"})
+
+
+def test_architectures(build: ModuleType) -> None:
+    known = {"75", "80", "90", "100"}
+    assert build.cuda_archs({}, known) == ["80", "90", "100"]
+    assert build.cuda_archs({}, {"75", "80"}) == ["80"]
+    assert build.cuda_archs({"AMALGAM_CUDA_ARCHS": "90;80, 75"}, known) == ["75", "80", "90"]
+    with pytest.raises(SystemExit, match="names 120"):
+        build.cuda_archs({"AMALGAM_CUDA_ARCHS": "120"}, known)
+    with pytest.raises(SystemExit, match="'sm_90'"):
+        build.cuda_archs({"AMALGAM_CUDA_ARCHS": "sm_90"}, known)
+    assert build.gencode_flags(["80", "90"])[-1] == "-gencode=arch=compute_90,code=compute_90"
+
+
+def test_jobs(build: ModuleType) -> None:
+    assert build.jobs({"MAX_JOBS": "3"}) == 3
+    assert build.jobs({}) >= 1
+    with pytest.raises(SystemExit, match="MAX_JOBS must be a positive number, not '0'"):
+        build.jobs({"MAX_JOBS": "0"})
+
+
+def test_kernels_are_no_top_level_package(build: ModuleType) -> None:
+    names = build.packages()
+    assert {"amalgam", "amalgam.kernels", "amalgam.ops"} <= set(names)
+    assert all(name.split(".")[0] == "amalgam" for name in names)
+
+
+def test_the_core_is_of_this_version(build: ModuleType) -> None:
+    from amalgam.version import __version__
+
+    assert core.core().version == __version__
+
+
+def _isa(name: str) -> subprocess.CompletedProcess[str]:
+    """The core alone, since importing PyTorch would take most of the test's time."""
+    code = f"""
+from importlib import util
+spec = util.spec_from_file_location("amalgam._core", {core.core().__file__!r})
+core = util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print(core.cpu.isa())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "AMALGAM_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_an_instruction_set_can_be_forced(name: str) -> None:
+    done = _isa(name)
+    if name in core.core().cpu.available_isas():
+        assert done.stdout.strip() == name, done.stderr
+    else:
+        assert f"AMALGAM_CPU_ISA={name} is not available here" in done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    done = _isa("sse9")
+    assert done.returncode != 0
+    assert "ValueError: AMALGAM_CPU_ISA must be avx512, avx2 or portable" in done.stderr
+
+
+def test_cuda_without_a_gpu_says_what_is_wrong() -> None:
+    module = core.core()
+    if module.cuda is None or torch.cuda.is_available():
+        pytest.skip("needs a core with CUDA on a machine without a GPU")
+    with pytest.raises(RuntimeError, match=r"choosing the device: CUDA error \d+ \(cuda\w+\): "):
+        module.cuda.teacher_distance_float32(
+            0, 0, 0, 0, 0, n=1, k=1, eps=0.0, huber_delta=-1.0, device=0, stream=0
+        )
