@@ -1,0 +1,33 @@
+"""The fused operations: schema, fake, reference and autograd in one file each.
+
+Every operation is a ``torch.library`` operator, so ``torch.compile``, fake tensors and
+``torch.library.opcheck`` work on it, and a plain function here that checks its arguments and
+chooses the backend.
+"""
+
+from amalgam.ops.registry import BackendStatus, backends, check_backend
+from amalgam.ops.student_step import (
+    StepSettings,
+    StudentState,
+    initial_state,
+    student_step,
+    student_step_,
+    update_moments,
+)
+from amalgam.ops.teacher_distance import teacher_distance
+from amalgam.ops.teacher_step import KINDS, teacher_step
+
+__all__ = [
+    "KINDS",
+    "BackendStatus",
+    "StepSettings",
+    "StudentState",
+    "backends",
+    "check_backend",
+    "initial_state",
+    "student_step",
+    "student_step_",
+    "teacher_distance",
+    "teacher_step",
+    "update_moments",
+]

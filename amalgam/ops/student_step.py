@@ -1,0 +1,516 @@
+"""``student_step``: one step of the RNNProp student over every coordinate.
+
+Per coordinate, with m, v the moments and (h, c) the cells' state (RNNProp, Lv et al. 2017, as the
+authors of Optimizer Amalgamation, ICLR 2022, use it; no bias correction that depends on time)::
+
+    m <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
+    scale = 1 / sqrt(v / (1 - beta2) + eps)
+    x = [ m / (1 - beta1) * scale,  g * scale ]
+    for each layer: i, f, a, o = W_ih x + W_hh h + b      (a: the candidate)
+                    c <- sigmoid(f) c + sigmoid(i) tanh(a);  x = h <- sigmoid(o) tanh(c)
+    update = alpha tanh(head . x + head_bias)
+
+Coordinates are the last, fastest dimension of every array: eager PyTorch runs that order 1.2 to 3
+times as fast as the transposed one, and it is the order that fills whole vectors and sectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amalgam.ops import registry
+
+_NAME = "student_step"
+FEATURES = 2
+CHUNK = 16384
+
+
+class StudentState(NamedTuple):
+    """What the student carries from step to step, for N coordinates.
+
+    Attributes:
+        m: First moment of the gradient, shape (N,).
+        v: Second moment, shape (N,).
+        h: Outputs of the LSTM layers, shape (layers, hidden, N).
+        c: Their cells, shape (layers, hidden, N).
+    """
+
+    m: Tensor
+    v: Tensor
+    h: Tensor
+    c: Tensor
+
+
+class StepSettings(NamedTuple):
+    """The student's constants.
+
+    Attributes:
+        alpha: Largest update of a coordinate in one step.
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Added to the second moment inside the root.
+    """
+
+    alpha: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-10
+
+
+DEFAULTS = StepSettings()
+
+
+def student_step(
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings = DEFAULTS,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, StudentState]:
+    """One step, differentiable in the gradient, the state and the weights (for meta-training).
+
+    Args:
+        grad: The optimizee's gradient, shape (N,), float32 or float64.
+        state: The carried state, same dtype and device.
+        weights: For each layer W_ih (4 hidden, inputs), W_hh (4 hidden, hidden), b (4 hidden,)
+            with gates in the order input, forget, candidate, output; then the head (1, hidden)
+            and its bias (1,). Same dtype and device.
+        settings: The student's constants.
+        backend: ``"auto"``, or a backend's name. All but ``"reference"`` are once differentiable.
+
+    Returns:
+        The update (N,), to be subtracted from the parameters, and the new state.
+
+    Raises:
+        TypeError: ``grad`` is not a floating-point tensor.
+        ValueError: Shapes, dtypes or devices do not fit together.
+        RuntimeError: The backend asked for can't compute this here.
+    """
+    _check_floating("grad", grad)
+    _check_weights(weights, state.h, grad)
+    _check_state(state, grad)
+    chosen = registry.resolve(_NAME, backend, grad)
+    if chosen == registry.REFERENCE:
+        out = _reference(grad, *state, weights, *settings)
+    else:
+        out = torch.ops.amalgam.student_step(grad, *state, list(weights), *settings, chosen)
+    return out[0], StudentState(*out[1:])
+
+
+def student_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[StudentState],
+    weights: Sequence[Tensor],
+    settings: StepSettings = DEFAULTS,
+    *,
+    lr: float = 1.0,
+    weight_decay: float = 0.0,
+    backend: str = "auto",
+) -> None:
+    """One step in place over many tensors, without a graph (for training with a fixed student).
+
+    Every parameter becomes ``p (1 - lr weight_decay) - lr update``.
+
+    Args:
+        params: Parameters of any shape and floating-point dtype.
+        grads: Their gradients, same shapes; computed with in the states' dtype.
+        states: Their states, with m, v of the parameter's shape S and h, c of shape
+            (layers, hidden, *S), contiguous, all in the weights' dtype.
+        weights: As in :func:`student_step`, float32 or float64.
+        settings: The student's constants.
+        lr: Factor on every update.
+        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW.
+        backend: ``"auto"``, or a backend's name.
+
+    Raises:
+        TypeError: A parameter, gradient or state is not a floating-point tensor.
+        ValueError: Lists of different lengths; shapes, dtypes or devices that do not fit; a state
+            that is not contiguous.
+        RuntimeError: The backend asked for can't compute this here.
+    """
+    if not len(params) == len(grads) == len(states):
+        raise ValueError(
+            f"params, grads and states must be equally many, "
+            f"not {len(params)}, {len(grads)} and {len(states)}"
+        )
+    if not params:
+        return
+    for param, grad, state in zip(params, grads, states, strict=True):
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"grads must have their parameters' shapes: {tuple(grad.shape)} "
+                f"stands against {tuple(param.shape)}"
+            )
+        for name, tensor in (("params", param), ("grads", grad), ("state.m", state.m)):
+            _check_floating(name, tensor)
+        _check_weights(weights, state.h, state.m)
+        _check_state(state, state.m, param.shape)
+        for name, tensor in zip(StudentState._fields, state, strict=True):
+            if not tensor.is_contiguous():
+                raise ValueError(f"state.{name} must be contiguous")
+        for name, tensor in (("grads", grad), ("states", state.m)):
+            if tensor.device != param.device:
+                raise ValueError(f"{name} must be on {param.device}, not on {tensor.device}")
+    chosen = registry.resolve(f"{_NAME}_", backend, states[0].m)
+    m, v, h, c = (list(column) for column in zip(*states, strict=True))
+    torch.ops.amalgam.student_step_(
+        list(params), list(grads), m, v, h, c, list(weights), *settings, lr, weight_decay, chosen
+    )
+
+
+def initial_state(like: Tensor, weights: Sequence[Tensor]) -> StudentState:
+    """The zero state for a tensor of coordinates.
+
+    Args:
+        like: A tensor of the coordinates' shape S and device.
+        weights: The student's weights; the state takes their dtype.
+
+    Returns:
+        m, v of shape S and h, c of shape (layers, hidden, *S), contiguous zeros.
+    """
+    layers, hidden = _architecture(weights)
+    dtype, device = weights[0].dtype, like.device
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return StudentState(
+        zeros(*like.shape),
+        zeros(*like.shape),
+        zeros(layers, hidden, *like.shape),
+        zeros(layers, hidden, *like.shape),
+    )
+
+
+def update_moments(
+    grad: Tensor, m: Tensor, v: Tensor, settings: StepSettings
+) -> tuple[Tensor, Tensor]:
+    """The moments after ``grad``, of any one shape; all that warm-up changes of the state."""
+    new_m = settings.beta1 * m + (1 - settings.beta1) * grad
+    new_v = settings.beta2 * v + (1 - settings.beta2) * grad.square()
+    return new_m, new_v
+
+
+def _architecture(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """(layers, hidden) of a list of weights."""
+    if len(weights) < 5 or (len(weights) - 2) % 3:
+        raise ValueError(
+            f"weights must hold three tensors a layer and two of the head, not {len(weights)}"
+        )
+    if weights[-2].dim() != 2:
+        raise ValueError(
+            f"weights[-2], the head, must have shape (1, hidden), not {tuple(weights[-2].shape)}"
+        )
+    return (len(weights) - 2) // 3, weights[-2].shape[-1]
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
+
+
+def _check_weights(weights: Sequence[Tensor], h: Tensor, like: Tensor) -> None:
+    layers, hidden = _architecture(weights)
+    expected: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        inputs = hidden if layer else FEATURES
+        expected += [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,)]
+    expected += [(1, hidden), (1,)]
+    for index, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"weights[{index}] must have shape {shape}, not {tuple(weight.shape)}")
+        if weight.dtype != like.dtype or weight.device != like.device:
+            raise ValueError(
+                f"weights[{index}] must be {like.dtype} on {like.device}, "
+                f"not {weight.dtype} on {weight.device}"
+            )
+    if tuple(h.shape[:2]) != (layers, hidden):
+        raise ValueError(
+            f"state.h must begin with (layers, hidden) = {(layers, hidden)} to fit the weights, "
+            f"not with {tuple(h.shape[:2])}"
+        )
+
+
+def _check_state(state: StudentState, like: Tensor, shape: torch.Size | None = None) -> None:
+    if shape is None:
+        shape = like.shape
+        if like.dim() != 1:
+            raise ValueError(f"grad must have shape (N,), not {tuple(shape)}")
+    cells = (*state.h.shape[:2], *shape)
+    for name, want in (("m", shape), ("v", shape), ("h", cells), ("c", cells)):
+        tensor = getattr(state, name)
+        if tuple(tensor.shape) != tuple(want):
+            raise ValueError(
+                f"state.{name} must have shape {tuple(want)}, not {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            raise ValueError(
+                f"state.{name} must be {like.dtype} on {like.device}, "
+                f"not {tensor.dtype} on {tensor.device}"
+            )
+
+
+@registry.reference.kernel(_NAME, dtypes=None)
+def _reference(
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """grad, m, v (N,) and h, c (layers, hidden, N) -> update, m, v, h, c."""
+    m, v = update_moments(grad, m, v, StepSettings(alpha, beta1, beta2, eps))
+    scale = (v / (1 - beta2) + eps).rsqrt()
+    x = torch.stack((m / (1 - beta1) * scale, grad * scale))
+    new_h, new_c = [], []
+    for layer in range(h.shape[0]):
+        i, f, a, o = _gates(x, h[layer], *weights[3 * layer : 3 * layer + 3])
+        cell = f * c[layer] + i * a
+        x = o * cell.tanh()
+        new_h.append(x)
+        new_c.append(cell)
+    head, head_bias = weights[-2:]
+    update = alpha * (head @ x + head_bias[:, None]).tanh().squeeze(0)
+    return update, m, v, torch.stack(new_h), torch.stack(new_c)
+
+
+def _gates(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Input, forget, candidate, output gate, (hidden, N) each, of x (inputs, N), h (hidden, N)."""
+    i, f, a, o = (torch.addmm(bias[:, None], w_ih, x) + w_hh @ h).chunk(4)
+    return i.sigmoid(), f.sigmoid(), a.tanh(), o.sigmoid()
+
+
+@registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
+def _reference_backward(
+    grads_out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The step's vector-Jacobian product; only its inputs were kept, the gates come again."""
+    d_update, d_m, d_v, d_h, d_c = grads_out
+    m, v = update_moments(grad, m, v, StepSettings(alpha, beta1, beta2, eps))
+    scale = (v / (1 - beta2) + eps).rsqrt()
+    m_hat = m / (1 - beta1)
+
+    inputs, gates, cells = [torch.stack((m_hat * scale, grad * scale))], [], []
+    for layer in range(h.shape[0]):
+        i, f, a, o = _gates(inputs[layer], h[layer], *weights[3 * layer : 3 * layer + 3])
+        cell = f * c[layer] + i * a
+        gates.append((i, f, a, o))
+        cells.append(cell)
+        inputs.append(o * cell.tanh())
+
+    head, head_bias = weights[-2:]
+    top = (head @ inputs[-1] + head_bias[:, None]).tanh()
+    d_top = d_update * alpha * (1 - top.square())
+    d_weights = [d_top @ inputs[-1].T, d_top.sum(1)]
+    d_x = head.T @ d_top
+    in_h, in_c = [], []
+    for layer in reversed(range(h.shape[0])):
+        w_ih, w_hh, _ = weights[3 * layer : 3 * layer + 3]
+        i, f, a, o = gates[layer]
+        squashed = cells[layer].tanh()
+        d_out = d_x + d_h[layer]
+        d_cell = d_c[layer] + d_out * o * (1 - squashed.square())
+        d_gates = torch.cat(
+            (
+                d_cell * a * i * (1 - i),
+                d_cell * c[layer] * f * (1 - f),
+                d_cell * i * (1 - a.square()),
+                d_out * squashed * o * (1 - o),
+            )
+        )
+        d_weights[:0] = [d_gates @ inputs[layer].T, d_gates @ h[layer].T, d_gates.sum(1)]
+        in_h.append(w_hh.T @ d_gates)
+        in_c.append(d_cell * f)
+        d_x = w_ih.T @ d_gates
+
+    d_scale = d_x[0] * m_hat + d_x[1] * grad
+    d_m = d_m + d_x[0] * scale / (1 - beta1)
+    d_v = d_v - 0.5 * d_scale * scale.pow(3) / (1 - beta2)
+    d_grad = d_x[1] * scale + (1 - beta1) * d_m + 2 * (1 - beta2) * grad * d_v
+    return (
+        d_grad,
+        beta1 * d_m,
+        beta2 * d_v,
+        torch.stack(in_h[::-1]),
+        torch.stack(in_c[::-1]),
+        d_weights,
+    )
+
+
+@registry.reference.kernel(f"{_NAME}_", dtypes=None)
+def _reference_in_place(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    c: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """Runs of at most CHUNK coordinates: the step's temporaries stay in cache, and small."""
+    flat_m, flat_v = ([t.view(-1) for t in ts] for ts in (m, v))
+    flat_h, flat_c = ([t.view(*t.shape[:2], -1) for t in ts] for ts in (h, c))
+    flat_p = [p.reshape(-1) for p in params]
+    flat_g = [g.reshape(-1) for g in grads]
+    dtype = weights[0].dtype
+    for run in _runs([p.numel() for p in params], CHUNK):
+
+        def gather(tensors: Sequence[Tensor], run: list[tuple[int, slice]] = run) -> Tensor:
+            return torch.cat([tensors[i][..., part].to(dtype) for i, part in run], -1)
+
+        update, *state = _reference(
+            gather(flat_g), gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c),
+            weights, alpha, beta1, beta2, eps,
+        )  # fmt: skip
+        moved = gather(flat_p) * (1 - lr * weight_decay) - lr * update
+        sizes = [part.stop - part.start for _, part in run]
+        for tensors, values in zip(
+            (flat_p, flat_m, flat_v, flat_h, flat_c), (moved, *state), strict=True
+        ):
+            for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
+                tensors[i][..., part].copy_(value)
+    for param, flat in zip(params, flat_p, strict=True):
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))
+
+
+def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut tensors of these sizes into runs of at most ``limit`` coordinates in all."""
+    run: list[tuple[int, slice]] = []
+    room = limit
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            run.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield run
+                run, room = [], limit
+    if run:
+        yield run
+
+
+@torch.library.custom_op("amalgam::student_step", mutates_args=())
+def _op(
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    update, m, v, h, c = registry.compute(
+        _NAME, backend, grad, grad, m, v, h, c, weights, alpha, beta1, beta2, eps
+    )
+    return update, m, v, h, c
+
+
+@torch.library.custom_op("amalgam::student_step_backward", mutates_args=())
+def _backward_op(
+    grads_out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    in_grad, in_m, in_v, in_h, in_c, in_weights = registry.compute(
+        f"{_NAME}_backward",
+        backend,
+        grad,
+        *(grads_out, grad, m, v, h, c, weights, alpha, beta1, beta2, eps),
+    )
+    return in_grad, in_m, in_v, in_h, in_c, in_weights
+
+
+@torch.library.custom_op("amalgam::student_step_", mutates_args=("params", "m", "v", "h", "c"))
+def _in_place_op(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    c: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    lr: float,
+    weight_decay: float,
+    backend: str,
+) -> None:
+    registry.compute(
+        f"{_NAME}_",
+        backend,
+        m[0],
+        *(params, grads, m, v, h, c, weights, alpha, beta1, beta2, eps, lr, weight_decay),
+    )
+
+
+@_op.register_fake
+def _(grad, m, v, h, c, weights, alpha, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (grad, m, v, h, c))
+
+
+@_backward_op.register_fake
+def _(grads_out, grad, m, v, h, c, weights, alpha, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
+    state = tuple(t.new_empty(t.shape) for t in (grad, m, v, h, c))
+    return *state, [w.new_empty(w.shape) for w in weights]
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    grad, m, v, h, c, weights, *ctx.constants = inputs
+    ctx.save_for_backward(grad, m, v, h, c, *weights)
+
+
+def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
+    grad, m, v, h, c, *weights = ctx.saved_tensors
+    *found, in_weights = torch.ops.amalgam.student_step_backward(
+        list(grads_out), grad, m, v, h, c, weights, *ctx.constants
+    )
+    return *found, in_weights, *(None for _ in ctx.constants)
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,174 @@
+"""``teacher_distance``: how far the student is from each teacher, in one pass.
+
+d_k = log( sum_n huber(student_n - teacher_kn) + eps ) - log(N)
+
+with huber(a) = a^2 / 2, or delta (|a| - delta / 2) where |a| >= delta. Source: the imitation
+distance of Optimizer Amalgamation (ICLR 2022, eq. 1) as the authors' code computes it: one half of
+the squared distance over all parameters jointly, its log, less the log of their number.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from amalgam.ops import registry
+
+_NAME = "teacher_distance"
+
+
+def teacher_distance(
+    student: Tensor,
+    teachers: Tensor,
+    *,
+    eps: float = 1e-10,
+    huber_delta: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log distance between the student's parameters and each teacher's.
+
+    Args:
+        student: Parameters of the student's trajectory, shape (N,), float32 or float64.
+        teachers: Parameters of the K teachers' trajectories, shape (K, N), same dtype and device.
+        eps: Added to the sum before the log.
+        huber_delta: Where given, differences beyond it count linearly (Huber); it must be > 0.
+        backend: ``"auto"``, or a backend's name. All but ``"reference"`` are once differentiable.
+
+    Returns:
+        The distances, shape (K,). An empty student (N = 0) is at log(eps) from every teacher.
+
+    Raises:
+        TypeError: An argument is not a floating-point tensor.
+        ValueError: Shapes, dtypes, devices or ``huber_delta`` do not fit together.
+        RuntimeError: The backend asked for can't compute this here.
+    """
+    _check(student, teachers, huber_delta)
+    chosen = registry.resolve(_NAME, backend, student)
+    if chosen == registry.REFERENCE:
+        return _reference(student, teachers, eps, huber_delta)[0]
+    distances, _ = torch.ops.amalgam.teacher_distance(student, teachers, eps, huber_delta, chosen)
+    return distances
+
+
+def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None:
+    for name, tensor in (("student", student), ("teachers", teachers)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
+    if student.dim() != 1:
+        raise ValueError(f"student must have shape (N,), not {tuple(student.shape)}")
+    if teachers.dim() != 2 or teachers.shape[1] != student.shape[0]:
+        raise ValueError(
+            f"teachers must have shape (K, {student.shape[0]}) to fit student, "
+            f"not {tuple(teachers.shape)}"
+        )
+    if teachers.dtype != student.dtype or teachers.device != student.device:
+        raise ValueError(
+            f"teachers must be {student.dtype} on {student.device} as student is, "
+            f"not {teachers.dtype} on {teachers.device}"
+        )
+    if huber_delta is not None and not huber_delta > 0:
+        raise ValueError(f"huber_delta must be positive or None (no Huber), not {huber_delta}")
+
+
+@registry.reference.kernel(_NAME, dtypes=None)
+def _reference(
+    student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
+) -> tuple[Tensor, Tensor]:
+    """(K,) distances and the (K,) sums inside their logs, eps not yet added."""
+    difference = student - teachers
+    if huber_delta is None:
+        penalty = 0.5 * difference.square()
+    else:
+        # One expression for both branches; a torch.where would turn infinities' slopes into NaN.
+        near = difference.clamp(-huber_delta, huber_delta)
+        penalty = near * (difference - 0.5 * near)
+    total = penalty.sum(1)
+    return (total + eps).log() - math.log(max(student.shape[0], 1)), total
+
+
+@registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
+def _reference_backward(
+    grad: Tensor,
+    student: Tensor,
+    teachers: Tensor,
+    total: Tensor,
+    eps: float,
+    huber_delta: float | None,
+    need_teachers: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in student (N,) and teachers (K, N); the latter empty unless asked for."""
+    slope = student - teachers
+    if huber_delta is not None:
+        slope = slope.clamp(-huber_delta, huber_delta)
+    weighted = (grad / (total + eps))[:, None] * slope
+    return weighted.sum(0), -weighted if need_teachers else student.new_empty(0)
+
+
+@torch.library.custom_op("amalgam::teacher_distance", mutates_args=())
+def _op(
+    student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    distances, total = registry.compute(
+        _NAME, backend, student, student, teachers, eps, huber_delta
+    )
+    return distances, total
+
+
+@torch.library.custom_op("amalgam::teacher_distance_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    student: Tensor,
+    teachers: Tensor,
+    total: Tensor,
+    eps: float,
+    huber_delta: float | None,
+    need_teachers: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    in_student, in_teachers = registry.compute(
+        f"{_NAME}_backward",
+        backend,
+        student,
+        grad,
+        student,
+        teachers,
+        total,
+        eps,
+        huber_delta,
+        need_teachers,
+    )
+    return in_student, in_teachers
+
+
+@_op.register_fake
+def _(student, teachers, eps, huber_delta, backend):  # type: ignore[no-untyped-def]
+    return student.new_empty(teachers.shape[0]), student.new_empty(teachers.shape[0])
+
+
+@_backward_op.register_fake
+def _(grad, student, teachers, total, eps, huber_delta, need_teachers, backend):  # type: ignore[no-untyped-def]
+    in_teachers = teachers.new_empty(teachers.shape) if need_teachers else teachers.new_empty(0)
+    return student.new_empty(student.shape), in_teachers
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    student, teachers, ctx.eps, ctx.huber_delta, ctx.backend = inputs
+    ctx.save_for_backward(student, teachers, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, _grad_of_total):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None, None, None
+    need_teachers = ctx.needs_input_grad[1]
+    in_student, in_teachers = torch.ops.amalgam.teacher_distance_backward(
+        grad, *ctx.saved_tensors, ctx.eps, ctx.huber_delta, need_teachers, ctx.backend
+    )
+    return in_student, in_teachers if need_teachers else None, None, None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)

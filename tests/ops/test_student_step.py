@@ -1,0 +1,602 @@
+"""``student_step`` in plain PyTorch: the truth that the other backends are held to."""
+
+import math
+import re
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import amalgam  # noqa: F401  registers the operations
+from amalgam.ops import (
+    StepSettings,
+    StudentState,
+    initial_state,
+    student_step,
+    student_step_,
+    update_moments,
+)
+
+# The package's student_step function hides the module of that name.
+module = sys.modules["amalgam.ops.student_step"]
+SETTINGS = StepSettings(0.1, 0.9, 0.99, 1e-6)
+SIZES = [0, 1, 31, 33, 1000]
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1000 * len(shape) + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def make_weights(
+    layers: int = 2, hidden: int = 4, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    weights = []
+    for layer in range(layers):
+        inputs = hidden if layer else 2
+        weights += [
+            draw(4 * hidden, inputs, seed=layer, dtype=dtype) / 2,
+            draw(4 * hidden, hidden, seed=layer, dtype=dtype) / 2,
+            draw(4 * hidden, seed=layer, dtype=dtype),
+        ]
+    return [*weights, draw(1, hidden, dtype=dtype), draw(1, dtype=dtype)]
+
+
+def make_state(
+    *shape: int, layers: int = 2, hidden: int = 4, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> StudentState:
+    return StudentState(
+        draw(*shape, seed=seed + 1, dtype=dtype),
+        draw(*shape, seed=seed + 2, dtype=dtype).square(),
+        draw(layers, hidden, *shape, seed=seed + 3, dtype=dtype).tanh(),
+        draw(layers, hidden, *shape, seed=seed + 4, dtype=dtype),
+    )
+
+
+def wanting(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def through_op(grad: Tensor, state: StudentState, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.ops.amalgam.student_step(grad, *state, weights, *SETTINGS, "reference")
+
+
+def direct(grad: Tensor, state: StudentState, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    update, new = student_step(grad, state, weights, SETTINGS, backend="reference")
+    return update, *new
+
+
+def by_coordinate(
+    grad: Tensor, state: StudentState, weights: list[Tensor], settings: StepSettings
+) -> tuple[list[float], list[float], list[float]]:
+    """Updates, m and v in scalar Python, straight from the docstring's formulas."""
+    layers, hidden = state.h.shape[:2]
+    numbers = [w.tolist() for w in weights]
+    sigmoid = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+    updates, ms, vs = [], [], []
+    for n in range(len(grad)):
+        g = grad[n].item()
+        m = settings.beta1 * state.m[n].item() + (1 - settings.beta1) * g
+        v = settings.beta2 * state.v[n].item() + (1 - settings.beta2) * g * g
+        scale = 1 / math.sqrt(v / (1 - settings.beta2) + settings.eps)
+        x = [m / (1 - settings.beta1) * scale, g * scale]
+        for layer in range(layers):
+            w_ih, w_hh, b = numbers[3 * layer : 3 * layer + 3]
+            h, out = state.h[layer, :, n].tolist(), []
+            z = [
+                sum(a * y for a, y in zip(w_ih[row], x, strict=True))
+                + sum(a * y for a, y in zip(w_hh[row], h, strict=True))
+                + b[row]
+                for row in range(4 * hidden)
+            ]
+            for unit in range(hidden):
+                i, f, a, o = (z[gate * hidden + unit] for gate in range(4))
+                c = sigmoid(f) * state.c[layer, unit, n].item() + sigmoid(i) * math.tanh(a)
+                out.append(sigmoid(o) * math.tanh(c))
+            x = out
+        head = sum(a * y for a, y in zip(numbers[-2][0], x, strict=True)) + numbers[-1][0]
+        updates.append(settings.alpha * math.tanh(head))
+        ms.append(m)
+        vs.append(v)
+    return updates, ms, vs
+
+
+@pytest.mark.parametrize(("layers", "hidden"), [(1, 1), (1, 4), (2, 4), (3, 5)])
+def test_step_is_its_formula(layers: int, hidden: int) -> None:
+    weights = make_weights(layers, hidden)
+    state = make_state(7, layers=layers, hidden=hidden)
+    grad = draw(7)
+    update, new = student_step(grad, state, weights, SETTINGS)
+    updates, m, v = by_coordinate(grad, state, weights, SETTINGS)
+    for ours, theirs in ((update, updates), (new.m, m), (new.v, v)):
+        assert torch.allclose(
+            ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-12, atol=1e-14
+        )
+    assert new.h.shape == new.c.shape == (layers, hidden, 7)
+
+
+def test_two_layers_of_torchs_lstm_agree() -> None:
+    """torch.nn.LSTM has the same gates in the order input, forget, candidate, output."""
+    weights, state, grad = make_weights(), make_state(9), draw(9)
+    lstm = torch.nn.LSTM(2, 4, 2).double()
+    with torch.no_grad():
+        for layer in range(2):
+            w_ih, w_hh, bias = weights[3 * layer : 3 * layer + 3]
+            getattr(lstm, f"weight_ih_l{layer}").copy_(w_ih)
+            getattr(lstm, f"weight_hh_l{layer}").copy_(w_hh)
+            getattr(lstm, f"bias_ih_l{layer}").copy_(bias)
+            getattr(lstm, f"bias_hh_l{layer}").zero_()
+    m, v = update_moments(grad, state.m, state.v, SETTINGS)
+    scale = (v / (1 - SETTINGS.beta2) + SETTINGS.eps).rsqrt()
+    x = torch.stack((m / (1 - SETTINGS.beta1) * scale, grad * scale), 1)
+    with torch.no_grad():
+        _, (h, c) = lstm(x[None], (state.h.mT.contiguous(), state.c.mT.contiguous()))
+    new = student_step(grad, state, weights, SETTINGS)[1]
+    assert torch.allclose(new.h, h.mT, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(new.c, c.mT, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_op_and_direct_path_agree(size: int) -> None:
+    arguments = draw(size), make_state(size), make_weights()
+    before = [t.clone() for t in (arguments[0], *arguments[1], *arguments[2])]
+    for ours, theirs in zip(through_op(*arguments), direct(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.isfinite().all()
+    for now, was in zip((arguments[0], *arguments[1], *arguments[2]), before, strict=True):
+        assert torch.equal(now, was)
+
+
+# --- Derivatives ---
+
+
+@pytest.mark.parametrize("path", [through_op, direct])
+@pytest.mark.parametrize(("layers", "size"), [(1, 3), (2, 2), (2, 1)])
+def test_gradcheck(path: Any, layers: int, size: int) -> None:
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return path(tensors[0], StudentState(*tensors[1:5]), list(tensors[5:]))
+
+    state = make_state(size, layers=layers, hidden=3)
+    inputs = wanting(draw(size), *state, *make_weights(layers, 3))
+    assert torch.autograd.gradcheck(flat, inputs)
+
+
+def test_reference_is_differentiable_twice() -> None:
+    def flat(*tensors: Tensor) -> Tensor:
+        update, *new = direct(tensors[0], StudentState(*tensors[1:5]), list(tensors[5:]))
+        return update.sum() + sum((t.square().sum() for t in new), torch.zeros(()))
+
+    inputs = wanting(draw(2), *make_state(2, layers=1, hidden=2), *make_weights(1, 2))
+    assert torch.autograd.gradgradcheck(flat, inputs)
+
+
+def reference_gradients(
+    grads_out: list[Tensor], grad: Tensor, state: StudentState, weights: list[Tensor]
+) -> list[Tensor]:
+    inputs = wanting(grad, *state, *weights)
+    outputs = direct(inputs[0], StudentState(*inputs[1:5]), inputs[5:])
+    return list(torch.autograd.grad(outputs, inputs, grads_out))
+
+
+def hand_gradients(
+    grads_out: list[Tensor], grad: Tensor, state: StudentState, weights: list[Tensor]
+) -> list[Tensor]:
+    *found, in_weights = torch.ops.amalgam.student_step_backward(
+        grads_out, grad, *state, weights, *SETTINGS, "reference"
+    )
+    return [*found, *in_weights]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_hand_written_backward_is_autograds(size: int, layers: int) -> None:
+    weights, grad = make_weights(layers), draw(size)
+    state = make_state(size, layers=layers)
+    grads_out = [draw(*t.shape, seed=7) for t in (grad, *state)]
+    theirs = reference_gradients(grads_out, grad, state, weights)
+    hand = hand_gradients(grads_out, grad, state, weights)
+    inputs = wanting(grad, *state, *weights)
+    outputs = through_op(inputs[0], StudentState(*inputs[1:5]), inputs[5:])
+    automatic = torch.autograd.grad(outputs, inputs, grads_out)
+    for ours, expected, wired in zip(hand, theirs, automatic, strict=True):
+        scale = expected.abs().max().item() if expected.numel() else 0
+        assert ours.shape == expected.shape
+        assert not ours.numel() or (ours - expected).abs().max() <= 1e-12 * scale
+        assert torch.equal(ours, wired)
+
+
+def test_backward_over_eight_decades_and_zeros() -> None:
+    """Where g and v are zero the features' slope is 1 / sqrt(eps): finite, and equal to autograd's.
+
+    Each coordinate is held to its own magnitude, as the gradients differ by as many decades.
+    """
+    grad = torch.logspace(-4, 4, 41, dtype=torch.float64)
+    grad[::4] *= -1
+    grad[::5] = 0
+    state = initial_state(grad, make_weights())
+    state = state._replace(m=0.3 * grad, v=grad.square() / 2, h=make_state(41).h)
+    grads_out = [draw(*t.shape, seed=7) for t in (grad, *state)]
+    update, new = student_step(grad, state, make_weights(), SETTINGS)
+    assert all(t.isfinite().all() for t in (update, *new))
+    assert (update.abs() <= SETTINGS.alpha).all()
+    theirs = reference_gradients(grads_out, grad, state, make_weights())
+    for ours, expected in zip(
+        hand_gradients(grads_out, grad, state, make_weights()), theirs, strict=True
+    ):
+        assert expected.isfinite().all()
+        scale = expected.abs() if expected.shape == grad.shape else expected.abs().max()
+        assert ((ours - expected).abs() <= 1e-11 * scale).all()
+
+
+def test_zero_gradient_from_zero_state_is_the_same_everywhere() -> None:
+    grad = torch.zeros(33, dtype=torch.float64)
+    update, new = student_step(grad, initial_state(grad, make_weights()), make_weights(), SETTINGS)
+    assert torch.equal(update, update[:1].expand(33))
+    assert not new.m.any()
+    assert not new.v.any()
+
+
+def test_unused_outputs_and_inputs_without_gradient() -> None:
+    weights, state, grad = make_weights(), make_state(5), draw(5)
+    (weight,) = wanting(weights[1])
+    changed = [weights[0], weight, *weights[2:]]
+    (hand,) = torch.autograd.grad(through_op(grad, state, changed)[0].sum(), weight)
+    (theirs,) = torch.autograd.grad(direct(grad, state, changed)[0].sum(), weight)
+    assert torch.allclose(hand, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_float32_errs_as_rounding_does() -> None:
+    """The longest sum has 2 hidden + 2 terms; errors stay within a few times its rounding."""
+    exact = draw(1000), make_state(1000, hidden=20), make_weights(hidden=20)
+    weights = [w / 5 for w in exact[2]]
+    truth = direct(exact[0], exact[1], weights)
+    single = direct(
+        exact[0].float(), StudentState(*(t.float() for t in exact[1])), [w.float() for w in weights]
+    )
+    for ours, theirs in zip(single, truth, strict=True):
+        assert ours.dtype == torch.float32
+        error = (ours.double() - theirs).abs().max()
+        assert 0 < error <= 42 * torch.finfo(torch.float32).eps * theirs.abs().max()
+
+
+# --- The operators' contracts ---
+
+
+def op_arguments(size: int, requires_grad: bool) -> tuple[Any, ...]:
+    tensors = [draw(size), *make_state(size, layers=1, hidden=2)]
+    weights = make_weights(1, 2)
+    if requires_grad:
+        tensors, weights = wanting(*tensors), wanting(*weights)
+    return (*tensors, weights, *SETTINGS, "reference")
+
+
+@pytest.mark.parametrize("size", [0, 3])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_step(size: int, requires_grad: bool) -> None:
+    torch.library.opcheck(torch.ops.amalgam.student_step, op_arguments(size, requires_grad))
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_opcheck_backward(size: int) -> None:
+    arguments = op_arguments(size, False)
+    grads_out = [draw(*t.shape, seed=7) for t in arguments[:5]]
+    torch.library.opcheck(torch.ops.amalgam.student_step_backward, (grads_out, *arguments))
+
+
+def in_place_arguments(*shapes: tuple[int, ...]) -> tuple[Any, ...]:
+    states = [make_state(*shape, layers=1, hidden=2, seed=i) for i, shape in enumerate(shapes)]
+    columns = [list(column) for column in zip(*states, strict=True)]
+    params = [draw(*shape, seed=10 + i) for i, shape in enumerate(shapes)]
+    grads = [draw(*shape, seed=20 + i) for i, shape in enumerate(shapes)]
+    return (params, grads, *columns, make_weights(1, 2), *SETTINGS, 0.5, 0.1, "reference")
+
+
+def test_opcheck_in_place() -> None:
+    torch.library.opcheck(torch.ops.amalgam.student_step_, in_place_arguments((3,), (2, 2), (0,)))
+
+
+def test_compile_traces_the_operator_whole() -> None:
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(grad: Tensor, state: StudentState, weights: list[Tensor]) -> Tensor:
+        return 2 * torch.ops.amalgam.student_step(grad, *state, weights, *SETTINGS, "reference")[0]
+
+    arguments = draw(5), make_state(5), make_weights()
+    assert torch.equal(compiled(*arguments), 2 * direct(*arguments)[0])
+
+
+# --- The in-place form ---
+
+
+def expected_in_place(
+    param: Tensor, grad: Tensor, state: StudentState, weights: list[Tensor], lr: float, decay: float
+) -> tuple[Tensor, StudentState]:
+    """The functional form over the flattened tensor, in the weights' dtype."""
+    dtype = weights[0].dtype
+    flat = StudentState(
+        state.m.reshape(-1),
+        state.v.reshape(-1),
+        state.h.reshape(*state.h.shape[:2], -1),
+        state.c.reshape(*state.c.shape[:2], -1),
+    )
+    flat_grad = grad.reshape(-1).to(dtype)
+    update, new = student_step(flat_grad, flat, weights, SETTINGS, backend="reference")
+    moved = param.reshape(-1).to(dtype) * (1 - lr * decay) - lr * update
+    shaped = (t.reshape(like.shape) for t, like in zip(new, state, strict=True))
+    return moved.to(param.dtype).reshape(param.shape), StudentState(*shaped)
+
+
+def copied(state: StudentState) -> StudentState:
+    return StudentState(*(t.clone() for t in state))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_in_place_is_the_functional_form(size: int, layers: int) -> None:
+    param, grad, weights = draw(size, seed=5), draw(size), make_weights(layers)
+    state = make_state(size, layers=layers)
+    moved, new = expected_in_place(param, grad, state, weights, 0.7, 0.2)
+    now, grad_before = copied(state), grad.clone()
+    student_step_(
+        [param], [grad], [now], weights, SETTINGS, lr=0.7, weight_decay=0.2, backend="reference"
+    )
+    for ours, theirs in zip((param, *now), (moved, *new), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(grad, grad_before)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 7, 64])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_many_tensors_step_as_one(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, backend: str
+) -> None:
+    """Cut at every kind of place: inside a tensor, between two, around empty ones.
+
+    Sums over a chunk's columns may be blocked differently, so rounding is allowed for.
+    """
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    shapes = [(), (5,), (0,), (2, 3), (1,), (7,), (3, 0, 2), (2, 1, 2, 2, 1)]
+    weights = make_weights()
+    params = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    grads = [draw(*shape, seed=30 + i) for i, shape in enumerate(shapes)]
+    states = [make_state(*shape, seed=60 + i) for i, shape in enumerate(shapes)]
+    expected = [
+        expected_in_place(p, g, s, weights, 0.5, 0.1)
+        for p, g, s in zip(params, grads, states, strict=True)
+    ]
+    student_step_(
+        params, grads, states, weights, SETTINGS, lr=0.5, weight_decay=0.1, backend=backend
+    )
+    for param, state, (moved, new) in zip(params, states, expected, strict=True):
+        for ours, theirs in zip((param, *state), (moved, *new), strict=True):
+            assert ours.shape == theirs.shape
+            assert torch.allclose(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 7, 64])
+def test_runs_fill_their_chunks_and_cover_everything(limit: int) -> None:
+    sizes = [3, 0, 1, 12, 5, 0, 7]
+    runs = list(module._runs(sizes, limit))
+    lengths = [sum(part.stop - part.start for _, part in run) for run in runs]
+    assert lengths[:-1] == [limit] * (len(runs) - 1)
+    assert 0 < lengths[-1] <= limit
+    covered = [(i, n) for run in runs for i, part in run for n in range(part.start, part.stop)]
+    assert covered == [(i, n) for i, size in enumerate(sizes) for n in range(size)]
+
+
+def strided(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    tensor = draw(*shape, seed=9, dtype=dtype)
+    if kind == "transposed":
+        return (
+            tensor.permute(*reversed(range(len(shape))))
+            .contiguous()
+            .permute(*reversed(range(len(shape))))
+        )
+    if kind == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    spread = torch.full((*shape[:-1], 2 * shape[-1]), 77.0, dtype=dtype)
+    view = spread[..., ::2]
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ((4, 3), "transposed"),
+        ((2, 3, 4), "transposed"),
+        ((2, 3, 4, 5), "channels_last"),
+        ((6,), "every other"),
+        ((3, 4), "every other"),
+        ((2, 3, 2, 1, 2), "every other"),
+    ],
+)
+@pytest.mark.parametrize("which", ["params", "grads", "both"])
+def test_strided_params_and_grads(shape: tuple[int, ...], kind: str, which: str) -> None:
+    param = strided(shape, kind) if which != "grads" else draw(*shape, seed=9)
+    grad = strided(shape, kind) if which != "params" else draw(*shape, seed=9)
+    assert not (param.is_contiguous() and grad.is_contiguous())
+    strides, weights, state = param.stride(), make_weights(), make_state(*shape)
+    whole = param._base if kind == "every other" and which != "grads" else None
+    moved, new = expected_in_place(param, grad, state, weights, 1.0, 0.0)
+    other = draw(3, seed=2)
+    student_step_(
+        [other, param], [draw(3), grad], [make_state(3), state], weights, SETTINGS,
+        backend="reference",
+    )  # fmt: skip
+    assert param.stride() == strides
+    for ours, theirs in zip((param, *state), (moved, *new), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-13, atol=1e-14)
+    if whole is not None:
+        assert (whole[..., 1::2] == 77).all()
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_every_rank(rank: int) -> None:
+    shape = (2, 3, 1, 2, 2)[:rank]
+    param, grad, state = draw(*shape, seed=1), draw(*shape, seed=2), make_state(*shape)
+    moved, new = expected_in_place(param, grad, state, make_weights(), 1.0, 0.0)
+    student_step_([param], [grad], [state], make_weights(), SETTINGS, backend="reference")
+    assert param.shape == shape
+    assert torch.equal(param, moved)
+    assert all(torch.equal(a, b) for a, b in zip(state, new, strict=True))
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_params_round_once(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """Computed in the state's float32; only the new parameter is rounded to its own dtype."""
+    single = torch.float32
+    weights = make_weights(dtype=single)
+    param, grad = draw(33, seed=1, dtype=dtype), draw(33, seed=2, dtype=grad_dtype)
+    state = make_state(33, dtype=single)
+    moved, new = expected_in_place(param, grad, state, weights, 0.9, 0.1)
+    student_step_(
+        [param], [grad], [state], weights, SETTINGS, lr=0.9, weight_decay=0.1, backend="reference"
+    )
+    assert param.dtype == dtype
+    assert torch.equal(param, moved)
+    assert all(torch.equal(a, b) for a, b in zip(state, new, strict=True))
+
+
+def test_in_place_makes_no_graph() -> None:
+    param = torch.nn.Parameter(draw(5))
+    version = param._version
+    weights = wanting(*make_weights())
+    state = make_state(5)
+    with torch.no_grad():
+        student_step_([param], [draw(5)], [state], weights, SETTINGS, backend="reference")
+    assert param.is_leaf
+    assert param._version > version
+    assert not any(t.requires_grad for t in state)
+
+
+def test_nothing_to_step_is_nothing() -> None:
+    student_step_([], [], [], make_weights())
+
+
+def test_steps_repeat_bit_for_bit() -> None:
+    runs = []
+    for _ in range(2):
+        param, state = draw(1000, seed=1), make_state(1000)
+        for step in range(3):
+            grads = [draw(1000, seed=step)]
+            student_step_([param], grads, [state], make_weights(), backend="reference")
+        runs.append((param, *state))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# --- Errors ---
+
+
+def bad(index: int, tensor: Tensor) -> list[Tensor]:
+    weights = make_weights()
+    weights[index] = tensor
+    return weights
+
+
+GOOD = make_state(5)
+FUNCTIONAL_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"grad": torch.zeros(5, dtype=torch.int64)}, TypeError, "grad must be a floating-point"),
+    ({"grad": [0.0] * 5}, TypeError, "grad must be a floating-point tensor, not list"),
+    ({"grad": draw(5, 1)}, ValueError, "grad must have shape (N,), not (5, 1)"),
+    ({"grad": draw(5).float()}, ValueError, "weights[0] must be torch.float32 on cpu"),
+    ({"grad": draw(4)}, ValueError, "state.m must have shape (4,), not (5,)"),
+    ({"grad": draw(5).to("meta")}, ValueError, "weights[0] must be torch.float64 on meta"),
+    ({"weights": []}, ValueError, "weights must hold three tensors a layer"),
+    ({"weights": make_weights()[1:]}, ValueError, "weights must hold three tensors a layer"),
+    ({"weights": make_weights(1)}, ValueError, "state.h must begin with (layers, hidden) = (1, 4)"),
+    (
+        {"weights": make_weights(2, 5)},
+        ValueError,
+        "state.h must begin with (layers, hidden) = (2, 5)",
+    ),
+    (
+        {"weights": bad(3, draw(16, 2))},
+        ValueError,
+        "weights[3] must have shape (16, 4), not (16, 2)",
+    ),
+    ({"weights": bad(2, draw(15))}, ValueError, "weights[2] must have shape (16,), not (15,)"),
+    ({"weights": bad(-2, draw(4))}, ValueError, "weights[-2], the head, must have shape"),
+    ({"weights": bad(-1, draw())}, ValueError, "weights[7] must have shape (1,), not ()"),
+    ({"weights": bad(4, draw(16, 4).float())}, ValueError, "weights[4] must be torch.float64"),
+    ({"state": GOOD._replace(m=draw(4))}, ValueError, "state.m must have shape (5,), not (4,)"),
+    ({"state": GOOD._replace(v=draw(5, 1))}, ValueError, "state.v must have shape (5,)"),
+    ({"state": GOOD._replace(h=draw(2, 4, 6))}, ValueError, "state.h must have shape (2, 4, 5)"),
+    ({"state": GOOD._replace(h=draw())}, ValueError, "state.h must begin with (layers, hidden)"),
+    ({"state": GOOD._replace(c=draw(2, 4))}, ValueError, "state.c must have shape (2, 4, 5)"),
+    ({"state": GOOD._replace(v=draw(5).float())}, ValueError, "state.v must be torch.float64"),
+    ({"backend": "referense"}, ValueError, "did you mean 'reference'?"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "why"), FUNCTIONAL_ERRORS)
+def test_errors_name_the_argument(change: dict[str, Any], kind: type[Exception], why: str) -> None:
+    """A gradient of integers was once reported as a fault of the weights."""
+    arguments = {"grad": draw(5), "state": GOOD, "weights": make_weights()} | change
+    with pytest.raises(kind, match=re.escape(why)):
+        student_step(**arguments)
+
+
+IN_PLACE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"grads": []}, ValueError, "equally many, not 1, 0 and 1"),
+    ({"states": [make_state(2, 3)] * 2}, ValueError, "equally many, not 1, 1 and 2"),
+    ({"grads": [draw(3, 2)]}, ValueError, "grads must have their parameters' shapes: (3, 2)"),
+    (
+        {"params": [torch.zeros(2, 3, dtype=torch.int32)]},
+        TypeError,
+        "params must be a floating-point tensor, not torch.int32",
+    ),
+    (
+        {"grads": [torch.zeros(2, 3, dtype=torch.bool)]},
+        TypeError,
+        "grads must be a floating-point tensor, not torch.bool",
+    ),
+    ({"grads": [draw(2, 3).to("meta")]}, ValueError, "grads must be on cpu, not on meta"),
+    (
+        {"params": [draw(2, 3).to("meta")], "grads": [draw(2, 3).to("meta")]},
+        ValueError,
+        "states must be on meta, not on cpu",
+    ),
+    ({"states": [make_state(6)]}, ValueError, "state.m must have shape (2, 3), not (6,)"),
+    (
+        {"states": [make_state(2, 3, layers=1)]},
+        ValueError,
+        "state.h must begin with (layers, hidden) = (2, 4)",
+    ),
+    (
+        {"states": [make_state(2, 3)._replace(v=draw(3, 2).T)]},
+        ValueError,
+        "state.v must be contiguous",
+    ),
+    (
+        {"states": [make_state(2, 3)._replace(h=draw(2, 4, 3, 2).mT)]},
+        ValueError,
+        "state.h must be contiguous",
+    ),
+    (
+        {"weights": make_weights(dtype=torch.float32)},
+        ValueError,
+        "weights[0] must be torch.float64",
+    ),
+    ({"backend": "none"}, ValueError, "backend must be one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "why"), IN_PLACE_ERRORS)
+def test_in_place_errors_name_the_argument(
+    change: dict[str, Any], kind: type[Exception], why: str
+) -> None:
+    """Integer parameters were once truncated without a word: only float ones had been tried."""
+    param, grad, state = draw(2, 3), draw(2, 3), make_state(2, 3)
+    before = param.clone()
+    arguments = {"params": [param], "grads": [grad], "states": [state], "weights": make_weights()}
+    with pytest.raises(kind, match=re.escape(why)):
+        student_step_(**(arguments | change))
+    assert torch.equal(param, before)
+
+
+def test_initial_state_checks_the_weights() -> None:
+    with pytest.raises(ValueError, match="weights must hold three tensors a layer"):
+        initial_state(draw(3), make_weights()[:-1])

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.backends import core, triton
+from amalgam.ops import backends, teacher_distance
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "losses_and_perturbations.npz"
+SIZES = [0, 1, 2, 31, 32, 33, 63, 1000, 1025, 1027, 65537]
+POOLS = [0, 1, 2, 6]
+EPS = 1e-10
+
+_gpu = pytest.mark.gpu
+PLACES = [
+    pytest.param("cpu", "cpu", id="cpu_on_cpu"),
+    pytest.param("triton", "cuda", id="triton_on_cuda", marks=_gpu),
+    pytest.param("cuda", "cuda", id="cuda_on_cuda", marks=_gpu),
+]
+if triton.INTERPRETING:
+    PLACES.append(pytest.param("triton", "cpu", id="triton_interpreted"))
+
+everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+hubers = pytest.mark.parametrize("huber_delta", [None, 0.01])
+
+
+@pytest.fixture(autouse=True)
+def _works(request: pytest.FixtureRequest) -> None:
+    backend = request.node.callspec.params.get("backend") if _has_params(request) else None
+    if backend in ("cuda", "triton"):
+        status = backends()[backend]
+        if not status.works:
+            pytest.skip(f"{backend}: {status.reason}")
+
+
+def _has_params(request: pytest.FixtureRequest) -> bool:
+    return hasattr(request.node, "callspec")
+
+
+def _values(*shape: int, dtype: torch.dtype, skewed: bool, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*shape, dtype=torch.float64, generator=generator)
+    if skewed:
+        values *= 10 ** (8 * torch.rand(*shape, dtype=torch.float64, generator=generator) - 4)
+    return values.to(dtype)
+
+
+def _truth(
+    student: Tensor, teachers: Tensor, grad: Tensor, huber_delta: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distances and both gradients in the platform's long double."""
+    s, t, g = (x.detach().cpu().double().numpy().astype(np.longdouble) for x in
+               (student, teachers, grad))  # fmt: skip
+    difference = s - t
+    penalty, slope = difference * difference / 2, difference
+    if huber_delta is not None:
+        delta = np.longdouble(huber_delta)
+        size = np.abs(difference)
+        penalty = np.where(size < delta, penalty, delta * (size - delta / 2))
+        slope = np.clip(difference, -delta, delta)
+    total = penalty.sum(1) + np.longdouble(EPS)
+    weighted = (g / total)[:, None] * slope
+    return np.log(total) - np.log(np.longdouble(max(len(s), 1))), weighted.sum(0), -weighted
+
+
+def _run(
+    student: Tensor, teachers: Tensor, grad: Tensor, huber_delta: float | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    student = student.detach().requires_grad_()
+    teachers = teachers.detach().requires_grad_()
+    distances = teacher_distance(
+        student, teachers, eps=EPS, huber_delta=huber_delta, backend=backend
+    )
+    gradients = torch.autograd.grad(distances, (student, teachers), grad)
+    return distances.detach(), *gradients
+
+
+def _assert_accurate(
+    student: Tensor, teachers: Tensor, huber_delta: float | None, backend: str
+) -> None:
+    """The error is at most twice plain PyTorch's in the same dtype.
+
+    Where PyTorch rounds luckily its error is 0, so one evaluation of the formula may round as often
+    as it has operations, half a unit in the last place each: a gradient's sum, + eps, quotient,
+    difference and product; and a distance's difference and square, whose relative error the log
+    makes absolute, and the result's own.
+    """
+    grad = _values(teachers.shape[0], dtype=student.dtype, skewed=False, seed=teachers.shape[0]).to(
+        student.device
+    )
+    results = _run(student, teachers, grad, huber_delta, backend)
+    plain = _run(student, teachers, grad, huber_delta, "reference")
+    truths = _truth(student, teachers, grad, huber_delta)
+    unit = torch.finfo(student.dtype).eps
+    for name, ours, theirs, truth in zip(
+        ("distances", "in_student", "in_teachers"), results, plain, truths, strict=True
+    ):
+        assert ours.shape == theirs.shape == truth.shape
+        assert ours.dtype == student.dtype
+        if truth.size == 0:
+            continue
+        error = np.abs(ours.cpu().numpy() - truth).max()
+        plain_error = np.abs(theirs.cpu().numpy() - truth).max()
+        scale = np.abs(truth).max()
+        floor = unit * (1 + scale if name == "distances" else 2.5 * scale)
+        assert error <= 2 * plain_error + floor, (name, float(error), float(plain_error))
+
+
+@everywhere
+@dtypes
+@hubers
+@pytest.mark.parametrize("k", POOLS)
+@pytest.mark.parametrize("n", SIZES)
+def test_accuracy(
+    backend: str, device: str, dtype: torch.dtype, huber_delta: float | None, k: int, n: int
+) -> None:
+    student = _values(n, dtype=dtype, skewed=False, seed=n).to(device)
+    teachers = _values(k, n, dtype=dtype, skewed=False, seed=n + 1).to(device)
+    _assert_accurate(student, teachers, huber_delta, backend)
+
+
+@everywhere
+@dtypes
+@hubers
+@pytest.mark.parametrize("n", [33, 1027, 65537])
+def test_accuracy_over_eight_decades(
+    backend: str, device: str, dtype: torch.dtype, huber_delta: float | None, n: int
+) -> None:
+    student = _values(n, dtype=dtype, skewed=True, seed=1).to(device)
+    teachers = _values(6, n, dtype=dtype, skewed=True, seed=2).to(device)
+    _assert_accurate(student, teachers, huber_delta, backend)
+
+
+@everywhere
+@dtypes
+@hubers
+def test_zeros_and_identical_vectors(
+    backend: str, device: str, dtype: torch.dtype, huber_delta: float | None
+) -> None:
+    student = _values(1027, dtype=dtype, skewed=True, seed=3).to(device)
+    _assert_accurate(student, student.expand(2, -1), huber_delta, backend)
+    zeros = torch.zeros_like(student)
+    _assert_accurate(zeros, torch.stack([zeros, student]), huber_delta, backend)
+
+
+@everywhere
+@hubers
+def test_non_contiguous_inputs(backend: str, device: str, huber_delta: float | None) -> None:
+    student = _values(2 * 1027, dtype=torch.float32, skewed=False, seed=4).to(device)[::2]
+    teachers = _values(1027, 3, dtype=torch.float32, skewed=False, seed=5).to(device).T
+    assert not student.is_contiguous()
+    assert not teachers.is_contiguous()
+    results = _run(student, teachers, torch.ones(1, device=device).expand(3), huber_delta, backend)
+    packed = _run(
+        student.contiguous(),
+        teachers.contiguous(),
+        torch.ones(3, device=device),
+        huber_delta,
+        backend,
+    )
+    for ours, expected in zip(results, packed, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@everywhere
+def test_addresses_that_no_wide_load_can_use(backend: str, device: str) -> None:
+    numbers = _values(4 * 4099 + 1, dtype=torch.float32, skewed=False, seed=6).to(device)
+    _assert_accurate(numbers[1:4100], numbers[4100:].view(3, 4099), None, backend)
+
+
+@everywhere
+@hubers
+@pytest.mark.parametrize("n", [33, 1027])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_inputs_propagate_as_in_pytorch(
+    backend: str, device: str, huber_delta: float | None, n: int, bad: float
+) -> None:
+    for where in (0, n - 1):
+        student = _values(n, dtype=torch.float32, skewed=False, seed=7).to(device)
+        teachers = _values(3, n, dtype=torch.float32, skewed=False, seed=8).to(device)
+        teachers[1, where] = bad
+        teachers[2, where] = bad
+        for in_student in (False, True):
+            if in_student:
+                student[where] = bad
+            grad = torch.ones(3, device=device)
+            results = _run(student, teachers, grad, huber_delta, backend)
+            # Not autograd of the reference: of torch.where it makes NaN from an infinity's 0 * inf.
+            distances, total = torch.ops.amalgam.teacher_distance(
+                student, teachers, EPS, huber_delta, "reference"
+            )
+            gradients = torch.ops.amalgam.teacher_distance_backward(
+                grad, student, teachers, total, EPS, huber_delta, True, "reference"
+            )
+            for ours, theirs in zip(results, (distances, *gradients), strict=True):
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@everywhere
+@hubers
+def test_only_the_gradients_asked_for(backend: str, device: str, huber_delta: float | None) -> None:
+    student = _values(1027, dtype=torch.float64, skewed=False, seed=9).to(device)
+    teachers = _values(2, 1027, dtype=torch.float64, skewed=False, seed=10).to(device)
+    grad = torch.ones(2, dtype=torch.float64, device=device)
+    _, in_student, in_teachers = _run(student, teachers, grad, huber_delta, backend)
+
+    alone = student.clone().requires_grad_()
+    distances = teacher_distance(alone, teachers, huber_delta=huber_delta, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(distances, alone, grad)[0], in_student)
+
+    alone = teachers.clone().requires_grad_()
+    distances = teacher_distance(student, alone, huber_delta=huber_delta, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(distances, alone, grad)[0], in_teachers)
+
+
+@everywhere
+@hubers
+def test_gradcheck(backend: str, device: str, huber_delta: float | None) -> None:
+    student = _values(35, dtype=torch.float64, skewed=False, seed=11).to(device).requires_grad_()
+    teachers = _values(3, 35, dtype=torch.float64, skewed=False, seed=12).to(device)
+    assert torch.autograd.gradcheck(
+        lambda s, t: teacher_distance(s, t, huber_delta=huber_delta, backend=backend),
+        (student, teachers.requires_grad_()),
+    )
+
+
+@everywhere
+@hubers
+def test_opcheck(backend: str, device: str, huber_delta: float | None) -> None:
+    student = _values(33, dtype=torch.float32, skewed=False, seed=13).to(device)
+    teachers = _values(2, 33, dtype=torch.float32, skewed=False, seed=14).to(device)
+    grad, total = torch.ones(2, device=device), torch.full((2,), 3.0, device=device)
+    torch.library.opcheck(
+        torch.ops.amalgam.teacher_distance.default,
+        (student.requires_grad_(), teachers.requires_grad_(), EPS, huber_delta, backend),
+    )
+    for need_teachers in (False, True):
+        torch.library.opcheck(
+            torch.ops.amalgam.teacher_distance_backward.default,
+            (grad, student.detach(), teachers.detach(), total, EPS, huber_delta, need_teachers,
+             backend),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dtypes
+@hubers
+@pytest.mark.usefixtures("threads")
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, huber_delta: float | None) -> None:
+    student = _values(5 * 65537, dtype=dtype, skewed=False, seed=15)
+    teachers = _values(3, 5 * 65537, dtype=dtype, skewed=False, seed=16)
+    grad = torch.ones(3, dtype=dtype)
+    torch.set_num_threads(1)
+    alone = _run(student, teachers, grad, huber_delta, "cpu")
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for ours, expected in zip(
+            _run(student, teachers, grad, huber_delta, "cpu"), alone, strict=True
+        ):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.gpu
+@everywhere
+def test_same_bits_again_and_on_another_stream(backend: str, device: str) -> None:
+    student = _values(10**6 + 1, dtype=torch.float32, skewed=False, seed=17).to(device)
+    teachers = _values(6, 10**6 + 1, dtype=torch.float32, skewed=False, seed=18).to(device)
+    grad = torch.ones(6, device=device)
+    first = _run(student, teachers, grad, None, backend)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = _run(student, teachers, grad, None, backend)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_more_elements_than_32_bits_count(backend: str) -> None:
+    n = 2**30 + 5
+    if torch.cuda.mem_get_info()[0] < 20 * n:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    student = torch.zeros(n, device="cuda")
+    teachers = torch.zeros(3, n, device="cuda")
+    teachers[2, -1] = 2.0
+    distances = teacher_distance(student, teachers, backend=backend)
+    expected = torch.tensor([EPS, EPS, 2.0], dtype=torch.float64).log() - math.log(n)
+    torch.testing.assert_close(distances.cpu(), expected.float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("key", "huber_delta"), [("log_distance", None), ("log_distance_huber_0.01", 0.01)]
+)
+def test_what_the_authors_code_computes(backend: str, key: str, huber_delta: float | None) -> None:
+    golden = np.load(GOLDEN)
+    student, teacher = (
+        torch.cat([torch.from_numpy(golden[f"{who}.{i}"]).flatten() for i in range(3)]).double()
+        for who in ("student", "teacher")
+    )
+    ours = teacher_distance(student, teacher[None], huber_delta=huber_delta, backend=backend)
+    assert ours.item() == pytest.approx(golden[key].item(), rel=1e-5)
+    itself = teacher_distance(student, student[None], backend=backend)
+    assert itself.item() == pytest.approx(golden["log_distance_self"].item(), rel=1e-5)
+
+
+def _pytest_with(selection: str, **variables: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    module = core.core()
+    if isa not in module.cpu.available_isas():
+        pytest.skip(f"{isa} is not available here, only {module.cpu.available_isas()}")
+    if "AMALGAM_CPU_ISA" in os.environ or isa == module.cpu.isa():
+        return  # this very process tests it
+    _pytest_with("(cpu_on_cpu or threads) and not opcheck and not gradcheck", AMALGAM_CPU_ISA=isa)
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
+def test_triton_kernels_interpreted() -> None:
+    pytest.importorskip("triton")
+    # 4099 coordinates are three blocks already; 65537 take the interpreter a minute.
+    _pytest_with("triton_interpreted and not 65537 and not gradcheck", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kernel", ["sum_blocks", "gradients"])
+def test_triton_kernels_compile_without_spills(kernel: str, arch: int) -> None:
+    pytest.importorskip("triton")
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from amalgam.kernels import teacher_distance as kernels
+
+    function = getattr(kernels, kernel)
+    types = {"n": "i64", "k": "i32", "eps": "fp64", "delta": "fp64", "partials": "*fp64"}
+    switches = {"HUBER": True, "WITH_TEACHERS": True, "BLOCK": kernels.BLOCK}
+    names = function.arg_names
+    signature = {
+        name: "constexpr" if name in switches else types.get(name, "*fp32") for name in names
+    }
+    divisible = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or name == "n"
+    }
+    compiled = compiler.compile(
+        ASTSource(
+            function, signature, {n: v for n, v in switches.items() if n in names}, divisible
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options=kernels.OPTIONS,
+    )
+    assert re.search(r"ld\.global\S*\.v4", compiled.asm["ptx"])
+    assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"])
+    assert not re.search(r"\b(LDL|STL)\b", compiled.asm["sass"])

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from amalgam.backends import build_info, core, cuda, triton
+from amalgam.backends.pointers import checked
+from amalgam.ops import backends, teacher_distance
+from amalgam.ops.registry import resolve
+
+
+@pytest.fixture
+def fresh_probes() -> Iterator[None]:
+    caches = (core.load, cuda._probe, triton._probe)
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def test_all_backends_report_fastest_first() -> None:
+    statuses = backends()
+    order = [name for name in statuses if name != "triton" or not triton.INTERPRETING]
+    assert order == [name for name in ("cuda", "cpu", "triton", "reference") if name in order]
+    assert statuses["cpu"].works, statuses["cpu"].reason
+    for status in statuses.values():
+        assert status.works == (status.reason is None)
+        assert {"teacher_distance", "teacher_distance_backward"} <= set(status.operations)
+
+
+def test_auto_prefers_compiled_code_where_it_computes_the_dtype() -> None:
+    assert resolve("teacher_distance", "auto", torch.zeros(3)) == "cpu"
+    assert resolve("teacher_distance", "auto", torch.zeros(3, dtype=torch.float16)) == "reference"
+
+
+def test_an_unknown_backend_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'triton'"):
+        teacher_distance(torch.zeros(3), torch.zeros(1, 3), backend="tritn")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_asked_for_on_the_wrong_machine_says_why(backend: str) -> None:
+    if backends()[backend].works:
+        pytest.skip(f"{backend} works here")
+    with pytest.raises(RuntimeError, match=f"backend='{backend}' can't compute.*: .{{20}}"):
+        teacher_distance(torch.zeros(3), torch.zeros(1, 3), backend=backend)
+
+
+def test_a_dtype_without_kernel_is_named() -> None:
+    half = torch.zeros(3, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"float32.*float64.*torch\.float16"):
+        teacher_distance(half, half[None], backend="cpu")
+
+
+@pytest.mark.usefixtures("fresh_probes")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ModuleNotFoundError("gone", name="amalgam._core"), "not installed.*pip install"),
+        (ImportError("undefined symbol: x"), "does not load.*undefined symbol: x"),
+    ],
+)
+def test_without_the_compiled_core_auto_works_and_the_rest_explains(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError, expected: str
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert resolve("teacher_distance", "auto", torch.zeros(3)) == "reference"
+    for backend in ("cpu", "cuda"):
+        with pytest.raises(RuntimeError, match=expected):
+            teacher_distance(torch.zeros(3), torch.zeros(1, 3), backend=backend)
+    facts = build_info()
+    assert "core" in str(facts["core"])
+    assert facts["cuda"] is None
+
+
+@pytest.mark.usefixtures("fresh_probes")
+def test_a_core_without_cuda_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "load", lambda: (SimpleNamespace(cuda=None), None))
+    assert "AMALGAM_CUDA=1" in str(cuda._probe())
+
+
+@pytest.mark.usefixtures("fresh_probes")
+def test_a_gpu_older_than_the_kernels_says_which_arch_to_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 1, archs="80;90"))
+    monkeypatch.setattr(core, "load", lambda: (module, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "AMALGAM_CUDA_ARCHS=75" in str(cuda._probe())
+
+
+@pytest.mark.usefixtures("fresh_probes")
+def test_without_triton_the_probe_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in str(triton._probe())
+
+
+def test_build_info_is_complete() -> None:
+    facts = build_info()
+    assert facts["cpu_isa"] in facts["cpu_isas"]  # type: ignore[operator]
+    assert "portable" in facts["cpu_isas"]  # type: ignore[operator]
+    assert (facts["cuda_runtime"] is not None) == facts["cuda"]
+
+
+def test_pointers_are_only_taken_of_what_was_promised() -> None:
+    like = torch.zeros(3)
+    assert checked("x", torch.zeros(6)[::2], (3,), like).is_contiguous()
+    with pytest.raises(ValueError, match=r"x must have shape \(4,\), not \(3,\)"):
+        checked("x", torch.zeros(3), (4,), like)
+    with pytest.raises(ValueError, match=r"x must be torch\.float32 on cpu, not torch\.float64"):
+        checked("x", torch.zeros(3, dtype=torch.float64), (3,), like)
+    with pytest.raises(ValueError, match="x must be a dense tensor"):
+        checked("x", torch.zeros(3).to_sparse(), (3,), like)
+
+
+def test_import_is_light() -> None:
+    heavy = "triton typer matplotlib sklearn pydantic rich torchvision"
+    code = f"import torch, sys; before = set(sys.modules); import amalgam; print([m for m in \
+'{heavy}'.split() if m in set(sys.modules) - before])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
