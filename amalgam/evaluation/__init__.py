@@ -1,0 +1,5 @@
+"""Comparing optimizers: protocol and tables."""
+
+from amalgam.evaluation.protocol import Contender, Curve, Result, evaluate, train, tune
+
+__all__ = ["Contender", "Curve", "Result", "evaluate", "train", "tune"]

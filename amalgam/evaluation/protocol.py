@@ -1,0 +1,211 @@
+"""How optimizers are compared: same task, same seeds, same steps, losses on unseen data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+
+MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+
+RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One training run.
+
+    Attributes:
+        steps: Steps taken when the losses were read, ascending, from 0.
+        losses: Validation losses at those steps.
+        accuracies: Validation accuracies in [0, 1] at those steps; NaN where targets are no
+            classes.
+        training: Loss over all training data after the last step.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    training: float
+
+    @property
+    def final(self) -> float:
+        """The last validation loss."""
+        return self.losses[-1]
+
+    @property
+    def best(self) -> float:
+        """The smallest validation loss."""
+        return min((x for x in self.losses if not math.isnan(x)), default=math.nan)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer to evaluate.
+
+    Attributes:
+        name: For tables and plots.
+        make: Makes it for given parameters.
+    """
+
+    name: str
+    make: MakeOptimizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a contender did on one task.
+
+    Attributes:
+        name: The contender's name.
+        task: The task's name.
+        curves: One a seed.
+    """
+
+    name: str
+    task: str
+    curves: tuple[Curve, ...]
+
+    def summary(self, of: str) -> tuple[float, float]:
+        """Mean and standard deviation over seeds of ``"final"``, ``"best"`` or ``"training"``."""
+        values = [getattr(curve, of) for curve in self.curves]
+        return fmean(values), stdev(values) if len(values) > 1 else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over seeds of the last validation accuracy."""
+        return fmean(curve.accuracies[-1] for curve in self.curves)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable, curves and all."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "curves": [
+                {
+                    "steps": c.steps,
+                    "validation_losses": c.losses,
+                    "accuracies": c.accuracies,
+                    "training_loss": c.training,
+                }
+                for c in self.curves
+            ],
+        }
+
+
+def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int) -> Curve:
+    """Train a fresh optimizee and record its validation loss.
+
+    Args:
+        task: Optimizee and data.
+        make: Makes the optimizer for its parameters.
+        steps: Steps to take.
+        seed: Decides initial parameters and batches, and nothing else does.
+        every: Steps between two readings; the first and the last step are always read.
+    """
+    module = task.init_module(generator_for(seed, "optimizee"))
+    optimizer = make(module.parameters())
+    at, losses, accuracies = [], [], []
+    batches = task.batches(generator_for(seed, "batches"), steps)
+    for step in range(steps + 1):
+        if step % every == 0 or step == steps:
+            loss, accuracy = _measure(task, module, task.validation)
+            at.append(step)
+            losses.append(loss)
+            accuracies.append(accuracy)
+        if step < steps:
+            *inputs, target = next(batches)
+            optimizer.zero_grad()
+            task.loss(module(*inputs), target).backward()
+            optimizer.step()
+    training, _ = _measure(task, module, task.train)
+    return Curve(tuple(at), tuple(losses), tuple(accuracies), training)
+
+
+@torch.no_grad()
+def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[float, float]:
+    """Loss and accuracy of a module on data; accuracy is NaN where targets are no classes."""
+    *inputs, target = data
+    training = module.training
+    module.eval()
+    output = module(*inputs)
+    module.train(training)
+    accuracy = math.nan
+    if not target.is_floating_point() and output.dim() == target.dim() + 1:
+        accuracy = (output.argmax(1) == target).double().mean().item()
+    return task.loss(output, target).item(), accuracy
+
+
+def evaluate(
+    task: Task,
+    contenders: Sequence[Contender],
+    *,
+    steps: int,
+    seeds: int,
+    every: int = 20,
+    first_seed: int = 0,
+    report: Callable[[str], None] = lambda name: None,
+) -> list[Result]:
+    """Every contender on a task, over the same seeds.
+
+    Args:
+        task: Optimizee and data.
+        contenders: The optimizers.
+        steps: Steps of each run.
+        seeds: Runs of each.
+        every: Steps between two readings of the validation loss.
+        first_seed: The runs' seeds are this and those that follow.
+        report: Called with a contender's name when one of its runs is done.
+    """
+    results = []
+    for contender in contenders:
+        curves = []
+        for seed in range(first_seed, first_seed + seeds):
+            curves.append(train(task, contender.make, steps=steps, seed=seed, every=every))
+            report(contender.name)
+        results.append(Result(contender.name, task.name, tuple(curves)))
+    return results
+
+
+def tune(
+    task: Task,
+    optimizer: type[Optimizer],
+    *,
+    steps: int,
+    seeds: int = 1,
+    first_seed: int = 10_000,
+    rates: Sequence[float] = RATES,
+) -> float:
+    """The learning rate with the smallest mean final validation loss.
+
+    Args:
+        task: Optimizee and data.
+        optimizer: Its class; called with parameters and ``lr``.
+        steps: Steps of each run.
+        seeds: Runs a rate, on seeds from ``first_seed`` on, which evaluation does not use.
+        first_seed: The first of them.
+        rates: What to try; the paper's grid by default.
+    """
+
+    def score(rate: float) -> float:
+        result = evaluate(
+            task,
+            [Contender("", lambda params: optimizer(params, lr=rate))],  # type: ignore[call-arg]
+            steps=steps,
+            seeds=seeds,
+            every=steps,
+            first_seed=first_seed,
+        )
+        mean, _ = result[0].summary("final")
+        return math.inf if math.isnan(mean) else mean
+
+    return min(rates, key=score)

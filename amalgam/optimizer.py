@@ -1,0 +1,304 @@
+"""Policies as ``torch.optim`` optimizers: the student, and the analytical teachers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from amalgam import ops
+from amalgam.ops import StudentState
+from amalgam.policies import Student, Teacher
+
+DEFAULT_STUDENT = "digits"
+_STATE = StudentState._fields
+
+
+class _PolicyOptimizer(Optimizer):
+    """What the optimizers here share: closures, refusals, and steps that are taken whole or not.
+
+    Attributes:
+        skipped_steps: Steps not taken because a gradient was not finite (or too large to be
+            squared); parameters and state stayed as they were.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self.skipped_steps = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but hooks; torch's own keeps three attributes, and copies would lack the rest."""
+        return {name: value for name, value in self.__dict__.items() if "hook" not in name}
+
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: Computes the loss anew, with gradients, and returns it.
+
+        Returns:
+            What the closure returned, or ``None``.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradients = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if any(grad.is_sparse for grad in gradients):
+            raise RuntimeError(
+                f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
+            )
+        if not _finite(gradients):
+            self.skipped_steps += 1
+            if self.skipped_steps == 1:
+                warnings.warn(
+                    "a gradient was not finite: the step was skipped, parameters and state are "
+                    "as they were. Further skips are counted in skipped_steps, without a word.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            return loss
+        for group in self.param_groups:
+            self._step_group(group, [p for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+def _finite(gradients: Iterable[Tensor]) -> bool:
+    """Whether all gradients are finite and small enough to be squared in float32."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in gradients:
+        if grad.numel():
+            by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
+    for (_, dtype), grads in by_kind.items():
+        largest = torch.stack(torch._foreach_norm(grads, math.inf)).max().item()
+        limit = math.sqrt(torch.finfo(_computing(dtype)).max)
+        if not largest < limit:
+            return False
+    return True
+
+
+def _computing(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute and keep state in for parameters of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_group(group: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be 0 or more, not {group[name]}")
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
+
+
+class AmalgamatedOptimizer(_PolicyOptimizer):
+    """A learned optimizer where AdamW was: the student steps on every coordinate.
+
+    The first ``warmup_steps`` are SGD, during which the student only watches (its moments follow,
+    its LSTM waits): so it was meta-trained. Then every parameter becomes
+    ``p (1 - lr weight_decay) - lr update``. Source: Optimizer Amalgamation (ICLR 2022).
+
+    A step in which any gradient is not finite is not taken, and counted in ``skipped_steps``.
+
+    Args:
+        params: Parameters or groups, floating point; float64 ones are computed in float64, all
+            others in float32, in which their state is kept.
+        lr: Factor on the student's updates and on warm-up's, 1 for as it was trained; schedulers
+            may drive it.
+        student: A :class:`Student`, a shipped one's name, or a path to a file it was saved to.
+            Its weights are taken once, here.
+        backend: ``"auto"`` for the fastest that works, or a backend's name.
+        warmup_steps: SGD steps before the student takes over; 0 for none, ``None`` for what the
+            student was trained with.
+        warmup_lr: Their learning rate; ``None`` for what the student was trained with.
+        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW; as ``lr`` is 1 here
+            and not 1e-3, useful values are a thousand times smaller.
+
+    Raises:
+        TypeError: A parameter is not floating point.
+        ValueError: A setting is out of range, a backend's name unknown, or the file no student.
+        FileNotFoundError: ``student`` is neither a name nor a file.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        student: Student | str | os.PathLike[str] = DEFAULT_STUDENT,
+        backend: str = "auto",
+        warmup_steps: int | None = None,
+        warmup_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        ops.check_backend(backend)
+        if not isinstance(student, Student):
+            student = Student.load(student)
+        self.backend = backend
+        self.config = student.config
+        self._weights = {torch.device("cpu"): [w.detach().clone().cpu() for w in student.weights()]}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup_steps": self.config.warmup_steps if warmup_steps is None else warmup_steps,
+            "warmup_lr": self.config.warmup_lr if warmup_lr is None else warmup_lr,
+            "student": _digest(self._weights[torch.device("cpu")]),
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: A parameter is not floating point.
+            ValueError: A setting is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            _check_group(group, ("lr", "weight_decay", "warmup_steps", "warmup_lr"))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another's :meth:`state_dict`.
+
+        Args:
+            state_dict: As an optimizer with the same student gave it; not changed. State keeps
+                the dtype it was saved in, whatever the parameters' is.
+
+        Raises:
+            ValueError: It comes from another student, or its groups do not fit.
+        """
+        for group in state_dict["param_groups"]:
+            theirs, ours = group.get("student"), self.defaults["student"]
+            if theirs != ours:
+                raise ValueError(
+                    f"state_dict belongs to another student ({theirs}) than this optimizer's "
+                    f"({ours}); load it into one made with that student"
+                )
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, own, strict=True):
+            for name in _STATE:
+                if index in state_dict["state"]:
+                    # Optimizer.load_state_dict casts state to the parameter's dtype.
+                    tensor = state_dict["state"][index][name]
+                    self.state[param][name] = tensor.detach().to(param.device, copy=True)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        trained: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in params:
+            state = self._state_of(param)
+            if state["step"] < group["warmup_steps"]:
+                self._warm_up(param, state, lr, lr * float(group["warmup_lr"]), decay)
+            else:
+                key = param.device, _computing(param.dtype)
+                trained.setdefault(key, []).append(param)
+            state["step"] += 1
+        for (device, dtype), batch in trained.items():
+            ops.student_step_(
+                batch,
+                [param.grad for param in batch if param.grad is not None],
+                [StudentState(*(self.state[p][name] for name in _STATE)) for p in batch],
+                self._weights_for(device, dtype),
+                self.config.settings,
+                lr=lr,
+                weight_decay=decay,
+                backend=self.backend,
+            )
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            weights = self._weights_for(param.device, _computing(param.dtype))
+            state["step"] = torch.zeros(())
+            state.update(ops.initial_state(param, weights)._asdict())
+        return state
+
+    def _warm_up(
+        self, param: Tensor, state: dict[str, Any], lr: float, sgd_lr: float, decay: float
+    ) -> None:
+        grad = param.grad.to(state["m"].dtype)  # type: ignore[union-attr]
+        m, v = ops.update_moments(grad, state["m"], state["v"], self.config.settings)
+        state["m"].copy_(m)
+        state["v"].copy_(v)
+        param.copy_(param.to(grad.dtype) * (1 - lr * decay) - sgd_lr * grad)
+
+    def _weights_for(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        if device not in self._weights:
+            self._weights[device] = [w.to(device) for w in self._weights[torch.device("cpu")]]
+        weights = self._weights[device]
+        return weights if weights[0].dtype == dtype else [w.to(dtype) for w in weights]
+
+
+def _digest(weights: Iterable[Tensor]) -> str:
+    """A short fingerprint of weights, to tell students apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    for weight in weights:
+        digest.update(weight.to(torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TeacherOptimizer(_PolicyOptimizer):
+    """An analytical teacher as an optimizer, to stand beside the student it taught.
+
+    Args:
+        params: Parameters or groups, floating point.
+        teacher: A :class:`Teacher`, or a kind for one with the paper's settings.
+
+    Raises:
+        TypeError: A parameter is not floating point.
+        ValueError: There is no such kind.
+    """
+
+    def __init__(self, params: Any, teacher: Teacher | str) -> None:
+        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        super().__init__(params, {"lr": self.teacher.lr})
+        for group in self.param_groups:
+            _check_group(group, ("lr",))
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        how = self.teacher
+        for param in params:
+            state = self.state[param]
+            if not state:
+                dtype = _computing(param.dtype)
+                state["m"] = torch.zeros_like(param, dtype=dtype).reshape(1, -1)
+                state["v"] = state["m"].clone()
+            update, state["m"], state["v"] = ops.teacher_step(
+                param.grad.to(state["m"].dtype).reshape(1, -1),  # type: ignore[union-attr]
+                state["m"],
+                state["v"],
+                [how.kind],
+                [float(group["lr"])],
+                [how.beta1],
+                [how.beta2],  # type: ignore[list-item]
+                [how.eps],
+            )
+            param.sub_(update.view(param.shape).to(param.dtype))

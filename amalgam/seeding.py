@@ -1,0 +1,17 @@
+"""Random numbers by purpose: each use gets a generator of its own, derived from the run's seed.
+
+A use that is repeated (after a resume, say) sees the same numbers whatever ran before it, so no
+generator's state ever has to be saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator_for(seed: int, *path: str | int) -> torch.Generator:
+    """A CPU generator for the purpose that ``path`` names, such as ``("episode", 3)``."""
+    digest = hashlib.blake2b(repr((seed, *path)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,31 @@
+"""Optimizees and their data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from amalgam.tasks.digits import digits_cnn, digits_mlp
+from amalgam.tasks.task import Batch, Layout, Task
+
+TASKS: dict[str, Callable[[int], Task]] = {"digits-mlp": digits_mlp, "digits-cnn": digits_cnn}
+
+
+def load(name: str, batch_size: int = 128) -> Task:
+    """The task of that name.
+
+    Args:
+        name: One of :data:`TASKS`.
+        batch_size: Samples a step.
+
+    Raises:
+        ValueError: There is no such task, or its data has fewer samples than a batch.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(str(name), TASKS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"task must be one of {list(TASKS)}, not {name!r}{hint}")
+    return TASKS[name](batch_size)
+
+
+__all__ = ["TASKS", "Batch", "Layout", "Task", "digits_cnn", "digits_mlp", "load"]

@@ -1,0 +1,120 @@
+"""A task: an optimizee and the data it is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Batch = tuple[Tensor, ...]
+
+
+class Layout:
+    """Where each parameter of a module lies in one flat vector.
+
+    Args:
+        shapes: Shapes by name, in order.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self.shapes = dict(shapes)
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+        self.numel = sum(self.sizes)
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Parameters by name -> one vector, shape (numel,)."""
+        return torch.cat([params[name].reshape(-1) for name in self.shapes])
+
+    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        """One vector, shape (numel,) -> views of it by name."""
+        parts = flat.split(self.sizes)
+        named = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.view(shape) for (name, shape), part in named}
+
+
+@dataclass
+class Task:
+    """An optimizee (any ``nn.Module``) and its data (any tensors of equal length).
+
+    The module is called with a batch's first tensors and its loss with the output and the last:
+    ``loss(module(*batch[:-1]), batch[-1])``, a mean over the batch. Buffers (such as batch norm's
+    running statistics) are constants of an unroll.
+
+    Attributes:
+        name: For tables and files.
+        build: Makes a freshly initialised module.
+        train: Training data, each tensor (samples, ...).
+        validation: Data to judge by, likewise; never trained on.
+        loss: Loss of output and target.
+        batch_size: Samples a step.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Sequence[Tensor]
+    validation: Sequence[Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    batch_size: int = 128
+    layout: Layout = field(init=False)
+    _module: nn.Module = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the data, and look at one module's parameters."""
+        for name in ("train", "validation"):
+            lengths = {len(tensor) for tensor in getattr(self, name)}
+            if len(lengths) != 1 or 0 in lengths:
+                raise ValueError(
+                    f"{name} must hold tensors of one length, at least 1, not of {sorted(lengths)}"
+                )
+        if not 1 <= self.batch_size <= len(self.train[0]):
+            raise ValueError(
+                f"batch_size must be between 1 and the {len(self.train[0])} training samples, "
+                f"not {self.batch_size}"
+            )
+        self._module = self.init_module(torch.Generator().manual_seed(0))
+        self.layout = Layout({n: p.shape for n, p in self._module.named_parameters()})
+
+    def describe(self) -> str:
+        """Name, sizes and a fingerprint of the data, for provenance."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (*self.train, *self.validation):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return (
+            f"{self.name}: {len(self.train[0])} training and {len(self.validation[0])} validation "
+            f"samples, blake2b {digest.hexdigest()}"
+        )
+
+    def init_module(self, generator: torch.Generator) -> nn.Module:
+        """A module initialised from ``generator`` alone; torch's global state stays untouched."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build()
+
+    def init_params(self, generator: torch.Generator) -> Tensor:
+        """Initial parameters as one vector, shape (layout.numel,)."""
+        module = self.init_module(generator)
+        return self.layout.flatten(dict(module.named_parameters())).detach()
+
+    def batches(self, generator: torch.Generator, steps: int) -> Iterator[Batch]:
+        """Batches for so many steps: shuffled epochs, whole batches only."""
+        samples = len(self.train[0])
+        per_epoch = samples // self.batch_size
+        for step in range(steps):
+            if step % per_epoch == 0:
+                order = torch.randperm(samples, generator=generator)
+            start = step % per_epoch * self.batch_size
+            chosen = order[start : start + self.batch_size]
+            yield tuple(tensor[chosen] for tensor in self.train)
+
+    def objective(self, flat: Tensor, batch: Batch) -> Tensor:
+        """The batch's loss at parameters given as one vector, shape (layout.numel,)."""
+        params = self.layout.unflatten(flat)
+        buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        output = torch.func.functional_call(self._module, (params, buffers), batch[:-1])
+        return self.loss(output, batch[-1])

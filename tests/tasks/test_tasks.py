@@ -1,0 +1,99 @@
+"""Tasks: any module, any tensors, the same numbers for the same generator."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from amalgam import tasks
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+
+
+@pytest.mark.parametrize(("name", "numel"), [("digits-mlp", 1510), ("digits-cnn", 5130)])
+def test_digits(name, numel) -> None:
+    task = tasks.load(name, batch_size=32)
+    assert task.layout.numel == numel
+    images, labels = task.train
+    assert (len(images), len(task.validation[0])) == (1437, 360)
+    assert images.min() == 0
+    assert images.max() == 1
+    assert set(labels.tolist()) == set(range(10))
+    params = task.init_params(generator_for(0))
+    biases = [v for n, v in task.layout.unflatten(params).items() if n.endswith("bias")]
+    assert all((b == 0).all() for b in biases)
+    batch = next(task.batches(generator_for(0), 1))
+    assert 1 < task.objective(params, batch).item() < 6
+
+
+def test_the_generator_decides_everything() -> None:
+    task = tasks.load("digits-mlp")
+    one, two, other = (task.init_params(generator_for(s)) for s in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    state = torch.get_rng_state()
+    task.init_params(generator_for(2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_are_epochs() -> None:
+    data = torch.arange(10).float()
+    task = Task("count", lambda: nn.Linear(1, 1), (data, data), (data, data), batch_size=3)
+    batches = [batch[0] for batch in task.batches(generator_for(0), 6)]
+    for epoch in (batches[:3], batches[3:]):
+        assert len(torch.cat(epoch).unique()) == 9
+    assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:]))
+
+
+def test_flat_objective_is_the_modules() -> None:
+    task = tasks.load("digits-cnn", batch_size=16)
+    module = task.init_module(generator_for(3))
+    flat = task.layout.flatten(dict(module.named_parameters())).detach().requires_grad_()
+    batch = next(task.batches(generator_for(0), 1))
+    (grad,) = torch.autograd.grad(task.objective(flat, batch), flat)
+    loss = functional.cross_entropy(module(batch[0]), batch[1])
+    expected = torch.autograd.grad(loss, list(module.parameters()))
+    assert torch.allclose(grad, torch.cat([g.flatten() for g in expected]), atol=1e-7)
+
+
+def test_any_module_and_loss() -> None:
+    """Several inputs, batch norm's buffers, a regression loss."""
+
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            self.out = nn.Linear(2, 1)
+
+        def forward(self, a, b):
+            return self.out(self.norm(a * b))
+
+    a, b, y = torch.randn(20, 2), torch.randn(20, 2), torch.randn(20, 1)
+    task = Task("two", TwoInputs, (a, b, y), (a, b, y), loss=functional.mse_loss, batch_size=20)
+    params = task.init_params(generator_for(0)).requires_grad_()
+    batch = next(task.batches(generator_for(0), 1))
+    first = task.objective(params, batch)
+    assert torch.equal(first, task.objective(params, batch))
+    (grad,) = torch.autograd.grad(first, params, create_graph=True)
+    torch.autograd.grad(grad.square().sum(), params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": (torch.ones(3), torch.ones(4))}, "train"),
+        ({"validation": (torch.ones(0), torch.ones(0))}, "validation"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 5}, "batch_size must be between 1 and the 4"),
+    ],
+)
+def test_bad_tasks_are_named(changes, named) -> None:
+    data = (torch.ones(4, 1), torch.ones(4))
+    settings = {"train": data, "validation": data, "batch_size": 2} | changes
+    with pytest.raises(ValueError, match=named):
+        Task("bad", lambda: nn.Linear(1, 1), **settings)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(ValueError, match="did you mean 'digits-mlp'"):
+        tasks.load("digit-mlp")
