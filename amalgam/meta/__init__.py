@@ -1,0 +1,17 @@
+"""Meta-training: unrolls, losses, the trainer and its run folder."""
+
+from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.trainer import Stage, Trainer, Training
+from amalgam.meta.unroll import MECHANISMS, Amalgamation, Trajectories, Unroll, Window
+
+__all__ = [
+    "MECHANISMS",
+    "Amalgamation",
+    "Stage",
+    "Trainer",
+    "Training",
+    "Trajectories",
+    "Unroll",
+    "Window",
+    "clip_adaptively",
+]

@@ -1,0 +1,227 @@
+"""The trainer: learning, skipping, checkpoints, resuming to the same bits."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from amalgam import weights
+from amalgam.meta import Amalgamation, Stage, Trainer, Training, clip_adaptively
+from amalgam.meta.trainer import CHECKPOINT, METRICS, STUDENT
+from amalgam.policies import Pool, Student, StudentConfig
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def linear_task() -> Task:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 4, generator=generator)
+    y = (x[:, 0] > 0).long()
+    return Task(
+        "linear", lambda: nn.Linear(4, 2), (x[:48], y[:48]), (x[48:], y[48:]), batch_size=16
+    )
+
+
+def trainer(folder, **changes) -> Trainer:
+    settings = {
+        "amalgamation": Amalgamation(scale_spread=1.0, backend="reference"),
+        "training": Training(
+            unroll=4, validate_every=3, validation_steps=6, validation_seeds=1, checkpoint_every=2
+        ),
+        "stages": (Stage(3, 1, 0.2), Stage(2, 2, 0.05)),
+        "seed": 7,
+    } | changes
+    config = StudentConfig(hidden=4, layers=1, warmup_steps=2)
+    student = Student(config, generator=generator_for(settings["seed"], "student"))
+    return Trainer(student, linear_task(), Pool(["adam", "sgd"]), folder=folder, **settings)
+
+
+def metrics(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+def test_a_run_learns(tmp_path) -> None:
+    """Meta-training brings the meta-loss of a task it can learn down."""
+    run = trainer(
+        tmp_path,
+        training=Training(unroll=10, meta_lr=0.01, validate_every=0),
+        stages=(Stage(60, 1, 0.05),),
+        amalgamation=Amalgamation(scale_spread=0.0, backend="reference"),
+    )
+    run.run()
+    losses = [row["meta_loss"] for row in metrics(tmp_path)]
+    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.1
+
+
+def test_run_folder(tmp_path) -> None:
+    run = trainer(tmp_path)
+    seen = []
+    student = run.run(report=seen.append)
+    rows = metrics(tmp_path)
+    assert [row["meta_step"] for row in rows] == list(range(1, 8)) == [r["meta_step"] for r in seen]
+    assert [row["stage"] for row in rows] == [0, 0, 0, 1, 1, 1, 1]
+    assert [row["episode"] for row in rows] == [0, 1, 2, 3, 3, 4, 4]
+    assert [row["window"] for row in rows] == [0, 0, 0, 0, 1, 0, 1]
+    assert [row["meta_step"] for row in rows if "validation" in row] == [3, 6, 7]
+    assert set(rows[0]["loss"]) == {"student", "adam", "sgd"}
+    assert sum(rows[0]["followed"].values()) == pytest.approx(1)
+    loaded = Student.load(tmp_path / STUDENT)
+    assert all(map(torch.equal, loaded.weights(), student.weights()))
+    assert loaded.provenance["meta_steps"] == 7
+    best = min((row for row in rows if "validation" in row), key=lambda row: row["validation"])
+    assert loaded.provenance["kept_meta_step"] == best["meta_step"]
+
+
+def test_same_seed_same_bits(tmp_path) -> None:
+    one, two, other = (
+        trainer(tmp_path / name, seed=seed).run().weights()
+        for name, seed in (("a", 7), ("b", 7), ("c", 8))
+    )
+    assert all(map(torch.equal, one, two))
+    assert not all(map(torch.equal, one, other))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_resumed_run_ends_in_the_same_bits(tmp_path, at) -> None:
+    whole = trainer(tmp_path / "whole").run().weights()
+
+    def kill(row: dict) -> None:
+        if row["meta_step"] == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer(tmp_path / "cut").run(report=kill)
+    with (tmp_path / "cut" / METRICS).open("a") as log:
+        log.write('{"meta_step": 99, "cut sho')
+    with pytest.raises(FileExistsError) if at > 1 else pytest.raises(Killed):
+        trainer(tmp_path / "cut").run(report=kill)
+    resumed = trainer(tmp_path / "cut").run(resume=True).weights()
+    assert all(map(torch.equal, whole, resumed))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_random_state_outside_does_not_matter(tmp_path) -> None:
+    torch.manual_seed(0)
+    one = trainer(tmp_path / "a").run().weights()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    two = trainer(tmp_path / "b").run().weights()
+    assert all(map(torch.equal, one, two))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 8}, "seed = 7, not 8"),
+        ({"stages": (Stage(3, 1, 0.2),)}, "stages"),
+        ({"amalgamation": Amalgamation(mechanism="mean")}, "mechanism"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused(tmp_path, changes, named) -> None:
+    trainer(tmp_path).run()
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path, **changes).run(resume=True)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
+    trainer(tmp_path).run()
+    content = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        trainer(tmp_path).run(resume=True)
+
+
+def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
+    run = trainer(tmp_path, training=Training(unroll=4, validate_every=0))
+    plain = run._unroll.window
+    at = []
+
+    def window(begin, batches, weights=None):
+        result = plain(begin, batches, weights)
+        at.append(1)
+        if len(at) in (2, 5):
+            first = run.student.weights()[0]
+            object.__setattr__(result, "meta_loss", (first.sum() * 0).sqrt())
+        return result
+
+    run._unroll.window = window  # type: ignore[method-assign]
+    before: list[list[Tensor]] = [[w.clone() for w in run.student.weights()]]
+    rows = []
+
+    def report(row: dict) -> None:
+        rows.append(row)
+        before.append([w.clone() for w in run.student.weights()])
+
+    run.run(report=report)
+    assert [row["skipped_meta_steps"] for row in rows] == [0, 1, 1, 1, 2, 2, 2]
+    for step in range(7):
+        unchanged = all(map(torch.equal, before[step], before[step + 1]))
+        assert unchanged == (step in (1, 4))
+    assert all(w.isfinite().all() for w in run.student.weights())
+    assert rows[1]["grad_norm"] is None
+
+
+def test_a_window_without_a_usable_step_is_skipped(tmp_path) -> None:
+    run = trainer(tmp_path, training=Training(unroll=4, validate_every=0))
+    run.task.loss = lambda out, target: out.sum() * math.nan
+    before = [w.clone() for w in run.student.weights()]
+    run.run()
+    rows = metrics(tmp_path)
+    assert rows[-1]["skipped_meta_steps"] == 7
+    assert rows[0]["skipped_steps"] == {"student": 4, "adam": 4, "sgd": 4}
+    assert all(map(torch.equal, before, run.student.weights()))
+
+
+def test_checkpoint_is_not_a_student(tmp_path) -> None:
+    trainer(tmp_path).run()
+    with pytest.raises(
+        ValueError, match="must be an amalgam student, but is an amalgam checkpoint"
+    ):
+        Student.load(tmp_path / CHECKPOINT)
+    tensors, about = weights.read(tmp_path / CHECKPOINT, "checkpoint")
+    assert about["meta_step"] == 7
+    assert "trajectories.params" in tensors
+
+
+def test_clipping_matches_the_authors() -> None:
+
+    data = np.load(GOLDEN / "losses_and_perturbations.npz")
+
+    def column(name: str) -> list[Tensor]:
+        return [torch.from_numpy(data[f"agc.{name}.{i}"]).double() for i in range(3)]
+
+    for ours, theirs in zip(
+        clip_adaptively(column("weight"), column("grad")), column("clipped"), strict=True
+    ):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "named"),
+    [
+        (Stage, {"episodes": 0}, "episodes"),
+        (Stage, {"imitation_weight": -1.0}, "imitation_weight"),
+        (Training, {"unroll": 0}, "unroll"),
+        (Training, {"meta_lr": 0.0}, "meta_lr"),
+        (Training, {"validate_every": -1}, "validate_every"),
+    ],
+)
+def test_bad_settings_are_named(kind, wrong, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        kind(**wrong)

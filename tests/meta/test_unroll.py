@@ -1,0 +1,232 @@
+"""Unrolls: scaling, first and second order, and what non-finite values do to trajectories."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from amalgam.meta import Amalgamation, Unroll
+from amalgam.policies import Pool, Student, StudentConfig, Teacher
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+
+POOL = Pool(["adam", "rmsprop", "sgd"])
+ALL = 1 + len(POOL)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.second = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@pytest.fixture
+def task() -> Task:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 3, generator=generator).double()
+    y = torch.randint(2, (40,), generator=generator)
+    return Task("net", lambda: Net().double(), (x, y), (x, y), batch_size=8)
+
+
+@pytest.fixture
+def student() -> Student:
+    config = StudentConfig(hidden=5, warmup_steps=2)
+    return Student(config, generator=torch.Generator().manual_seed(2)).double()
+
+
+def unroll_of(task: Task, student: Student, **how: object) -> Unroll:
+    return Unroll(task, student, POOL, Amalgamation(backend="reference", **how))
+
+
+def episode(unroll: Unroll, steps: int, seed: int = 0) -> tuple:
+    begin = unroll.begin(generator_for(seed, "episode"))
+    return begin, list(unroll.task.batches(generator_for(seed, "batches"), steps))
+
+
+def same(one: Tensor | tuple, two: Tensor | tuple) -> bool:
+    """Whether two nests of tensors hold the same bits."""
+    if isinstance(one, tuple):
+        return all(same(a, b) for a, b in zip(one, two, strict=True))
+    return torch.equal(one, two)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_meta_gradient_is_the_derivative(task, student, second_order) -> None:
+    """Against central differences of the loss; without second order, gradients are recorded."""
+    unroll = unroll_of(task, student, second_order=second_order, scale_spread=1.0)
+    begin, batches = episode(unroll, 4)
+    weights = [w.detach().clone().requires_grad_() for w in student.weights()]
+    recorded: list[Tensor] = []
+    replay = False
+    plain = unroll._gradient
+
+    def gradient(params, scale, batch, create_graph=False):
+        loss, grad = plain(params, scale, batch, create_graph)
+        if second_order or params.dim() != 1 or not params.requires_grad:
+            return loss, grad
+        if not replay:
+            recorded.append(grad.detach())
+            return loss, grad
+        # First order by definition: the loss as it is, the policy's input as it was.
+        return unroll.task.objective(params * scale, batch), recorded[len(replayed)]
+
+    replayed: list[int] = []
+    if not second_order:
+        step = student.step
+
+        def counted(*args, **kwargs):
+            replayed.append(1)
+            return step(*args, **kwargs)
+
+        object.__setattr__(student, "step", counted)
+    unroll._gradient = gradient  # type: ignore[method-assign]
+
+    def loss_at(weights: list[Tensor]) -> Tensor:
+        replayed.clear()
+        window = unroll.window(begin, batches, weights)
+        return window.meta_loss + 0.2 * window.imitation_loss
+
+    grads = torch.autograd.grad(loss_at(weights), weights)
+    replay = True
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(w.shape, generator=generator).double() for w in weights]
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+    step_size = 1e-5
+    ends = [
+        loss_at(
+            [w.detach() + sign * step_size * d for w, d in zip(weights, directions, strict=True)]
+        )
+        for sign in (1, -1)
+    ]
+    numeric = (ends[0] - ends[1]).item() / (2 * step_size)
+    assert slope.item() == pytest.approx(numeric, rel=1e-6)
+
+
+def test_orders_differ(task, student) -> None:
+    grads = []
+    for second_order in (True, False):
+        unroll = unroll_of(task, student, second_order=second_order)
+        window = unroll.window(*episode(unroll, 5))
+        grads.append(torch.autograd.grad(window.meta_loss, student.weights()))
+    assert not torch.allclose(grads[0][0], grads[1][0], rtol=1e-3)
+
+
+def test_windows_carry_on(task, student) -> None:
+    """Two windows of 3 steps end where one of 6 does."""
+    unroll = unroll_of(task, student)
+    begin, batches = episode(unroll, 6)
+    whole = unroll.window(begin, batches).end
+    halves = unroll.window(unroll.window(begin, batches[:3]).end, batches[3:]).end
+    assert same(whole, halves)
+
+
+def test_teachers_are_their_optimizers(task, student) -> None:
+    """With scaling they do not feel, the teachers walk as TeacherOptimizer does without any."""
+    from amalgam import TeacherOptimizer
+
+    unroll = unroll_of(task, student, scale_spread=2.0)
+    begin, batches = episode(unroll, 6)
+    end = unroll.window(begin, batches).end
+    start = begin.params * begin.scale
+    for k, teacher in enumerate(POOL.teachers):
+        flat = nn.Parameter(start.clone())
+        optimizer = TeacherOptimizer([flat], teacher)
+        for batch in batches:
+            optimizer.zero_grad()
+            task.objective(flat, batch).backward()
+            optimizer.step()
+        assert torch.allclose(end.teacher_params[k] * end.scale, flat.detach(), rtol=1e-9)
+
+
+def test_scaling_changes_the_student_alone(task, student) -> None:
+    ends = []
+    for spread in (0.0, 2.0):
+        unroll = unroll_of(task, student, scale_spread=spread)
+        ends.append(unroll.window(*episode(unroll, 4)).end)
+    plain, scaled = ends
+    assert torch.allclose(plain.teacher_params, scaled.teacher_params * scaled.scale, rtol=1e-9)
+    assert not torch.allclose(plain.params, scaled.params * scaled.scale, rtol=1e-2)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_unusable_gradients_are_skipped_and_counted(task, student, poison, at) -> None:
+    """The authors' guard zeroes all parameters here; ours leaves the trajectories as they were."""
+    unroll = unroll_of(task, student, scale_spread=1.0)
+    begin, batches = episode(unroll, 5)
+    x, y = batches[at]
+    bad = x.clone()
+    bad[0, 0] = poison
+    if poison == 1e300:  # a gradient that is finite, but whose square is not
+        task.loss = lambda out, target: (
+            nn.functional.cross_entropy(out, target) * (1e300 if target is bad_target else 1.0)
+        )
+        bad, bad_target = x, y.clone()
+        batches[at] = (x, bad_target)
+    else:
+        batches[at] = (bad, y)
+    window = unroll.window(begin, batches)
+    assert window.skipped.tolist() == [1] * ALL
+    without = unroll.window(begin, batches[:at] + batches[at + 1 :])
+    assert same(window.end, without.end)
+    assert window.end.params.count_nonzero() == window.end.params.numel()
+    loss = window.meta_loss + window.imitation_loss
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, student.weights()))
+
+
+def test_warm_up_skips_unusable_gradients(task, student) -> None:
+    unroll = unroll_of(task, student)
+    begin, batches = episode(unroll, 3)
+    bad = (batches[1][0] * math.nan, batches[1][1])
+    got = unroll.warm_up(begin, [batches[0], bad, batches[2]])
+    want = unroll.warm_up(begin, [batches[0], batches[2]])
+    assert same(got, want)
+
+
+def test_one_teacher_diverges_alone(task, student) -> None:
+    """A teacher whose updates overflow stands still; the others and the student go on."""
+    pool = Pool([Teacher("sgd", 1e38), Teacher("adam")])
+    task = replace(task, build=lambda: Net().float())
+    x, y = (t[:, :] if t.dim() > 1 else t for t in task.train)
+    task.train = (x.float(), y)
+    unroll = Unroll(
+        task, student.float(), pool, Amalgamation(backend="reference", scale_spread=0.0)
+    )
+    begin, batches = episode(unroll, 6)
+    window = unroll.window(begin, batches)
+    assert window.skipped[0] == 0
+    assert window.skipped[2] == 0
+    assert window.skipped[1] > 0
+    assert window.end.teacher_params.isfinite().all()
+    assert window.end.params.isfinite().all()
+
+
+def test_no_teachers(task, student) -> None:
+    unroll = Unroll(task, student, Pool([]), Amalgamation(backend="reference"))
+    window = unroll.window(*episode(unroll, 3))
+    assert window.imitation_loss == 0
+    assert window.losses.shape == (3, 1)
+    assert window.distances.shape == (3, 0)
+    torch.autograd.grad(window.meta_loss, student.weights())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"mechanism": "median"}, "mechanism"),
+        ({"scale_spread": -1.0}, "scale_spread"),
+        ({"huber_delta": 0.0}, "huber_delta"),
+        ({"eps": 0.0}, "eps"),
+        ({"backend": "cpuu"}, "did you mean 'cpu'"),
+    ],
+)
+def test_bad_settings_are_named(wrong, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        Amalgamation(**wrong)
