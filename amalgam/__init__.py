@@ -1,0 +1,20 @@
+"""Optimizer amalgamation for PyTorch: teachers in, one fused learned optimizer out."""
+
+from amalgam import ops  # isort: skip
+from amalgam import backends as _backends  # noqa: F401  registers them with ops
+from amalgam import tasks
+from amalgam.optimizer import AmalgamatedOptimizer, TeacherOptimizer
+from amalgam.policies import Pool, Student, StudentConfig, Teacher
+from amalgam.version import __version__
+
+__all__ = [
+    "AmalgamatedOptimizer",
+    "Pool",
+    "Student",
+    "StudentConfig",
+    "Teacher",
+    "TeacherOptimizer",
+    "__version__",
+    "ops",
+    "tasks",
+]

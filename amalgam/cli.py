@@ -1,0 +1,200 @@
+"""The command line: ``amalgam train | evaluate | convert | info``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from amalgam import ops, recipes, tasks, weights
+from amalgam.version import describe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Amalgamate optimizers: teachers in, one learned optimizer out.",
+)
+_console = Console()
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe's name, or a path to a TOML file.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/RECIPE-SEED]")] = None,
+    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.unroll=20"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+) -> None:
+    """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
+    from amalgam.evaluation import tables
+    from amalgam.experiment import Experiment, title
+
+    name = Path(recipe).stem
+    folder = out or Path("runs") / f"{name}-{seed}"
+    chosen = recipes.load(recipe, override or [])
+    run = Experiment(chosen, folder, name=name, seed=seed, resume=resume)
+    _console.print(f"{name}: {chosen.description}\nrun folder: {folder}", highlight=False)
+
+    with Progress(
+        TextColumn("meta-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("meta-loss {task.fields[meta]:+.3f}  imitation {task.fields[imitation]:+.3f}"),
+        TimeRemainingColumn(),
+        console=_console,
+    ) as progress:
+        bar = progress.add_task("", total=run.trainer.meta_steps, meta=0.0, imitation=0.0)
+
+        def metrics(row: dict[str, Any]) -> None:
+            progress.update(
+                bar,
+                completed=row["meta_step"],
+                meta=_number(row["meta_loss"]),
+                imitation=_number(row["imitation_loss"]),
+            )
+
+        run.train(metrics)
+        progress.update(bar, completed=run.trainer.meta_steps)
+
+    with _console.status("evaluating") as status:
+        results = run.evaluate(lambda who: status.update(f"evaluating: {who}"))
+    for task_results in results:
+        _console.print(tables.terminal(title(task_results, chosen.evaluation.steps), task_results))
+    _console.print(f"student: {folder / 'student.safetensors'}\nplots:   {folder / 'plots'}")
+
+
+@app.command()
+def evaluate(
+    students: Annotated[
+        list[str], typer.Argument(help="Students: names of shipped ones, or paths.")
+    ],
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task; may be given several times.")
+    ] = None,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="A teacher to stand beside them, at the paper's rate.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 500,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
+    every: Annotated[int, typer.Option(min=1, help="Steps between readings.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="Folder for results and plots.")] = None,
+) -> None:
+    """Train tasks with students and with torch's Adam and AdamW at their tuned rates."""
+    from functools import partial
+
+    from amalgam import experiment
+    from amalgam.evaluation import Contender, tables
+    from amalgam.evaluation import evaluate as compare
+    from amalgam.optimizer import TeacherOptimizer
+    from amalgam.policies import Pool, Student
+
+    pool = Pool(teacher or [])
+    loaded = [(Path(name).stem, Student.load(name)) for name in students]
+    chosen = [tasks.load(name, batch_size) for name in task or ["digits-cnn"]]
+    results = []
+    with _console.status("evaluating") as status:
+
+        def report(who: str) -> None:
+            status.update(f"evaluating: {who}")
+
+        for one in chosen:
+            everybody = [
+                *(experiment.student_contender(*pair) for pair in loaded),
+                *(Contender(n, partial(TeacherOptimizer, teacher=t))
+                  for n, t in zip(pool.names, pool.teachers, strict=True)),
+                *experiment.torch_contenders(one, steps=steps, report=report),
+            ]  # fmt: skip
+            results.append(
+                compare(one, everybody, steps=steps, seeds=seeds, every=every, report=report)
+            )
+    if out is not None:
+        experiment.record(results, out, steps=steps)
+    for task_results in results:
+        _console.print(tables.terminal(experiment.title(task_results, steps), task_results))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="An .npz, or a TensorFlow checkpoint's folder.")],
+    dest: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    key: Annotated[str | None, typer.Option(help="Which student of an .npz: min-max/1")] = None,
+) -> None:
+    """Convert one of the paper's authors' released students into one of ours."""
+    from amalgam.convert import convert as convert_student
+
+    student = convert_student(source, dest, key=key)
+    _console.print(f"{dest}: {student.config}", highlight=False)
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """What works on this machine, and why the rest does not."""
+    from amalgam.backends.core import build_info
+
+    report: dict[str, Any] = {
+        **describe(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "core": build_info(),
+        "backends": [dataclasses.asdict(status) for status in ops.backends().values()],
+        "students": list(weights.shipped()),
+        "recipes": list(recipes.shipped()),
+        "tasks": list(tasks.TASKS),
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for key, value in report.items():
+        if key != "backends":
+            shown = ", ".join(value) if isinstance(value, list) else value
+            _console.print(f"{key}: {shown}", highlight=False)
+    table = Table("backend", "works", "operations", "why not")
+    for status in report["backends"]:
+        forward = [name for name in status["operations"] if not name.endswith("_backward")]
+        table.add_row(
+            status["name"],
+            "yes" if status["works"] else "no",
+            ", ".join(forward),
+            status["reason"] or "",
+        )
+    _console.print(table)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is shown without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("AMALGAM_DEBUG"):
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
