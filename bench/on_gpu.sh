@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Tests marked gpu and the benchmarks on a machine with a GPU and no network: builds in place, and
+# installs nothing. Needs python3 with torch, pybind11, pytest and pytest-benchmark.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+out=${OUT:-bench/results}
+mkdir -p "$out"
+
+python3 setup.py --quiet build_ext --inplace
+ln -sfn ../kernels amalgam/kernels
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+python3 -c 'from amalgam.backends import build_info; print(build_info())' | tee "$out/build.txt"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/gpu.csv" || true
+
+# The machine may lack plug-ins that pyproject.toml sets options for; its settings are not needed.
+pytest=(python3 -m pytest -c /dev/null --rootdir="$PWD" -p no:cacheprovider)
+status=0
+timeout 240 "${pytest[@]}" -W ignore::pytest.PytestUnknownMarkWarning -q -m gpu \
+  tests/ops/test_teacher_distance.py 2>&1 | tee "$out/tests.txt" || status=$?
+
+# No speed-up on a red gate.
+if [ "$status" -eq 0 ]; then
+  timeout 300 "${pytest[@]}" -q bench/bench_*.py -k cuda \
+    --benchmark-json="$out/rows.json" 2>&1 | tee "$out/bench.txt"
+fi
+exit "$status"
