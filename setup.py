@@ -25,6 +25,7 @@ from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
@@ -136,6 +137,20 @@ def isas() -> list[str]:
     universal = "-arch arm64" in os.environ.get("ARCHFLAGS", "")
     x86 = platform.machine().lower() in ("x86_64", "amd64") and not universal
     return list(ISA_FLAGS) if x86 else ["portable"]
+
+
+class BuildPython(build_py):
+    """Copies the modules, and writes down the commit they come from for the students they train."""
+
+    def run(self) -> None:
+        """Build, and write ``amalgam/COMMIT`` where git knows one."""
+        super().run()
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        if self.editable_mode or not (ROOT / ".git").exists() or shutil.which("git") is None:
+            return
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            (Path(self.build_lib) / "amalgam" / "COMMIT").write_text(done.stdout, encoding="utf-8")
 
 
 class BuildCore(build_ext):
@@ -254,7 +269,7 @@ def arguments() -> dict[str, Any]:
                 language="c++",
             )
         ],
-        "cmdclass": {"build_ext": BuildCore},
+        "cmdclass": {"build_ext": BuildCore, "build_py": BuildPython},
     }
 
 

@@ -16,6 +16,9 @@ def describe() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
+    built_from = Path(__file__).with_name("COMMIT")  # setup.py writes it where it installs
+    if built_from.exists():
+        return built_from.read_text(encoding="utf-8").strip()
     root = Path(__file__).resolve().parents[1]
     if (root / ".git").exists():
         try:
