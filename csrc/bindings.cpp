@@ -5,11 +5,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "cpu/activation_sweep.h"
 #include "cpu/dispatch.h"
+#include "cpu/storage.h"
+#include "cpu/student_step.h"
 #include "cpu/teacher_distance.h"
+#include "cpu/teacher_step.h"
 #ifdef AMALGAM_WITH_CUDA
 #include "cuda/runtime.h"
 #include "cuda/teacher_distance.h"
@@ -37,9 +44,127 @@ std::string compiler() {
 #endif
 }
 
+amalgam::cpu::Storage storage(const std::string& dtype) {
+  using amalgam::cpu::Storage;
+  if (dtype == "float32") return Storage::float32;
+  if (dtype == "float64") return Storage::float64;
+  if (dtype == "bfloat16") return Storage::bfloat16;
+  if (dtype == "float16") return Storage::float16;
+  throw std::invalid_argument("no storage is called " + dtype);
+}
+
+template <typename T>
+std::vector<T*> all_at(const std::vector<Address>& addresses) {
+  std::vector<T*> pointers;
+  for (Address address : addresses) pointers.push_back(at<T>(address));
+  return pointers;
+}
+
+// A tensor: numel, then the addresses of grad, m, v, h, c, the new m, v, h, c, and out.
+using TensorTuple = std::array<Address, 11>;
+using Constants = std::array<double, 4>;  // alpha, beta1, beta2, eps
+
+amalgam::cpu::StudentConstants student_constants(const Constants& values) {
+  return {values[0], values[1], values[2], values[3]};
+}
+
+template <typename T>
+void bind_student_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  module.def(
+      ("student_step_" + dtype).c_str(),
+      [](const std::vector<TensorTuple>& tuples, const std::vector<Address>& weights, int layers,
+         int hidden, const Constants& constants, const std::string& grad, const std::string& cells,
+         const std::string& out, bool in_place, double lr, double weight_decay, int threads) {
+        std::vector<amalgam::cpu::StudentTensor> tensors;
+        for (const TensorTuple& t : tuples) {
+          tensors.push_back({static_cast<int64_t>(t[0]), at<void>(t[1]), at<void>(t[2]),
+                             at<void>(t[3]), at<void>(t[4]), at<void>(t[5]), at<void>(t[6]),
+                             at<void>(t[7]), at<void>(t[8]), at<void>(t[9]), at<void>(t[10])});
+        }
+        const amalgam::cpu::StudentStep step{
+            layers,         hidden,       student_constants(constants),
+            storage(grad),  storage(cells), storage(out),
+            in_place,       lr,           weight_decay};
+        const std::vector<const T*> pointers = all_at<const T>(weights);
+        const py::gil_scoped_release release;
+        amalgam::cpu::student_step<T>(step, pointers.data(), tensors.data(),
+                                      static_cast<int64_t>(tensors.size()), threads);
+      },
+      "tensors"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a, "grad"_a,
+      "cells"_a, "out"_a, "in_place"_a, "lr"_a, "weight_decay"_a, "threads"_a);
+  module.def(
+      ("student_step_backward_" + dtype).c_str(),
+      [](const std::array<Address, 5>& grads_out, const std::array<Address, 5>& inputs,
+         const std::array<Address, 5>& in_grads, const std::vector<Address>& weights,
+         const std::vector<Address>& in_weights, int64_t n, int layers, int hidden,
+         const Constants& constants, int threads) {
+        const std::vector<const T*> from = all_at<const T>(weights);
+        const std::vector<T*> to = all_at<T>(in_weights);
+        const py::gil_scoped_release release;
+        amalgam::cpu::student_step_backward<T>(
+            layers, hidden, student_constants(constants), from.data(), n, at<const T>(inputs[0]),
+            at<const T>(inputs[1]), at<const T>(inputs[2]), at<const T>(inputs[3]),
+            at<const T>(inputs[4]), at<const T>(grads_out[0]), at<const T>(grads_out[1]),
+            at<const T>(grads_out[2]), at<const T>(grads_out[3]), at<const T>(grads_out[4]),
+            at<T>(in_grads[0]), at<T>(in_grads[1]), at<T>(in_grads[2]), at<T>(in_grads[3]),
+            at<T>(in_grads[4]), to.data(), threads);
+      },
+      "grads_out"_a, "inputs"_a, "in_grads"_a, "weights"_a, "in_weights"_a, py::kw_only(), "n"_a,
+      "layers"_a, "hidden"_a, "constants"_a, "threads"_a);
+}
+
+template <typename T>
+void bind_teacher_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  using Ints = std::vector<int>;
+  using Doubles = std::vector<double>;
+  module.def(
+      ("teacher_step_" + dtype).c_str(),
+      [](Address grads, Address m, Address v, Address updates, Address new_m, Address new_v,
+         int64_t n, int64_t k, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
+         const Doubles& beta2, const Doubles& eps, int threads) {
+        amalgam::cpu::teacher_step(
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()}, at<const T>(grads),
+            at<const T>(m), at<const T>(v), at<T>(updates), at<T>(new_m), at<T>(new_v), n, k,
+            threads);
+      },
+      "grads"_a, "m"_a, "v"_a, "updates"_a, "new_m"_a, "new_v"_a, py::kw_only(), "n"_a, "k"_a,
+      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "threads"_a, WithoutGil());
+  module.def(
+      ("teacher_step_backward_" + dtype).c_str(),
+      [](Address d_updates, Address d_m, Address d_v, Address grads, Address m, Address v,
+         Address in_grads, Address in_m, Address in_v, int64_t n, int64_t k, const Ints& kinds,
+         const Doubles& lr, const Doubles& beta1, const Doubles& beta2, const Doubles& eps,
+         int threads) {
+        amalgam::cpu::teacher_step_backward(
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()},
+            at<const T>(d_updates), at<const T>(d_m), at<const T>(d_v), at<const T>(grads),
+            at<const T>(m), at<const T>(v), at<T>(in_grads), at<T>(in_m), at<T>(in_v), n, k,
+            threads);
+      },
+      "d_updates"_a, "d_m"_a, "d_v"_a, "grads"_a, "m"_a, "v"_a, "in_grads"_a, "in_m"_a, "in_v"_a,
+      py::kw_only(), "n"_a, "k"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "threads"_a,
+      WithoutGil());
+}
+
+void bind_activation(py::module_& module, const char* name,
+                     amalgam::cpu::ActivationKernel amalgam::cpu::ActivationKernels::*kernel) {
+  using namespace py::literals;
+  module.def(
+      name,
+      [kernel](Address from, Address to, int64_t count) {
+        using namespace amalgam::cpu;
+        (AMALGAM_DISPATCH(activation_kernels).*kernel)(at<const float>(from), at<float>(to), count);
+      },
+      "from_"_a, "to"_a, "count"_a);
+}
+
 template <typename T>
 void bind_cpu(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
+  bind_teacher_step<T>(module, dtype);
+  bind_student_step<T>(module, dtype);
   module.def(
       ("teacher_distance_" + dtype).c_str(),
       [](Address student, Address teachers, Address distances, Address totals, int64_t n,
@@ -108,6 +233,9 @@ PYBIND11_MODULE(_core, module) {
   py::module_ cpu = module.def_submodule("cpu");
   cpu.def("isa", [] { return std::string(amalgam::cpu::name(amalgam::cpu::isa())); });
   cpu.def("available_isas", &amalgam::cpu::available_isas);
+  bind_activation(cpu, "tanh", &amalgam::cpu::ActivationKernels::tanh);
+  bind_activation(cpu, "sigmoid", &amalgam::cpu::ActivationKernels::sigmoid);
+  bind_activation(cpu, "tanh_slope", &amalgam::cpu::ActivationKernels::tanh_slope);
   bind_cpu<float>(cpu, "float32");
   bind_cpu<double>(cpu, "float64");
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from amalgam.backends import core
-from amalgam.backends.pointers import checked, dtype_name
+from amalgam.backends.pointers import checked, distinct, dtype_name, in_place
+from amalgam.ops import KINDS
 from amalgam.ops.registry import register_backend
 
 NO_HUBER = -1.0
@@ -80,3 +83,224 @@ def _teacher_distance_backward(
         threads=torch.get_num_threads(),
     )
     return in_student, in_teachers
+
+
+@backend.kernel("student_step")
+def _student_step(
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = _checked_state((grad, m, v, h, c))
+    weights = _checked_weights(weights, grad)
+    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    update, *state = outputs
+    _run_student_step(
+        [_addresses(grad.numel(), *inputs, *state, update)],
+        weights,
+        (alpha, beta1, beta2, eps),
+        grad=dtype_name(grad),
+        cells=dtype_name(grad),
+        out=dtype_name(grad),
+        in_place=False,
+        lr=0.0,
+        weight_decay=0.0,
+    )
+    return outputs  # type: ignore[return-value]
+
+
+@backend.kernel("student_step_backward")
+def _student_step_backward(
+    grads_out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    inputs = _checked_state((grad, m, v, h, c))
+    grads_out = _checked_state(tuple(grads_out), like=grad, shapes=inputs)
+    weights = _checked_weights(weights, grad)
+    in_grads = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    in_weights = [weight.new_empty(weight.shape) for weight in weights]
+    layers, hidden = h.shape[:2]
+    getattr(core.core().cpu, f"student_step_backward_{dtype_name(grad)}")(
+        _addresses(*grads_out),
+        _addresses(*inputs),
+        _addresses(*in_grads),
+        _addresses(*weights),
+        _addresses(*in_weights),
+        n=grad.numel(),
+        layers=layers,
+        hidden=hidden,
+        constants=(alpha, beta1, beta2, eps),
+        threads=torch.get_num_threads(),
+    )
+    return *in_grads, in_weights  # type: ignore[return-value]
+
+
+@backend.kernel("student_step_")
+def _student_step_in_place(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    c: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    weights = _checked_weights(weights, m[0])
+    batches: dict[tuple[torch.dtype, ...], list[list[int]]] = {}
+    alive: list[Tensor] = []
+    copied: list[tuple[Tensor, Tensor]] = []
+    distinct("params and states", [*params, *m, *v, *h, *c])
+    for param, grad, *state in zip(params, grads, m, v, h, c, strict=True):
+        likes = (m[0], m[0], h[0], h[0])
+        state = [
+            in_place(name, tensor, tensor.shape, like)
+            for name, tensor, like in zip("mvhc", state, likes, strict=True)
+        ]
+        dense = param.contiguous()
+        grad = checked("grads", grad, param.shape, grad)
+        if dense is not param:
+            copied.append((param, dense))
+        alive += [dense, grad]
+        addresses = _addresses(param.numel(), grad, *state, *state, dense)
+        batches.setdefault((grad.dtype, param.dtype), []).append(addresses)
+    for (grad_dtype, param_dtype), tensors in batches.items():
+        _run_student_step(
+            tensors,
+            weights,
+            (alpha, beta1, beta2, eps),
+            grad=dtype_name(grad_dtype),
+            cells=dtype_name(h[0]),
+            out=dtype_name(param_dtype),
+            in_place=True,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+    for param, dense in copied:
+        param.copy_(dense)
+
+
+def _run_student_step(
+    tensors: list[list[int]],
+    weights: Sequence[Tensor],
+    constants: tuple[float, float, float, float],
+    **how: object,
+) -> None:
+    function = getattr(core.core().cpu, f"student_step_{dtype_name(weights[0])}")
+    function(
+        tensors,
+        _addresses(*weights),
+        layers=(len(weights) - 2) // 3,
+        hidden=weights[-2].shape[1],
+        constants=constants,
+        threads=torch.get_num_threads(),
+        **how,
+    )
+
+
+def _checked_state(
+    tensors: Sequence[Tensor], like: Tensor | None = None, shapes: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Contiguous grad (or update), m, v of shape (N,) and h, c of shape (layers, hidden, N)."""
+    like = tensors[0] if like is None else like
+    return tuple(
+        checked(name, tensor, shaped.shape, like)
+        for name, tensor, shaped in zip("gmvhc", tensors, shapes or tensors, strict=True)
+    )
+
+
+def _checked_weights(weights: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    return [checked(f"weights[{i}]", w, w.shape, like) for i, w in enumerate(weights)]
+
+
+def _addresses(*values: Tensor | int) -> list[int]:
+    return [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+
+
+@backend.kernel("teacher_step")
+def _teacher_step(
+    grads: Tensor,
+    m: Tensor,
+    v: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Tensor, ...]:
+    k, n = grads.shape
+    inputs = _checked_pool(("grads", "m", "v"), (grads, m, v))
+    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    getattr(core.core().cpu, f"teacher_step_{dtype_name(grads)}")(
+        *(tensor.data_ptr() for tensor in (*inputs, *outputs)),
+        n=n,
+        k=k,
+        **_checked_teachers(k, kinds, lr, beta1, beta2, eps),
+        threads=torch.get_num_threads(),
+    )
+    return outputs
+
+
+@backend.kernel("teacher_step_backward")
+def _teacher_step_backward(
+    grads_out: Sequence[Tensor],
+    grads: Tensor,
+    m: Tensor,
+    v: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Tensor, ...]:
+    k, n = grads.shape
+    names = ("grads", "m", "v", "grads_out[0]", "grads_out[1]", "grads_out[2]")
+    grads, m, v, *grads_out = _checked_pool(names, (grads, m, v, *grads_out))
+    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
+    getattr(core.core().cpu, f"teacher_step_backward_{dtype_name(grads)}")(
+        *(tensor.data_ptr() for tensor in (*grads_out, grads, m, v, *outputs)),
+        n=n,
+        k=k,
+        **_checked_teachers(k, kinds, lr, beta1, beta2, eps),
+        threads=torch.get_num_threads(),
+    )
+    return outputs
+
+
+def _checked_pool(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:
+    like = tensors[0]
+    pairs = zip(names, tensors, strict=True)
+    return [checked(name, tensor, like.shape, like) for name, tensor in pairs]
+
+
+def _checked_teachers(
+    k: int, kinds: Sequence[int], *columns: Sequence[float]
+) -> dict[str, Sequence[float]]:
+    if any(not 0 <= kind < len(KINDS) for kind in kinds):
+        raise ValueError(f"kinds must be numbers below {len(KINDS)}, not {list(kinds)}")
+    settings = dict(zip(("kinds", "lr", "beta1", "beta2", "eps"), (kinds, *columns), strict=True))
+    for name, values in settings.items():
+        if len(values) != k:
+            raise ValueError(f"{name} must hold {k} numbers, one a row, not {len(values)}")
+    return settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,31 @@ def checked(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> Te
     return tensor.contiguous()
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """``"float32"`` for ``torch.float32``: how the compiled functions' names end."""
-    return str(tensor.dtype).removeprefix("torch.")
+def in_place(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """``tensor``, as :func:`checked` has it, for compiled code to write to.
+
+    Raises:
+        ValueError: It is not what compiled code will take it for, or not contiguous: a copy would
+            be written in its place.
+    """
+    if checked(name, tensor, shape, like) is not tensor and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
+    return tensor
+
+
+def distinct(name: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors to be written to of which two begin at one address.
+
+    Raises:
+        ValueError: Two of them do; threads would write to both at once.
+    """
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(f"{name} must not share memory: each tensor may be passed once")
+
+
+def dtype_name(dtype: Tensor | torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32`` or a tensor of it: how compiled functions' names end."""
+    if isinstance(dtype, Tensor):
+        dtype = dtype.dtype
+    return str(dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ Every operation is a ``torch.library`` operator, so ``torch.compile``, fake tens
 chooses the backend.
 """
 
+from amalgam.ops.choice_step import ChoiceSettings, ChoiceState, choice_step
 from amalgam.ops.registry import BackendStatus, backends, check_backend
 from amalgam.ops.student_step import (
     StepSettings,
@@ -20,10 +21,13 @@ from amalgam.ops.teacher_step import KINDS, teacher_step
 __all__ = [
     "KINDS",
     "BackendStatus",
+    "ChoiceSettings",
+    "ChoiceState",
     "StepSettings",
     "StudentState",
     "backends",
     "check_backend",
+    "choice_step",
     "initial_state",
     "student_step",
     "student_step_",

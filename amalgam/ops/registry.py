@@ -177,6 +177,17 @@ def compute(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
     return _backends[name].kernels[operation].function(*args)
 
 
+def once_differentiable(backward: torch.library.CustomOpDef, operation: str) -> None:
+    """Have an operation's backward say that it can't be differentiated, when it is tried."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{operation} is differentiable once; backend='reference' is to any order"
+        )
+
+    backward.register_autograd(refuse)
+
+
 reference = register_backend(
     REFERENCE,
     rank=0,

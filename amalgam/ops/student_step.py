@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.ops import registry
+from amalgam.ops import lstm, registry
 
 _NAME = "student_step"
 FEATURES = 2
+OUTPUTS = 1
 CHUNK = 16384
 
 
@@ -92,8 +93,10 @@ def student_step(
         RuntimeError: The backend asked for can't compute this here.
     """
     _check_floating("grad", grad)
-    _check_weights(weights, state.h, grad)
-    _check_state(state, grad)
+    lstm.check_weights(weights, state.h, grad, FEATURES, OUTPUTS)
+    if grad.dim() != 1:
+        raise ValueError(f"grad must have shape (N,), not {tuple(grad.shape)}")
+    _check_state(state, grad, grad.shape, state.h.shape[:2], grad)
     chosen = registry.resolve(_NAME, backend, grad)
     if chosen == registry.REFERENCE:
         out = _reference(grad, *state, weights, *settings)
@@ -121,7 +124,8 @@ def student_step_(
         params: Parameters of any shape and floating-point dtype.
         grads: Their gradients, same shapes; computed with in the states' dtype.
         states: Their states, with m, v of the parameter's shape S and h, c of shape
-            (layers, hidden, *S), contiguous, all in the weights' dtype.
+            (layers, hidden, *S), contiguous, all in the weights' dtype; beside float32, h and c
+            may be bfloat16 (all of them), to which they are rounded after every step.
         weights: As in :func:`student_step`, float32 or float64.
         settings: The student's constants.
         lr: Factor on every update.
@@ -141,16 +145,20 @@ def student_step_(
         )
     if not params:
         return
+    first = states[0]
+    _check_floating("state.m", first.m)
+    lstm.check_weights(weights, first.h, first.m, FEATURES, OUTPUTS)
+    narrow = first.h.dtype == torch.bfloat16 and first.m.dtype == torch.float32
     for param, grad, state in zip(params, grads, states, strict=True):
         if grad.shape != param.shape:
             raise ValueError(
                 f"grads must have their parameters' shapes: {tuple(grad.shape)} "
                 f"stands against {tuple(param.shape)}"
             )
-        for name, tensor in (("params", param), ("grads", grad), ("state.m", state.m)):
+        for name, tensor in (("params", param), ("grads", grad)):
             _check_floating(name, tensor)
-        _check_weights(weights, state.h, state.m)
-        _check_state(state, state.m, param.shape)
+        cells_like = first.h if narrow else first.m
+        _check_state(state, first.m, param.shape, first.h.shape[:2], cells_like)
         for name, tensor in zip(StudentState._fields, state, strict=True):
             if not tensor.is_contiguous():
                 raise ValueError(f"state.{name} must be contiguous")
@@ -164,27 +172,31 @@ def student_step_(
     )
 
 
-def initial_state(like: Tensor, weights: Sequence[Tensor]) -> StudentState:
+def initial_state(
+    like: Tensor, weights: Sequence[Tensor], cells_dtype: torch.dtype | None = None
+) -> StudentState:
     """The zero state for a tensor of coordinates.
 
     Args:
         like: A tensor of the coordinates' shape S and device.
         weights: The student's weights; the state takes their dtype.
+        cells_dtype: Dtype of h and c where it is to be another: bfloat16 beside float32 halves
+            the state, in the in-place form.
 
     Returns:
         m, v of shape S and h, c of shape (layers, hidden, *S), contiguous zeros.
     """
-    layers, hidden = _architecture(weights)
-    dtype, device = weights[0].dtype, like.device
+    layers, hidden = lstm.architecture(weights, OUTPUTS)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
+    def zeros(*shape: int, dtype: torch.dtype = weights[0].dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
 
+    cells = cells_dtype or weights[0].dtype
     return StudentState(
         zeros(*like.shape),
         zeros(*like.shape),
-        zeros(layers, hidden, *like.shape),
-        zeros(layers, hidden, *like.shape),
+        zeros(layers, hidden, *like.shape, dtype=cells),
+        zeros(layers, hidden, *like.shape, dtype=cells),
     )
 
 
@@ -197,62 +209,34 @@ def update_moments(
     return new_m, new_v
 
 
-def _architecture(weights: Sequence[Tensor]) -> tuple[int, int]:
-    """(layers, hidden) of a list of weights."""
-    if len(weights) < 5 or (len(weights) - 2) % 3:
-        raise ValueError(
-            f"weights must hold three tensors a layer and two of the head, not {len(weights)}"
-        )
-    if weights[-2].dim() != 2:
-        raise ValueError(
-            f"weights[-2], the head, must have shape (1, hidden), not {tuple(weights[-2].shape)}"
-        )
-    return (len(weights) - 2) // 3, weights[-2].shape[-1]
-
-
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
 
 
-def _check_weights(weights: Sequence[Tensor], h: Tensor, like: Tensor) -> None:
-    layers, hidden = _architecture(weights)
-    expected: list[tuple[int, ...]] = []
-    for layer in range(layers):
-        inputs = hidden if layer else FEATURES
-        expected += [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,)]
-    expected += [(1, hidden), (1,)]
-    for index, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"weights[{index}] must have shape {shape}, not {tuple(weight.shape)}")
-        if weight.dtype != like.dtype or weight.device != like.device:
-            raise ValueError(
-                f"weights[{index}] must be {like.dtype} on {like.device}, "
-                f"not {weight.dtype} on {weight.device}"
-            )
-    if tuple(h.shape[:2]) != (layers, hidden):
-        raise ValueError(
-            f"state.h must begin with (layers, hidden) = {(layers, hidden)} to fit the weights, "
-            f"not with {tuple(h.shape[:2])}"
-        )
-
-
-def _check_state(state: StudentState, like: Tensor, shape: torch.Size | None = None) -> None:
-    if shape is None:
-        shape = like.shape
-        if like.dim() != 1:
-            raise ValueError(f"grad must have shape (N,), not {tuple(shape)}")
-    cells = (*state.h.shape[:2], *shape)
-    for name, want in (("m", shape), ("v", shape), ("h", cells), ("c", cells)):
-        tensor = getattr(state, name)
+def _check_state(
+    state: StudentState,
+    like: Tensor,
+    shape: Sequence[int],
+    architecture: Sequence[int],
+    cells_like: Tensor,
+) -> None:
+    """Raise unless m, v have this shape and are like ``like``, and h, c like ``cells_like``."""
+    cells = (*architecture, *shape)
+    for name, tensor, want, example in (
+        ("m", state.m, shape, like),
+        ("v", state.v, shape, like),
+        ("h", state.h, cells, cells_like),
+        ("c", state.c, cells, cells_like),
+    ):
         if tuple(tensor.shape) != tuple(want):
             raise ValueError(
                 f"state.{name} must have shape {tuple(want)}, not {tuple(tensor.shape)}"
             )
-        if tensor.dtype != like.dtype or tensor.device != like.device:
+        if tensor.dtype != example.dtype or tensor.device != example.device:
             raise ValueError(
-                f"state.{name} must be {like.dtype} on {like.device}, "
+                f"state.{name} must be {example.dtype} on {example.device}, "
                 f"not {tensor.dtype} on {tensor.device}"
             )
 
@@ -274,22 +258,10 @@ def _reference(
     m, v = update_moments(grad, m, v, StepSettings(alpha, beta1, beta2, eps))
     scale = (v / (1 - beta2) + eps).rsqrt()
     x = torch.stack((m / (1 - beta1) * scale, grad * scale))
-    new_h, new_c = [], []
-    for layer in range(h.shape[0]):
-        i, f, a, o = _gates(x, h[layer], *weights[3 * layer : 3 * layer + 3])
-        cell = f * c[layer] + i * a
-        x = o * cell.tanh()
-        new_h.append(x)
-        new_c.append(cell)
+    x, h, c = lstm.step(x, h, c, weights)
     head, head_bias = weights[-2:]
     update = alpha * (head @ x + head_bias[:, None]).tanh().squeeze(0)
-    return update, m, v, torch.stack(new_h), torch.stack(new_c)
-
-
-def _gates(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """Input, forget, candidate, output gate, (hidden, N) each, of x (inputs, N), h (hidden, N)."""
-    i, f, a, o = (torch.addmm(bias[:, None], w_ih, x) + w_hh @ h).chunk(4)
-    return i.sigmoid(), f.sigmoid(), a.tanh(), o.sigmoid()
+    return update, m, v, h, c
 
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
@@ -312,51 +284,19 @@ def _reference_backward(
     scale = (v / (1 - beta2) + eps).rsqrt()
     m_hat = m / (1 - beta1)
 
-    inputs, gates, cells = [torch.stack((m_hat * scale, grad * scale))], [], []
-    for layer in range(h.shape[0]):
-        i, f, a, o = _gates(inputs[layer], h[layer], *weights[3 * layer : 3 * layer + 3])
-        cell = f * c[layer] + i * a
-        gates.append((i, f, a, o))
-        cells.append(cell)
-        inputs.append(o * cell.tanh())
-
+    traced = lstm.trace(torch.stack((m_hat * scale, grad * scale)), h, c, weights)
+    out = traced.inputs[-1]
     head, head_bias = weights[-2:]
-    top = (head @ inputs[-1] + head_bias[:, None]).tanh()
+    top = (head @ out + head_bias[:, None]).tanh()
     d_top = d_update * alpha * (1 - top.square())
-    d_weights = [d_top @ inputs[-1].T, d_top.sum(1)]
-    d_x = head.T @ d_top
-    in_h, in_c = [], []
-    for layer in reversed(range(h.shape[0])):
-        w_ih, w_hh, _ = weights[3 * layer : 3 * layer + 3]
-        i, f, a, o = gates[layer]
-        squashed = cells[layer].tanh()
-        d_out = d_x + d_h[layer]
-        d_cell = d_c[layer] + d_out * o * (1 - squashed.square())
-        d_gates = torch.cat(
-            (
-                d_cell * a * i * (1 - i),
-                d_cell * c[layer] * f * (1 - f),
-                d_cell * i * (1 - a.square()),
-                d_out * squashed * o * (1 - o),
-            )
-        )
-        d_weights[:0] = [d_gates @ inputs[layer].T, d_gates @ h[layer].T, d_gates.sum(1)]
-        in_h.append(w_hh.T @ d_gates)
-        in_c.append(d_cell * f)
-        d_x = w_ih.T @ d_gates
+    d_x, in_h, in_c, d_weights = lstm.backward(traced, head.T @ d_top, d_h, d_c, h, c, weights)
+    d_weights += [d_top @ out.T, d_top.sum(1)]
 
     d_scale = d_x[0] * m_hat + d_x[1] * grad
     d_m = d_m + d_x[0] * scale / (1 - beta1)
     d_v = d_v - 0.5 * d_scale * scale.pow(3) / (1 - beta2)
     d_grad = d_x[1] * scale + (1 - beta1) * d_m + 2 * (1 - beta2) * grad * d_v
-    return (
-        d_grad,
-        beta1 * d_m,
-        beta2 * d_v,
-        torch.stack(in_h[::-1]),
-        torch.stack(in_c[::-1]),
-        d_weights,
-    )
+    return d_grad, beta1 * d_m, beta2 * d_v, in_h, in_c, d_weights
 
 
 @registry.reference.kernel(f"{_NAME}_", dtypes=None)
@@ -514,3 +454,4 @@ def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+registry.once_differentiable(_backward_op, _NAME)

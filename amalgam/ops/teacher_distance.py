@@ -172,3 +172,4 @@ def _autograd(ctx, grad, _grad_of_total):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+registry.once_differentiable(_backward_op, _NAME)

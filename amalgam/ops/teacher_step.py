@@ -307,3 +307,4 @@ def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
+registry.once_differentiable(_backward_op, _NAME)

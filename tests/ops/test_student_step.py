@@ -1,7 +1,9 @@
 """``student_step`` in plain PyTorch: the truth that the other backends are held to."""
 
 import math
+import os
 import re
+import subprocess
 import sys
 from typing import Any
 
@@ -600,3 +602,260 @@ def test_in_place_errors_name_the_argument(
 def test_initial_state_checks_the_weights() -> None:
     with pytest.raises(ValueError, match="weights must hold three tensors a layer"):
         initial_state(draw(3), make_weights()[:-1])
+
+
+# The compiled backends, held to the reference by one rule: the error, against float64, is at most
+# twice what plain PyTorch makes in that dtype.
+
+SHAPES = [(2, 20), (1, 20), (1, 8), (1, 4), (3, 5), (1, 1), (2, 33), (1, 64)]
+compiled = pytest.mark.parametrize("backend", ["cpu"])
+
+
+def skewed_inputs(
+    size: int, layers: int, hidden: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, StudentState, list[Tensor]]:
+    """Gradients over eight decades with zeros among them, states as a run leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    decades = 10 ** (8 * torch.rand(size, dtype=torch.float64, generator=generator) - 6)
+    grad = draw(size, seed=seed) * decades
+    grad[::7] = 0
+    state = make_state(size, layers=layers, hidden=hidden, seed=seed)
+    state = state._replace(m=state.m * decades, v=state.v * decades.square())
+    weights = make_weights(layers, hidden)
+    return (
+        grad.to(dtype),
+        StudentState(*(t.to(dtype) for t in state)),
+        [w.to(dtype) for w in weights],
+    )
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """Tensors of a nest of tuples and lists."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for output in outputs for tensor in flat(output)]
+
+
+def doubled(values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return values.double()
+    return [doubled(value) for value in values] if isinstance(values, (list, tuple)) else values
+
+
+def assert_as_accurate(operation: Any, draws: list[tuple[Any, ...]], backend: str) -> None:
+    """The largest error is at most twice PyTorch's: the ratio's geometric mean over the draws.
+
+    One draw is no yardstick: its largest error is that of one number, which PyTorch sometimes
+    rounds the right way, so each error counts with one unit in the last place added. In float64,
+    where nothing more precise stands by, both agree to 1e-12.
+    """
+    logs = [0.0] * len(flat(operation(*draws[0], backend)))
+    for arguments in draws:
+        truth = flat(operation(*doubled(arguments), "reference"))
+        plain = flat(operation(*arguments, "reference"))
+        ours = flat(operation(*arguments, backend))
+        for index, (o, p, t) in enumerate(zip(ours, plain, truth, strict=True)):
+            assert o.shape == t.shape
+            assert o.dtype == p.dtype
+            if o.dtype == torch.float64:
+                torch.testing.assert_close(o, t, rtol=1e-9, atol=1e-12)
+            elif t.numel() and t.any():
+                unit = torch.finfo(o.dtype).eps * t.abs().max()
+                ratio = ((o - t).abs().max() + unit) / ((p - t).abs().max() + unit)
+                logs[index] += ratio.log().item() / len(draws)
+    ratios = [math.exp(log) for log in logs]
+    assert max(ratios) <= 2, " ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("layers", "hidden"), SHAPES)
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 63, 64, 65, 1000, 1027])
+def test_compiled_step(
+    backend: str, size: int, layers: int, hidden: int, dtype: torch.dtype
+) -> None:
+    forward, backward = [], []
+    # Of one coordinate the largest error is a single number, and takes more draws to average.
+    draws = 1 if dtype == torch.float64 else 16 if size > 1 else 150
+    for seed in range(draws):
+        grad, state, weights = skewed_inputs(size, layers, hidden, dtype, seed)
+        upstream = [draw(*t.shape, seed=seed + 9, dtype=dtype) for t in (grad, *state)]
+        forward.append((grad, *state, weights, *SETTINGS))
+        backward.append((upstream, *forward[-1]))
+    assert_as_accurate(torch.ops.amalgam.student_step, forward, backend)
+    assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, backend)
+
+
+@compiled
+def test_compiled_weight_gradients_of_many_coordinates(backend: str) -> None:
+    draws = []
+    for seed in range(3):
+        grad, state, weights = skewed_inputs(2**16 + 1, 2, 20, torch.float32, seed)
+        upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
+        draws.append((upstream, grad, *state, weights, *SETTINGS))
+    assert_as_accurate(torch.ops.amalgam.student_step_backward, draws, backend)
+
+
+@compiled
+@pytest.mark.parametrize(("layers", "hidden"), [(1, 3), (2, 2)])
+def test_compiled_gradcheck(backend: str, layers: int, hidden: int) -> None:
+    state = make_state(3, layers=layers, hidden=hidden)
+    inputs = wanting(draw(3), *state, *make_weights(layers, hidden))
+
+    def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.amalgam.student_step(*inputs[:5], list(inputs[5:]), *SETTINGS, backend)
+
+    assert torch.autograd.gradcheck(step, inputs)
+
+
+@compiled
+def test_compiled_opcheck(backend: str) -> None:
+    *arguments, _ = op_arguments(5, True)
+    torch.library.opcheck(torch.ops.amalgam.student_step.default, (*arguments, backend))
+    *arguments, _ = in_place_arguments((3, 2), (), (0,))
+    torch.library.opcheck(torch.ops.amalgam.student_step_.default, (*arguments, backend))
+
+
+@compiled
+def test_differentiating_twice_is_refused(backend: str) -> None:
+    inputs = wanting(draw(3), *make_state(3))
+    update, _ = student_step(inputs[0], StudentState(*inputs[1:]), make_weights(), backend=backend)
+    (grad,) = torch.autograd.grad(update.sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once.*backend='reference'"):
+        torch.autograd.grad(grad.sum(), inputs[0])
+
+
+@compiled
+def test_compiled_inputs_may_be_strided(backend: str) -> None:
+    grad, state, weights = skewed_inputs(40, 2, 4, torch.float64)
+    strided_state = StudentState(*(torch.stack((t, t), -1)[..., 0] for t in state))
+    strided_weights = [torch.stack((w, w), -1)[..., 1] for w in weights]
+    assert not strided_state.h.is_contiguous()
+    spread = torch.stack((grad, grad), -1)[..., 0]
+    ours = student_step(spread, strided_state, strided_weights, backend=backend)
+    expected = student_step(grad, state, weights, backend=backend)
+    assert all(map(torch.equal, flat(ours), flat(expected)))
+
+
+@compiled
+def test_compiled_steps_pass_nan_on(backend: str) -> None:
+    grad, state, weights = skewed_inputs(70, 2, 4, torch.float32)
+    grad[3], grad[5], state.c[0, 0, 66] = math.nan, math.inf, math.nan
+    ours = flat(student_step(grad, state, weights, backend=backend))
+    plain = flat(student_step(grad, state, weights, backend="reference"))
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@compiled
+def test_compiled_same_bits_for_any_number_of_threads(backend: str) -> None:
+    grad, state, weights = skewed_inputs(3001, 2, 20, torch.float32)
+    upstream = [draw(*t.shape, seed=9, dtype=torch.float32) for t in (grad, *state)]
+    arguments = (grad, *state, weights, *SETTINGS, backend)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            forward = torch.ops.amalgam.student_step(*arguments)
+            backward = torch.ops.amalgam.student_step_backward(upstream, *arguments)
+            results.append(flat((forward, backward)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+@compiled
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_in_place_is_the_references(
+    backend: str, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    """Parameters of several tensors, strided ones among them, whatever their storage."""
+    weights = make_weights(2, 20, dtype=torch.float32)
+    shapes = [(7, 9), (), (0, 3), (130,), (2, 3, 4, 2)]
+    both = []
+    for name in ("reference", backend):
+        params = [draw(*s, seed=1).to(dtype) for s in shapes]
+        params[4] = params[4].to(memory_format=torch.channels_last)
+        grads = [draw(*s, seed=2).to(grad_dtype) for s in shapes]
+        states = [make_state(*s, hidden=20, dtype=torch.float32) for s in shapes]
+        for _ in range(3):
+            student_step_(params, grads, states, weights, lr=0.5, weight_decay=0.01, backend=name)
+        both.append((params, flat(states)))
+    for ours, expected in zip(both[1][0], both[0][0], strict=True):
+        unit = torch.finfo(dtype).eps * expected.float().abs().clamp_min(1e-4)
+        assert ((ours.float() - expected.float()).abs() <= unit + 1e-6).all()
+    for ours, expected in zip(both[1][1], both[0][1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@compiled
+def test_threads_step_different_optimizers_at_once(backend: str) -> None:
+    """The workspaces are each thread's own, and the interpreter's lock is not held."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    weights = make_weights(2, 20, dtype=torch.float32)
+
+    def run(seed: int) -> Tensor:
+        param, state = draw(2000, seed=seed).float(), make_state(2000, hidden=20)
+        state = StudentState(*(t.float() for t in state))
+        for step in range(20):
+            grads = [draw(2000, seed=seed + step).float()]
+            student_step_([param], grads, [state], weights, backend=backend)
+        return param
+
+    alone = [run(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, range(4)))
+    assert all(map(torch.equal, alone, together))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
+    from amalgam.backends import build_info
+
+    available = build_info()["cpu_isas"]
+    if not isinstance(available, list) or isa not in available:
+        pytest.skip(f"this machine or build has no {isa}: {available}")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
+            *("-k", "compiled and not lesser"),
+        ],
+        env={**os.environ, "AMALGAM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiled_cells_may_be_bfloat16(backend: str) -> None:
+    """One step from bfloat16 cells is the float32 step from them, rounded once."""
+    weights = make_weights(2, 20, dtype=torch.float32)
+    shape, grad = (9, 11), [draw(9, 11, seed=3).float()]
+    state = make_state(*shape, hidden=20, dtype=torch.float32)
+    narrow = state._replace(h=state.h.bfloat16(), c=state.c.bfloat16())
+    wide = StudentState(*(t.float().clone() for t in narrow))
+    params = [draw(9, 11).float()], [draw(9, 11).float()]
+    student_step_(params[0], grad, [narrow], weights, backend=backend)
+    student_step_(params[1], grad, [wide], weights, backend="reference")
+    assert narrow.h.dtype == narrow.c.dtype == torch.bfloat16
+    torch.testing.assert_close(params[0], params[1], rtol=1e-5, atol=1e-6)
+    for name in ("h", "c"):
+        ours, exact = getattr(narrow, name).float(), getattr(wide, name)
+        assert ((ours - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+    mixed = [narrow, wide]
+    with pytest.raises(ValueError, match="state.h must be torch.bfloat16"):
+        student_step_(params[0] * 2, grad * 2, mixed, weights, backend=backend)
+
+
+@compiled
+def test_compiled_tensors_must_not_share_memory(backend: str) -> None:
+    param, states = draw(5).float(), [make_state(5, dtype=torch.float32) for _ in range(2)]
+    weights, grads = make_weights(dtype=torch.float32), [draw(5).float()] * 2
+    with pytest.raises(ValueError, match="must not share memory"):
+        student_step_([param, param], grads, states, weights, backend=backend)

@@ -1,0 +1,111 @@
+// One step of the RNNProp student; amalgam/ops/student_step.py has the formulas.
+//
+// Coordinates are the last, fastest dimension of every array. T, float or double, is what is
+// computed in and what weights and moments are stored in.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "lstm_layout.h"
+
+namespace amalgam::cpu {
+
+enum class Storage;
+
+struct StudentConstants {
+  double alpha, beta1, beta2, eps;
+};
+
+// The coordinates of one tensor. New state may lie where the old one does.
+struct StudentTensor {
+  int64_t numel;
+  const void* grad;
+  const void* m;       // (numel,)
+  const void* v;       // (numel,)
+  const void* h;       // (layers, hidden, numel)
+  const void* c;       // (layers, hidden, numel)
+  void* new_m;
+  void* new_v;
+  void* new_h;
+  void* new_c;
+  void* out;           // the update where `in_place` is false, else the parameter to move
+};
+
+struct StudentStep {
+  int layers;
+  int hidden;
+  StudentConstants constants;
+  Storage grad;
+  Storage cells;                // h and c
+  Storage out;
+  bool in_place;
+  double lr;            // with in_place: p (1 - lr weight_decay) - lr update
+  double weight_decay;
+};
+
+// weights: three arrays a layer (W_ih, W_hh, b) and two of the head, as PyTorch lays them out.
+template <typename T>
+void student_step(const StudentStep& step, const T* const* weights, const StudentTensor* tensors,
+                  int64_t count, int threads);
+
+// Gradients of one functional step on n coordinates. d_weights: one array a weight.
+template <typename T>
+void student_step_backward(int layers, int hidden, const StudentConstants& constants,
+                           const T* const* weights, int64_t n,
+                           const T* grad, const T* m, const T* v, const T* h, const T* c,
+                           const T* d_update, const T* d_new_m, const T* d_new_v, const T* d_new_h,
+                           const T* d_new_c,
+                           T* d_grad, T* d_m, T* d_v, T* d_h, T* d_c, T* const* d_weights,
+                           int threads);
+
+// A student as the inner loops want it.
+template <typename T>
+struct StudentNetwork {
+  int layers;
+  const LayerShape* shapes;       // (layers,)
+  const T* const* by_unit;        // (layers,)
+  const T* const* by_input;       // (layers,)
+  const T* head;                  // (hidden,)
+  T head_bias;
+  T alpha, beta1, beta2, eps;
+  T one_minus_beta1, one_minus_beta2;
+};
+
+// Rows of kTile coordinates.
+template <typename T>
+struct StudentTile {
+  T *grad, *m, *v;                // m, v get the new moments
+  T* const* in;                   // (layers,) a layer's inputs, then its h of before
+  T* cells;                       // (layers * hidden) c, gets the new c
+  T* top;                         // (hidden) the last layer's new h
+  T* update;                      // in the backward pass the head's slope instead
+  // The backward pass alone:
+  T* old_cells;                   // (layers * hidden)
+  T* gates;                       // (layers * 4 hidden)
+  T* squashed;                    // (layers * hidden)
+  T *d_update, *d_m, *d_v;        // of the new values, get those of the old ones
+  T* d_h;                         // (layers * hidden) of the new h
+  T* d_cells;                     // (layers * hidden) of the new c, gets that of the old c
+  T* const* d_in;                 // (layers,) rows as `in`
+  T* d_out;                       // (hidden)
+  T* d_grad;
+  T* columns;                     // (kTile * columns)
+};
+
+template <typename T>
+struct StudentKernels {
+  void (*forward)(const StudentNetwork<T>&, const StudentTile<T>&);
+  // Adds to `sums`, a layer's after another, then the head's (hidden) and its bias.
+  void (*backward)(const StudentNetwork<T>&, const StudentTile<T>&, double* sums);
+};
+
+#define AMALGAM_DECLARE(isa)           \
+  namespace isa {                      \
+  template <typename T>                \
+  StudentKernels<T> student_kernels(); \
+  }
+AMALGAM_FOR_EACH_ISA(AMALGAM_DECLARE)
+#undef AMALGAM_DECLARE
+
+}  // namespace amalgam::cpu

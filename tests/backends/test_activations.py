@@ -1,0 +1,76 @@
+"""The compiled tanh and sigmoid: within 4 units in the last place wherever a float may lie."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.backends import build_info, core
+
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": lambda x: torch.where(x < 0, x.exp() / (1 + x.exp()), 1 / (1 + (-x).exp())),
+    "tanh_slope": lambda x: 1 / x.cosh().square(),
+}
+
+
+def compiled(name: str, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    getattr(core.core().cpu, name)(x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
+def units(error: Tensor, exact: Tensor) -> Tensor:
+    """Errors in units in the last place of the float nearest to the exact value."""
+    exponent = exact.float().abs().clamp_min(torch.finfo(torch.float32).tiny).double().frexp()[1]
+    return error.abs() / torch.ldexp(torch.ones_like(error), exponent - 24)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_activation_is_within_four_units(name: str) -> None:
+    """Every 1009th of all floats."""
+    bits = torch.arange(-(2**31), 2**31, 1009)
+    x = bits.to(torch.int32).view(torch.float32)
+    got, exact = compiled(name, x), EXACT[name](x.double())
+    assert torch.equal(got.isnan(), x.isnan())
+    known = ~x.isnan()
+    worst = units(got.double() - exact, exact)[known].max().item()
+    assert worst <= 4, worst
+    assert name == "tanh_slope" or got[known].abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_activation_at_its_ends(name: str) -> None:
+    x = torch.tensor([-torch.inf, -1e30, -200.0, -0.0, 0.0, 200.0, 1e30, torch.inf, torch.nan])
+    expected = EXACT[name](x.double()).float()
+    torch.testing.assert_close(compiled(name, x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_on_lesser_instruction_sets(isa: str) -> None:
+    available = build_info()["cpu_isas"]
+    if not isinstance(available, list) or isa not in available:
+        pytest.skip(f"this machine or build has no {isa}: {available}")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "activation_is or activation_at",
+        ],
+        env={**os.environ, "AMALGAM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

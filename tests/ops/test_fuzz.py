@@ -1,0 +1,506 @@
+"""Hypothesis drives every operation of the ``cpu`` backend; the reference in float64 is the truth.
+
+An error may be twice plain PyTorch's in the same dtype, plus a floor, since plain PyTorch at times
+rounds luckily. The floor is FEW times what rounding is bound to cost: one unit in the last place of
+the result's scale, and what the exact result moves by when every input is moved by one unit. (A
+backward stable evaluation is the exact result of inputs moved by a unit a rounding, so this grows
+where a formula cancels, and only there.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from amalgam.backends import cpu
+from amalgam.ops import KINDS, registry
+
+FEW = 8
+EXAMPLES = 30
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+Results = list[Tensor]
+Function = Callable[..., Any]
+
+fuzz = settings(deadline=None, max_examples=EXAMPLES, derandomize="CI" in os.environ)
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from((torch.float32, torch.float64))
+layouts = st.sampled_from(("dense", "sliced", "offset", "transposed", "expanded"))
+contents = st.sampled_from(("normal", "decades", "zeros", "denormals", "duplicates", "mixed"))
+architectures = st.sampled_from(((1, 1), (1, 4), (1, 8), (2, 4), (2, 20), (3, 5)))
+
+
+def sizes(power: int) -> st.SearchStrategy[int]:
+    """0 to 300, and beside the powers of two up to ``2**power``."""
+    near = [2**p + d for p in range(3, power + 1) for d in (-1, 0, 1)]
+    return st.integers(0, 300) | st.sampled_from(near)
+
+
+def needs(*operations: str) -> Any:
+    missing = [each for each in operations if each not in cpu.backend.kernels]
+    return pytest.mark.skipif(bool(missing), reason=f"the cpu backend has no {missing} yet")
+
+
+class Draws:
+    """Tensors of a seed, in all values and layouts, exact in ``dtype``."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def values(self, content: str, *shape: int) -> Tensor:
+        normal = self.normal(*shape)
+        uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        kinds = {
+            "normal": normal,
+            "decades": normal * 10 ** (8 * uniform - 4),
+            "zeros": torch.zeros(shape, dtype=torch.float64),
+            "denormals": normal * (torch.finfo(self.dtype).tiny / 8),
+            "duplicates": (2 * normal).round() / 4,
+        }
+        if content == "mixed":
+            which = (uniform * len(kinds)).long()
+            parts = torch.stack([*kinds.values()])
+            return parts.gather(0, which[None])[0].to(self.dtype)
+        return kinds[content].to(self.dtype)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The values in other strides; expanded ones become those of the first column."""
+    if layout == "sliced":
+        spread = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), math.nan)
+        spread[..., ::2] = values
+        return spread[..., ::2]
+    if layout == "offset":
+        spread = values.new_full((values.numel() + 1,), math.nan)
+        spread[1:] = values.reshape(-1)
+        return spread[1:].view(values.shape)
+    if layout == "transposed":
+        order = tuple(reversed(range(values.dim())))
+        return values.permute(order).contiguous().permute(order)
+    if layout == "expanded" and values.shape[-1]:
+        return values[..., :1].expand(values.shape)
+    return values
+
+
+def mapped(change: Callable[[Tensor], Tensor], arguments: Sequence[Any]) -> list[Any]:
+    return [
+        change(each)
+        if isinstance(each, Tensor)
+        else mapped(change, each)
+        if isinstance(each, (list, tuple))
+        else each
+        for each in arguments
+    ]
+
+
+def flat(results: Any) -> Results:
+    if isinstance(results, Tensor):
+        return [results]
+    return [leaf for each in results for leaf in flat(each)]
+
+
+def of_a_row(error: Tensor) -> Tensor:
+    """A row's numbers are of one teacher; where terms cancel, the row's largest is their unit."""
+    return error.amax(-1) if error.numel() else error
+
+
+def tensors_in(argument: Any) -> Results:
+    if isinstance(argument, (list, tuple)):
+        return [tensor for each in argument for tensor in tensors_in(each)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
+def exact(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def what_rounding_moves(
+    reference: Function, arguments: Sequence[Any], truth: Results, dtype: torch.dtype
+) -> Results:
+    """Summed over the arguments: the change of the exact result when one moves by a unit."""
+    unit = torch.finfo(dtype).eps
+    least = unit * torch.finfo(dtype).tiny
+    generator = torch.Generator().manual_seed(0)
+
+    def move(tensor: Tensor) -> Tensor:
+        exact = tensor.double()
+        signs = torch.randint(0, 2, exact.shape, generator=generator) * 2 - 1
+        moved = exact + signs * (unit * exact.abs() + least)
+        return torch.where(exact == 0, exact, moved) if tensor.is_floating_point() else tensor
+
+    total = [torch.zeros_like(each) for each in truth]
+    exactly = mapped(exact, arguments)
+    for index, argument in enumerate(arguments):
+        if tensors_in([argument]):
+            (moved,) = mapped(move, [argument])
+            changed = flat(reference(*exactly[:index], moved, *exactly[index + 1 :]))
+            for sum_, new, old in zip(total, changed, truth, strict=True):
+                sum_ += (new - old).abs()
+    return total
+
+
+def assert_accurate(
+    name: str,
+    arguments: Sequence[Any],
+    dtype: torch.dtype,
+    scales: Callable[[Results], Results] = lambda truth: [each.abs() for each in truth],
+    together: Callable[[Tensor], Tensor] = lambda error: of_a_row(error),
+) -> None:
+    """The cpu backend's kernel against the reference.
+
+    Args:
+        name: The operation.
+        arguments: The kernel's.
+        dtype: What it computes in.
+        scales: Of each exact result, what a unit in the last place is a unit of.
+        together: Takes errors to the largest of those elements that share their intermediates.
+    """
+    reference = registry.reference.kernels[name].function
+    before = mapped(torch.clone, arguments)
+    ours = flat(cpu.backend.kernels[name].function(*arguments))
+    for now, was in zip(tensors_in(arguments), tensors_in(before), strict=True):
+        assert torch.equal(now, was)
+    plain = flat(reference(*arguments))
+    truth = flat(reference(*mapped(exact, arguments)))
+    moved = what_rounding_moves(reference, arguments, truth, dtype)
+    compare(name, ours, plain, truth, scales(truth), moved, together)
+
+
+def compare(
+    name: str,
+    ours: Results,
+    plain: Results,
+    truth: Results,
+    scales: Results,
+    moved: Results,
+    together: Callable[[Tensor], Tensor],
+) -> None:
+    columns = zip(ours, plain, truth, scales, moved, strict=True)
+    for index, (found, rival, true, scale, change) in enumerate(columns):
+        assert found.shape == rival.shape == true.shape
+        assert found.dtype == rival.dtype
+        if not true.numel():
+            continue
+        limits = torch.finfo(found.dtype)
+        error = together((found.double() - true).abs())
+        rivals = together((rival.double() - true).abs())
+        floor = FEW * (limits.eps * together(scale) + together(change) + limits.smallest_normal)
+        worst = (error - 2 * rivals - floor).argmax()
+        assert (error <= 2 * rivals + floor).all(), (
+            f"{name}, result {index}, element {worst.item()}: "
+            f"error {error.flatten()[worst].item():.3g}, "
+            f"plain PyTorch's {rivals.flatten()[worst].item():.3g}, "
+            f"floor {floor.flatten()[worst].item():.3g}"
+        )
+
+
+# --- teacher_distance ---
+
+
+@needs("teacher_distance", "teacher_distance_backward")
+@fuzz
+@given(
+    n=sizes(14),
+    k=st.integers(0, 7),
+    dtype=dtypes,
+    layout=st.tuples(layouts, layouts),
+    content=st.tuples(contents, contents),
+    twins=st.booleans(),
+    huber_delta=st.sampled_from((None, 0.01, 1.0)),
+    seed=seeds,
+)
+def test_teacher_distance(
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    layout: tuple[str, str],
+    content: tuple[str, str],
+    twins: bool,
+    huber_delta: float | None,
+    seed: int,
+) -> None:
+    draws = Draws(seed, dtype)
+    student = laid_out(draws.values(content[0], n), layout[0])
+    teachers = draws.values(content[1], k, n)
+    if twins and k:
+        teachers[0] = student
+    teachers = laid_out(teachers, layout[1])
+    constants = 1e-10, huber_delta
+
+    # The log makes the sum's relative error absolute; log(n) is subtracted from it.
+    def scales(truth: Results) -> Results:
+        return [1 + math.log(max(n, 1)) + truth[0].abs(), truth[1].abs()]
+
+    assert_accurate("teacher_distance", (student, teachers, *constants), dtype, scales)
+    total = registry.reference.kernels["teacher_distance"].function(student, teachers, *constants)
+    grad = laid_out(draws.values("normal", k), layout[0]) if k else student.new_empty(0)
+    backward = grad, student, teachers, total[1], *constants
+    for need_teachers in (False, True):
+        assert_accurate("teacher_distance_backward", (*backward, need_teachers), dtype)
+
+
+# --- teacher_step ---
+
+
+def pool_constants(draws: Draws, k: int) -> list[list[float]]:
+    of_each = zip(*((0.1, 0.9, 0.999, 1e-10), (0.01, 0.5, 0.9, 1e-6)), strict=True)
+    uniform = torch.randint(0, 2, (4, k), generator=draws.generator).tolist()
+    return [[pair[i] for i in row] for pair, row in zip(of_each, uniform, strict=True)]
+
+
+def moments(draws: Draws, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """As gradients of about this size leave them; zero where it is."""
+    sizes = torch.rand((2, *grad.shape), generator=draws.generator, dtype=torch.float64) + 0.1
+    m, v = draws.normal(*grad.shape) * grad.double(), sizes[1] * grad.double().square()
+    return m.to(draws.dtype), v.to(draws.dtype)
+
+
+def fitting(layout: Sequence[str]) -> list[str]:
+    """Moments expand only where the gradient does: others differ by decades, and saturate."""
+    grad, *rest = layout
+    alone = [how if how != "expanded" or how == grad else "sliced" for how in rest[:2]]
+    return [grad, *alone, *rest[2:]]
+
+
+@needs("teacher_step", "teacher_step_backward")
+@fuzz
+@given(
+    n=sizes(12),
+    kinds=st.lists(st.integers(0, len(KINDS) - 1), max_size=9),
+    dtype=dtypes,
+    layout=st.tuples(layouts, layouts, layouts),
+    content=contents,
+    seed=seeds,
+)
+def test_teacher_step(
+    n: int, kinds: list[int], dtype: torch.dtype, layout: Sequence[str], content: str, seed: int
+) -> None:
+    draws, k = Draws(seed, dtype), len(kinds)
+    grads = draws.values(content, k, n)
+    m, v = moments(draws, grads)
+    inputs = [laid_out(t, how) for t, how in zip((grads, m, v), fitting(layout), strict=True)]
+    constants = kinds, *pool_constants(draws, k)
+
+    def scales(truth: Results) -> Results:
+        """AddSign's 1 + s may cancel: an update's unit is that of its factor beside the bracket."""
+        whole = [
+            {"addsign": "sgd", "adaptive_addsign": "rmsprop"}.get(KINDS[i], KINDS[i]) for i in kinds
+        ]
+        factors = registry.reference.kernels["teacher_step"].function(
+            *mapped(exact, inputs), [KINDS.index(kind) for kind in whole], *constants[1:]
+        )
+        return [torch.maximum(truth[0].abs(), factors[0].abs()), *(t.abs() for t in truth[1:])]
+
+    assert_accurate("teacher_step", (*inputs, *constants), dtype, scales)
+    grads_out = [laid_out(draws.values("normal", k, n), how) for how in layout]
+    assert_accurate("teacher_step_backward", (grads_out, *inputs, *constants), dtype)
+
+
+# --- student_step and choice_step ---
+
+
+def lstm_weights(
+    draws: Draws, layers: int, hidden: int, features: int = 2, outputs: int = 1
+) -> list[Tensor]:
+    weights = []
+    for layer in range(layers):
+        inputs = hidden if layer else features
+        weights += [
+            draws.normal(4 * hidden, inputs) / inputs**0.5,
+            draws.normal(4 * hidden, hidden) / hidden**0.5,
+            draws.normal(4 * hidden),
+        ]
+    weights += [draws.normal(outputs, hidden) / hidden**0.5, draws.normal(outputs)]
+    return [weight.to(draws.dtype) for weight in weights]
+
+
+def cells(draws: Draws, layers: int, hidden: int, n: int) -> list[Tensor]:
+    h, c = draws.normal(layers, hidden, n).tanh(), draws.normal(layers, hidden, n)
+    return [h.to(draws.dtype), c.to(draws.dtype)]
+
+
+def of_a_coordinate(error: Tensor) -> Tensor:
+    """Cells and the update share their coordinate's gates; each moment is alone."""
+    return error.amax(tuple(range(error.dim() - 1))) if error.dim() == 3 else error
+
+
+def of_a_tensor(error: Tensor) -> Tensor:
+    """The backward's numbers are sums over units or coordinates, all of the same gates."""
+    return error.amax() if error.numel() else error
+
+
+def state_scales(bound: float) -> Callable[[Results], Results]:
+    """An activation's unit is that of its range: 1, or of the update ``bound``."""
+
+    def scales(truth: Results) -> Results:
+        update, m, v, h, c, *rest = truth
+        of_update = update.abs().clamp_min(bound)
+        return [of_update, m.abs(), v.abs(), torch.ones_like(h), c.abs() + 1,
+                *(torch.ones_like(each) for each in rest)]  # fmt: skip
+
+    return scales
+
+
+def gradient_scales(truth: Results) -> Results:
+    """A slope 1 - tanh^2 is rounded as 1 is; over coordinates such errors add as a random walk."""
+    walk = truth[0].numel() ** 0.5
+    return [each.abs() + (walk if index > 4 else 0) for index, each in enumerate(truth)]
+
+
+constants_of_students = st.tuples(
+    st.sampled_from((0.1, 1.0)),
+    st.sampled_from((0.0, 0.9, 0.95)),
+    st.sampled_from((0.0, 0.95, 0.999)),
+    st.sampled_from((1e-10, 1e-6)),
+)
+
+
+@needs("student_step", "student_step_backward")
+@fuzz
+@given(
+    n=sizes(8),
+    architecture=architectures,
+    dtype=dtypes,
+    layout=st.lists(layouts, min_size=5, max_size=5),
+    of_weights=st.sampled_from(("dense", "sliced", "transposed")),
+    content=contents,
+    constants=constants_of_students,
+    seed=seeds,
+)
+def test_student_step(
+    n: int,
+    architecture: tuple[int, int],
+    dtype: torch.dtype,
+    layout: list[str],
+    of_weights: str,
+    content: str,
+    constants: tuple[float, ...],
+    seed: int,
+) -> None:
+    draws = Draws(seed, dtype)
+    grad = draws.values(content, n)
+    inputs = [grad, *moments(draws, grad), *cells(draws, *architecture, n)]
+    inputs = [laid_out(t, how) for t, how in zip(inputs, fitting(layout), strict=True)]
+    weights = [laid_out(weight, of_weights) for weight in lstm_weights(draws, *architecture)]
+    rest = weights, *constants
+    assert_accurate(
+        "student_step", (*inputs, *rest), dtype, state_scales(constants[0]), of_a_coordinate
+    )
+    grads_out = [
+        laid_out(draws.normal(*t.shape).to(dtype), how)
+        for t, how in zip(inputs, layout, strict=True)
+    ]
+    assert_accurate(
+        "student_step_backward", (grads_out, *inputs, *rest), dtype, gradient_scales, of_a_tensor
+    )
+
+
+@needs("student_step_")
+@fuzz
+@given(
+    n=sizes(8),
+    architecture=architectures,
+    dtype=dtypes,
+    of_params=st.sampled_from(HALVES),
+    of_grads=st.sampled_from(HALVES),
+    layout=st.tuples(st.sampled_from(("dense", "sliced", "offset", "transposed")), layouts),
+    content=contents,
+    cuts=st.lists(st.floats(0, 1), max_size=6),
+    constants=constants_of_students,
+    seed=seeds,
+)
+def test_student_step_in_place(
+    n: int,
+    architecture: tuple[int, int],
+    dtype: torch.dtype,
+    of_params: torch.dtype,
+    of_grads: torch.dtype,
+    layout: tuple[str, str],
+    content: str,
+    cuts: list[float],
+    constants: tuple[float, ...],
+    seed: int,
+) -> None:
+    """Any split of the coordinates over tensors gives the bits of one tensor, and true ones."""
+    draws, lr, decay = Draws(seed, dtype), 0.7, 0.1
+    grad = laid_out(draws.values(content, n).to(of_grads), layout[1])
+    param = draws.normal(n).to(of_params)
+    state = [*moments(draws, grad), *cells(draws, *architecture, n)]
+    weights = lstm_weights(draws, *architecture)
+
+    def step(run: Function, places: list[int], work: torch.dtype, how: str) -> Results:
+        counts = [stop - start for start, stop in zip([0, *places], [*places, n], strict=True)]
+
+        def parts(whole: Tensor) -> Results:
+            return [part.clone() for part in whole.split(counts, -1)]
+
+        params = [laid_out(p, how) for p in parts(param)]
+        states = [parts(t.to(work)) for t in state]
+        wide = [weight.to(work) for weight in weights]
+        run(params, list(grad.split(counts)), *states, wide, *constants, lr, decay)
+        return [torch.cat(list(column), -1) for column in (params, *states)]
+
+    ours = cpu.backend.kernels["student_step_"].function
+    reference = registry.reference.kernels["student_step_"].function
+    whole = step(ours, [], dtype, "dense")
+    split = step(ours, sorted(round(cut * n) for cut in cuts), dtype, layout[0])
+    for one, many in zip(whole, split, strict=True):
+        assert torch.equal(one.to(many.dtype), many)
+
+    def functional(param: Tensor, *rest: Any) -> Results:
+        update, *new = registry.reference.kernels["student_step"].function(*rest)
+        return [param * (1 - lr * decay) - lr * update, *new]
+
+    arguments = (param, grad, *state, weights, *constants)
+    truth = functional(*mapped(torch.Tensor.double, arguments))
+    moved = what_rounding_moves(functional, arguments, truth, dtype)
+    scales = state_scales(constants[0])(truth)
+    plain = step(reference, [], dtype, "dense")
+    compare("student_step_", whole, plain, truth, scales, moved, of_a_coordinate)
+
+
+@needs("choice_step", "choice_step_backward")
+@fuzz
+@given(
+    n=sizes(8),
+    architecture=architectures,
+    kinds=st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=8),
+    dtype=dtypes,
+    layout=st.lists(layouts, min_size=5, max_size=5),
+    content=contents,
+    seed=seeds,
+)
+def test_choice_step(
+    n: int,
+    architecture: tuple[int, int],
+    kinds: list[int],
+    dtype: torch.dtype,
+    layout: list[str],
+    content: str,
+    seed: int,
+) -> None:
+    draws, k = Draws(seed, dtype), len(kinds)
+    grad = draws.values(content, n)
+    inputs = [grad, *moments(draws, grad.expand(k, n)), *cells(draws, *architecture, n)]
+    inputs = [laid_out(t, how) for t, how in zip(inputs, fitting(layout), strict=True)]
+    weights = lstm_weights(draws, *architecture, features=k + 4, outputs=k)
+    ranks = torch.randint(0, 5, (n,), generator=draws.generator)
+    rest = weights, ranks, kinds, *pool_constants(draws, k), 0.3, 0.5
+    assert_accurate("choice_step", (*inputs, *rest), dtype, state_scales(0.0), of_a_coordinate)
+    shapes = [*(t.shape for t in inputs), (k, n)]
+    grads_out = [draws.normal(*shape).to(dtype) for shape in shapes]
+    assert_accurate(
+        "choice_step_backward", (grads_out, *inputs, *rest), dtype, gradient_scales, of_a_tensor
+    )
