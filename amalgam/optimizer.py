@@ -136,6 +136,8 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
         warmup_lr: Their learning rate; ``None`` for what the student was trained with.
         weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW; as ``lr`` is 1 here
             and not 1e-3, useful values are a thousand times smaller.
+        cells_dtype: ``torch.bfloat16`` keeps the LSTM's state of parameters that are computed in
+            float32 in half the memory, rounded after every step.
 
     Raises:
         TypeError: A parameter is not floating point.
@@ -152,11 +154,16 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
         warmup_steps: int | None = None,
         warmup_lr: float | None = None,
         weight_decay: float = 0.0,
+        *,
+        cells_dtype: torch.dtype | None = None,
     ) -> None:
         ops.check_backend(backend)
+        if cells_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"cells_dtype must be float32, bfloat16 or None, not {cells_dtype}")
         if not isinstance(student, Student):
             student = Student.load(student)
         self.backend = backend
+        self.cells_dtype = cells_dtype
         self.config = student.config
         self._weights = {torch.device("cpu"): [w.detach().clone().cpu() for w in student.weights()]}
         defaults = {
@@ -236,9 +243,11 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if not state:
-            weights = self._weights_for(param.device, _computing(param.dtype))
+            dtype = _computing(param.dtype)
+            weights = self._weights_for(param.device, dtype)
+            cells = self.cells_dtype if dtype == torch.float32 else None
             state["step"] = torch.zeros(())
-            state.update(ops.initial_state(param, weights)._asdict())
+            state.update(ops.initial_state(param, weights, cells)._asdict())
         return state
 
     def _warm_up(

@@ -271,3 +271,20 @@ def test_adam_without_bias_correction() -> None:
     for step in (1, 10, 100, 1000):
         expected = (1 - 0.9**step) / 0.1 / math.sqrt((1 - 0.999**step) / 0.001)
         assert ratios[step - 1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_cells_in_half_the_memory(student) -> None:
+    params, twins = tensors(), tensors()
+    narrow = AmalgamatedOptimizer(params, student=student, cells_dtype=torch.bfloat16)
+    wide = AmalgamatedOptimizer(twins, student=student)
+    run(narrow, params, range(6))
+    run(wide, twins, range(6))
+    assert {s["h"].dtype for s in narrow.state.values()} == {torch.bfloat16}
+    assert {s["m"].dtype for s in narrow.state.values()} == {torch.float32}
+    for ours, theirs in zip(params, twins, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.01)
+    resumed = AmalgamatedOptimizer(tensors(), student=student, cells_dtype=torch.bfloat16)
+    resumed.load_state_dict(narrow.state_dict())
+    assert {s["h"].dtype for s in resumed.state.values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="cells_dtype"):
+        AmalgamatedOptimizer(params, student=student, cells_dtype=torch.float16)
