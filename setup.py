@@ -5,6 +5,9 @@ The module includes no PyTorch header, so it builds under pip's isolation. Envir
 - ``AMALGAM_CUDA``: ``auto`` (default: where nvcc is found), ``0`` (never), ``1`` (or fail).
 - ``AMALGAM_CUDA_ARCHS``: compute capabilities, ``"80;90"``; by default those of `DEFAULT_ARCHS`
   that nvcc knows. PTX of the newest is added, for GPUs newer than all of them.
+- ``AMALGAM_SANITIZE``: ``0`` (default), or ``1`` for a core without CUDA that stops at the first
+  bad memory access or undefined behaviour. It imports only where the sanitizers' libraries are
+  preloaded; ``tests/sanitize_core.py`` runs the kernels in it.
 - ``MAX_JOBS``: objects compiled at once; by default as many as cores and memory allow.
 """
 
@@ -31,7 +34,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
 DEFAULT_ARCHS = ("80", "90", "100")
 BYTES_PER_JOB = 1 << 30  # cc1plus on bindings.cpp and cicc each stay below it
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-fvisibility=hidden"]
+OPTIMIZED = ["-O3", "-g0"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 # Flags of each instruction set's objects. ISO C++ mode forbids contraction, so it is asked for.
 ISA_FLAGS = {
@@ -62,15 +67,35 @@ def find_nvcc(environment: Mapping[str, str]) -> str | None:
     return shutil.which("nvcc", path=environment.get("PATH", os.defpath))
 
 
+def sanitizers(environment: Mapping[str, str]) -> list[str]:
+    """Flags of compiler and linker that ``AMALGAM_SANITIZE`` asks for; none by default.
+
+    Raises:
+        BuildError: ``AMALGAM_SANITIZE`` has another value than 0, 1.
+    """
+    wanted = environment.get("AMALGAM_SANITIZE", "0") or "0"
+    if wanted not in ("0", "1"):
+        raise BuildError(f"AMALGAM_SANITIZE must be 0 or 1, not {wanted!r}")
+    return SANITIZERS if wanted == "1" else []
+
+
 def cuda_compiler(environment: Mapping[str, str]) -> str | None:
     """The CUDA compiler to build with, or ``None`` to build without CUDA.
 
     Raises:
-        BuildError: ``AMALGAM_CUDA`` has another value than auto, 0, 1, or is 1 without nvcc.
+        BuildError: ``AMALGAM_CUDA`` has another value than auto, 0, 1, or is 1 without nvcc or
+            together with ``AMALGAM_SANITIZE=1``.
     """
     wanted = environment.get("AMALGAM_CUDA", "auto") or "auto"
     if wanted not in ("auto", "0", "1"):
         raise BuildError(f"AMALGAM_CUDA must be auto, 0 or 1, not {wanted!r}")
+    if sanitizers(environment):
+        if wanted == "1":
+            raise BuildError(
+                "AMALGAM_CUDA=1 and AMALGAM_SANITIZE=1 exclude each other: the sanitizers are the "
+                "C++ compiler's, and the CUDA driver does not run under them. Unset one"
+            )
+        return None
     nvcc = find_nvcc(environment) if wanted != "0" else None
     if wanted == "1" and nvcc is None:
         raise BuildError(
@@ -161,6 +186,9 @@ class BuildCore(build_ext):
         import pybind11
 
         nvcc = cuda_compiler(os.environ)
+        sanitizing = sanitizers(os.environ)
+        # At -O1 a report's line numbers are those of the fault.
+        tuning = [*sanitizing, "-O1", "-g1"] if sanitizing else OPTIMIZED
         openmp = self._openmp_flags()
         macros: list[tuple[str, str | None]] = [
             ("AMALGAM_VERSION", f'"{self.distribution.get_version()}"')
@@ -178,7 +206,7 @@ class BuildCore(build_ext):
                 output_dir=str(Path(self.build_temp) / folder),
                 macros=[*macros, ("AMALGAM_ISA", isa)] if isa else macros,
                 include_dirs=[str(CSRC), pybind11.get_include(), *self.compiler.include_dirs],
-                extra_postargs=[*FLAGS, *openmp, *flags],
+                extra_postargs=[*FLAGS, *tuning, *openmp, *flags],
             )
 
         def compile_cuda(source: Path) -> list[str]:
@@ -212,7 +240,7 @@ class BuildCore(build_ext):
             self._run([*link, *gencode_flags(archs), *(f"-Xcompiler={flag}" for flag in openmp)])
         else:
             self.compiler.link_shared_object(
-                objects, str(library), extra_postargs=openmp, target_lang="c++"
+                objects, str(library), extra_postargs=[*openmp, *sanitizing], target_lang="c++"
             )
 
     def _openmp_flags(self) -> list[str]:

@@ -1,0 +1,205 @@
+"""Runs every compiled CPU kernel in a core built with AMALGAM_SANITIZE=1; .ci/run starts it.
+
+Under AddressSanitizer PyTorch's tensors end where their malloc'd block ends, so the first element
+read or written beyond one stops the process. Each instruction set has a process of its own, which
+first proves by two deliberate faults that this is so here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import amalgam  # noqa: F401  registers the operations
+from amalgam.backends import core, cpu
+from amalgam.ops import registry
+from amalgam.ops.teacher_step import KINDS
+
+SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 127, 257, 1000, 1025]
+MANY = 22003  # coordinates that busy a second thread, of six teachers too
+ARCHITECTURES = [(1, 1), (1, 4), (1, 8), (2, 20), (3, 5)]
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+SETTINGS = (0.1, 0.9, 0.999, 1e-10)
+
+Arguments = tuple[Any, ...]
+
+
+def tensor(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def strided(n: int, dtype: torch.dtype) -> Tensor:
+    """Every other element of a block that ends with the last of them."""
+    return tensor(max(2 * n - 1, 0), dtype=dtype)[::2]
+
+
+def teacher_distance(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
+    for n in (*SIZES, MANY):
+        for k in (0, 1, 6):
+            inputs = tensor(n, dtype=dtype), tensor(k, n, dtype=dtype)
+            grad, total = tensor(k, dtype=dtype), tensor(k, dtype=dtype).square()
+            for huber_delta in (None, 0.5):
+                if not backward:
+                    yield *inputs, 1e-10, huber_delta
+                    continue
+                for need_teachers in (False, True):
+                    yield grad, *inputs, total, 1e-10, huber_delta, need_teachers
+
+
+def teacher_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
+    for n in (*SIZES, MANY):
+        for kinds in (range(len(KINDS)), [3], []):
+            k = len(kinds)
+            of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
+            grads, m, v, *grads_out = (tensor(k, n, dtype=dtype) for _ in range(6))
+            inputs = grads, m, v.square(), list(kinds), *of_each
+            yield (grads_out, *inputs) if backward else inputs
+
+
+def weights_of(
+    layers: int, hidden: int, dtype: torch.dtype, features: int = 2, outputs: int = 1
+) -> list[Tensor]:
+    weights = []
+    for layer in range(layers):
+        inputs = hidden if layer else features
+        shapes: list[tuple[int, ...]] = [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,)]
+        weights += [tensor(*shape, dtype=dtype) for shape in shapes]
+    return [*weights, tensor(outputs, hidden, dtype=dtype), tensor(outputs, dtype=dtype)]
+
+
+def state_of(n: int, layers: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    cells = [tensor(layers, hidden, n, dtype=dtype) for _ in range(2)]
+    return [tensor(n, dtype=dtype), tensor(n, dtype=dtype).square(), *cells]
+
+
+def students() -> Iterator[tuple[int, int, int]]:
+    """(n, layers, hidden); many coordinates only of a quick one."""
+    for layers, hidden in ARCHITECTURES:
+        for n in SIZES:
+            yield n, layers, hidden
+    yield MANY, 1, 4
+
+
+def student_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
+    for n, layers, hidden in students():
+        inputs = [tensor(n, dtype=dtype), *state_of(n, layers, hidden, dtype)]
+        settings = weights_of(layers, hidden, dtype), *SETTINGS
+        if backward:
+            grads_out = [tensor(*t.shape, dtype=dtype) for t in inputs]
+            yield grads_out, *inputs, *settings
+        else:
+            yield *inputs, *settings
+
+
+def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
+    for index, (n, layers, hidden) in enumerate(students()):
+        sizes = [n // 3, 0, n - n // 3 - n // 5, n // 5]
+        of_param, of_grad = HALVES[index % 3], HALVES[index // 3 % 3]
+        for make in (lambda size, dtype: tensor(size, dtype=dtype), strided):
+            params = [make(size, of_param) for size in sizes]
+            grads = [make(size, of_grad) for size in sizes]
+            states = [state_of(size, layers, hidden, dtype) for size in sizes]
+            columns = (list(column) for column in zip(*states, strict=True))
+            weights = weights_of(layers, hidden, dtype)
+            yield params, grads, *columns, weights, *SETTINGS, 0.5, 0.1
+
+
+def choice_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
+    for n, layers, hidden in students():
+        for kinds in (range(len(KINDS)), [3]):
+            k = len(kinds)
+            grad, _, *cells = state_of(n, layers, hidden, dtype)
+            state = [tensor(k, n, dtype=dtype), tensor(k, n, dtype=dtype).square(), *cells]
+            of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
+            weights = weights_of(layers, hidden, dtype, features=k + 4, outputs=k)
+            inputs = grad, *state, weights, torch.arange(n) % 5, list(kinds), *of_each, 0.1, 0.5
+            grads_out = [tensor(*t.shape, dtype=dtype) for t in (grad, *state, state[0])]
+            yield (grads_out, *inputs) if backward else inputs
+
+
+MAKERS: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
+    "teacher_distance": lambda dtype: teacher_distance(dtype, False),
+    "teacher_distance_backward": lambda dtype: teacher_distance(dtype, True),
+    "teacher_step": lambda dtype: teacher_step(dtype, False),
+    "teacher_step_backward": lambda dtype: teacher_step(dtype, True),
+    "student_step": lambda dtype: student_step(dtype, False),
+    "student_step_backward": lambda dtype: student_step(dtype, True),
+    "student_step_": student_step_in_place,
+    "choice_step": lambda dtype: choice_step(dtype, False),
+    "choice_step_backward": lambda dtype: choice_step(dtype, True),
+}
+
+
+def expect_a_report(what: str, fault: Callable[[], None]) -> None:
+    """Commit a fault in a forked process, and stop unless AddressSanitizer does."""
+    with tempfile.TemporaryFile() as report:
+        child = os.fork()
+        if child == 0:
+            os.dup2(report.fileno(), 2)
+            fault()
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        report.seek(0)
+        text = report.read().decode(errors="replace")
+    if status == 0 or "AddressSanitizer" not in text:
+        sys.exit(
+            f"{core.core().__file__} let {what} pass; was it built with AMALGAM_SANITIZE=1?\n{text}"
+        )
+
+
+def one_too_many(reading: bool) -> None:
+    """Pretend that vectors have an element more than they have."""
+    n = 1000
+    short, long = torch.ones(n), torch.ones(n + 1)
+    one, out = torch.ones(1), torch.ones(n + 1)
+    student, in_student = (short, out) if reading else (long, short)
+    core.core().cpu.teacher_distance_backward_float32(
+        *(t.data_ptr() for t in (one, student, long, one, in_student)),
+        0, n=n + 1, k=1, eps=0.0, huber_delta=-1.0, threads=1,
+    )  # fmt: skip
+
+
+def run_here() -> None:
+    """Everything, with the instruction set of this process."""
+    # Before the first kernel: a forked process has none of OpenMP's threads.
+    expect_a_report("a read behind the end", lambda: one_too_many(True))
+    expect_a_report("a write behind the end", lambda: one_too_many(False))
+    start, calls = time.monotonic(), 0
+    for name, entry in cpu.backend.kernels.items():
+        dtypes = entry.dtypes or registry.FLOATS
+        for dtype in sorted(dtypes, key=str):
+            for arguments in MAKERS[name](dtype):
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    entry.function(*arguments)
+                    calls += 1
+    isa = core.core().cpu.isa()
+    print(f"{isa}: {calls} calls clean in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    known = cpu.backend.kernels.keys()
+    if known - MAKERS.keys():
+        sys.exit(f"MAKERS in {__file__} makes no arguments for {sorted(known - MAKERS.keys())}")
+    if arguments == ["here"]:
+        run_here()
+        return
+    print(f"kernels: {', '.join(known)}; the cpu backend lacks {sorted(MAKERS.keys() - known)}")
+    for isa in core.core().cpu.available_isas():
+        done = subprocess.run(
+            [sys.executable, __file__, "here"], env={**os.environ, "AMALGAM_CPU_ISA": isa}
+        )
+        if done.returncode != 0:
+            sys.exit(f"{isa}: exit status {done.returncode}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
