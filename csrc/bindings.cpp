@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/activation_sweep.h"
+#include "cpu/choice_step.h"
 #include "cpu/dispatch.h"
 #include "cpu/storage.h"
 #include "cpu/student_step.h"
@@ -148,6 +149,74 @@ void bind_teacher_step(py::module_& module, const std::string& dtype) {
       WithoutGil());
 }
 
+// The teachers' settings, and all else but n, weights and threads.
+struct ChoiceArguments {
+  std::vector<int> kinds;
+  std::vector<double> lr, beta1, beta2, eps;
+  int layers, hidden;
+  double time, learning_rate;
+
+  amalgam::cpu::ChoiceSettings settings() const {
+    return {static_cast<int>(kinds.size()),
+            layers,
+            hidden,
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()},
+            time,
+            learning_rate};
+  }
+};
+
+template <typename T>
+amalgam::cpu::ChoiceState<T> choice_state(const std::array<Address, 6>& all) {
+  return {at<T>(all[1]), at<T>(all[2]), at<T>(all[3]), at<T>(all[4])};
+}
+
+// Tuples are grad (or update), m, v, h, c, then ranks, the mixture or nothing.
+template <typename T>
+void bind_choice_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  using Tuple = std::array<Address, 6>;
+  using Ints = std::vector<int>;
+  using Doubles = std::vector<double>;
+  module.def(
+      ("choice_step_" + dtype).c_str(),
+      [](const Tuple& inputs, const Tuple& outputs, const std::vector<Address>& weights, int64_t n,
+         int layers, int hidden, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
+         const Doubles& beta2, const Doubles& eps, double time, double learning_rate,
+         int threads) {
+        const ChoiceArguments rest{kinds, lr, beta1, beta2, eps, layers, hidden, time,
+                                   learning_rate};
+        const std::vector<const T*> from = all_at<const T>(weights);
+        amalgam::cpu::choice_step<T>(rest.settings(), from.data(), n, at<const T>(inputs[0]),
+                                     at<const int64_t>(inputs[5]), choice_state<const T>(inputs),
+                                     at<T>(outputs[0]), choice_state<T>(outputs),
+                                     at<T>(outputs[5]), threads);
+      },
+      "inputs"_a, "outputs"_a, "weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a,
+      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a, "learning_rate"_a, "threads"_a,
+      WithoutGil());
+  module.def(
+      ("choice_step_backward_" + dtype).c_str(),
+      [](const Tuple& grads_out, const Tuple& inputs, const Tuple& in_grads,
+         const std::vector<Address>& weights, const std::vector<Address>& in_weights, int64_t n,
+         int layers, int hidden, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
+         const Doubles& beta2, const Doubles& eps, double time, double learning_rate,
+         int threads) {
+        const ChoiceArguments rest{kinds, lr, beta1, beta2, eps, layers, hidden, time,
+                                   learning_rate};
+        const std::vector<const T*> from = all_at<const T>(weights);
+        const std::vector<T*> to = all_at<T>(in_weights);
+        amalgam::cpu::choice_step_backward<T>(
+            rest.settings(), from.data(), n, at<const T>(inputs[0]), at<const int64_t>(inputs[5]),
+            choice_state<const T>(inputs), at<const T>(grads_out[0]),
+            choice_state<const T>(grads_out), at<const T>(grads_out[5]), at<T>(in_grads[0]),
+            choice_state<T>(in_grads), to.data(), threads);
+      },
+      "grads_out"_a, "inputs"_a, "in_grads"_a, "weights"_a, "in_weights"_a, py::kw_only(), "n"_a,
+      "layers"_a, "hidden"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a,
+      "learning_rate"_a, "threads"_a, WithoutGil());
+}
+
 void bind_activation(py::module_& module, const char* name,
                      amalgam::cpu::ActivationKernel amalgam::cpu::ActivationKernels::*kernel) {
   using namespace py::literals;
@@ -165,6 +234,7 @@ void bind_cpu(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
   bind_teacher_step<T>(module, dtype);
   bind_student_step<T>(module, dtype);
+  bind_choice_step<T>(module, dtype);
   module.def(
       ("teacher_distance_" + dtype).c_str(),
       [](Address student, Address teachers, Address distances, Address totals, int64_t n,

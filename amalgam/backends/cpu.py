@@ -9,7 +9,8 @@ from torch import Tensor
 
 from amalgam.backends import core
 from amalgam.backends.pointers import checked, distinct, dtype_name, in_place
-from amalgam.ops import KINDS
+from amalgam.ops import KINDS, lstm
+from amalgam.ops.choice_step import features
 from amalgam.ops.registry import register_backend
 
 NO_HUBER = -1.0
@@ -304,3 +305,100 @@ def _checked_teachers(
         if len(values) != k:
             raise ValueError(f"{name} must hold {k} numbers, one a row, not {len(values)}")
     return settings
+
+
+@backend.kernel("choice_step")
+def _choice_step(
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    ranks: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+    time: float,
+    learning_rate: float,
+) -> tuple[Tensor, ...]:
+    pool = _checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
+    inputs, weights = _checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
+    shaped = *inputs[:5], m
+    outputs = tuple(grad.new_empty(tensor.shape) for tensor in shaped)
+    getattr(core.core().cpu, f"choice_step_{dtype_name(grad)}")(
+        _addresses(*inputs),
+        _addresses(*outputs),
+        _addresses(*weights),
+        n=grad.numel(),
+        layers=h.shape[0],
+        hidden=h.shape[1],
+        **pool,
+        time=time,
+        learning_rate=learning_rate,
+        threads=torch.get_num_threads(),
+    )
+    return outputs
+
+
+@backend.kernel("choice_step_backward")
+def _choice_step_backward(
+    grads_out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    ranks: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+    time: float,
+    learning_rate: float,
+) -> tuple[Tensor | list[Tensor], ...]:
+    pool = _checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
+    inputs, weights = _checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
+    grads_out = [
+        checked(f"grads_out[{index}]", tensor, shaped.shape, grad)
+        for index, (tensor, shaped) in enumerate(zip(grads_out, (*inputs[:5], m), strict=True))
+    ]
+    in_grads = tuple(grad.new_empty(tensor.shape) for tensor in inputs[:5])
+    in_weights = [weight.new_empty(weight.shape) for weight in weights]
+    getattr(core.core().cpu, f"choice_step_backward_{dtype_name(grad)}")(
+        _addresses(*grads_out),
+        _addresses(*inputs),
+        _addresses(*in_grads, 0),
+        _addresses(*weights),
+        _addresses(*in_weights),
+        n=grad.numel(),
+        layers=h.shape[0],
+        hidden=h.shape[1],
+        **pool,
+        time=time,
+        learning_rate=learning_rate,
+        threads=torch.get_num_threads(),
+    )
+    return *in_grads, in_weights
+
+
+def _checked_choice(
+    k: int, tensors: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """grad, m, v, h, c and ranks, which become int64, and the weights; all contiguous."""
+    grad, m, v, h, c, ranks = tensors
+    n = grad.numel()
+    lstm.check_weights(weights, h, grad, features(k), k)
+    cells = *h.shape[:2], n
+    shapes = (n,), (k, n), (k, n), cells, cells
+    inputs = [
+        checked(name, tensor, shape, grad)
+        for name, tensor, shape in zip("gmvhc", (grad, m, v, h, c), shapes, strict=True)
+    ]
+    ranks = ranks.to(torch.int64)
+    inputs.append(checked("ranks", ranks, (n,), grad.new_empty(0, dtype=torch.int64)))
+    return inputs, _checked_weights(weights, grad)

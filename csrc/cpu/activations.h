@@ -1,4 +1,4 @@
-// tanh and sigmoid on vectors; only for *_simd.cpp.
+// tanh, sigmoid and exp on vectors; only for *_simd.cpp.
 //
 // float: within 4 ulp of the exact value for every argument (tests sweep all of them), saturating,
 // NaN to NaN. double: the C library's, lane by lane; it serves gradient checks, not speed.
@@ -15,7 +15,7 @@ namespace amalgam::cpu::AMALGAM_ISA {
 
 inline Vector<float> absolute(Vector<float> x) { return x < 0 ? -x : x; }
 
-// x 2^n for whole n from -252 to 0, by two factors: below 2^-126 one is no normal number.
+// x 2^n for whole n from -252 to 1, by two factors: below 2^-126 one is no normal number.
 inline Vector<float> scale_by_power(Vector<float> x, Vector<float> n) {
 #ifdef __AVX512F__
   return (Vector<float>)_mm512_scalef_ps((__m512)x, (__m512)n);
@@ -27,7 +27,7 @@ inline Vector<float> scale_by_power(Vector<float> x, Vector<float> n) {
 #endif
 }
 
-// exp(x) for x <= 0 as 2^n (1 + rest), the rest's polynomial the minimax one for |r| <= log(2) / 2.
+// exp(x) for x <= 1 as 2^n (1 + rest), the rest's polynomial the minimax one for |r| <= log(2) / 2.
 struct Exponential {
   Vector<float> n;
   Vector<float> rest;
@@ -44,6 +44,12 @@ inline Exponential exponential(Vector<float> x) {
   p = p * r + 0x1.5554bp-3f;
   p = p * r + 0x1.fffffep-2f;
   return {n, (p * r) * r + r};
+}
+
+// exp(x) for x <= 1 within 2 ulp.
+inline Vector<float> exp(Vector<float> x) {
+  const Exponential e = exponential(x);
+  return scale_by_power(1.0f + e.rest, e.n);
 }
 
 inline Vector<float> sigmoid(Vector<float> x) {
@@ -66,6 +72,11 @@ inline Vector<float> tanh_slope(Vector<float> x) {
   const Exponential e = exponential(-2.0f * absolute(x));
   const Vector<float> t = scale_by_power(1.0f + e.rest, e.n);
   return 4.0f * t / ((1.0f + t) * (1.0f + t));
+}
+
+inline Vector<double> exp(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
+  return x;
 }
 
 inline Vector<double> sigmoid(Vector<double> x) {

@@ -187,4 +187,40 @@ inline void add_weight_gradients(const T* __restrict d, int outputs, const T* __
   }
 }
 
+// All layers' step; `keep` is for lstm_backward.
+template <bool keep, typename T>
+inline void lstm_forward(const LstmNetwork<T>& net, const LstmTile<T>& tile) {
+  const int hidden = net.shapes[0].hidden;
+  for (int layer = 0; layer < net.layers; ++layer) {
+    T* out = layer + 1 < net.layers ? tile.in[layer + 1] : tile.top;
+    const int64_t rows = int64_t(layer) * hidden * kTile;
+    const Kept<T> kept = keep ? Kept<T>{tile.gates + 4 * rows, tile.squashed + rows} : Kept<T>{};
+    layer_forward<keep>(net.shapes[layer], net.by_unit[layer], tile.in[layer], tile.cells + rows,
+                        out, kept);
+  }
+}
+
+// From d_out, d_h and d_cells to d_in and d_cells. Adds the weights' gradients to `sums`, a layer's
+// after another.
+template <typename T>
+inline void lstm_backward(const LstmNetwork<T>& net, const LstmTile<T>& tile, double* sums) {
+  const int hidden = net.shapes[0].hidden;
+  double* layer_sums = sums;
+  for (int layer = 0; layer < net.layers; ++layer) layer_sums += net.shapes[layer].gradient_size();
+  for (int layer = net.layers - 1; layer >= 0; --layer) {
+    const LayerShape& shape = net.shapes[layer];
+    const int64_t rows = int64_t(layer) * hidden * kTile;
+    const T* from_above = layer + 1 < net.layers ? tile.d_in[layer + 1] : tile.d_out;
+    for (int at = 0; at < hidden * kTile; at += kLanes<T>) {
+      store(tile.d_out + at, load(from_above + at) + load(tile.d_h + rows + at));
+    }
+    const Kept<T> kept{tile.gates + 4 * rows, tile.squashed + rows};
+    layer_gate_gradients(hidden, tile.old_cells + rows, tile.d_out, tile.d_cells + rows, kept);
+    layer_input_gradients(shape, net.by_input[layer], kept.gates, tile.d_in[layer]);
+    transpose(tile.in[layer], shape.rows(), shape.columns(), tile.columns);
+    layer_sums -= shape.gradient_size();
+    add_weight_gradients(kept.gates, 4 * hidden, tile.columns, shape.columns(), layer_sums);
+  }
+}
+
 }  // namespace amalgam::cpu::AMALGAM_ISA

@@ -13,6 +13,11 @@ inline constexpr int kColumnAlign = 16;  // columns of weight gradients come in 
 // keep one copy of an inline function, perhaps AVX-512's, for all.
 #define AMALGAM_INLINE inline __attribute__((always_inline))
 
+// Columns of gradients of weights on this many rows: one each, the bias, and padding.
+AMALGAM_INLINE int columns_of(int rows) {
+  return (rows + 1 + kColumnAlign - 1) / kColumnAlign * kColumnAlign;
+}
+
 struct LayerShape {
   int inputs;
   int hidden;
@@ -24,9 +29,34 @@ struct LayerShape {
   AMALGAM_INLINE int64_t by_input_size() const {
     return int64_t((rows() + kRowGroup - 1) / kRowGroup) * kRowGroup * 4 * hidden;
   }
-  // Columns of the weights' gradients: a row of `in` each, the bias, and padding.
-  AMALGAM_INLINE int columns() const { return (rows() + 1 + kColumnAlign - 1) / kColumnAlign * kColumnAlign; }
+  AMALGAM_INLINE int columns() const { return columns_of(rows()); }
   AMALGAM_INLINE int64_t gradient_size() const { return int64_t(4) * hidden * columns(); }
+};
+
+// An LSTM as the inner loops want it.
+template <typename T>
+struct LstmNetwork {
+  int layers;
+  const LayerShape* shapes;   // (layers,)
+  const T* const* by_unit;    // (layers,)
+  const T* const* by_input;   // (layers,)
+};
+
+// Its rows of kTile coordinates.
+template <typename T>
+struct LstmTile {
+  T* const* in;               // (layers,) a layer's inputs, then its h of before
+  T* cells;                   // (layers * hidden) c, gets the new c
+  T* top;                     // (hidden) the last layer's new h
+  // The backward pass alone:
+  T* old_cells;               // (layers * hidden)
+  T* gates;                   // (layers * 4 hidden)
+  T* squashed;                // (layers * hidden)
+  T* d_h;                     // (layers * hidden) of the new h
+  T* d_cells;                 // (layers * hidden) of the new c, gets that of the old c
+  T* const* d_in;             // (layers,) rows as `in`
+  T* d_out;                   // (hidden) of what `top` is used for
+  T* columns;                 // (kTile * columns of the widest layer)
 };
 
 }  // namespace amalgam::cpu

@@ -62,10 +62,7 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
 // A student as the inner loops want it.
 template <typename T>
 struct StudentNetwork {
-  int layers;
-  const LayerShape* shapes;       // (layers,)
-  const T* const* by_unit;        // (layers,)
-  const T* const* by_input;       // (layers,)
+  LstmNetwork<T> lstm;
   const T* head;                  // (hidden,)
   T head_bias;
   T alpha, beta1, beta2, eps;
@@ -76,21 +73,11 @@ struct StudentNetwork {
 template <typename T>
 struct StudentTile {
   T *grad, *m, *v;                // m, v get the new moments
-  T* const* in;                   // (layers,) a layer's inputs, then its h of before
-  T* cells;                       // (layers * hidden) c, gets the new c
-  T* top;                         // (hidden) the last layer's new h
   T* update;                      // in the backward pass the head's slope instead
+  LstmTile<T> lstm;
   // The backward pass alone:
-  T* old_cells;                   // (layers * hidden)
-  T* gates;                       // (layers * 4 hidden)
-  T* squashed;                    // (layers * hidden)
   T *d_update, *d_m, *d_v;        // of the new values, get those of the old ones
-  T* d_h;                         // (layers * hidden) of the new h
-  T* d_cells;                     // (layers * hidden) of the new c, gets that of the old c
-  T* const* d_in;                 // (layers,) rows as `in`
-  T* d_out;                       // (hidden)
   T* d_grad;
-  T* columns;                     // (kTile * columns)
 };
 
 template <typename T>

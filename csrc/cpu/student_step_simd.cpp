@@ -29,8 +29,8 @@ void moments_and_features(const StudentNetwork<T>& net, const StudentTile<T>& ti
     const Vector<T> scale = reciprocal_root<T>(v / net.one_minus_beta2 + net.eps);
     store(tile.m + at, m);
     store(tile.v + at, v);
-    store(tile.in[0] + at, m / net.one_minus_beta1 * scale);
-    store(tile.in[0] + kTile + at, g * scale);
+    store(tile.lstm.in[0] + at, m / net.one_minus_beta1 * scale);
+    store(tile.lstm.in[0] + kTile + at, g * scale);
   }
 }
 
@@ -38,18 +38,12 @@ void moments_and_features(const StudentNetwork<T>& net, const StudentTile<T>& ti
 template <bool keep, typename T>
 void steps(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
   moments_and_features(net, tile);
-  const int hidden = net.shapes[0].hidden;
-  for (int layer = 0; layer < net.layers; ++layer) {
-    T* out = layer + 1 < net.layers ? tile.in[layer + 1] : tile.top;
-    const int64_t rows = int64_t(layer) * hidden * kTile;
-    const Kept<T> kept = keep ? Kept<T>{tile.gates + 4 * rows, tile.squashed + rows} : Kept<T>{};
-    layer_forward<keep>(net.shapes[layer], net.by_unit[layer], tile.in[layer], tile.cells + rows,
-                        out, kept);
-  }
+  const int hidden = net.lstm.shapes[0].hidden;
+  lstm_forward<keep>(net.lstm, tile.lstm);
   for (int at = 0; at < kTile; at += kLanes<T>) {
     Vector<T> sum = splat(net.head_bias);
     for (int unit = 0; unit < hidden; ++unit) {
-      sum += net.head[unit] * load(tile.top + unit * kTile + at);
+      sum += net.head[unit] * load(tile.lstm.top + unit * kTile + at);
     }
     if constexpr (keep) {
       store(tile.update + at, net.alpha * tanh_slope(sum));
@@ -75,18 +69,18 @@ double dot(const T* a, const T* b) {
 
 template <typename T>
 void head_gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
-  const int hidden = net.shapes[0].hidden;
+  const int hidden = net.lstm.shapes[0].hidden;
   double bias = 0;
   for (int at = 0; at < kTile; at += kLanes<T>) {
     const Vector<T> d = load(tile.d_update + at) * load(tile.update + at);
     store(tile.d_update + at, d);
     for (int lane = 0; lane < kLanes<T>; ++lane) bias += d[lane];
     for (int unit = 0; unit < hidden; ++unit) {
-      store(tile.d_out + unit * kTile + at, net.head[unit] * d);
+      store(tile.lstm.d_out + unit * kTile + at, net.head[unit] * d);
     }
   }
   for (int unit = 0; unit < hidden; ++unit) {
-    sums[unit] += dot(tile.d_update, tile.top + unit * kTile);
+    sums[unit] += dot(tile.d_update, tile.lstm.top + unit * kTile);
   }
   sums[hidden] += bias;
 }
@@ -97,8 +91,8 @@ void moment_gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile) 
     const Vector<T> g = load(tile.grad + at), v = load(tile.v + at);
     const Vector<T> m_hat = load(tile.m + at) / net.one_minus_beta1;
     const Vector<T> scale = reciprocal_root<T>(v / net.one_minus_beta2 + net.eps);
-    const Vector<T> d_m_feature = load(tile.d_in[0] + at);
-    const Vector<T> d_g_feature = load(tile.d_in[0] + kTile + at);
+    const Vector<T> d_m_feature = load(tile.lstm.d_in[0] + at);
+    const Vector<T> d_g_feature = load(tile.lstm.d_in[0] + kTile + at);
     const Vector<T> d_scale = d_m_feature * m_hat + d_g_feature * g;
     const Vector<T> d_m = load(tile.d_m + at) + d_m_feature * scale / net.one_minus_beta1;
     const Vector<T> d_v = load(tile.d_v + at) -
@@ -113,25 +107,12 @@ void moment_gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile) 
 template <typename T>
 void backward(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
   steps<true>(net, tile);
-  const int hidden = net.shapes[0].hidden;
   double* head_sums = sums;
-  for (int layer = 0; layer < net.layers; ++layer) head_sums += net.shapes[layer].gradient_size();
-  head_gradients(net, tile, head_sums);
-  double* layer_sums = head_sums;
-  for (int layer = net.layers - 1; layer >= 0; --layer) {
-    const LayerShape& shape = net.shapes[layer];
-    const int64_t rows = int64_t(layer) * hidden * kTile;
-    const T* from_above = layer + 1 < net.layers ? tile.d_in[layer + 1] : tile.d_out;
-    for (int at = 0; at < hidden * kTile; at += kLanes<T>) {
-      store(tile.d_out + at, load(from_above + at) + load(tile.d_h + rows + at));
-    }
-    const Kept<T> kept{tile.gates + 4 * rows, tile.squashed + rows};
-    layer_gate_gradients(hidden, tile.old_cells + rows, tile.d_out, tile.d_cells + rows, kept);
-    layer_input_gradients(shape, net.by_input[layer], kept.gates, tile.d_in[layer]);
-    transpose(tile.in[layer], shape.rows(), shape.columns(), tile.columns);
-    layer_sums -= shape.gradient_size();
-    add_weight_gradients(kept.gates, 4 * hidden, tile.columns, shape.columns(), layer_sums);
+  for (int layer = 0; layer < net.lstm.layers; ++layer) {
+    head_sums += net.lstm.shapes[layer].gradient_size();
   }
+  head_gradients(net, tile, head_sums);
+  lstm_backward(net.lstm, tile.lstm, sums);
   moment_gradients(net, tile);
 }
 

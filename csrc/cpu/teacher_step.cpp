@@ -17,15 +17,7 @@ constexpr int64_t kGrain = 1 << 14;
 template <typename T>
 std::vector<TeacherConstants<T>> constants_of(const TeacherSettings& settings, int64_t k) {
   std::vector<TeacherConstants<T>> constants(k);
-  for (int64_t row = 0; row < k; ++row) {
-    constants[row] = {static_cast<Teacher>(settings.kinds[row]),
-                      static_cast<T>(settings.lr[row]),
-                      static_cast<T>(settings.beta1[row]),
-                      static_cast<T>(settings.beta2[row]),
-                      static_cast<T>(settings.eps[row]),
-                      static_cast<T>(1 - settings.beta1[row]),
-                      static_cast<T>(1 - settings.beta2[row])};
-  }
+  for (int64_t row = 0; row < k; ++row) constants[row] = teacher_constants<T>(settings, row);
   return constants;
 }
 
@@ -40,6 +32,17 @@ void for_each_part(int64_t n, int64_t k, int threads, const Body& body) {
 }
 
 }  // namespace
+
+template <typename T>
+TeacherConstants<T> teacher_constants(const TeacherSettings& settings, int64_t row) {
+  return {static_cast<Teacher>(settings.kinds[row]),
+          static_cast<T>(settings.lr[row]),
+          static_cast<T>(settings.beta1[row]),
+          static_cast<T>(settings.beta2[row]),
+          static_cast<T>(settings.eps[row]),
+          static_cast<T>(1 - settings.beta1[row]),
+          static_cast<T>(1 - settings.beta2[row])};
+}
 
 template <typename T>
 void teacher_step(const TeacherSettings& settings, const T* grads, const T* m, const T* v,
@@ -67,6 +70,7 @@ void teacher_step_backward(const TeacherSettings& settings, const T* d_updates, 
 }
 
 #define AMALGAM_INSTANTIATE(T)                                                                    \
+  template TeacherConstants<T> teacher_constants(const TeacherSettings&, int64_t);                \
   template void teacher_step(const TeacherSettings&, const T*, const T*, const T*, T*, T*, T*,    \
                              int64_t, int64_t, int);                                              \
   template void teacher_step_backward(const TeacherSettings&, const T*, const T*, const T*,       \

@@ -65,9 +65,13 @@ struct TeacherConstants {
   T rest2;  // 1 - beta2
 };
 
+// Of the teacher in that row.
+template <typename T>
+TeacherConstants<T> teacher_constants(const TeacherSettings& settings, int64_t row);
+
 template <typename T>
 struct TeacherStepKernels {
-  // Of one teacher and `count` coordinates.
+  // Of one teacher and `count` coordinates. Outputs may lie where inputs do.
   void (*step)(const TeacherConstants<T>& constants, const T* grad, const T* m, const T* v,
                T* update, T* new_m, T* new_v, int64_t count);
 

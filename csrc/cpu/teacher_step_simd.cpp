@@ -30,17 +30,6 @@ inline Vector<double> root(Vector<double> x) {
 }
 #endif
 
-// exp(x) for |x| <= 1 within 2 ulp: there the powers of two are -1, 0 and 1.
-inline Vector<float> small_exp(Vector<float> x) {
-  const Exponential e = exponential(x);
-  return scale_by_power(1.0f + e.rest, e.n);
-}
-
-inline Vector<double> small_exp(Vector<double> x) {
-  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp(x[lane]);
-  return x;
-}
-
 template <typename T>
 struct Tanh {
   Vector<T> value;
@@ -99,7 +88,7 @@ inline Vector<T> update(const TeacherConstants<T>& c, Vector<T> g, Moments<T> no
   } else {
     const Vector<T> scale = T(1) / root(now.v + c.eps);
     const Vector<T> agreement = tanh(g * scale) * tanh(now.m * scale);
-    const Vector<T> bracket = is_power(kind) ? small_exp(agreement) : T(1) + agreement;
+    const Vector<T> bracket = is_power(kind) ? exp(agreement) : T(1) + agreement;
     const Vector<T> along = is_adaptive(kind) ? g * scale : g;
     return c.lr * (bracket * along);
   }
@@ -135,7 +124,7 @@ inline Gradients<T> update_gradients(const TeacherConstants<T>& c, Vector<T> d, 
     const Tanh<T> of_g = tanh_and_slope(g * scale);
     const Tanh<T> of_m = tanh_and_slope(now.m * scale);
     const Vector<T> agreement = of_g.value * of_m.value;
-    const Vector<T> bracket = is_power(kind) ? small_exp(agreement) : T(1) + agreement;
+    const Vector<T> bracket = is_power(kind) ? exp(agreement) : T(1) + agreement;
     Vector<T> d_scale = zero;
     if constexpr (is_adaptive(kind)) {
       d_scale = d * bracket * g;

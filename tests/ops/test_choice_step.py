@@ -1,15 +1,22 @@
-"""``choice_step`` in plain PyTorch: the truth that other backends will be held to."""
+"""``choice_step``: plain PyTorch, and the compiled kernels that are held to it."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_student_step import assert_as_accurate, flat
 from torch import Tensor
 
 import amalgam  # noqa: F401  registers the operations
 from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, teacher_step
+from amalgam.policies import Choice, ChoiceConfig, Teacher
 
 K = len(KINDS)
 SIZES = [0, 1, 31, 33, 1000]
@@ -287,3 +294,284 @@ def test_errors_name_the_argument(change: dict[str, Any], kind: type[Exception],
     } | change
     with pytest.raises(kind, match=re.escape(why)):
         choice_step(**arguments)
+
+
+# --- The compiled backends, held to the reference by test_student_step's rule ---
+
+compiled = pytest.mark.parametrize("backend", ["cpu"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+GOLDEN = Path(__file__).parents[1] / "golden"
+POOLS = {1: [3], 2: [2, 3], 6: [0, 1, 2, 3, 4, 5], 8: [7, 6, 5, 4, 3, 2, 1, 0]}
+
+
+def pool(n: int, k: int) -> tuple[Any, ...]:
+    """The operator's arguments after the weights."""
+    columns = ([column[kind] for kind in POOLS[k]] for column in SETTINGS[1:5])
+    return make_ranks(n), POOLS[k], *columns, 7 / 20.0, 0.7
+
+
+def skewed_arguments(
+    n: int, layers: int, hidden: int, k: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Arguments and gradients in the outputs; gradients over eight decades, zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    decades = 10 ** (8 * torch.rand(n, dtype=torch.float64, generator=generator) - 6)
+    grad = values(n) * decades
+    grad[::7] = 0
+    state = [
+        values(k, n) * decades,
+        values(k, n).square() * decades.square(),
+        values(layers, hidden, n).tanh(),
+        values(layers, hidden, n),
+    ]
+    weights = [w.to(dtype) for w in make_weights(layers, hidden, k)]
+    inputs = [t.to(dtype) for t in (grad, *state)]
+    upstream = [values(*t.shape).to(dtype) for t in (*inputs, inputs[1])]
+    return (*inputs, weights, *pool(n, k)), upstream
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize(
+    ("layers", "hidden", "k"), [(2, 20, 2), (2, 20, 6), (1, 4, 1), (3, 5, 8), (1, 64, 2), (1, 1, 6)]
+)
+@pytest.mark.parametrize("size", [0, 1, 31, 64, 65, 1000])
+def test_compiled_step(
+    backend: str, size: int, layers: int, hidden: int, k: int, dtype: torch.dtype
+) -> None:
+    forward, backward = [], []
+    # Of one coordinate the largest error is a single number, and takes more draws to average.
+    draws = 1 if dtype == torch.float64 or not size else 16 if size > 1 else 100
+    for seed in range(draws):
+        arguments, upstream = skewed_arguments(size, layers, hidden, k, dtype, seed)
+        forward.append(arguments)
+        backward.append((upstream, *arguments))
+    assert_as_accurate(torch.ops.amalgam.choice_step, forward, backend)
+    assert_as_accurate(torch.ops.amalgam.choice_step_backward, backward, backend)
+
+
+@compiled
+def test_compiled_weight_gradients_of_many_coordinates(backend: str) -> None:
+    draws = []
+    for seed in range(3):
+        arguments, upstream = skewed_arguments(2**14 + 1, 2, 20, 2, torch.float32, seed)
+        draws.append((upstream, *arguments))
+    assert_as_accurate(torch.ops.amalgam.choice_step_backward, draws, backend)
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize("shift", [-900.0, -30.0, -23.0, 0.0, 100.0, 900.0])
+def test_compiled_mixture_for_any_logits(backend: str, shift: float, dtype: torch.dtype) -> None:
+    arguments, upstream = skewed_arguments(70, 1, 4, 6, dtype)
+    arguments[5][-2].zero_()  # so that the logits are the bias, unrounded
+    arguments[5][-1].add_(shift)
+    mixture = torch.ops.amalgam.choice_step(*arguments, backend)[-1]
+    expected = torch.ops.amalgam.choice_step(*arguments, "reference")[-1]
+    assert torch.allclose(mixture, expected, rtol=1e-5, atol=1e-30)
+    found = flat(torch.ops.amalgam.choice_step_backward(upstream, *arguments, backend))
+    assert all(t.isfinite().all() for t in found)
+
+
+@compiled
+@pytest.mark.parametrize(("layers", "size", "k"), [(1, 3, 1), (2, 2, 2), (1, 2, 6), (2, 1, 8)])
+def test_compiled_gradcheck(backend: str, layers: int, size: int, k: int) -> None:
+    def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+        rest = list(inputs[5:]), *pool(size, k)
+        return torch.ops.amalgam.choice_step(*inputs[:5], *rest, backend)
+
+    assert torch.autograd.gradcheck(step, wanting(*make_inputs(size, layers, 2, k)))
+
+
+@compiled
+@pytest.mark.parametrize("size", [0, 3])
+def test_compiled_opcheck(backend: str, size: int) -> None:
+    inputs = make_inputs(size, 1, 2)
+    grads_out = [draw(*t.shape, seed=7) for t in (*inputs[:5], inputs[1])]
+    rest = *constants(size), backend
+    backward = (grads_out, *inputs[:5], inputs[5:], *rest)
+    torch.library.opcheck(torch.ops.amalgam.choice_step_backward, backward)
+    inputs = wanting(*inputs)
+    torch.library.opcheck(torch.ops.amalgam.choice_step, (*inputs[:5], inputs[5:], *rest))
+
+
+@compiled
+def test_compiled_differentiating_twice_is_refused(backend: str) -> None:
+    inputs = wanting(*make_inputs(3))
+    state = ChoiceState(*inputs[1:5], steps=7)
+    update, _, _ = choice_step(
+        inputs[0], state, inputs[5:], make_ranks(3), SETTINGS, backend=backend
+    )
+    (grad,) = torch.autograd.grad(update.sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once.*backend='reference'"):
+        torch.autograd.grad(grad.sum(), inputs[0])
+
+
+@compiled
+def test_compiled_inputs_may_be_strided(backend: str) -> None:
+    def spread(values: Any) -> Any:
+        if isinstance(values, Tensor):
+            return torch.stack((values, values), -1)[..., 0]
+        tensors = isinstance(values, list) and isinstance(values[0], Tensor)
+        return [spread(value) for value in values] if tensors else values
+
+    arguments, upstream = skewed_arguments(70, 2, 4, 6, torch.float64)
+    strided = [spread(value) for value in arguments]
+    assert not strided[1].is_contiguous()
+    for operation, before in (("choice_step", []), ("choice_step_backward", [upstream])):
+        run = getattr(torch.ops.amalgam, operation)
+        ours = flat(run(*map(spread, before), *strided, backend))
+        expected = flat(run(*before, *arguments, backend))
+        assert all(map(torch.equal, ours, expected))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32])
+def test_compiled_ranks_of_any_integers(backend: str, dtype: torch.dtype) -> None:
+    arguments, _ = skewed_arguments(70, 2, 4, 2, torch.float64)
+    before, after = arguments[:6], arguments[7:]
+    ranks = make_ranks(70).to(dtype)
+    ours = torch.ops.amalgam.choice_step(*before, ranks, *after, backend)
+    expected = torch.ops.amalgam.choice_step(*before, ranks.long(), *after, backend)
+    assert all(map(torch.equal, ours, expected))
+
+
+@compiled
+def test_compiled_steps_pass_nan_on(backend: str) -> None:
+    arguments, _ = skewed_arguments(70, 2, 4, 6, torch.float32)
+    grad, m, v, _, c = arguments[:5]
+    grad[3], grad[5], m[4, 40], v[3, 50], c[0, 0, 66] = math.nan, math.inf, *[math.nan] * 3
+    ours = torch.ops.amalgam.choice_step(*arguments, backend)
+    plain = torch.ops.amalgam.choice_step(*arguments, "reference")
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@compiled
+@pytest.mark.parametrize("size", [1, 5, 65])
+def test_compiled_zero_eps_divides_only_where_asked(backend: str, size: int) -> None:
+    """What fills the last tile up must not divide zero by zero into the weights' gradients."""
+    arguments, upstream = skewed_arguments(size, 2, 4, 8, torch.float64)
+    arguments[0].copy_(draw(size))
+    arguments = (*arguments[:10], [0.0] * 8, *arguments[11:])
+    ours = flat(torch.ops.amalgam.choice_step_backward(upstream, *arguments, backend))
+    plain = flat(torch.ops.amalgam.choice_step_backward(upstream, *arguments, "reference"))
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12 * other.abs().max().item())
+
+
+@compiled
+def test_compiled_same_bits_for_any_number_of_threads(backend: str) -> None:
+    arguments, upstream = skewed_arguments(3001, 2, 20, 6, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            forward = torch.ops.amalgam.choice_step(*arguments, backend)
+            backward = torch.ops.amalgam.choice_step_backward(upstream, *arguments, backend)
+            results.append(flat((forward, backward)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+UNFIT: list[tuple[int, Any, str]] = [
+    (1, draw(2, 4), "m must have shape (2, 5), not (2, 4)"),
+    (4, draw(2, 4, 4), "c must have shape (2, 4, 5), not (2, 4, 4)"),
+    (5, make_weights(k=3), "weights[0] must have shape (16, 6), not (16, 7)"),
+    (5, make_weights(k=2)[1:], "weights must hold three tensors a layer"),
+    (6, make_ranks(4), "ranks must have shape (5,), not (4,)"),
+    (7, [0, 8], "kinds must be numbers below 8, not [0, 8]"),
+    (8, [0.1], "lr must hold 2 numbers, one a row, not 1"),
+]
+
+
+@compiled
+@pytest.mark.parametrize(("index", "value", "why"), UNFIT)
+def test_compiled_checks_before_it_takes_pointers(
+    backend: str, index: int, value: Any, why: str
+) -> None:
+    arguments, upstream = skewed_arguments(5, 2, 4, 2, torch.float64)
+    changed = (*arguments[:index], value, *arguments[index + 1 :], backend)
+    with pytest.raises(ValueError, match=re.escape(why)):
+        torch.ops.amalgam.choice_step(*changed)
+    with pytest.raises(ValueError, match=re.escape(why)):
+        torch.ops.amalgam.choice_step_backward(upstream, *changed)
+    for place in range(6):
+        with pytest.raises(ValueError, match=re.escape(f"grads_out[{place}] must have shape")):
+            torch.ops.amalgam.choice_step_backward(
+                [t[..., :-1] if i == place else t for i, t in enumerate(upstream)],
+                *arguments,
+                backend,
+            )
+
+
+GOLDEN_SMALL = (Teacher("rmsprop", 0.005, eps=1e-7), Teacher("adam", 0.02))
+GOLDEN_LARGE = (
+    *(Teacher("sgd", 2.0), Teacher("momentum", 2.0), *GOLDEN_SMALL),
+    *(Teacher("powersign", 1.0), Teacher("addsign", 1.0)),
+)
+
+
+@compiled
+@dtypes
+@pytest.mark.parametrize(
+    ("name", "teachers"), [("choice_small", GOLDEN_SMALL), ("choice_large", GOLDEN_LARGE)]
+)
+def test_compiled_choice_matches_the_authors(
+    backend: str, name: str, teachers: tuple[Teacher, ...], dtype: torch.dtype
+) -> None:
+    """Updates alone of float32, whose gradients of a sum that cancels are no yardstick."""
+    data = np.load(GOLDEN / f"{name}.npz")
+    choice = Choice(ChoiceConfig(teachers)).to(dtype)
+    keys = [key for key in data.files if key.startswith("weight.")]
+    for weight, key in zip(choice.weights(), keys, strict=True):
+        values = torch.from_numpy(data[key])
+        weight.data.copy_(values.T if weight.dim() == 2 else values)
+    grads = torch.from_numpy(data["grads"]).to(dtype).requires_grad_()
+    state, updates = choice.initial_state(grads[0]), []
+    for grad in grads:
+        update, state, _ = choice.step(
+            grad, state, torch.full_like(grad, 2).long(), backend=backend
+        )
+        updates.append(update)
+    stacked = torch.stack(updates)
+
+    def close(ours: Tensor, theirs: np.ndarray) -> None:
+        bound = 1e-5 * np.abs(theirs).max()
+        assert np.abs(ours.detach().double().numpy() - theirs).max() <= bound
+
+    close(stacked, data["updates"])
+    if dtype == torch.float32:
+        return
+    loss = (torch.from_numpy(data["loss_coefficients"]) * stacked).sum()
+    in_grads, *in_weights = torch.autograd.grad(loss, [grads, *choice.weights()])
+    close(in_grads, data["grad_of_loss.grads"])
+    for index, found in enumerate(in_weights):
+        close(found.T if found.dim() == 2 else found, data[f"grad_of_loss.weight.{index}"])
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
+    from amalgam.backends import build_info
+
+    available = build_info()["cpu_isas"]
+    if not isinstance(available, list) or isa not in available:
+        pytest.skip(f"this machine or build has no {isa}: {available}")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
+            *("-k", "compiled and (65- or weight or any_logits or nan or threads or authors)"),
+        ],
+        env={**os.environ, "AMALGAM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

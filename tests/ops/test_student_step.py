@@ -748,6 +748,19 @@ def test_compiled_steps_pass_nan_on(backend: str) -> None:
 
 
 @compiled
+def test_compiled_without_eps(backend: str) -> None:
+    """Lanes after the last coordinate once held 0 / 0: no test had eps = 0 and a partial tile."""
+    grad, state, weights = draw(5), make_state(5), make_weights()
+    upstream = [draw(*t.shape, seed=9) for t in (grad, *state)]
+    arguments = (upstream, grad, *state, weights, 0.1, 0.9, 0.99, 0.0)
+    operation = torch.ops.amalgam.student_step_backward
+    for ours, expected in zip(
+        flat(operation(*arguments, backend)), flat(operation(*arguments, "reference")), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@compiled
 def test_compiled_same_bits_for_any_number_of_threads(backend: str) -> None:
     grad, state, weights = skewed_inputs(3001, 2, 20, torch.float32)
     upstream = [draw(*t.shape, seed=9, dtype=torch.float32) for t in (grad, *state)]
