@@ -42,6 +42,17 @@ def test_the_toolchain_decides_about_cuda(build: ModuleType, toolkit: Path) -> N
     assert build.cuda_compiler({"PATH": str(toolkit), "AMALGAM_CUDA": "auto"}) is None
 
 
+def test_sanitizers_are_asked_for_and_exclude_cuda(build: ModuleType, toolkit: Path) -> None:
+    with_nvcc = {"PATH": str(toolkit / "bin"), "AMALGAM_SANITIZE": "1"}
+    assert "-fsanitize=address,undefined" in build.sanitizers(with_nvcc)
+    assert build.sanitizers({"AMALGAM_SANITIZE": "0"}) == build.sanitizers({}) == []
+    assert build.cuda_compiler(with_nvcc) is None
+    with pytest.raises(SystemExit, match="exclude each other"):
+        build.cuda_compiler({**with_nvcc, "AMALGAM_CUDA": "1"})
+    with pytest.raises(SystemExit, match="must be 0 or 1, not 'yes'"):
+        build.sanitizers({"AMALGAM_SANITIZE": "yes"})
+
+
 def test_a_forced_part_that_cannot_be_built_is_an_error(build: ModuleType, toolkit: Path) -> None:
     with pytest.raises(SystemExit, match="AMALGAM_CUDA=1, but nvcc is neither"):
         build.cuda_compiler({"PATH": str(toolkit), "AMALGAM_CUDA": "1"})
