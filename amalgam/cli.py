@@ -96,12 +96,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for results and plots.")] = None,
 ) -> None:
     """Train tasks with students and with torch's Adam and AdamW at their tuned rates."""
-    from functools import partial
-
     from amalgam import experiment
-    from amalgam.evaluation import Contender, tables
     from amalgam.evaluation import evaluate as compare
-    from amalgam.optimizer import TeacherOptimizer
+    from amalgam.evaluation import tables
     from amalgam.policies import Pool, Student
 
     pool = Pool(teacher or [])
@@ -116,10 +113,9 @@ def evaluate(
         for one in chosen:
             everybody = [
                 *(experiment.student_contender(*pair) for pair in loaded),
-                *(Contender(n, partial(TeacherOptimizer, teacher=t))
-                  for n, t in zip(pool.names, pool.teachers, strict=True)),
+                *experiment.teacher_contenders(pool),
                 *experiment.torch_contenders(one, steps=steps, report=report),
-            ]  # fmt: skip
+            ]
             results.append(
                 compare(one, everybody, steps=steps, seeds=seeds, every=every, report=report)
             )

@@ -110,10 +110,7 @@ class Experiment:
             task = tasks.load(name, self.recipe.task.batch_size)
             everybody = [
                 student_contender("student", self.trainer.student),
-                *(
-                    Contender(title, partial(TeacherOptimizer, teacher=teacher))
-                    for title, teacher in zip(self.pool.names, self.pool.teachers, strict=True)
-                ),
+                *teacher_contenders(self.pool),
                 *torch_contenders(task, steps=how.steps, report=report),
             ]
             results.append(
@@ -133,6 +130,12 @@ class Experiment:
 def student_contender(name: str, student: Student) -> Contender:
     """A student, warmed up as it was trained, as a contender."""
     return Contender(name, lambda params: AmalgamatedOptimizer(params, student=student))
+
+
+def teacher_contenders(pool: Pool) -> list[Contender]:
+    """A pool's teachers as contenders, each on its own."""
+    named = zip(pool.names, pool.teachers, strict=True)
+    return [Contender(name, partial(TeacherOptimizer, teacher=teacher)) for name, teacher in named]
 
 
 def torch_contenders(

@@ -7,12 +7,13 @@ computes. Nothing else in the package knows the backends' names.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from amalgam.hints import did_you_mean
 
 REFERENCE = "reference"
 FLOATS = frozenset({torch.float32, torch.float64})
@@ -166,8 +167,7 @@ def check_backend(requested: str) -> None:
     """Raise ValueError unless ``requested`` is ``"auto"`` or names a backend."""
     if requested != "auto" and requested not in _backends:
         names = ["auto", *_backends]
-        near = difflib.get_close_matches(str(requested), names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(requested, names)
         raise ValueError(f"backend must be one of {names}, not {requested!r}{hint}")
 
 

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from amalgam import tasks
+from amalgam.hints import did_you_mean
 from amalgam.meta import Amalgamation, Stage, Training
 from amalgam.policies import Pool, StudentConfig, Teacher
 
@@ -132,8 +133,7 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     path = Path(name_or_path)
     if not path.is_file():
         if str(name_or_path) not in shipped():
-            near = difflib.get_close_matches(str(name_or_path), shipped(), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name_or_path, shipped())
             raise FileNotFoundError(
                 f"{str(name_or_path)!r} is neither a file nor a shipped recipe; "
                 f"those are {list(shipped())}{hint}"

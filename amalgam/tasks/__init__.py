@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
+from amalgam.hints import did_you_mean
 from amalgam.tasks.digits import digits_cnn, digits_mlp
 from amalgam.tasks.task import Batch, Layout, Task
 
@@ -22,8 +22,7 @@ def load(name: str, batch_size: int = 128) -> Task:
         ValueError: There is no such task, or its data has fewer samples than a batch.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, TASKS)
         raise ValueError(f"task must be one of {list(TASKS)}, not {name!r}{hint}")
     return TASKS[name](batch_size)
 
