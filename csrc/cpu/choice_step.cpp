@@ -61,13 +61,13 @@ class Packed {
 // The step's inputs, and all features but the teachers' updates.
 template <typename T>
 void load_tile(const Packed<T>& packed, T time, const T* grad, const int64_t* ranks,
-               const ChoiceState<const T>& state, int64_t n, const Piece& piece,
-               const ChoiceTile<T>& tile) {
+               const ChoiceState<const T>& state, const LstmState& lstm_state, int64_t n,
+               const Piece& piece, ChoiceTile<T>& tile) {
   const int64_t k = packed.network.teachers;
   copy_in(grad, n, 1, piece, tile.grad);
   copy_in(state.m, n, k, piece, tile.m);
   copy_in(state.v, n, k, piece, tile.v);
-  copy_state_in(packed.lstm.shapes(), state.h, state.c, n, piece, tile.lstm);
+  load_state(packed.lstm.shapes(), lstm_state, piece, tile.lstm);
   T* features = tile.lstm.in[0] + k * kTile;
   std::fill_n(features, kTile, time);
   for (int rank = 1; rank <= kRanks; ++rank) {
@@ -93,18 +93,20 @@ void choice_step(const ChoiceSettings& settings, const T* const* weights, int64_
   const Packed<T> packed(settings, weights, false);
   const int64_t k = settings.teachers, tiles = tiles_of(n);
   const T time = static_cast<T>(settings.time);
+  const LstmState lstm_state{storage_of<T>(), n,           old_state.h,
+                             old_state.c,     new_state.h, new_state.c};
 
   for_each_block(tiles, worthwhile_threads(tiles, kGrain, threads), [&](int64_t index) {
-    const ChoiceTile<T> tile = packed.tile();
+    ChoiceTile<T> tile = packed.tile();
     const Piece piece = only_piece(index, n);
-    load_tile(packed, time, grad, ranks, old_state, n, piece, tile);
+    load_tile(packed, time, grad, ranks, old_state, lstm_state, n, piece, tile);
 
     kernels.forward(packed.network, tile);
 
     copy_out(tile.update, 1, piece, update, n);
     copy_out(tile.new_m, k, piece, new_state.m, n);
     copy_out(tile.new_v, k, piece, new_state.v, n);
-    copy_state_out(packed.lstm.shapes(), tile.lstm, piece, new_state.h, new_state.c, n);
+    store_state(packed.lstm.shapes(), tile.lstm, piece, lstm_state);
     copy_out(tile.mixture, k, piece, mixture, n);
   });
 }
@@ -121,25 +123,28 @@ void choice_step_backward(const ChoiceSettings& settings, const T* const* weight
   const int64_t k = settings.teachers, hidden = settings.hidden;
   const int64_t stride = columns_of(settings.hidden);
   const T time = static_cast<T>(settings.time);
+  const LstmState lstm_state{storage_of<T>(), n, old_state.h, old_state.c, nullptr, nullptr};
+  const LstmGradients<T> gradients{n, d_new_state.h, d_new_state.c, d_old_state.h,
+                                   d_old_state.c};
 
   const auto run_tile = [&](int64_t index, double* sums) {
-    const ChoiceTile<T> tile = packed.tile();
+    ChoiceTile<T> tile = packed.tile();
     const Piece piece = only_piece(index, n);
-    load_tile(packed, time, grad, ranks, old_state, n, piece, tile);
+    load_tile(packed, time, grad, ranks, old_state, lstm_state, n, piece, tile);
     copy_in(d_update, n, 1, piece, tile.d_update);
     clear_after(piece.count, 1, tile.d_update);
     copy_in(d_new_state.m, n, k, piece, tile.d_m);
     copy_in(d_new_state.v, n, k, piece, tile.d_v);
     copy_in(d_mixture, n, k, piece, tile.d_mixture);
     for (T* rows : {tile.d_m, tile.d_v, tile.d_mixture}) clear_after(piece.count, k, rows);
-    copy_gradients_in(shapes, d_new_state.h, d_new_state.c, n, piece, tile.lstm);
+    load_gradients(shapes, gradients, piece, tile.lstm);
 
     kernels.backward(packed.network, tile, sums);
 
     copy_out(tile.d_grad, 1, piece, d_grad, n);
     copy_out(tile.d_m, k, piece, d_old_state.m, n);
     copy_out(tile.d_v, k, piece, d_old_state.v, n);
-    copy_gradients_out(shapes, tile.lstm, piece, d_old_state.h, d_old_state.c, n);
+    store_gradients(shapes, tile.lstm, piece, gradients);
   };
   const int64_t size = packed.lstm.gradient_size() + k * stride;
   const std::vector<double> sums = sum_over_tiles(n, size, threads, run_tile);

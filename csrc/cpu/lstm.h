@@ -13,6 +13,8 @@ namespace amalgam::cpu::AMALGAM_ISA {
 // Vectors of coordinates in flight beside four gates: as many as leave registers for weights.
 inline constexpr int kInFlight = kVectorBytes == 64 ? 4 : 2;
 
+inline constexpr int kCacheLine = 64;
+
 // What the backward pass needs of a layer's forward pass: rows of i, f, a, o by unit, and tanh(c).
 template <typename T>
 struct Kept {
@@ -20,86 +22,112 @@ struct Kept {
   T* squashed;
 };
 
-// One layer's step. `cells` holds c and gets the new c; `out` gets the new h.
-template <bool keep, typename T>
-inline void layer_forward(const LayerShape& layer, const T* __restrict by_unit,
-                          const T* __restrict in, T* __restrict cells, T* __restrict out,
-                          Kept<T> kept) {
-  const int hidden = layer.hidden;
-  const int rows = layer.rows();
+// sums[gate] = bias + weights of one unit times a layer's `in` rows. Never inlined: with the
+// activations' constants beside them, compilers spill the sums in the innermost loop.
+template <typename T>
+__attribute__((noinline)) void gate_sums(const T* __restrict weights, int rows,
+                                         const T* __restrict in, T* __restrict sums) {
   constexpr int kStep = kInFlight * kLanes<T>;
   static_assert(kTile % kStep == 0, "a tile is whole vectors");
-  for (int unit = 0; unit < hidden; ++unit) {
-    const T* weights = by_unit + int64_t(unit) * 4 * (rows + 1);
-    for (int at = 0; at < kTile; at += kStep) {
-      Vector<T> i[kInFlight], f[kInFlight], a[kInFlight], o[kInFlight];
-      for (int v = 0; v < kInFlight; ++v) {
-        i[v] = splat(weights[0]);
-        f[v] = splat(weights[1]);
-        a[v] = splat(weights[2]);
-        o[v] = splat(weights[3]);
+  for (int at = 0; at < kTile; at += kStep) {
+    Vector<T> sum[4][kInFlight];
+    for (int gate = 0; gate < 4; ++gate) {
+      for (int v = 0; v < kInFlight; ++v) sum[gate][v] = splat(weights[gate]);
+    }
+    const T* w = weights + 4;
+    for (int row = 0; row < rows; ++row, w += 4) {
+      Vector<T> x[kInFlight];
+      for (int v = 0; v < kInFlight; ++v) x[v] = load(in + row * kTile + at + v * kLanes<T>);
+      for (int gate = 0; gate < 4; ++gate) {
+        const Vector<T> weight = splat(w[gate]);
+        for (int v = 0; v < kInFlight; ++v) sum[gate][v] += weight * x[v];
       }
-      for (int row = 0; row < rows; ++row) {
-        const T* w = weights + 4 * (row + 1);
-        const Vector<T> wi = splat(w[0]), wf = splat(w[1]), wa = splat(w[2]), wo = splat(w[3]);
-        for (int v = 0; v < kInFlight; ++v) {
-          const Vector<T> x = load(in + row * kTile + at + v * kLanes<T>);
-          i[v] += wi * x;
-          f[v] += wf * x;
-          a[v] += wa * x;
-          o[v] += wo * x;
-        }
-      }
+    }
+    for (int gate = 0; gate < 4; ++gate) {
       for (int v = 0; v < kInFlight; ++v) {
-        const int place = at + v * kLanes<T>;
-        T* c = cells + unit * kTile + place;
-        i[v] = sigmoid(i[v]);
-        f[v] = sigmoid(f[v]);
-        a[v] = tanh(a[v]);
-        o[v] = sigmoid(o[v]);
-        const Vector<T> cell = f[v] * load(c) + i[v] * a[v];
-        const Vector<T> squashed = tanh(cell);
-        store(c, cell);
-        store(out + unit * kTile + place, o[v] * squashed);
-        if constexpr (keep) {
-          T* gates = kept.gates + 4 * unit * kTile + place;
-          store(gates, i[v]);
-          store(gates + kTile, f[v]);
-          store(gates + 2 * kTile, a[v]);
-          store(gates + 3 * kTile, o[v]);
-          store(kept.squashed + unit * kTile + place, squashed);
-        }
+        store(sums + gate * kTile + at + v * kLanes<T>, sum[gate][v]);
       }
     }
   }
 }
 
-// Turns kept gates into gradients of their sums, in place. `d_out` holds the gradient of the new h;
-// `d_cells` that of the new c and gets that of the old one.
+inline void prefetch(const Ahead& ahead, int64_t row) {
+  for (int64_t byte = 0; byte < ahead.row_bytes; byte += kCacheLine) {
+    __builtin_prefetch(ahead.first + row * ahead.stride + byte);
+    __builtin_prefetch(ahead.second + row * ahead.stride + byte);
+  }
+}
+
+// One layer's step; `out` gets the new h. The layer's rows of state begin at `first`.
+template <bool keep, typename T>
+inline void layer_forward(const LayerShape& layer, const T* __restrict by_unit,
+                          const T* __restrict in, const LstmTile<T>& tile, int first,
+                          T* __restrict out, Kept<T> kept) {
+  const int rows = layer.rows();
+  for (int unit = 0; unit < layer.hidden; ++unit) {
+    for (const Ahead& ahead : tile.ahead) prefetch(ahead, first + unit);
+    const T* cells = tile.cells[first + unit];
+    T* new_cells = tile.new_cells[first + unit];
+    T* new_h = tile.new_h.first ? tile.new_h[first + unit] : nullptr;
+    T here[4 * kTile];
+    T* gates = keep ? kept.gates + 4 * unit * kTile : here;
+    gate_sums(by_unit + int64_t(unit) * 4 * (rows + 1), rows, in, gates);
+    for (int at = 0; at < kTile; at += kLanes<T>) {
+      const Ratio<T> i = sigmoid_ratio(load(gates + at)),
+                     f = sigmoid_ratio(load(gates + kTile + at)),
+                     a = tanh_ratio(load(gates + 2 * kTile + at)),
+                     o = sigmoid_ratio(load(gates + 3 * kTile + at));
+      // f c + i a over one denominator, which is from 1 to 8: divisions cost most of all.
+      const Vector<T> below = i.below * a.below;
+      const Vector<T> cell = (f.above * load(cells + at) * below + i.above * a.above * f.below) /
+                             (f.below * below);
+      const Ratio<T> squashed = tanh_ratio(cell);
+      const Vector<T> h = o.above * squashed.above / (o.below * squashed.below);
+      store(new_cells + at, cell);
+      store(out + unit * kTile + at, h);
+      if (new_h) store(new_h + at, h);
+      if constexpr (keep) {
+        store(gates + at, value(i));
+        store(gates + kTile + at, value(f));
+        store(gates + 2 * kTile + at, value(a));
+        store(gates + 3 * kTile + at, value(o));
+        store(kept.squashed + unit * kTile + at, value(squashed));
+      }
+    }
+  }
+}
+
+// Turns kept gates into gradients of their sums, in place, and gives those of the old c. `from_above`
+// holds the gradient of the new h as the layer above or the head has it; the next step's is added.
 template <typename T>
-inline void layer_gate_gradients(int hidden, const T* __restrict cells, const T* __restrict d_out,
-                                 T* __restrict d_cells, Kept<T> kept) {
+inline void layer_gate_gradients(int hidden, const LstmTile<T>& tile, int first,
+                                 const T* __restrict from_above, Kept<T> kept) {
   for (int unit = 0; unit < hidden; ++unit) {
     T* gates = kept.gates + 4 * unit * kTile;
+    const T *cells = tile.cells[first + unit], *d_new_h = tile.d_new_h[first + unit],
+            *d_new_c = tile.d_new_c[first + unit];
+    T* d_c_row = tile.d_c[first + unit];
     for (int at = 0; at < kTile; at += kLanes<T>) {
       const int place = unit * kTile + at;
       const Vector<T> i = load(gates + at), f = load(gates + kTile + at),
                       a = load(gates + 2 * kTile + at), o = load(gates + 3 * kTile + at);
-      const Vector<T> squashed = load(kept.squashed + place), d_h = load(d_out + place);
-      const Vector<T> d_c = load(d_cells + place) + d_h * o * (T(1) - squashed * squashed);
+      const Vector<T> squashed = load(kept.squashed + place), d_h = load(from_above + place) + load(d_new_h + at);
+      const Vector<T> d_c = load(d_new_c + at) + d_h * o * (T(1) - squashed * squashed);
       store(gates + at, d_c * a * i * (T(1) - i));
-      store(gates + kTile + at, d_c * load(cells + place) * f * (T(1) - f));
+      store(gates + kTile + at, d_c * load(cells + at) * f * (T(1) - f));
       store(gates + 2 * kTile + at, d_c * i * (T(1) - a * a));
       store(gates + 3 * kTile + at, d_h * squashed * o * (T(1) - o));
-      store(d_cells + place, d_c * f);
+      store(d_c_row + at, d_c * f);
     }
   }
 }
 
-// d_in[row] = sum over gates of weight[row][gate] d_gates[gate], for all of a layer's `in` rows.
+// The sum over gates of weight[row][gate] d_gates[gate] for all of a layer's `in` rows: its inputs' to
+// d_in, those of the old h to d_h.
 template <typename T>
 inline void layer_input_gradients(const LayerShape& layer, const T* __restrict by_input,
-                                  const T* __restrict d_gates, T* __restrict d_in) {
+                                  const T* __restrict d_gates, T* __restrict d_in,
+                                  const Rows<T>& d_h) {
   const int hidden = layer.hidden;
   const int rows = layer.rows();
   constexpr int kStep = kInFlight * kLanes<T>;
@@ -126,9 +154,9 @@ inline void layer_input_gradients(const LayerShape& layer, const T* __restrict b
         }
       }
       for (int r = 0; r < count; ++r) {
-        for (int v = 0; v < kInFlight; ++v) {
-          store(d_in + (row + r) * kTile + at + v * kLanes<T>, sums[r][v]);
-        }
+        const int of_h = row + r - layer.inputs;
+        T* to = of_h < 0 ? d_in + (row + r) * kTile : d_h[of_h];
+        for (int v = 0; v < kInFlight; ++v) store(to + at + v * kLanes<T>, sums[r][v]);
       }
     }
   }
@@ -137,10 +165,42 @@ inline void layer_input_gradients(const LayerShape& layer, const T* __restrict b
 // Rows to columns: to[coordinate][row], a column for the bias of ones after them, zeros to `stride`.
 template <typename T>
 inline void transpose(const T* __restrict rows, int count, int stride, T* __restrict to) {
+  constexpr int kSide = kLanes<T>;
+  for (int first = 0; first < stride; first += kSide) {
+    for (int at = 0; at < kTile; at += kSide) {
+      Vector<T> square[kSide];
+      for (int r = 0; r < kSide; ++r) {
+        const int row = first + r;
+        square[r] = row < count ? load(rows + row * kTile + at) : splat(T(row == count));
+      }
+      transpose_square<T>(square);
+      for (int r = 0; r < kSide; ++r) store(to + (at + r) * stride + first, square[r]);
+    }
+  }
+}
+
+inline constexpr int kOutputs = 4;
+inline constexpr int kColumnVectors = kVectorBytes == 64 ? 3 : 2;
+
+// add_weight_gradients for kOutputs outputs, of which `used` count, and `vectors` of columns.
+template <int vectors, typename T>
+inline void add_weight_gradients_block(const T* const* d_rows, int used,
+                                       const T* __restrict columns, int stride,
+                                       double* __restrict sums) {
+  Vector<T> acc[kOutputs][vectors] = {};
   for (int n = 0; n < kTile; ++n) {
-    for (int row = 0; row < count; ++row) to[n * stride + row] = rows[row * kTile + n];
-    to[n * stride + count] = T(1);
-    for (int row = count + 1; row < stride; ++row) to[n * stride + row] = T(0);
+    Vector<T> x[vectors];
+    for (int v = 0; v < vectors; ++v) x[v] = load(columns + n * stride + v * kLanes<T>);
+    for (int r = 0; r < kOutputs; ++r) {
+      const Vector<T> weight = splat(d_rows[r][n]);
+      for (int v = 0; v < vectors; ++v) acc[r][v] += weight * x[v];
+    }
+  }
+  for (int r = 0; r < used; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      double* to = sums + r * stride + v * kLanes<T>;
+      for (int lane = 0; lane < kLanes<T>; ++lane) to[lane] += acc[r][v][lane];
+    }
   }
 }
 
@@ -149,41 +209,19 @@ inline void transpose(const T* __restrict rows, int count, int stride, T* __rest
 template <typename T>
 inline void add_weight_gradients(const T* __restrict d, int outputs, const T* __restrict columns,
                                  int stride, double* __restrict sums) {
-  constexpr int kOutputs = 4;
-  constexpr int kColumns = kVectorBytes == 64 ? 3 : 2;
   for (int output = 0; output < outputs; output += kOutputs) {
-    const int rows = outputs - output < kOutputs ? outputs - output : kOutputs;
-    for (int column = 0; column < stride; column += kColumns * kLanes<T>) {
-      const int vectors = (stride - column) / kLanes<T> < kColumns
-                              ? (stride - column) / kLanes<T>
-                              : kColumns;
-      Vector<T> acc[kOutputs][kColumns] = {};
-      const T* d_rows[kOutputs];
-      for (int r = 0; r < kOutputs; ++r) d_rows[r] = d + (output + (r < rows ? r : 0)) * kTile;
-      if (vectors == kColumns) {
-        for (int n = 0; n < kTile; ++n) {
-          Vector<T> x[kColumns];
-          for (int v = 0; v < kColumns; ++v) x[v] = load(columns + n * stride + column + v * kLanes<T>);
-          for (int r = 0; r < kOutputs; ++r) {
-            const Vector<T> weight = splat(d_rows[r][n]);
-            for (int v = 0; v < kColumns; ++v) acc[r][v] += weight * x[v];
-          }
-        }
-      } else {
-        for (int v = 0; v < vectors; ++v) {
-          for (int n = 0; n < kTile; ++n) {
-            const Vector<T> x = load(columns + n * stride + column + v * kLanes<T>);
-            for (int r = 0; r < kOutputs; ++r) acc[r][v] += d_rows[r][n] * x;
-          }
-        }
-      }
-      for (int r = 0; r < rows; ++r) {
-        for (int v = 0; v < vectors; ++v) {
-          double* to = sums + int64_t(output + r) * stride + column + v * kLanes<T>;
-          for (int lane = 0; lane < kLanes<T>; ++lane) to[lane] += acc[r][v][lane];
-        }
-      }
+    const int used = outputs - output < kOutputs ? outputs - output : kOutputs;
+    const T* d_rows[kOutputs];
+    for (int r = 0; r < kOutputs; ++r) d_rows[r] = d + (output + (r < used ? r : 0)) * kTile;
+    double* to = sums + int64_t(output) * stride;
+    int column = 0;
+    for (; column + kColumnVectors * kLanes<T> <= stride; column += kColumnVectors * kLanes<T>) {
+      add_weight_gradients_block<kColumnVectors>(d_rows, used, columns + column, stride,
+                                                 to + column);
     }
+    const int left = (stride - column) / kLanes<T>;
+    if (left == 1) add_weight_gradients_block<1>(d_rows, used, columns + column, stride, to + column);
+    if (left == 2) add_weight_gradients_block<2>(d_rows, used, columns + column, stride, to + column);
   }
 }
 
@@ -193,14 +231,15 @@ inline void lstm_forward(const LstmNetwork<T>& net, const LstmTile<T>& tile) {
   const int hidden = net.shapes[0].hidden;
   for (int layer = 0; layer < net.layers; ++layer) {
     T* out = layer + 1 < net.layers ? tile.in[layer + 1] : tile.top;
-    const int64_t rows = int64_t(layer) * hidden * kTile;
+    const int first = layer * hidden;
+    const int64_t rows = int64_t(first) * kTile;
     const Kept<T> kept = keep ? Kept<T>{tile.gates + 4 * rows, tile.squashed + rows} : Kept<T>{};
-    layer_forward<keep>(net.shapes[layer], net.by_unit[layer], tile.in[layer], tile.cells + rows,
-                        out, kept);
+    layer_forward<keep>(net.shapes[layer], net.by_unit[layer], tile.in[layer], tile, first, out,
+                        kept);
   }
 }
 
-// From d_out, d_h and d_cells to d_in and d_cells. Adds the weights' gradients to `sums`, a layer's
+// From d_out, d_new_h and d_new_c to d_in, d_h and d_c. Adds the weights' gradients to `sums`, a layer's
 // after another.
 template <typename T>
 inline void lstm_backward(const LstmNetwork<T>& net, const LstmTile<T>& tile, double* sums) {
@@ -209,14 +248,13 @@ inline void lstm_backward(const LstmNetwork<T>& net, const LstmTile<T>& tile, do
   for (int layer = 0; layer < net.layers; ++layer) layer_sums += net.shapes[layer].gradient_size();
   for (int layer = net.layers - 1; layer >= 0; --layer) {
     const LayerShape& shape = net.shapes[layer];
-    const int64_t rows = int64_t(layer) * hidden * kTile;
+    const int first = layer * hidden;
+    const int64_t rows = int64_t(first) * kTile;
     const T* from_above = layer + 1 < net.layers ? tile.d_in[layer + 1] : tile.d_out;
-    for (int at = 0; at < hidden * kTile; at += kLanes<T>) {
-      store(tile.d_out + at, load(from_above + at) + load(tile.d_h + rows + at));
-    }
     const Kept<T> kept{tile.gates + 4 * rows, tile.squashed + rows};
-    layer_gate_gradients(hidden, tile.old_cells + rows, tile.d_out, tile.d_cells + rows, kept);
-    layer_input_gradients(shape, net.by_input[layer], kept.gates, tile.d_in[layer]);
+    layer_gate_gradients(hidden, tile, first, from_above, kept);
+    layer_input_gradients(shape, net.by_input[layer], kept.gates, tile.d_in[layer],
+                          tile.d_h.from(first));
     transpose(tile.in[layer], shape.rows(), shape.columns(), tile.columns);
     layer_sums -= shape.gradient_size();
     add_weight_gradients(kept.gates, 4 * hidden, tile.columns, shape.columns(), layer_sums);

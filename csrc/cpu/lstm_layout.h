@@ -42,20 +42,41 @@ struct LstmNetwork {
   const T* const* by_input;   // (layers,)
 };
 
-// Its rows of kTile coordinates.
+// Rows of kTile coordinates, `stride` apart, in a tile or in a caller's tensor.
+template <typename T>
+struct Rows {
+  T* first;
+  int64_t stride;
+
+  AMALGAM_INLINE T* operator[](int64_t row) const { return first + row * stride; }
+  AMALGAM_INLINE Rows from(int64_t row) const { return {first ? (*this)[row] : first, stride}; }
+};
+
+// State in memory that is needed soon, fetched into cache while a tile is computed: (layers * hidden)
+// rows of two tensors.
+struct Ahead {
+  const char *first, *second;
+  int64_t stride, row_bytes;  // no bytes where nothing is
+};
+
+// A tile: rows of kTile coordinates, one after another but for those of type Rows.
 template <typename T>
 struct LstmTile {
   T* const* in;               // (layers,) a layer's inputs, then its h of before
-  T* cells;                   // (layers * hidden) c, gets the new c
+  Rows<const T> cells;        // (layers * hidden) c
+  Rows<T> new_cells;          // (layers * hidden) gets the new c; may be the same rows
+  Rows<T> new_h;              // (layers * hidden) gets a copy of the new h; nothing where null
   T* top;                     // (hidden) the last layer's new h
+  Ahead ahead[2];             // the next tile's h and c; this tile's d_new_h and d_new_c
   // The backward pass alone:
-  T* old_cells;               // (layers * hidden)
   T* gates;                   // (layers * 4 hidden)
   T* squashed;                // (layers * hidden)
-  T* d_h;                     // (layers * hidden) of the new h
-  T* d_cells;                 // (layers * hidden) of the new c, gets that of the old c
-  T* const* d_in;             // (layers,) rows as `in`
-  T* d_out;                   // (hidden) of what `top` is used for
+  Rows<const T> d_new_h;      // (layers * hidden)
+  Rows<const T> d_new_c;      // (layers * hidden)
+  Rows<T> d_h;                // (layers * hidden) may be the rows of d_new_h
+  Rows<T> d_c;                // (layers * hidden) may be the rows of d_new_c
+  T* const* d_in;             // (layers,) a layer's inputs
+  T* d_out;                   // (hidden) of `top`, but for what the next step takes of it
   T* columns;                 // (kTile * columns of the widest layer)
 };
 

@@ -29,6 +29,17 @@ struct VectorOf {
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 
+template <int bytes>
+struct IntOf;
+template <>
+struct IntOf<4> {
+  typedef int32_t type;
+};
+template <>
+struct IntOf<8> {
+  typedef int64_t type;
+};
+
 template <typename T>
 inline constexpr int kLanes = kVectorBytes / sizeof(T);
 template <typename T>
@@ -44,6 +55,25 @@ inline Vector<T> load(const T* from) {
 template <typename T>
 inline void store(T* to, const Vector<T>& vector) {
   __builtin_memcpy(to, &vector, sizeof vector);
+}
+
+// Lane (i, j) of kLanes vectors to lane (j, i): blocks swap across the diagonal, then blocks in them.
+template <typename T>
+inline void transpose_square(Vector<T>* rows) {
+  typedef typename IntOf<sizeof(T)>::type Indices __attribute__((vector_size(kVectorBytes)));
+  for (int half = kLanes<T> / 2; half; half /= 2) {
+    Indices low, high;
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      low[lane] = lane & half ? kLanes<T> + lane - half : lane;
+      high[lane] = lane & half ? kLanes<T> + lane : lane + half;
+    }
+    for (int row = 0; row < kLanes<T>; ++row) {
+      if (row & half) continue;
+      const Vector<T> a = rows[row], b = rows[row + half];
+      rows[row] = __builtin_shuffle(a, b, low);
+      rows[row + half] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 template <typename T>

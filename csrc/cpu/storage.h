@@ -11,6 +11,15 @@ namespace amalgam::cpu {
 // How numbers lie in memory.
 enum class Storage { float32, float64, bfloat16, float16 };
 
+template <typename T>
+constexpr Storage storage_of() {
+  return sizeof(T) == 4 ? Storage::float32 : Storage::float64;
+}
+
+inline int64_t size_of(Storage storage) {
+  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+}
+
 inline float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -80,22 +80,18 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
   for (int64_t i = 0; i < count; ++i) ends[i] = total += tensors[i].numel;
   const T keep = static_cast<T>(1 - step.lr * step.weight_decay), lr = static_cast<T>(step.lr);
 
+  const auto state_of = [&](const StudentTensor& tensor) {
+    return LstmState{step.cells, tensor.numel, tensor.h, tensor.c, tensor.new_h, tensor.new_c};
+  };
   const auto run_tile = [&](int64_t index) {
-    const StudentTile<T> tile = tile_for<T>(lstm.shapes(), false);
+    StudentTile<T> tile = tile_for<T>(lstm.shapes(), false);
     const int64_t first = index * kTile;
     for_each_piece(ends, first, [&](const Piece& piece) {
       const StudentTensor& tensor = tensors[piece.tensor];
       load_row(step.grad, tensor.grad, piece.start, piece.count, tile.grad + piece.place);
       copy_in(static_cast<const T*>(tensor.m), tensor.numel, 1, piece, tile.m);
       copy_in(static_cast<const T*>(tensor.v), tensor.numel, 1, piece, tile.v);
-      for (int row = 0; row < layers * hidden; ++row) {
-        const int layer = row / hidden, unit = row % hidden;
-        T* h = tile.lstm.in[layer] + (lstm.shapes()[layer].inputs + unit) * kTile;
-        T* c = tile.lstm.cells + row * kTile;
-        const int64_t from = row * tensor.numel + piece.start;
-        load_row(step.cells, tensor.h, from, piece.count, h + piece.place);
-        load_row(step.cells, tensor.c, from, piece.count, c + piece.place);
-      }
+      load_state(lstm.shapes(), state_of(tensor), piece, tile.lstm);
     });
     clear_tile_after(std::min<int64_t>(kTile, total - first), lstm.shapes(), tile);
     kernels.forward(network, tile);
@@ -103,14 +99,7 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
       const StudentTensor& tensor = tensors[piece.tensor];
       copy_out(tile.m, 1, piece, static_cast<T*>(tensor.new_m), tensor.numel);
       copy_out(tile.v, 1, piece, static_cast<T*>(tensor.new_v), tensor.numel);
-      for (int row = 0; row < layers * hidden; ++row) {
-        const int layer = row / hidden, unit = row % hidden;
-        const T* h = (layer + 1 < layers ? tile.lstm.in[layer + 1] : tile.lstm.top) + unit * kTile;
-        const T* c = tile.lstm.cells + row * kTile;
-        const int64_t to = row * tensor.numel + piece.start;
-        store_row(step.cells, h + piece.place, piece.count, tensor.new_h, to);
-        store_row(step.cells, c + piece.place, piece.count, tensor.new_c, to);
-      }
+      store_state(lstm.shapes(), tile.lstm, piece, state_of(tensor));
       T moved[kTile];
       const T* values = tile.update + piece.place;
       if (step.in_place) {
@@ -138,26 +127,28 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
   const std::vector<LayerShape>& shapes = lstm.shapes();
   const int64_t size = lstm.gradient_size() + hidden + 1;
 
+  const LstmState state{storage_of<T>(), n, h, c, nullptr, nullptr};
+  const LstmGradients<T> gradients{n, d_new_h, d_new_c, d_h, d_c};
   const auto run_tile = [&](int64_t index, double* sums) {
-    const StudentTile<T> tile = tile_for<T>(shapes, true);
+    StudentTile<T> tile = tile_for<T>(shapes, true);
     const Piece piece = only_piece(index, n);
     copy_in(grad, n, 1, piece, tile.grad);
     copy_in(m, n, 1, piece, tile.m);
     copy_in(v, n, 1, piece, tile.v);
-    copy_state_in(shapes, h, c, n, piece, tile.lstm);
+    load_state(shapes, state, piece, tile.lstm);
     clear_tile_after(piece.count, shapes, tile);
     copy_in(d_update, n, 1, piece, tile.d_update);
     copy_in(d_new_m, n, 1, piece, tile.d_m);
     copy_in(d_new_v, n, 1, piece, tile.d_v);
     for (T* row : {tile.d_update, tile.d_m, tile.d_v}) clear_after(piece.count, 1, row);
-    copy_gradients_in(shapes, d_new_h, d_new_c, n, piece, tile.lstm);
+    load_gradients(shapes, gradients, piece, tile.lstm);
 
     kernels.backward(network, tile, sums);
 
     copy_out(tile.d_grad, 1, piece, d_grad, n);
     copy_out(tile.d_m, 1, piece, d_m, n);
     copy_out(tile.d_v, 1, piece, d_v, n);
-    copy_gradients_out(shapes, tile.lstm, piece, d_h, d_c, n);
+    store_gradients(shapes, tile.lstm, piece, gradients);
   };
   const std::vector<double> sums = sum_over_tiles(n, size, threads, run_tile);
   const double* of_head = lstm.unpack_gradients(sums.data(), d_weights);

@@ -39,12 +39,12 @@ struct Tanh {
 // tanh(x) and 1 - tanh(x)^2; in float not by that difference, which cancels, but from t = exp(-2|x|)
 // as 4 t / (1 + t)^2.
 inline Tanh<float> tanh_and_slope(Vector<float> x) {
-  const Exponential e = exponential(-2.0f * absolute(x));
+  const Exponential e = exponential<2>(minus_absolute(x));
   const Vector<float> t = scale_by_power(splat(1.0f), e.n);
   const Vector<float> m = t * e.rest + (t - 1.0f);
   const Vector<float> inverse = 1.0f / (2.0f + m);
   const Vector<float> twice = 2.0f * inverse;
-  return {(x < 0 ? m : -m) * inverse, (t * e.rest + t) * (twice * twice)};
+  return {with_sign_of(m * inverse, x), (t * e.rest + t) * (twice * twice)};
 }
 
 inline Tanh<double> tanh_and_slope(Vector<double> x) {

@@ -8,11 +8,12 @@
 
 #include "lstm_layout.h"
 #include "parallel.h"
+#include "storage.h"
 
 namespace amalgam::cpu {
 
-// Tiles that make a thread worth waking: some 10 us each.
-inline constexpr int64_t kGrain = 2;
+// Tiles that make a thread worth waking: some 5 us each with AVX-512.
+inline constexpr int64_t kGrain = 4;
 
 // Tiles whose weight gradients are summed together, and the most sums that are then added up.
 inline constexpr int64_t kTilesASum = 4;
@@ -90,7 +91,8 @@ class Workspace {
     for (const LayerShape& shape : shapes) in_rows += shape.rows();
     const int64_t states = layers * hidden;
     const int64_t rows = in_rows + states + hidden;
-    return for_backward ? rows + in_rows + states * 8 + hidden + widest(shapes) : rows;
+    const int64_t d_in_rows = in_rows - states;
+    return for_backward ? rows + d_in_rows + states * 8 + hidden + widest(shapes) : rows;
   }
 
   LstmTile<T> take_lstm(const std::vector<LayerShape>& shapes, bool for_backward) {
@@ -99,17 +101,21 @@ class Workspace {
     in_.clear();
     for (const LayerShape& shape : shapes) in_.push_back(take(shape.rows()));
     tile.in = in_.data();
-    tile.cells = take(states);
+    T* cells = take(states);
+    tile.cells = {cells, kTile};
+    tile.new_cells = {cells, kTile};
     tile.top = take(hidden);
     if (for_backward) {
       d_in_.clear();
-      for (const LayerShape& shape : shapes) d_in_.push_back(take(shape.rows()));
+      for (const LayerShape& shape : shapes) d_in_.push_back(take(shape.inputs));
       tile.d_in = d_in_.data();
-      tile.old_cells = take(states);
+      tile.new_cells = {take(states), kTile};
       tile.gates = take(4 * states);
       tile.squashed = take(states);
-      tile.d_h = take(states);
-      tile.d_cells = take(states);
+      tile.d_h = {take(states), kTile};
+      tile.d_c = {take(states), kTile};
+      tile.d_new_h = {tile.d_h.first, kTile};
+      tile.d_new_c = {tile.d_c.first, kTile};
       tile.d_out = take(hidden);
       tile.columns = take(widest(shapes));
     }
@@ -128,27 +134,68 @@ class Workspace {
   T* next_ = nullptr;
 };
 
-// The LSTM's state, h and c of (layers, hidden, numel), to and from a tile.
+// An LSTM's state in memory: h, c and their successors, (layers, hidden, numel).
+struct LstmState {
+  Storage storage;
+  int64_t numel;
+  const void *h, *c;
+  void *new_h, *new_c;       // null in the backward pass
+};
+
+// Whole rows of c, and of the new state, need no copy: the inner loops use each once.
 template <typename T>
-void copy_state_in(const std::vector<LayerShape>& shapes, const T* h, const T* c, int64_t numel,
-                   const Piece& piece, const LstmTile<T>& tile) {
-  const int64_t layers = static_cast<int64_t>(shapes.size()), hidden = shapes[0].hidden;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    copy_in(h + layer * hidden * numel, numel, hidden, piece,
-            tile.in[layer] + shapes[layer].inputs * kTile);
-  }
-  copy_in(c, numel, layers * hidden, piece, tile.cells);
+bool stays_in_memory(const LstmState& state, const Piece& piece) {
+  return state.storage == storage_of<T>() && piece.count == kTile;
+}
+
+// A tile's rows from coordinate `start` on.
+inline Ahead ahead(Storage storage, const void* first, const void* second, int64_t start,
+                   int64_t numel) {
+  const int64_t size = size_of(storage);
+  return {static_cast<const char*>(first) + start * size,
+          static_cast<const char*>(second) + start * size, numel * size,
+          std::min<int64_t>(kTile, numel - start) * size};
 }
 
 template <typename T>
-void copy_state_out(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
-                    const Piece& piece, T* h, T* c, int64_t numel) {
-  const int64_t layers = static_cast<int64_t>(shapes.size()), hidden = shapes[0].hidden;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const T* out = layer + 1 < layers ? tile.in[layer + 1] : tile.top;
-    copy_out(out, hidden, piece, h + layer * hidden * numel, numel);
+void load_state(const std::vector<LayerShape>& shapes, const LstmState& state, const Piece& piece,
+                LstmTile<T>& tile) {
+  const int hidden = shapes[0].hidden, rows = static_cast<int>(shapes.size()) * hidden;
+  const int64_t numel = state.numel, start = piece.start;
+  for (int row = 0; row < rows; ++row) {
+    T* to = tile.in[row / hidden] + (shapes[row / hidden].inputs + row % hidden) * kTile;
+    load_row(state.storage, state.h, row * numel + start, piece.count, to + piece.place);
   }
-  copy_out(tile.cells, layers * hidden, piece, c, numel);
+  if (stays_in_memory<T>(state, piece)) {
+    tile.cells = {static_cast<const T*>(state.c) + start, numel};
+    if (state.new_c) {
+      tile.new_cells = {static_cast<T*>(state.new_c) + start, numel};
+      tile.new_h = {static_cast<T*>(state.new_h) + start, numel};
+    }
+  } else {
+    T* cells = const_cast<T*>(tile.cells.first);
+    for (int row = 0; row < rows; ++row) {
+      load_row(state.storage, state.c, row * numel + start, piece.count,
+               cells + row * kTile + piece.place);
+    }
+  }
+  const int64_t next = start + piece.count;
+  if (next < numel) tile.ahead[0] = ahead(state.storage, state.h, state.c, next, numel);
+}
+
+// The new state of a piece, where the inner loops have not written it.
+template <typename T>
+void store_state(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
+                 const Piece& piece, const LstmState& state) {
+  if (stays_in_memory<T>(state, piece)) return;
+  const int layers = static_cast<int>(shapes.size()), hidden = shapes[0].hidden;
+  for (int row = 0; row < layers * hidden; ++row) {
+    const int layer = row / hidden, unit = row % hidden;
+    const T* h = (layer + 1 < layers ? tile.in[layer + 1] : tile.top) + unit * kTile;
+    const int64_t to = row * state.numel + piece.start;
+    store_row(state.storage, h + piece.place, piece.count, state.new_h, to);
+    store_row(state.storage, tile.new_cells[row] + piece.place, piece.count, state.new_c, to);
+  }
 }
 
 // Coordinates after the last one hold zeros, whose step is finite and whose gradients vanish.
@@ -159,30 +206,42 @@ void clear_state_after(int64_t count, const std::vector<LayerShape>& shapes,
   for (int64_t layer = 0; layer < layers; ++layer) {
     clear_after(count, hidden, tile.in[layer] + shapes[layer].inputs * kTile);
   }
-  clear_after(count, layers * hidden, tile.cells);
+  if (count < kTile) clear_after(count, layers * hidden, const_cast<T*>(tile.cells.first));
 }
 
-// What the backward pass needs beside: the gradients in the new state, and the old cells, which
-// the step replaces.
+// Gradients in an LSTM's state in memory: in the new one, and in the old one.
 template <typename T>
-void copy_gradients_in(const std::vector<LayerShape>& shapes, const T* d_h, const T* d_c,
-                       int64_t numel, const Piece& piece, const LstmTile<T>& tile) {
+struct LstmGradients {
+  int64_t numel;
+  const T *d_new_h, *d_new_c;
+  T *d_h, *d_c;
+};
+
+template <typename T>
+void load_gradients(const std::vector<LayerShape>& shapes, const LstmGradients<T>& gradients,
+                    const Piece& piece, LstmTile<T>& tile) {
   const int64_t states = static_cast<int64_t>(shapes.size()) * shapes[0].hidden;
-  copy_in(d_h, numel, states, piece, tile.d_h);
-  copy_in(d_c, numel, states, piece, tile.d_cells);
-  for (T* rows : {tile.d_h, tile.d_cells}) clear_after(piece.count, states, rows);
-  std::copy_n(tile.cells, states * kTile, tile.old_cells);
+  const int64_t numel = gradients.numel, start = piece.start;
+  if (piece.count == kTile) {
+    tile.d_new_h = {gradients.d_new_h + start, numel};
+    tile.d_new_c = {gradients.d_new_c + start, numel};
+    tile.d_h = {gradients.d_h + start, numel};
+    tile.d_c = {gradients.d_c + start, numel};
+    tile.ahead[1] = ahead(storage_of<T>(), gradients.d_new_h, gradients.d_new_c, start, numel);
+    return;
+  }
+  copy_in(gradients.d_new_h, numel, states, piece, tile.d_h.first);
+  copy_in(gradients.d_new_c, numel, states, piece, tile.d_c.first);
+  for (T* rows : {tile.d_h.first, tile.d_c.first}) clear_after(piece.count, states, rows);
 }
 
 template <typename T>
-void copy_gradients_out(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
-                        const Piece& piece, T* d_h, T* d_c, int64_t numel) {
-  const int64_t layers = static_cast<int64_t>(shapes.size()), hidden = shapes[0].hidden;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    copy_out(tile.d_in[layer] + shapes[layer].inputs * kTile, hidden, piece,
-             d_h + layer * hidden * numel, numel);
-  }
-  copy_out(tile.d_cells, layers * hidden, piece, d_c, numel);
+void store_gradients(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
+                     const Piece& piece, const LstmGradients<T>& gradients) {
+  if (piece.count == kTile) return;
+  const int64_t states = static_cast<int64_t>(shapes.size()) * shapes[0].hidden;
+  copy_out(tile.d_h.first, states, piece, gradients.d_h, gradients.numel);
+  copy_out(tile.d_c.first, states, piece, gradients.d_c, gradients.numel);
 }
 
 // Runs body(index, sums) for each tile of n coordinates and gives the `size` sums that they add to.
