@@ -27,15 +27,6 @@ def machine_of(info: dict[str, Any], device: str) -> str:
     return str(cpu.get("brand_raw") or info.get("machine", "unknown CPU"))
 
 
-def operation_of(row: dict[str, Any]) -> str:
-    """Rows of bench_teacher_distance.py name a direction, and their operation in the test's."""
-    facts = row["extra_info"]
-    if "operation" in facts:
-        return str(facts["operation"])
-    name = row["name"].split("[")[0].removeprefix("test_")
-    return f"{name} {facts.get('direction', '')}".strip()
-
-
 def read(folder: Path) -> dict[tuple[str, str], dict[tuple[str, int], dict[int, float]]]:
     """(operation, machine) -> (backend, threads) -> N -> nanoseconds per coordinate."""
     pictures: dict[Any, dict[Any, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -43,11 +34,9 @@ def read(folder: Path) -> dict[tuple[str, str], dict[tuple[str, int], dict[int, 
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows["benchmarks"]:
             facts = row["extra_info"]
-            if not {"backend", "n"} <= facts.keys():
-                continue
-            device = facts.get("device", "cpu")
-            picture = operation_of(row), machine_of(rows["machine_info"], device)
-            line = facts["backend"], facts.get("threads", 1)
+            machine = machine_of(rows["machine_info"], facts["device"])
+            picture = facts["operation"], machine
+            line = facts["backend"], facts["threads"]
             pictures[picture][line][facts["n"]] = 1e9 * row["stats"]["median"] / facts["n"]
     return pictures
 
