@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["amalgam"] = build_info()
+    # PyTorch then asks for pages of 2 MiB: fresh tensors cost it far less.
+    machine_info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
     if torch.cuda.is_available():
         machine_info["gpu"] = torch.cuda.get_device_name()
 

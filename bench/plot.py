@@ -23,8 +23,8 @@ MARKERS = {1: "o", 2: "s"}
 def machine_of(info: dict[str, Any], device: str) -> str:
     if device == "cuda":
         return str(info.get("gpu", "unknown GPU"))
-    cpu = info.get("cpu", {})
-    return str(cpu.get("brand_raw") or info.get("machine", "unknown CPU"))
+    name = str(info["cpu"].get("brand_raw") or info["machine"])
+    return f"{name}, huge pages" if info["huge_pages"] else name
 
 
 def read(folder: Path) -> dict[tuple[str, str], dict[tuple[str, int], dict[int, float]]]:
