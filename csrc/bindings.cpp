@@ -306,6 +306,7 @@ PYBIND11_MODULE(_core, module) {
   bind_activation(cpu, "tanh", &amalgam::cpu::ActivationKernels::tanh);
   bind_activation(cpu, "sigmoid", &amalgam::cpu::ActivationKernels::sigmoid);
   bind_activation(cpu, "tanh_slope", &amalgam::cpu::ActivationKernels::tanh_slope);
+  bind_activation(cpu, "exp", &amalgam::cpu::ActivationKernels::exp);
   bind_cpu<float>(cpu, "float32");
   bind_cpu<double>(cpu, "float64");
 

@@ -10,7 +10,7 @@ namespace amalgam::cpu {
 using ActivationKernel = void (*)(const float* from, float* to, int64_t count);
 
 struct ActivationKernels {
-  ActivationKernel tanh, sigmoid, tanh_slope;
+  ActivationKernel tanh, sigmoid, tanh_slope, exp;  // exp of arguments up to 1
 };
 
 #define AMALGAM_DECLARE(isa)              \

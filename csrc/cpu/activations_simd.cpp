@@ -19,6 +19,8 @@ void apply(const float* from, float* to, int64_t count) {
 
 }  // namespace
 
-ActivationKernels activation_kernels() { return {apply<tanh>, apply<sigmoid>, apply<tanh_slope>}; }
+ActivationKernels activation_kernels() {
+  return {apply<tanh>, apply<sigmoid>, apply<tanh_slope>, apply<exp<1>>};
+}
 
 }  // namespace amalgam::cpu::AMALGAM_ISA
