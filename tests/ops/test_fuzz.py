@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amalgam.backends import cpu
-from amalgam.ops import KINDS, registry
+from amalgam.ops import KINDS, StepSettings, lstm, registry, update_moments
 
 FEW = 8
 EXAMPLES = 30
@@ -353,10 +353,37 @@ def state_scales(bound: float) -> Callable[[Results], Results]:
     return scales
 
 
-def gradient_scales(truth: Results) -> Results:
-    """A slope 1 - tanh^2 is rounded as 1 is; over coordinates such errors add as a random walk."""
-    walk = truth[0].numel() ** 0.5
-    return [each.abs() + (walk if index > 4 else 0) for index, each in enumerate(truth)]
+def gradient_scales(through_scale: Tensor | float = 0.0) -> Callable[[Results], Results]:
+    """A slope 1 - tanh^2 is rounded as 1 is; over coordinates such errors add as a random walk.
+
+    Args:
+        through_scale: The size of the terms whose sum is the gradient in g: where beta1 = beta2 = 0
+            they cancel, whatever g is, so that moving g by a unit does not show what that costs.
+    """
+
+    def scales(truth: Results) -> Results:
+        walk = truth[0].numel() ** 0.5
+        summed = [each.abs() + (walk if index > 4 else 0) for index, each in enumerate(truth)]
+        return [summed[0] + through_scale, *summed[1:]]
+
+    return scales
+
+
+def terms_of_gradient(arguments: Sequence[Any]) -> Tensor:
+    """What reaches g through the features alone, were the moments' scale a constant."""
+    grads_out, *inputs, weights, alpha, beta1, beta2, eps = mapped(exact, arguments)
+    grad, m, v, h, c = inputs
+    new_m, new_v = update_moments(grad, m, v, StepSettings(alpha, beta1, beta2, eps))
+    scale = (new_v / (1 - beta2) + eps).rsqrt()
+    features = torch.stack((new_m / (1 - beta1) * scale, grad * scale)).requires_grad_()
+    out, new_h, new_c = lstm.step(features, h, c, weights)
+    update = alpha * (weights[-2] @ out + weights[-1][:, None]).tanh().squeeze(0)
+    found = (update, new_h, new_c)
+    upstream = [
+        each.view_as(of) for each, of in zip([grads_out[0], *grads_out[3:]], found, strict=True)
+    ]
+    (slopes,) = torch.autograd.grad(found, features, upstream)
+    return slopes.abs().sum(0) * scale
 
 
 constants_of_students = st.tuples(
@@ -403,7 +430,11 @@ def test_student_step(
         for t, how in zip(inputs, layout, strict=True)
     ]
     assert_accurate(
-        "student_step_backward", (grads_out, *inputs, *rest), dtype, gradient_scales, of_a_tensor
+        "student_step_backward",
+        (grads_out, *inputs, *rest),
+        dtype,
+        gradient_scales(terms_of_gradient((grads_out, *inputs, *rest))),
+        of_a_tensor,
     )
 
 
@@ -502,5 +533,5 @@ def test_choice_step(
     shapes = [*(t.shape for t in inputs), (k, n)]
     grads_out = [draws.normal(*shape).to(dtype) for shape in shapes]
     assert_accurate(
-        "choice_step_backward", (grads_out, *inputs, *rest), dtype, gradient_scales, of_a_tensor
+        "choice_step_backward", (grads_out, *inputs, *rest), dtype, gradient_scales(), of_a_tensor
     )
