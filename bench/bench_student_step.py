@@ -179,3 +179,85 @@ def test_a_thousand_parameters(benchmark: Any, rival: str, threads: int) -> None
         threads=threads,
         flop=0 if rival == "adamw_foreach" else count * each * FLOP,
     )
+
+
+CELLS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ON_CUDA = [
+    *((rival, "float32") for rival in ("adamw_fused", "eager", "compiled", "triton")),
+    *(("triton:tf32", "float32"), ("triton:tf32,approximate", "float32")),
+    *(("triton:tf32,approximate", "bfloat16"), ("triton:bf16,approximate", "bfloat16")),
+]
+
+
+@pytest.mark.parametrize("n", sizes(10**4, 10**5, 10**6, 10**7, 10**8))
+@pytest.mark.parametrize(("rival", "cells"), ON_CUDA)
+def test_in_place_on_cuda(benchmark: Any, rival: str, cells: str, n: int) -> None:
+    """As a share of a copy: of the bytes of state, parameter and gradient read and written once."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA GPU here")
+    need(rival.partition(":")[0], "student_step_")
+    if rival in ("eager", "compiled") and n > 10**7:
+        pytest.skip(f"{rival} holds whole intermediates: not beyond 10,000,000 coordinates")
+    weights = [weight.cuda() for weight in make_weights()]
+    param, grad = (vector.cuda() for vector in make_vectors(n))
+    moved = n * (16 + 12 + 4 * LAYERS * HIDDEN * CELLS[cells].itemsize)
+    if rival == "adamw_fused":
+        param.requires_grad_().grad = grad
+        call: Run = torch.optim.AdamW([param], fused=True).step
+        moved = 28 * n
+    else:
+        few = min(n, FEW)
+        results = []
+        for name in (rival, "reference"):
+            part = param[:few].clone()
+            state = initial_state(part, weights, cells_dtype=CELLS[cells])
+            for _ in range(2):
+                stepper(name, part, grad[:few], state, weights)()
+            results.append(part)
+        bound = 1e-5 if rival in ("eager", "compiled", "triton") else 1e-2
+        torch.testing.assert_close(*results, rtol=bound, atol=bound)
+        state = initial_state(param, weights, cells_dtype=CELLS[cells])
+        call = stepper(rival, param, grad, state, weights)
+    measure(
+        benchmark,
+        call,
+        operation=f"student_step_, cells in {cells}",
+        backend=rival,
+        n=n,
+        threads=1,
+        device="cuda",
+        moved=moved,
+    )
+
+
+@pytest.mark.parametrize("n", sizes(10**4, 10**5, 10**6, 10**7))
+@pytest.mark.parametrize("backend", ["reference", "triton", "triton:tf32"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_functional_on_cuda(benchmark: Any, direction: str, backend: str, n: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA GPU here")
+    name = "student_step" if direction == "forward" else "student_step_backward"
+    need(backend.partition(":")[0], name)
+    if backend == "reference" and n > 10**6:
+        pytest.skip("PyTorch holds whole intermediates: not beyond 1,000,000 coordinates")
+    operation = getattr(torch.ops.amalgam, name)
+    weights = [weight.cuda() for weight in make_weights()]
+    param, grad = (vector.cuda() for vector in make_vectors(n))
+    state = initial_state(param, weights)._replace(v=grad.square())
+    step = (grad, *state, weights, *SETTINGS)
+    if direction == "backward":
+        step = ([torch.ones_like(t) for t in (grad, *state)], *step)
+    rtol = 2e-2 if "tf32" in backend else 1e-3
+    if n <= 10**6:
+        assert_close(operation(*step, backend), operation(*step, "reference"), rtol, rtol)
+    states = (1 if direction == "forward" else 2) * 4 * LAYERS * HIDDEN * 4
+    measure(
+        benchmark,
+        lambda: operation(*step, backend),
+        operation=f"student_step {direction}",
+        backend=backend,
+        n=n,
+        threads=1,
+        device="cuda",
+        moved=n * (states + (24 if direction == "forward" else 44)),
+    )

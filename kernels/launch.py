@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -13,3 +14,20 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def on_nvidia() -> bool:
+    """Whether kernels may hold PTX: compiled for NVIDIA's GPUs, not AMD's, and not interpreted."""
+    return not triton.knobs.runtime.interpret and torch.version.cuda is not None
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 2 where the interpreter stands in for one."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The stream that launches for a tensor go to; 0 where there are none."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from amalgam.backends import core
-from amalgam.backends.pointers import checked, distinct, dtype_name, in_place
-from amalgam.ops import KINDS, lstm
-from amalgam.ops.choice_step import features
+from amalgam.backends.arguments import (
+    checked_choice,
+    checked_in_place,
+    checked_pool,
+    checked_state,
+    checked_teachers,
+    checked_weights,
+)
+from amalgam.backends.pointers import checked, dtype_name
 from amalgam.ops.registry import register_backend
 
 NO_HUBER = -1.0
@@ -99,8 +105,8 @@ def _student_step(
     beta2: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = _checked_state((grad, m, v, h, c))
-    weights = _checked_weights(weights, grad)
+    inputs = checked_state((grad, m, v, h, c))
+    weights = checked_weights(weights, grad)
     outputs = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
     update, *state = outputs
     _run_student_step(
@@ -131,9 +137,9 @@ def _student_step_backward(
     beta2: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    inputs = _checked_state((grad, m, v, h, c))
-    grads_out = _checked_state(tuple(grads_out), like=grad, shapes=inputs)
-    weights = _checked_weights(weights, grad)
+    inputs = checked_state((grad, m, v, h, c))
+    grads_out = checked_state(tuple(grads_out), like=grad, shapes=inputs)
+    weights = checked_weights(weights, grad)
     in_grads = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
     in_weights = [weight.new_empty(weight.shape) for weight in weights]
     layers, hidden = h.shape[:2]
@@ -168,27 +174,15 @@ def _student_step_in_place(
     lr: float,
     weight_decay: float,
 ) -> None:
-    weights = _checked_weights(weights, m[0])
+    weights = checked_weights(weights, m[0])
+    tensors, put_back = checked_in_place(params, grads, m, v, h, c)
     batches: dict[tuple[torch.dtype, ...], list[list[int]]] = {}
-    alive: list[Tensor] = []
-    copied: list[tuple[Tensor, Tensor]] = []
-    distinct("params and states", [*params, *m, *v, *h, *c])
-    for param, grad, *state in zip(params, grads, m, v, h, c, strict=True):
-        likes = (m[0], m[0], h[0], h[0])
-        state = [
-            in_place(name, tensor, tensor.shape, like)
-            for name, tensor, like in zip("mvhc", state, likes, strict=True)
-        ]
-        dense = param.contiguous()
-        grad = checked("grads", grad, param.shape, grad)
-        if dense is not param:
-            copied.append((param, dense))
-        alive += [dense, grad]
-        addresses = _addresses(param.numel(), grad, *state, *state, dense)
+    for param, grad, *state in tensors:
+        addresses = _addresses(param.numel(), grad, *state, *state, param)
         batches.setdefault((grad.dtype, param.dtype), []).append(addresses)
-    for (grad_dtype, param_dtype), tensors in batches.items():
+    for (grad_dtype, param_dtype), batch in batches.items():
         _run_student_step(
-            tensors,
+            batch,
             weights,
             (alpha, beta1, beta2, eps),
             grad=dtype_name(grad_dtype),
@@ -198,8 +192,7 @@ def _student_step_in_place(
             lr=lr,
             weight_decay=weight_decay,
         )
-    for param, dense in copied:
-        param.copy_(dense)
+    put_back()
 
 
 def _run_student_step(
@@ -220,21 +213,6 @@ def _run_student_step(
     )
 
 
-def _checked_state(
-    tensors: Sequence[Tensor], like: Tensor | None = None, shapes: Sequence[Tensor] | None = None
-) -> tuple[Tensor, ...]:
-    """Contiguous grad (or update), m, v of shape (N,) and h, c of shape (layers, hidden, N)."""
-    like = tensors[0] if like is None else like
-    return tuple(
-        checked(name, tensor, shaped.shape, like)
-        for name, tensor, shaped in zip("gmvhc", tensors, shapes or tensors, strict=True)
-    )
-
-
-def _checked_weights(weights: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    return [checked(f"weights[{i}]", w, w.shape, like) for i, w in enumerate(weights)]
-
-
 def _addresses(*values: Tensor | int) -> list[int]:
     return [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
 
@@ -251,13 +229,13 @@ def _teacher_step(
     eps: Sequence[float],
 ) -> tuple[Tensor, ...]:
     k, n = grads.shape
-    inputs = _checked_pool(("grads", "m", "v"), (grads, m, v))
+    inputs = checked_pool(("grads", "m", "v"), (grads, m, v))
     outputs = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
     getattr(core.core().cpu, f"teacher_step_{dtype_name(grads)}")(
         *(tensor.data_ptr() for tensor in (*inputs, *outputs)),
         n=n,
         k=k,
-        **_checked_teachers(k, kinds, lr, beta1, beta2, eps),
+        **checked_teachers(k, kinds, lr, beta1, beta2, eps),
         threads=torch.get_num_threads(),
     )
     return outputs
@@ -277,34 +255,16 @@ def _teacher_step_backward(
 ) -> tuple[Tensor, ...]:
     k, n = grads.shape
     names = ("grads", "m", "v", "grads_out[0]", "grads_out[1]", "grads_out[2]")
-    grads, m, v, *grads_out = _checked_pool(names, (grads, m, v, *grads_out))
+    grads, m, v, *grads_out = checked_pool(names, (grads, m, v, *grads_out))
     outputs = tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
     getattr(core.core().cpu, f"teacher_step_backward_{dtype_name(grads)}")(
         *(tensor.data_ptr() for tensor in (*grads_out, grads, m, v, *outputs)),
         n=n,
         k=k,
-        **_checked_teachers(k, kinds, lr, beta1, beta2, eps),
+        **checked_teachers(k, kinds, lr, beta1, beta2, eps),
         threads=torch.get_num_threads(),
     )
     return outputs
-
-
-def _checked_pool(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:
-    like = tensors[0]
-    pairs = zip(names, tensors, strict=True)
-    return [checked(name, tensor, like.shape, like) for name, tensor in pairs]
-
-
-def _checked_teachers(
-    k: int, kinds: Sequence[int], *columns: Sequence[float]
-) -> dict[str, Sequence[float]]:
-    if any(not 0 <= kind < len(KINDS) for kind in kinds):
-        raise ValueError(f"kinds must be numbers below {len(KINDS)}, not {list(kinds)}")
-    settings = dict(zip(("kinds", "lr", "beta1", "beta2", "eps"), (kinds, *columns), strict=True))
-    for name, values in settings.items():
-        if len(values) != k:
-            raise ValueError(f"{name} must hold {k} numbers, one a row, not {len(values)}")
-    return settings
 
 
 @backend.kernel("choice_step")
@@ -324,8 +284,8 @@ def _choice_step(
     time: float,
     learning_rate: float,
 ) -> tuple[Tensor, ...]:
-    pool = _checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
-    inputs, weights = _checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
+    pool = checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
+    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
     shaped = *inputs[:5], m
     outputs = tuple(grad.new_empty(tensor.shape) for tensor in shaped)
     getattr(core.core().cpu, f"choice_step_{dtype_name(grad)}")(
@@ -361,8 +321,8 @@ def _choice_step_backward(
     time: float,
     learning_rate: float,
 ) -> tuple[Tensor | list[Tensor], ...]:
-    pool = _checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
-    inputs, weights = _checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
+    pool = checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
+    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
     grads_out = [
         checked(f"grads_out[{index}]", tensor, shaped.shape, grad)
         for index, (tensor, shaped) in enumerate(zip(grads_out, (*inputs[:5], m), strict=True))
@@ -384,21 +344,3 @@ def _choice_step_backward(
         threads=torch.get_num_threads(),
     )
     return *in_grads, in_weights
-
-
-def _checked_choice(
-    k: int, tensors: Sequence[Tensor], weights: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """grad, m, v, h, c and ranks, which become int64, and the weights; all contiguous."""
-    grad, m, v, h, c, ranks = tensors
-    n = grad.numel()
-    lstm.check_weights(weights, h, grad, features(k), k)
-    cells = *h.shape[:2], n
-    shapes = (n,), (k, n), (k, n), cells, cells
-    inputs = [
-        checked(name, tensor, shape, grad)
-        for name, tensor, shape in zip("gmvhc", (grad, m, v, h, c), shapes, strict=True)
-    ]
-    ranks = ranks.to(torch.int64)
-    inputs.append(checked("ranks", ranks, (n,), grad.new_empty(0, dtype=torch.int64)))
-    return inputs, _checked_weights(weights, grad)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from amalgam.backends.arguments import (
+    checked_in_place,
+    checked_pool,
+    checked_state,
+    checked_teachers,
+    checked_weights,
+)
 from amalgam.backends.pointers import checked
-from amalgam.ops.registry import register_backend
+from amalgam.ops.registry import Numerics, register_backend
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -73,3 +81,118 @@ def _teacher_distance_backward(
     return kernels.teacher_distance_backward(
         grad, student, teachers, total, eps, huber_delta, need_teachers
     )
+
+
+@backend.kernel("teacher_step")
+def _teacher_step(
+    grads: Tensor,
+    m: Tensor,
+    v: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from amalgam.kernels import teacher_step as kernels
+
+    grads, m, v = checked_pool(("grads", "m", "v"), (grads, m, v))
+    checked_teachers(len(grads), kinds, lr, beta1, beta2, eps)
+    return kernels.teacher_step(grads, m, v, kinds, lr, beta1, beta2, eps)
+
+
+@backend.kernel("teacher_step_backward")
+def _teacher_step_backward(
+    grads_out: Sequence[Tensor],
+    grads: Tensor,
+    m: Tensor,
+    v: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from amalgam.kernels import teacher_step as kernels
+
+    names = ("grads", "m", "v", "grads_out[0]", "grads_out[1]", "grads_out[2]")
+    grads, m, v, *grads_out = checked_pool(names, (grads, m, v, *grads_out))
+    checked_teachers(len(grads), kinds, lr, beta1, beta2, eps)
+    return kernels.teacher_step_backward(grads_out, grads, m, v, kinds, lr, beta1, beta2, eps)
+
+
+SINGLE = frozenset({torch.float32})
+
+
+@backend.kernel("student_step", dtypes=SINGLE, takes_numerics=True)
+def _student_step(
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor, ...]:
+    from amalgam.kernels import student_step as kernels
+
+    inputs = checked_state((grad, m, v, h, c))
+    weights = checked_weights(weights, grad)
+    return kernels.student_step(*inputs, weights, (alpha, beta1, beta2, eps), *numerics)
+
+
+@backend.kernel("student_step_backward", dtypes=SINGLE, takes_numerics=True)
+def _student_step_backward(
+    grads_out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor | list[Tensor], ...]:
+    from amalgam.kernels import student_step as kernels
+
+    inputs = checked_state((grad, m, v, h, c))
+    grads_out = checked_state(tuple(grads_out), like=grad, shapes=inputs)
+    weights = checked_weights(weights, grad)
+    settings = (alpha, beta1, beta2, eps)
+    return kernels.student_step_backward(grads_out, *inputs, weights, settings, numerics.precision)
+
+
+@backend.kernel("student_step_", dtypes=SINGLE, takes_numerics=True)
+def _student_step_in_place(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    c: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    lr: float,
+    weight_decay: float,
+    *,
+    numerics: Numerics,
+) -> None:
+    from amalgam.kernels import student_step as kernels
+
+    weights = checked_weights(weights, m[0])
+    tensors, put_back = checked_in_place(params, grads, m, v, h, c)
+    settings = (alpha, beta1, beta2, eps)
+    kernels.student_step_in_place(tensors, weights, settings, lr, weight_decay, *numerics)
+    put_back()

@@ -3,13 +3,16 @@
 A *backend* is one way to compute: plain PyTorch, C++, Triton, CUDA. It registers itself here with
 a probe that says whether it works on this machine, and registers a kernel for every operation it
 computes. Nothing else in the package knows the backends' names.
+
+What a call asks for may end with what it lets a kernel do for speed: ``"triton:tf32"``,
+``"auto:bf16,approximate"``. Kernels that can't, or need not, compute precisely instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,14 +21,31 @@ from amalgam.hints import did_you_mean
 REFERENCE = "reference"
 FLOATS = frozenset({torch.float32, torch.float64})
 
+PRECISIONS = ("ieee", "3xtf32", "tf32", "bf16")
+APPROXIMATE = "approximate"
+
 Kernel = Callable[..., Any]
 Probe = Callable[[], str | None]
+
+
+class Numerics(NamedTuple):
+    """What a call lets a kernel do for speed.
+
+    Attributes:
+        precision: Of matrix products at least: ``"ieee"`` (float32), ``"3xtf32"`` (nearly that),
+            ``"tf32"`` or ``"bf16"``; ``None`` for the fastest that errs no more than float32 may.
+        approximate: Whether tanh and sigmoid may have 11 bits.
+    """
+
+    precision: str | None = None
+    approximate: bool = False
 
 
 @dataclass(frozen=True)
 class _KernelEntry:
     function: Kernel
     dtypes: Collection[torch.dtype] | None
+    takes_numerics: bool
 
 
 @dataclass(frozen=True)
@@ -49,19 +69,24 @@ class Backend:
     kernels: dict[str, _KernelEntry] = field(default_factory=dict)
 
     def kernel(
-        self, operation: str, *, dtypes: Collection[torch.dtype] | None = FLOATS
+        self,
+        operation: str,
+        *,
+        dtypes: Collection[torch.dtype] | None = FLOATS,
+        takes_numerics: bool = False,
     ) -> Callable[[Kernel], Kernel]:
         """Decorator: register a function as this backend's kernel for ``operation``.
 
         Args:
             operation: The operation's name, as in ``amalgam.ops``.
             dtypes: Dtypes of the deciding tensor that the kernel computes; ``None`` for any.
+            takes_numerics: Whether the function takes the keyword ``numerics``, :class:`Numerics`.
         """
 
         def register(function: Kernel) -> Kernel:
             if operation in self.kernels:
                 raise ValueError(f"backend {self.name!r} has a kernel for {operation!r} already")
-            self.kernels[operation] = _KernelEntry(function, dtypes)
+            self.kernels[operation] = _KernelEntry(function, dtypes, takes_numerics)
             return function
 
         return register
@@ -141,40 +166,67 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor) -> str:
 
     Args:
         operation: The operation's name.
-        requested: A backend's name, or ``"auto"`` for the fastest that works.
+        requested: A backend's name, or ``"auto"`` for the fastest that works, and perhaps what a
+            kernel may do for speed.
         deciding: The tensor whose device and dtype decide.
 
+    Returns:
+        The name; with what was permitted, where the backend's kernel makes use of it.
+
     Raises:
-        ValueError: ``requested`` names no backend.
+        ValueError: ``requested`` names no backend, or permits what nothing does.
         RuntimeError: The backend asked for can't compute this; the message says why.
     """
-    if requested == "auto":
+    name, permitted = _parse(requested)
+    if name == "auto":
         for backend in sorted(_backends.values(), key=lambda b: -b.rank):
             if backend.obstacle(operation, deciding) is None:
-                return backend.name
-        raise RuntimeError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
-    check_backend(requested)
-    problem = _backends[requested].obstacle(operation, deciding)
+                name = backend.name
+                break
+        else:
+            raise RuntimeError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
+    problem = _backends[name].obstacle(operation, deciding)
     if problem is not None:
         raise RuntimeError(
             f"backend={requested!r} can't compute {operation!r} here: {problem}. "
             f"backend='auto' takes the fastest that works."
         )
-    return requested
+    if permitted == Numerics() or not _backends[name].kernels[operation].takes_numerics:
+        return name
+    return f"{name}:{requested.partition(':')[2]}"
 
 
 def check_backend(requested: str) -> None:
-    """Raise ValueError unless ``requested`` is ``"auto"`` or names a backend."""
-    if requested != "auto" and requested not in _backends:
+    """Raise ValueError unless ``requested`` is what ``backend=`` may be; see :func:`resolve`."""
+    _parse(requested)
+
+
+def _parse(requested: str) -> tuple[str, Numerics]:
+    name, _, words = requested.partition(":")
+    if name != "auto" and name not in _backends:
         names = ["auto", *_backends]
-        hint = did_you_mean(requested, names)
-        raise ValueError(f"backend must be one of {names}, not {requested!r}{hint}")
+        hint = did_you_mean(name, names)
+        raise ValueError(f"backend must be one of {names}, not {name!r}{hint}")
+    permitted = words.split(",") if words else []
+    precisions = [word for word in permitted if word in PRECISIONS]
+    if len(precisions) > 1:
+        raise ValueError(f"backend={requested!r} must name one of {list(PRECISIONS)}, not several")
+    for word in permitted:
+        if word not in (*PRECISIONS, APPROXIMATE):
+            known = [*PRECISIONS, APPROXIMATE]
+            raise ValueError(
+                f"backend={requested!r} may permit {known}, not {word!r}{did_you_mean(word, known)}"
+            )
+    return name, Numerics(precisions[0] if precisions else None, APPROXIMATE in permitted)
 
 
 def compute(operation: str, requested: str, deciding: torch.Tensor, *args: Any) -> Any:
     """Run ``operation`` on the backend that :func:`resolve` chooses."""
-    name = resolve(operation, requested, deciding)
-    return _backends[name].kernels[operation].function(*args)
+    name, permitted = _parse(resolve(operation, requested, deciding))
+    entry = _backends[name].kernels[operation]
+    if entry.takes_numerics:
+        return entry.function(*args, numerics=permitted)
+    return entry.function(*args)
 
 
 def once_differentiable(backward: torch.library.CustomOpDef, operation: str) -> None:

@@ -1,21 +1,25 @@
 """``student_step`` in plain PyTorch: the truth that the other backends are held to."""
 
+import json
 import math
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import amalgam  # noqa: F401  registers the operations
+from amalgam.backends import triton
 from amalgam.ops import (
     StepSettings,
     StudentState,
+    backends,
     initial_state,
+    registry,
     student_step,
     student_step_,
     update_moments,
@@ -872,3 +876,240 @@ def test_compiled_tensors_must_not_share_memory(backend: str) -> None:
     weights, grads = make_weights(dtype=torch.float32), [draw(5).float()] * 2
     with pytest.raises(ValueError, match="must not share memory"):
         student_step_([param, param], grads, states, weights, backend=backend)
+
+
+# The Triton kernels: float32 alone, on a GPU, or interpreted in a process of their own.
+
+needs_gpu = pytest.mark.gpu
+TRITON_PLACES = [pytest.param("cuda", id="on_cuda", marks=needs_gpu)]
+if triton.INTERPRETING:
+    TRITON_PLACES.append(pytest.param("cpu", id="interpreted"))
+by_triton = pytest.mark.parametrize("device", TRITON_PLACES)
+
+
+@pytest.fixture
+def _triton_works() -> None:
+    status = backends()["triton"]
+    if not status.works:
+        pytest.skip(f"triton: {status.reason}")
+
+
+def moved(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, StudentState):
+        return StudentState(*(moved(each, device) for each in value))
+    return [moved(each, device) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+@by_triton
+@pytest.mark.usefixtures("_triton_works")
+@pytest.mark.parametrize(
+    ("layers", "hidden", "size"),
+    [(2, 20, 0), (2, 20, 1), (2, 20, 64), (2, 20, 200), (1, 4, 63), (3, 5, 65), (1, 33, 31)],
+)
+def test_triton_step(device: str, size: int, layers: int, hidden: int) -> None:
+    forward, backward = [], []
+    for seed in range(6 if size > 1 else 30):
+        grad, state, weights = skewed_inputs(size, layers, hidden, torch.float32, seed)
+        upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
+        forward.append(moved((grad, *state, weights, *SETTINGS), device))
+        backward.append((moved(upstream, device), *forward[-1]))
+    assert_as_accurate(torch.ops.amalgam.student_step, forward, "triton")
+    assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, "triton")
+
+
+@by_triton
+@pytest.mark.usefixtures("_triton_works")
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_triton_in_place_is_the_references(
+    device: str, dtype: torch.dtype, grad_dtype: torch.dtype, cells: torch.dtype
+) -> None:
+    """Empty, strided and many tensors."""
+    # The interpreter truncates to bfloat16, in each of the two steps, where GPUs round.
+    units = 4 if device == "cpu" and torch.bfloat16 in (dtype, cells) else 1
+    weights = moved(make_weights(2, 20, dtype=torch.float32), device)
+    shapes = [(0,), (7, 9), (), (0, 3), (130,), (2, 3, 4, 2), *[(5,)] * 9, (0, 1)]
+    both = []
+    for name in ("reference", "triton"):
+        params = [moved(draw(*s, seed=1).to(dtype), device) for s in shapes]
+        params[5] = params[5].to(memory_format=torch.channels_last)
+        grads = [moved(draw(*s, seed=2).to(grad_dtype), device) for s in shapes]
+        states = []
+        for s in shapes:
+            state = moved(make_state(*s, hidden=20, dtype=torch.float32), device)
+            states.append(state._replace(h=state.h.to(cells), c=state.c.to(cells)))
+        for _ in range(2):
+            student_step_(params, grads, states, weights, lr=0.5, weight_decay=0.01, backend=name)
+        both.append((params, flat(states)))
+    rounding = torch.finfo(cells).eps if cells != torch.float32 else 1e-5
+    for ours, expected in zip(both[1][0], both[0][0], strict=True):
+        unit = torch.finfo(dtype).eps * expected.float().abs().clamp_min(1e-4)
+        assert ((ours.float() - expected.float()).abs() <= units * unit + rounding / 10).all()
+    for ours, expected in zip(both[1][1], both[0][1], strict=True):
+        bounds = {"rtol": 2 * units * rounding, "atol": units * rounding}
+        torch.testing.assert_close(ours.float(), expected.float(), **bounds)
+
+
+@by_triton
+@pytest.mark.usefixtures("_triton_works")
+def test_triton_adds_three_products_up_to_one(device: str) -> None:
+    """3xtf32, by default on NVIDIA's GPUs, and not where kernels are interpreted."""
+    forward, backward = [], []
+    for seed in range(4):
+        grad, state, weights = skewed_inputs(70, 2, 20, torch.float32, seed)
+        upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
+        forward.append(moved((grad, *state, weights, *SETTINGS), device))
+        backward.append((moved(upstream, device), *forward[-1]))
+    assert_as_accurate(torch.ops.amalgam.student_step, forward, "triton:3xtf32")
+    assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, "triton:3xtf32")
+
+
+@by_triton
+@pytest.mark.usefixtures("_triton_works")
+def test_triton_passes_nan_and_infinity_on(device: str) -> None:
+    grad, state, weights = skewed_inputs(70, 2, 4, torch.float32)
+    grad[3], grad[5], state.c[0, 0, 66] = math.nan, math.inf, math.nan
+    grad, state, weights = moved((grad, state, weights), device)
+    ours = flat(student_step(grad, state, weights, backend="triton"))
+    plain = flat(student_step(grad, state, weights, backend="reference"))
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@by_triton
+@pytest.mark.usefixtures("_triton_works")
+def test_triton_takes_strided_inputs_and_repeats_bits(device: str) -> None:
+    grad, state, weights = moved(skewed_inputs(300, 2, 4, torch.float32), device)
+    spread = [torch.stack((t, t), -1)[..., 0] for t in (grad, *state)]
+    assert not spread[3].is_contiguous()
+    inputs = wanting(*spread, *weights)
+    results = []
+    for start in (inputs, wanting(grad, *state, *weights)):
+        update, new = student_step(
+            start[0], StudentState(*start[1:5]), start[5:], SETTINGS, backend="triton"
+        )
+        loss = sum(t.square().sum() for t in (update, *new))
+        results.append([update, *new, *torch.autograd.grad(loss, start)])
+    assert all(map(torch.equal, *results))
+
+
+@by_triton
+@pytest.mark.usefixtures("_triton_works")
+def test_triton_opcheck(device: str) -> None:
+    grad, state, weights = moved(skewed_inputs(5, 2, 4, torch.float32), device)
+    inputs = wanting(grad, *state, *weights)
+    torch.library.opcheck(
+        torch.ops.amalgam.student_step.default, (*inputs[:5], inputs[5:], *SETTINGS, "triton")
+    )
+    lists = [[t] for t in (grad.clone(), grad, *state)]
+    torch.library.opcheck(
+        torch.ops.amalgam.student_step_.default, (*lists, weights, *SETTINGS, 1.0, 0.0, "triton")
+    )
+
+
+@needs_gpu
+@pytest.mark.usefixtures("_triton_works")
+@pytest.mark.parametrize(
+    ("permitted", "bound"),
+    [("ieee", 1e-5), ("3xtf32", 1e-5), ("tf32", 5e-3), ("bf16", 5e-2), ("tf32,approximate", 1e-2)],
+)
+def test_triton_errs_no_more_than_permitted(permitted: str, bound: float) -> None:
+    """Of states and updates in [-1, 1], after ten steps."""
+    grad, state, weights = moved(skewed_inputs(3000, 2, 20, torch.float32), "cuda")
+    exact = doubled([grad, *state])
+    for _ in range(10):
+        update, state = student_step(grad, state, weights, backend=f"triton:{permitted}")
+        theirs, truth = student_step(
+            exact[0], StudentState(*exact[1:]), doubled(weights), backend="reference"
+        )
+        exact[1:] = truth
+    assert (10 * (update - theirs)).abs().max() <= bound
+    assert (state.h - truth.h).abs().max() <= bound
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
+def test_triton_kernels_by_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
+            *("-k", "test_triton and interpreted"),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+# Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
+
+FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "keep", "lr")
+TYPES = {
+    **dict.fromkeys(FLOATS, "fp32"),
+    **{"n": "i64", "blocks": "i32", "size": "i32", "count": "i32", "depth": "i32"},
+    **{"table": "*i64", "first_block": "*i64", "partials": "*fp64"},
+}
+BUDGETS = json.loads((Path(__file__).parent / "budgets_student_step.json").read_text())
+
+
+def triton_costs(name: str, arch: int, cells: str, numerics: str) -> dict[str, int]:
+    """Of the 2 x 20 student: per thread and, of instructions, per coordinate."""
+    import triton.language as tl
+    from machine_code import compile_kernel
+
+    from amalgam.kernels import student_step as kernels
+
+    types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
+    block = kernels.BACKWARD_BLOCK if name == "backward" else kernels.BLOCK
+    options = kernels.BACKWARD_OPTIONS if name == "backward" else kernels.OPTIONS
+    permitted = registry._parse(f"auto:{numerics}")[1]
+    code = compile_kernel(
+        getattr(kernels, name),
+        arch,
+        TYPES,
+        {
+            **{"LAYERS": 2, "HIDDEN": 20, "FEATURES": 2, "UNITS": 32, "BLOCK": block},
+            **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells]},
+            **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate, "PTX": True},
+        },
+        divisible=name != "in_place",
+        options=options,
+    )
+    threads_a_coordinate = 32 * options["num_warps"] / block
+    return {
+        "registers": code.registers,
+        "stack": code.stack,
+        "instructions": round(sum(code.instructions.values()) * threads_a_coordinate),
+        "special": round(code.count("MUFU") * threads_a_coordinate),
+        "tensor": code.count("HMMA", "HGMMA", "UTCHMMA"),
+        "wide": sum(n for i, n in code.instructions.items() if re.match(r"(LDG|STG).*\.128", i)),
+    }
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("case", BUDGETS)
+def test_kernels_keep_to_their_budgets(case: str) -> None:
+    """No register spilled beyond the table, tensor cores and wide accesses used, no more work."""
+    pytest.importorskip("triton")
+    name, arch, cells, numerics = case.split()
+    costs, budget = (
+        triton_costs(name, int(arch.removeprefix("sm_")), cells, numerics),
+        BUDGETS[case],
+    )
+    for what in ("registers", "stack", "instructions", "special"):
+        assert costs[what] <= budget[what], (what, costs, budget)
+    for what in ("tensor", "wide"):
+        assert costs[what] >= budget[what], (what, costs, budget)

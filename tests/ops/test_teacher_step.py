@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.backends import core
-from amalgam.ops import KINDS, teacher_step
+from amalgam.backends import core, triton
+from amalgam.ops import KINDS, backends, teacher_step
 
 SIZES = [0, 1, 31, 33, 1000]
 K = len(KINDS)
@@ -256,20 +256,34 @@ def test_compile_traces_the_operator_whole() -> None:
 
 # --- The compiled kernels ---
 
+PLACES = [
+    pytest.param("cpu", "cpu", id="cpu_on_cpu"),
+    pytest.param("triton", "cuda", id="triton_on_cuda", marks=pytest.mark.gpu),
+]
+if triton.INTERPRETING:
+    PLACES.append(pytest.param("triton", "cpu", id="triton_interpreted"))
+
+everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 Long = np.longdouble
 OUTPUTS = ("updates", "m", "v", "in_grads", "in_m", "in_v")
 
 
-def cpu_step(*inputs: Tensor, kinds: Sequence[str] = KINDS, backend: str = "cpu") -> list[Tensor]:
+@pytest.fixture(autouse=True)
+def _works(request: pytest.FixtureRequest) -> None:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("backend") == "triton":
+        status = backends()["triton"]
+        if not status.works:
+            pytest.skip(f"triton: {status.reason}")
+
+
+def stepped(*inputs: Tensor, kinds: Sequence[str] = KINDS, backend: str) -> list[Tensor]:
     return list(torch.ops.amalgam.teacher_step(*inputs, *op_settings(kinds), backend))
 
 
-def cpu_gradients(
-    grads_out: Sequence[Tensor],
-    *inputs: Tensor,
-    kinds: Sequence[str] = KINDS,
-    backend: str = "cpu",
+def gradients(
+    grads_out: Sequence[Tensor], *inputs: Tensor, kinds: Sequence[str] = KINDS, backend: str
 ) -> list[Tensor]:
     return list(
         torch.ops.amalgam.teacher_step_backward(
@@ -278,15 +292,15 @@ def cpu_gradients(
     )
 
 
-def both(grads_out: Sequence[Tensor], *inputs: Tensor, backend: str = "cpu") -> list[Tensor]:
+def both(grads_out: Sequence[Tensor], *inputs: Tensor, backend: str) -> list[Tensor]:
     kinds = [KINDS[k % K] for k in range(len(inputs[0]))]
-    forward = cpu_step(*inputs, kinds=kinds, backend=backend)
-    return forward + cpu_gradients(grads_out, *inputs, kinds=kinds, backend=backend)
+    forward = stepped(*inputs, kinds=kinds, backend=backend)
+    return forward + gradients(grads_out, *inputs, kinds=kinds, backend=backend)
 
 
 def truth(grads_out: Sequence[Tensor], *inputs: Tensor) -> list[np.ndarray]:
     """Updates, moments and the three gradients in the platform's long double."""
-    d_u, d_m, d_v, g, m, v = (t.double().numpy().astype(Long) for t in (*grads_out, *inputs))
+    d_u, d_m, d_v, g, m, v = (t.cpu().double().numpy().astype(Long) for t in (*grads_out, *inputs))
     rows = []
     for k, kind in enumerate(KINDS[: len(g)]):
         lr, b1, b2, eps = (Long(column[k]) for column in NUMBERS)
@@ -346,7 +360,12 @@ def true_row(
 
 
 def kernel_inputs(
-    size: int, dtype: torch.dtype, seed: int = 0, skewed: bool = False, rows: int = K
+    size: int,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    skewed: bool = False,
+    rows: int = K,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients in the outputs, and inputs; skewed gradients span eight decades, a tenth is 0."""
     generator = torch.Generator().manual_seed(1000 * seed + size)
@@ -360,7 +379,7 @@ def kernel_inputs(
         uniform = torch.rand(rows, size, dtype=torch.float64, generator=generator)
         factor = 10 ** (8 * uniform - 4) * (uniform > 0.1)
         g, m, v = g * factor, m * factor, v * factor.square()
-    return [t.to(dtype) for t in grads_out], [t.to(dtype) for t in (g, m, v)]
+    return [t.to(device, dtype) for t in grads_out], [t.to(device, dtype) for t in (g, m, v)]
 
 
 def errors(found: Sequence[Tensor], exact: Sequence[np.ndarray]) -> np.ndarray:
@@ -368,28 +387,42 @@ def errors(found: Sequence[Tensor], exact: Sequence[np.ndarray]) -> np.ndarray:
     scales = [np.abs(e).max(1) for e in exact]  # of beta2 = 0 some gradients are zero, exactly
     return np.stack(
         [
-            np.abs(f.numpy() - e).max(1) / np.where(scale > 0, scale, 1)
+            np.abs(f.cpu().numpy() - e).max(1) / np.where(scale > 0, scale, 1)
             for f, e, scale in zip(found, exact, scales, strict=True)
         ]
     )
 
 
+def both_of_each(
+    draws: Sequence[tuple[list[Tensor], list[Tensor]]], backend: str
+) -> list[Sequence[Tensor]]:
+    """Of interpreted kernels by one call: programs that are not full take as long as full ones."""
+    if not triton.INTERPRETING:
+        return [both(grads_out, *inputs, backend=backend) for grads_out, inputs in draws]
+    flat = [(*grads_out, *inputs) for grads_out, inputs in draws]
+    joined = [torch.cat(column, 1) for column in zip(*flat, strict=True)]
+    found = both(joined[:3], *joined[3:], backend=backend)
+    return list(zip(*(t.split(flat[0][0].shape[1], 1) for t in found), strict=True))
+
+
+@everywhere
 @dtypes
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize(
     ("size", "seeds"), [(31, 200), (33, 200), (1000, 40), (1025, 40), (65537, 2)]
 )
-def test_cpu_accuracy(dtype: torch.dtype, skewed: bool, size: int, seeds: int) -> None:
+def test_accuracy(
+    backend: str, device: str, dtype: torch.dtype, skewed: bool, size: int, seeds: int
+) -> None:
     """Every row's largest error is at most twice PyTorch's own, both against long double.
 
     The largest over many seeds; and half a unit in the last place of the largest value, which
     writing it down costs, is granted beside: where few values dominate, PyTorch may hit them.
     """
     ours, plain = np.zeros((6, K)), np.zeros((6, K))
-    for seed in range(seeds):
-        grads_out, inputs = kernel_inputs(size, dtype, seed, skewed)
+    draws = [kernel_inputs(size, dtype, device, seed, skewed) for seed in range(seeds)]
+    for (grads_out, inputs), found in zip(draws, both_of_each(draws, backend), strict=True):
         exact = truth(grads_out, *inputs)
-        found = both(grads_out, *inputs)
         assert all(t.dtype == dtype and t.isfinite().all() for t in found)
         ours = np.maximum(ours, errors(found, exact))
         theirs = both(grads_out, *inputs, backend="reference")
@@ -400,20 +433,24 @@ def test_cpu_accuracy(dtype: torch.dtype, skewed: bool, size: int, seeds: int) -
     ]
 
 
+@everywhere
 @dtypes
-def test_cpu_zeros(dtype: torch.dtype) -> None:
-    grads_out, inputs = kernel_inputs(33, dtype)
+def test_zeros(backend: str, device: str, dtype: torch.dtype) -> None:
+    grads_out, inputs = kernel_inputs(33, dtype, device)
     zeros = [torch.zeros_like(t) for t in inputs]
     plain = both(grads_out, *zeros, backend="reference")
-    for ours, theirs in zip(both(grads_out, *zeros), plain, strict=True):
+    for ours, theirs in zip(both(grads_out, *zeros, backend=backend), plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0, rtol=4 * torch.finfo(dtype).eps)
-    assert not any(t.any() for t in cpu_step(*zeros))
+    assert not any(t.any() for t in stepped(*zeros, backend=backend))
 
 
+@everywhere
 @dtypes
-def test_cpu_copies_the_moments_that_a_kind_lacks(dtype: torch.dtype) -> None:
-    grads_out, inputs = kernel_inputs(1025, dtype)
-    _, m, v, _, in_m, in_v = both(grads_out, *inputs)
+def test_copies_the_moments_that_a_kind_lacks(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
+    grads_out, inputs = kernel_inputs(1025, dtype, device)
+    _, m, v, _, in_m, in_v = both(grads_out, *inputs, backend=backend)
     for k, kind in enumerate(KINDS):
         if kind in ("sgd", "rmsprop"):
             assert torch.equal(m[k], inputs[1][k])
@@ -423,71 +460,83 @@ def test_cpu_copies_the_moments_that_a_kind_lacks(dtype: torch.dtype) -> None:
             assert torch.equal(in_v[k], grads_out[2][k])
 
 
+@everywhere
 @dtypes
 @pytest.mark.parametrize("rows", [0, 1, 6])
-def test_cpu_pools_of_any_size_leave_their_inputs_alone(dtype: torch.dtype, rows: int) -> None:
-    grads_out, inputs = kernel_inputs(1025, dtype, rows=rows)
+def test_pools_of_any_size_leave_their_inputs_alone(
+    backend: str, device: str, dtype: torch.dtype, rows: int
+) -> None:
+    grads_out, inputs = kernel_inputs(1025, dtype, device, rows=rows)
     before = [t.clone() for t in (*grads_out, *inputs)]
-    for t in both(grads_out, *inputs):
+    for t in both(grads_out, *inputs, backend=backend):
         assert t.shape == (rows, 1025)
         assert t.isfinite().all()
     assert all(map(torch.equal, (*grads_out, *inputs), before))
 
 
+@everywhere
 @dtypes
-def test_cpu_result_does_not_depend_on_the_place(dtype: torch.dtype) -> None:
+def test_result_does_not_depend_on_the_place(backend: str, device: str, dtype: torch.dtype) -> None:
     """A coordinate alone, in the padded tail or at an odd address gets the bits it gets elsewhere.
 
     So the accuracy of few coordinates is that of many, where it can be judged.
     """
-    grads_out, inputs = kernel_inputs(1025, dtype, skewed=True)
-    whole = both(grads_out, *inputs)
+    grads_out, inputs = kernel_inputs(1025, dtype, device, skewed=True)
+    whole = both(grads_out, *inputs, backend=backend)
     for start, stop in ((0, 0), (0, 1), (5, 6), (3, 36), (1, 1024), (1024, 1025)):
         parts = [[t[:, start:stop] for t in ts] for ts in (grads_out, inputs)]
-        for ours, expected in zip(both(parts[0], *parts[1]), whole, strict=True):
+        found = both(parts[0], *parts[1], backend=backend)
+        for ours, expected in zip(found, whole, strict=True):
             assert torch.equal(ours, expected[:, start:stop])
 
 
+@everywhere
 @dtypes
-def test_cpu_strided_inputs(dtype: torch.dtype) -> None:
-    grads_out, inputs = kernel_inputs(33, dtype)
-    expected = both(grads_out, *inputs)
+def test_strided_inputs(backend: str, device: str, dtype: torch.dtype) -> None:
+    grads_out, inputs = kernel_inputs(33, dtype, device)
+    expected = both(grads_out, *inputs, backend=backend)
     turned = [[t.T.contiguous().T for t in ts] for ts in (grads_out, inputs)]
     spread = [
         [torch.stack((t, t), -1).flatten(1)[:, ::2] for t in ts] for ts in (grads_out, inputs)
     ]
     for outs, ins in (turned, spread):
         assert not ins[0].is_contiguous()
-        assert all(map(torch.equal, both(outs, *ins), expected))
+        assert all(map(torch.equal, both(outs, *ins, backend=backend), expected))
     row = [t[:1].expand(K, -1) for t in inputs]
-    assert all(map(torch.equal, both(grads_out, *row), both(grads_out, *(t.clone() for t in row))))
+    expected = both(grads_out, *(t.clone() for t in row), backend=backend)
+    assert all(map(torch.equal, both(grads_out, *row, backend=backend), expected))
 
 
+@everywhere
 @dtypes
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_cpu_non_finite_inputs_propagate_as_in_pytorch(
-    dtype: torch.dtype, which: int, bad: float
+def test_non_finite_inputs_propagate_as_in_pytorch(
+    backend: str, device: str, dtype: torch.dtype, which: int, bad: float
 ) -> None:
     for where in (0, 40):
-        grads_out, inputs = kernel_inputs(41, dtype, seed=3)
+        grads_out, inputs = kernel_inputs(41, dtype, device, seed=3)
         inputs[which][:, where] = bad
         plain = both(grads_out, *inputs, backend="reference")
-        for ours, theirs in zip(both(grads_out, *inputs), plain, strict=True):
+        for ours, theirs in zip(both(grads_out, *inputs, backend=backend), plain, strict=True):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@everywhere
 @pytest.mark.parametrize("kind", KINDS)
-def test_cpu_gradcheck(kind: str) -> None:
-    inputs = wanting(*make_inputs(35, 1))
-    assert torch.autograd.gradcheck(lambda *t: tuple(cpu_step(*t, kinds=[kind])), inputs)
+def test_kernels_gradcheck(backend: str, device: str, kind: str) -> None:
+    inputs = wanting(*(t.to(device) for t in make_inputs(35, 1)))
+    assert torch.autograd.gradcheck(
+        lambda *t: tuple(stepped(*t, kinds=[kind], backend=backend)), inputs
+    )
 
 
+@everywhere
 @pytest.mark.parametrize("size", [0, 33])
 @pytest.mark.parametrize("kinds", [KINDS, ()])
-def test_cpu_opcheck(size: int, kinds: Sequence[str]) -> None:
-    grads_out, inputs = kernel_inputs(size, torch.float32, rows=len(kinds))
-    settings = (*op_settings(kinds), "cpu")
+def test_kernels_opcheck(backend: str, device: str, size: int, kinds: Sequence[str]) -> None:
+    grads_out, inputs = kernel_inputs(size, torch.float32, device, rows=len(kinds))
+    settings = (*op_settings(kinds), backend)
     torch.library.opcheck(torch.ops.amalgam.teacher_step, (*wanting(*inputs), *settings))
     torch.library.opcheck(torch.ops.amalgam.teacher_step_backward, (grads_out, *inputs, *settings))
 
@@ -501,15 +550,55 @@ def threads() -> Iterator[None]:
 
 @dtypes
 @pytest.mark.usefixtures("threads")
-def test_cpu_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    grads_out, inputs = kernel_inputs(65537, dtype, skewed=True)
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    grads_out, inputs = kernel_inputs(65537, dtype, "cpu", skewed=True)
     torch.set_num_threads(1)
-    alone = both(grads_out, *inputs)
+    alone = both(grads_out, *inputs, backend="cpu")
     for count in (2, 3):
         torch.set_num_threads(count)
-        assert all(map(torch.equal, both(grads_out, *inputs), alone))
+        assert all(map(torch.equal, both(grads_out, *inputs, backend="cpu"), alone))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton"])
+@dtypes
+def test_same_bits_again_and_on_another_stream(backend: str, dtype: torch.dtype) -> None:
+    grads_out, inputs = kernel_inputs(10**5 + 1, dtype, "cuda")
+    first = both(grads_out, *inputs, backend=backend)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = both(grads_out, *inputs, backend=backend)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton"])
+def test_more_elements_than_32_bits_count(backend: str) -> None:
+    n = 2**30 + 512
+    if torch.cuda.mem_get_info()[0] < 40 * n:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    ends = torch.tensor([[0.5, 2.0]], device="cuda")
+    whole = torch.zeros(2, n, device="cuda")
+    whole[1, :: n - 1] = ends
+    kinds = ["sgd", "adaptive_powersign"]
+    expected = stepped(*[ends] * 3, kinds=kinds[1:], backend=backend)
+    for found, row in zip(
+        stepped(*[whole] * 3, kinds=kinds, backend=backend), expected, strict=True
+    ):
+        assert torch.equal(found[1, :: n - 1], row[0])
+        assert not found[0].any()
+        assert not found[1, 1:-1].any()
+    del found
+    expected = gradients([ends] * 3, *[ends] * 3, kinds=kinds[1:], backend=backend)
+    results = gradients([whole] * 3, *[whole] * 3, kinds=kinds, backend=backend)
+    for found, row in zip(results, expected, strict=True):
+        assert torch.equal(found[1, :: n - 1], row[0])
+        assert not found[0].any()
+        assert not found[1, 1:-1].any()
+
+
+@everywhere
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -519,12 +608,25 @@ def test_cpu_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         ({"m": torch.zeros(1, 2)}, "m must have shape (1, 3), not (1, 2)"),
     ],
 )
-def test_cpu_checks_before_it_hands_out_addresses(change: dict[str, Any], why: str) -> None:
-    zeros, number = torch.zeros(1, 3), [0.5]
+def test_kernels_check_before_they_take_addresses(
+    backend: str, device: str, change: dict[str, Any], why: str
+) -> None:
+    zeros, number = torch.zeros(1, 3, device=device), [0.5]
     arguments = {"grads": zeros, "m": zeros, "v": zeros, "kinds": [0], "lr": number,
                  "beta1": number, "beta2": number, "eps": number} | change  # fmt: skip
     with pytest.raises(ValueError, match=re.escape(why)):
-        torch.ops.amalgam.teacher_step(**arguments, backend="cpu")
+        torch.ops.amalgam.teacher_step(**arguments, backend=backend)
+
+
+def pytest_with(selection: str, **variables: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -534,15 +636,51 @@ def test_every_instruction_set(isa: str) -> None:
         pytest.skip(f"{isa} is not available here, only {module.cpu.available_isas()}")
     if "AMALGAM_CPU_ISA" in os.environ or isa == module.cpu.isa():
         return  # this very process tests it
-    selection = "cpu and not opcheck and not gradcheck"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
-        env={**os.environ, "AMALGAM_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=240,
+    pytest_with("(cpu_on_cpu or threads) and not opcheck and not gradcheck", AMALGAM_CPU_ISA=isa)
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
+def test_triton_kernels_interpreted() -> None:
+    pytest.importorskip("triton")
+    # 200 draws of 33 are many blocks together already; the larger sizes take minutes.
+    others = " and ".join(f"not {size}-" for size in (31, 1000, 1025, 65537))
+    pytest_with(f"triton_interpreted and {others} and not gradcheck", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@dtypes
+@pytest.mark.parametrize("kernel", ["forward", "gradients"])
+def test_triton_kernels_compile_without_spills(kernel: str, dtype: torch.dtype, arch: int) -> None:
+    pytest.importorskip("triton")
+    import triton as compiler
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from amalgam.kernels import teacher_step as kernels
+
+    function = getattr(kernels, kernel)
+    pointer = "*fp32" if dtype == torch.float32 else "*fp64"
+    types = {"n": "i64", "BLOCK": "constexpr"}
+    names = function.arg_names
+    divisible = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name != "BLOCK"
+    }
+    compiled = compiler.compile(
+        ASTSource(
+            function,
+            {name: types.get(name, pointer) for name in names},
+            {"BLOCK": kernels.BYTES // dtype.itemsize},
+            divisible,
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options=kernels.OPTIONS,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    wide = "v4" if dtype == torch.float32 else "v2"
+    for access in ("ld", "st"):
+        assert re.search(rf"{access}\.global\S*\.{wide}", compiled.asm["ptx"])
+    assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"])
+    assert not re.search(r"\b(LDL|STL)\b", compiled.asm["sass"])
 
 
 # --- Errors ---

@@ -1,0 +1,215 @@
+"""An LSTM on blocks of coordinates, for the operations that hold one; amalgam/ops/lstm.py has it.
+
+A block is a matrix (UNITS, BLOCK): units down, coordinates along, so that rows of the state fill
+whole sectors and a layer is four matrix products. UNITS is the power of two that tensor cores take;
+weights are packed once per call with zeros in the units that do not exist.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amalgam.kernels.launch import on_nvidia
+
+SMALLEST_UNITS = 16  # what tl.dot takes at least
+
+# Packed weights, all (UNITS, ...) zero-padded, a layer after another, gates i, f, a, o in each:
+#   W_ih (4, FEATURES, UNITS) of the first layer, (4, UNITS, UNITS) of the others, a row a unit
+#   W_hh (4, UNITS, UNITS)
+#   b    (4, UNITS)
+# then the head (OUTPUTS, UNITS) and its bias (OUTPUTS,).
+
+
+@triton.jit
+def sizes_of(LAYER: tl.constexpr, FEATURES: tl.constexpr, UNITS: tl.constexpr):
+    """Where a layer's W_ih, W_hh and b begin in the packed weights, and what follows them."""
+    FIRST: tl.constexpr = 4 * UNITS * (FEATURES + UNITS + 1)
+    OTHER: tl.constexpr = 4 * UNITS * (2 * UNITS + 1)
+    W_IH: tl.constexpr = 0 if LAYER == 0 else FIRST + (LAYER - 1) * OTHER
+    W_HH: tl.constexpr = W_IH + 4 * UNITS * (FEATURES if LAYER == 0 else UNITS)
+    B: tl.constexpr = W_HH + 4 * UNITS * UNITS
+    return W_IH, W_HH, B, B + 4 * UNITS
+
+
+@triton.jit
+def exp(x, PTX: tl.constexpr):
+    """The exponential. tl.exp and division guard denormals, at thrice the price of PTX's own."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def reciprocal(x, PTX: tl.constexpr):
+    """1 / x."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """1 / (1 + exp(-x)); APPROXIMATE: with 11 bits."""
+    if APPROXIMATE:
+        return 0.5 * tanh(0.5 * x, PTX, APPROXIMATE) + 0.5
+    else:
+        return reciprocal(1.0 + exp(-x, PTX), PTX)
+
+
+@triton.jit
+def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """The hyperbolic tangent; APPROXIMATE: with 11 bits, in one instruction."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        far = 1.0 - 2.0 * reciprocal(1.0 + exp(2.0 * x, PTX), PTX)
+        # Near zero that difference cancels; this is the minimax polynomial up to 0.6.
+        s = x * x
+        p = s * -0.005895107518881559 + 0.020795932039618492
+        p = p * s - 0.05378381907939911
+        p = p * s + 0.13331924378871918
+        p = p * s - 0.33333298563957214
+        return tl.where(tl.abs(x) < 0.6, x + x * (s * p), far)
+
+
+@triton.jit
+def _rounded(x):
+    """Rounded to TF32's 11 bits: tensor cores would truncate."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    """The sums plus the matrix product, accumulated in float32.
+
+    3xtf32: a b is the sum of the products of what TF32 holds of each and of what it leaves; that of
+    both rests lies below float32's rounding. Triton's own tf32x3 guards infinities at twice the
+    price.
+    """
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
+    elif PRECISION == "3xtf32":
+        high_a = _rounded(a)
+        high_b = _rounded(b)
+        sums = tl.dot(_rounded(a - high_a), high_b, sums, input_precision="tf32")
+        sums = tl.dot(high_a, _rounded(b - high_b), sums, input_precision="tf32")
+        return tl.dot(high_a, high_b, sums, input_precision="tf32")
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def column(packed, UNITS: tl.constexpr):
+    """A number a unit, (UNITS,)."""
+    return tl.load(packed + tl.arange(0, UNITS))
+
+
+@triton.jit
+def square(packed, UNITS: tl.constexpr):
+    """A matrix of weights between units, (UNITS, UNITS)."""
+    unit = tl.arange(0, UNITS)
+    return tl.load(packed + unit[:, None] * UNITS + unit[None, :])
+
+
+@triton.jit
+def gate_sums(
+    packed,  # the packed weights
+    x,  # (UNITS, BLOCK) what the layer below gave; of the first layer, whose sums begin with `sums`
+    h,  # (UNITS, BLOCK) the layer's own h of before
+    sums,  # (UNITS, BLOCK) the features' part, of the first layer
+    GATE: tl.constexpr,
+    LAYER: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A gate's sums before its activation, (UNITS, BLOCK)."""
+    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS)
+    sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
+    if LAYER > 0:
+        sums = product(square(packed + W_IH + GATE * UNITS * UNITS, UNITS), x, sums, PRECISION)
+    return product(square(packed + W_HH + GATE * UNITS * UNITS, UNITS), h, sums, PRECISION)
+
+
+def precision_of(precision: str | None) -> str:
+    """The precision asked for; by default the fastest that errs as float32 does."""
+    return precision or ("3xtf32" if on_nvidia() else "ieee")
+
+
+class Packing(NamedTuple):
+    """How an architecture's weights are packed.
+
+    Attributes:
+        units: UNITS.
+        places: For each packed number its place among all weights, or behind them for a zero.
+        back: For each weight its place among the packed ones.
+    """
+
+    units: int
+    places: Tensor
+    back: Tensor
+
+
+@functools.cache
+def packing(layers: int, hidden: int, features: int, outputs: int, device: torch.device) -> Packing:
+    """The packing of an LSTM with a head, built once per architecture and device."""
+    units = max(SMALLEST_UNITS, triton.next_power_of_2(hidden))
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        inputs = hidden if layer else features
+        shapes += [(4, hidden, inputs), (4, hidden, hidden), (4, hidden)]
+    shapes += [(outputs, hidden), (outputs,)]
+    counts = [torch.Size(shape).numel() for shape in shapes]
+    places = torch.arange(sum(counts)).split(counts)
+    zero = sum(counts)
+
+    parts = []
+    for number, (shape, place) in enumerate(zip(shapes, places, strict=True)):
+        part = place.view(shape)
+        if number == 0:  # (4, hidden, features) to (4, features, units)
+            part = _padded(part.transpose(1, 2), {2: units}, zero)
+        elif number < len(shapes) - 1:  # all further dimensions are of units
+            part = _padded(part, dict.fromkeys(range(1, len(shape)), units), zero)
+        parts.append(part.reshape(-1))
+    all_places = torch.cat(parts)
+    back = torch.empty(zero, dtype=torch.int64)
+    used = all_places < zero
+    back[all_places[used]] = torch.arange(len(all_places))[used]
+    return Packing(units, all_places.to(device), back.to(device))
+
+
+def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
+    shape = [sizes.get(d, size) for d, size in enumerate(part.shape)]
+    padded = torch.full(shape, value)
+    padded[tuple(slice(size) for size in part.shape)] = part
+    return padded
+
+
+def pack(weights: Sequence[Tensor], plan: Packing) -> Tensor:
+    """The packed weights, float32."""
+    flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
+    return flat.index_select(0, plan.places)
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:
+    """Gradients in packed weights as those in the weights, in the weights' dtype."""
+    flat = packed.index_select(0, plan.back).to(like[0].dtype)
+    # Copies: an operation's outputs must not share memory.
+    copies = [part.clone() for part in flat.split([w.numel() for w in like])]
+    return [part.view(w.shape) for part, w in zip(copies, like, strict=True)]

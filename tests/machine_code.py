@@ -1,0 +1,89 @@
+"""What Triton makes of a kernel for a GPU that is not there: counts from its machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel.
+
+    Attributes:
+        ptx: Its PTX.
+        registers: Registers a thread.
+        stack: Bytes of stack a thread: what did not fit into registers.
+        instructions: How often each instruction stands in it.
+    """
+
+    ptx: str
+    registers: int
+    stack: int
+    instructions: Counter[str]
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
+
+
+def compile_kernel(
+    function: Any,
+    arch: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: bool,
+    options: Mapping[str, Any],
+) -> MachineCode:
+    """Compile a ``triton.jit`` function.
+
+    Args:
+        function: The kernel.
+        arch: Compute capability, 90 for sm_90.
+        types: Types of arguments by name; those not named are ``*fp32``.
+        constants: Its constexpr arguments; others than its own are ignored.
+        divisible: Whether pointers and the argument ``n`` are multiples of 16.
+        options: ``num_warps`` and so on.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
+    }
+    sixteens = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or (divisible and name == "n")
+    }
+    own = {name: value for name, value in constants.items() if name in names}
+    compiled = triton.compile(
+        ASTSource(function, signature, own, sixteens),
+        target=GPUTarget("cuda", arch, 32),
+        options=dict(options),
+    )
+    instructions = Counter(
+        re.findall(
+            r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)",
+            compiled.asm["sass"],
+            re.MULTILINE,
+        )
+        or re.findall(r"\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", compiled.asm["sass"])
+    )
+    instructions.pop("NOP", None)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return MachineCode(compiled.asm["ptx"], int(found[1]), int(found[2]), instructions)
