@@ -11,8 +11,8 @@ import torch
 
 from amalgam.backends import build_info, core, cuda, triton
 from amalgam.backends.pointers import checked
-from amalgam.ops import backends, teacher_distance
-from amalgam.ops.registry import resolve
+from amalgam.ops import backends, registry, teacher_distance
+from amalgam.ops.registry import Numerics, resolve
 
 
 @pytest.fixture
@@ -43,6 +43,39 @@ def test_auto_prefers_compiled_code_where_it_computes_the_dtype() -> None:
 def test_an_unknown_backend_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'triton'"):
         teacher_distance(torch.zeros(3), torch.zeros(1, 3), backend="tritn")
+
+
+def test_what_is_permitted_reaches_kernels_that_use_it_and_no_others() -> None:
+    like, asked = torch.zeros(3), "trial:tf32,approximate"
+    trial = registry.register_backend(
+        "trial", rank=-99, devices=None, probe=lambda: None, about="of this test"
+    )
+    try:
+        trial.kernel("plain")(lambda x: x)
+        trial.kernel("keen", takes_numerics=True)(lambda x, *, numerics: numerics)
+        assert resolve("keen", asked, like) == asked
+        assert resolve("plain", asked, like) == "trial"
+        assert resolve("keen", "trial", like) == "trial"
+        assert resolve("keen", "auto:tf32", like) == "trial:tf32"
+        assert registry.compute("keen", asked, like, like) == Numerics("tf32", True)
+        assert registry.compute("keen", "trial", like, like) == Numerics(None, False)
+        assert registry.compute("plain", asked, like, like) is like
+    finally:
+        del registry._backends["trial"]
+    assert resolve("teacher_distance", "auto:bf16", like) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        ("auto:tf23", "tf23.*did you mean 'tf32'"),
+        ("cpu:tf32,bf16", "one of .*ieee.*not several"),
+        ("trtion:tf32", "did you mean 'triton'"),
+    ],
+)
+def test_what_nothing_permits_is_refused_with_what_would_be(backend: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        registry.check_backend(backend)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
