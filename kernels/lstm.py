@@ -147,6 +147,81 @@ def gate_sums(
     return product(square(packed + W_HH + GATE * UNITS * UNITS, UNITS), h, sums, PRECISION)
 
 
+@triton.jit
+def rows_of(LAYER: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, at, n):
+    """Where a layer's rows of (LAYERS, HIDDEN, N) lie: (UNITS, BLOCK) offsets."""
+    unit = (LAYER * HIDDEN + tl.arange(0, UNITS)).to(tl.int64)
+    return unit[:, None] * n + at[None, :]
+
+
+@triton.jit
+def cell(
+    packed,  # the packed weights
+    x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
+    h,  # (UNITS, BLOCK) the layer's own h of before
+    c,  # (UNITS, BLOCK) and its c
+    i,  # (UNITS, BLOCK) of the first layer, what its gates take of the features; zeros of others
+    f,
+    a,
+    o,
+    LAYER: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """A layer's gates i, f, a, o, its new c, and the tanh of that."""
+    i = sigmoid(gate_sums(packed, x, h, i, 0, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
+    f = sigmoid(gate_sums(packed, x, h, f, 1, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
+    a = tanh(gate_sums(packed, x, h, a, 2, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
+    o = sigmoid(gate_sums(packed, x, h, o, 3, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
+    c = f * c + i * a
+    return i, f, a, o, c, tanh(c, PTX, APPROXIMATE)
+
+
+@triton.jit
+def add(partial, value, later):
+    """Adds to what this program has summed so far, if there is something."""
+    total = value.to(tl.float64)
+    if later:
+        total += tl.load(partial)
+    tl.store(partial, total)
+
+
+@triton.jit
+def recurrent_gradients(
+    packed,
+    partials,  # this program's sums, as the packed weights
+    d_gate,  # (UNITS, BLOCK) of the gate's sum
+    x,  # (UNITS, BLOCK)
+    h,  # (UNITS, BLOCK)
+    d_x,  # (UNITS, BLOCK) gradients in x so far, of layers that have one below
+    d_h,  # (UNITS, BLOCK) and in h
+    later,
+    GATE: tl.constexpr,
+    LAYER: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One gate's part of all gradients but the features'; the weights' go to the program's sums."""
+    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS)
+    unit = tl.arange(0, UNITS)
+    matrix = unit[:, None] * UNITS + unit[None, :]
+    none = tl.zeros((UNITS, UNITS), tl.float32)
+
+    add(partials + B + GATE * UNITS + unit, tl.sum(d_gate, 1), later)
+    w_hh = W_HH + GATE * UNITS * UNITS
+    add(partials + w_hh + matrix, product(d_gate, tl.trans(h), none, PRECISION), later)
+    d_h = product(tl.trans(square(packed + w_hh, UNITS)), d_gate, d_h, PRECISION)
+    if LAYER > 0:
+        w_ih = W_IH + GATE * UNITS * UNITS
+        add(partials + w_ih + matrix, product(d_gate, tl.trans(x), none, PRECISION), later)
+        d_x = product(tl.trans(square(packed + w_ih, UNITS)), d_gate, d_x, PRECISION)
+    return d_x, d_h
+
+
 def precision_of(precision: str | None) -> str:
     """The precision asked for; by default the fastest that errs as float32 does."""
     return precision or ("3xtf32" if on_nvidia() else "ieee")

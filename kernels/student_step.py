@@ -12,7 +12,16 @@ from torch import Tensor
 
 from amalgam.kernels import lstm
 from amalgam.kernels.launch import on_device_of, on_nvidia, processors, stream_of
-from amalgam.kernels.lstm import column, exp, gate_sums, product, sigmoid, sizes_of, square, tanh
+from amalgam.kernels.lstm import (
+    add,
+    cell,
+    column,
+    exp,
+    recurrent_gradients,
+    rows_of,
+    sizes_of,
+    tanh,
+)
 
 FEATURES = 2
 BLOCK = 64
@@ -21,13 +30,6 @@ PROGRAMS_PER_PROCESSOR = 2
 # Fusion is named because Triton 3.10 turns it off by default.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 BACKWARD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-
-
-@triton.jit
-def _rows(LAYER: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, at, n):
-    """Where a layer's rows of (LAYERS, HIDDEN, N) lie: (UNITS, BLOCK) offsets."""
-    unit = (LAYER * HIDDEN + tl.arange(0, UNITS)).to(tl.int64)
-    return unit[:, None] * n + at[None, :]
 
 
 @triton.jit
@@ -75,12 +77,7 @@ def _cell(
         f = tl.zeros_like(h)
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
-    i = sigmoid(gate_sums(packed, x, h, i, 0, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    f = sigmoid(gate_sums(packed, x, h, f, 1, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    a = tanh(gate_sums(packed, x, h, a, 2, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    o = sigmoid(gate_sums(packed, x, h, o, 3, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    c = f * c + i * a
-    return i, f, a, o, c, tanh(c, PTX, APPROXIMATE)
+    return cell(packed, x, h, c, i, f, a, o, LAYER, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE)
 
 
 @triton.jit
@@ -127,16 +124,16 @@ def _step(
     used = (tl.arange(0, UNITS) < HIDDEN)[:, None] & inside[None, :]
     x = tl.zeros((UNITS, BLOCK), tl.float32)
     for layer in tl.static_range(LAYERS):
-        rows = _rows(layer, HIDDEN, UNITS, at, n)
+        rows = rows_of(layer, HIDDEN, UNITS, at, n)
         old_h = tl.load(h + rows, mask=used, other=0.0).to(tl.float32)
         old_c = tl.load(c + rows, mask=used, other=0.0).to(tl.float32)
-        _i, _f, _a, o, cell, squashed = _cell(
+        _i, _f, _a, o, new_cell, squashed = _cell(
             packed, x, old_h, old_c, m_feature, g_feature,
             layer, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
         tl.store(new_h + rows, x.to(new_h.dtype.element_ty), mask=used)
-        tl.store(new_c + rows, cell.to(new_c.dtype.element_ty), mask=used)
+        tl.store(new_c + rows, new_cell.to(new_c.dtype.element_ty), mask=used)
 
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS)
     top = tl.sum(column(packed + HEAD, UNITS)[:, None] * x, 0)
@@ -242,15 +239,6 @@ def in_place(
 
 
 @triton.jit
-def _add(partial, value, later):
-    """Adds to what this program has summed so far, if there is something."""
-    total = value.to(tl.float64)
-    if later:
-        total += tl.load(partial)
-    tl.store(partial, total)
-
-
-@triton.jit
 def _gate_gradients(
     packed,
     partials,  # this program's sums, as the packed weights
@@ -271,24 +259,15 @@ def _gate_gradients(
     PRECISION: tl.constexpr,
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
-    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS)
-    unit = tl.arange(0, UNITS)
-    matrix = unit[:, None] * UNITS + unit[None, :]
-    none = tl.zeros((UNITS, UNITS), tl.float32)
-
-    _add(partials + B + GATE * UNITS + unit, tl.sum(d_gate, 1), later)
-    w_hh = W_HH + GATE * UNITS * UNITS
-    _add(partials + w_hh + matrix, product(d_gate, tl.trans(h), none, PRECISION), later)
-    d_h = product(tl.trans(square(packed + w_hh, UNITS)), d_gate, d_h, PRECISION)
-    if LAYER > 0:
-        w_ih = W_IH + GATE * UNITS * UNITS
-        _add(partials + w_ih + matrix, product(d_gate, tl.trans(x), none, PRECISION), later)
-        d_x = product(tl.trans(square(packed + w_ih, UNITS)), d_gate, d_x, PRECISION)
-    else:
-        w_m = W_IH + GATE * FEATURES * UNITS
+    d_x, d_h = recurrent_gradients(
+        packed, partials, d_gate, x, h, d_x, d_h, later, GATE, LAYER, FEATURES, UNITS, PRECISION
+    )
+    if LAYER == 0:
+        unit = tl.arange(0, UNITS)
+        w_m = GATE * FEATURES * UNITS
         w_g = w_m + UNITS
-        _add(partials + w_m + unit, tl.sum(d_gate * m_feature[None, :], 1), later)
-        _add(partials + w_g + unit, tl.sum(d_gate * g_feature[None, :], 1), later)
+        add(partials + w_m + unit, tl.sum(d_gate * m_feature[None, :], 1), later)
+        add(partials + w_g + unit, tl.sum(d_gate * g_feature[None, :], 1), later)
         d_m_feature += tl.sum(column(packed + w_m, UNITS)[:, None] * d_gate, 0)
         d_g_feature += tl.sum(column(packed + w_g, UNITS)[:, None] * d_gate, 0)
     return d_x, d_h, d_m_feature, d_g_feature
@@ -359,7 +338,7 @@ def backward(
         # What the upper layers see; the last layer's own comes with its gates below.
         x = tl.zeros((UNITS, BLOCK), tl.float32)
         for layer in tl.static_range(LAYERS - 1):
-            rows = _rows(layer, HIDDEN, UNITS, at, n)
+            rows = rows_of(layer, HIDDEN, UNITS, at, n)
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             _i, _f, _a, o, _c, squashed = _cell(
@@ -377,7 +356,7 @@ def backward(
         for layer in tl.static_range(LAYERS - 1, -1, -1):
             if layer > 0:
                 x = tl.load(outputs + (layer - 1) * UNITS * BLOCK + here)
-            rows = _rows(layer, HIDDEN, UNITS, at, n)
+            rows = rows_of(layer, HIDDEN, UNITS, at, n)
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             i, f, a, o, _c, squashed = _cell(
@@ -391,8 +370,8 @@ def backward(
                 t = exp(-2.0 * tl.abs(top), PTX)
                 d_top = tl.load(d_update + at, mask=inside, other=0.0) * alpha
                 d_top *= 4.0 * t / ((1.0 + t) * (1.0 + t))
-                _add(partials + HEAD + unit, tl.sum(top_h * d_top[None, :], 1), later)
-                _add(partials + HEAD + UNITS, tl.sum(d_top, 0), later)
+                add(partials + HEAD + unit, tl.sum(top_h * d_top[None, :], 1), later)
+                add(partials + HEAD + UNITS, tl.sum(d_top, 0), later)
                 d_x = head[:, None] * d_top[None, :]
 
             d_out = d_x + tl.load(d_new_h + rows, mask=used, other=0.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import amalgam
+from amalgam.ops import backends
 
 PACKAGE_FOLDERS = tuple(
     str(folder)
@@ -45,3 +46,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def triton_works() -> None:
+    """Skips where the Triton backend does not compute, with its reason."""
+    status = backends()["triton"]
+    if not status.works:
+        pytest.skip(f"triton: {status.reason}")

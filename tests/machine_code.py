@@ -32,6 +32,41 @@ class MachineCode:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
 
 
+def costs_of(
+    function: Any,
+    arch: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+    divisible: bool,
+) -> dict[str, int]:
+    """What budgets count of a kernel whose programs compute ``BLOCK`` coordinates.
+
+    Registers and bytes of stack a thread; instructions, and special functions among them, a
+    coordinate; tensor core instructions and accesses of 16 bytes in the code.
+
+    Args: see :func:`compile_kernel`.
+    """
+    code = compile_kernel(function, arch, types, constants, divisible, options)
+    threads_a_coordinate = 32 * options["num_warps"] / constants["BLOCK"]
+    return {
+        "registers": code.registers,
+        "stack": code.stack,
+        "instructions": round(sum(code.instructions.values()) * threads_a_coordinate),
+        "special": round(code.count("MUFU") * threads_a_coordinate),
+        "tensor": code.count("HMMA", "HGMMA", "UTCHMMA"),
+        "wide": sum(n for i, n in code.instructions.items() if re.match(r"(LDG|STG).*\.128", i)),
+    }
+
+
+def assert_within(costs: Mapping[str, int], budget: Mapping[str, int]) -> None:
+    """Nothing above its budget; and tensor cores and wide accesses where they were."""
+    for what in ("registers", "stack", "instructions", "special"):
+        assert costs[what] <= budget[what], (what, costs, budget)
+    for what in ("tensor", "wide"):
+        assert costs[what] >= budget[what], (what, costs, budget)
+
+
 def compile_kernel(
     function: Any,
     arch: int,

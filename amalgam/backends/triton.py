@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from amalgam.backends.arguments import (
+    checked_choice,
     checked_in_place,
     checked_pool,
     checked_state,
@@ -196,3 +197,62 @@ def _student_step_in_place(
     settings = (alpha, beta1, beta2, eps)
     kernels.student_step_in_place(tensors, weights, settings, lr, weight_decay, *numerics)
     put_back()
+
+
+@backend.kernel("choice_step", dtypes=SINGLE, takes_numerics=True)
+def _choice_step(
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    ranks: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+    time: float,
+    learning_rate: float,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor, ...]:
+    from amalgam.kernels import choice_step as kernels
+
+    pool = tuple(checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps).values())
+    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
+    return kernels.choice_step(inputs, weights, pool, time, learning_rate, *numerics)
+
+
+@backend.kernel("choice_step_backward", dtypes=SINGLE, takes_numerics=True)
+def _choice_step_backward(
+    grads_out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    ranks: Tensor,
+    kinds: Sequence[int],
+    lr: Sequence[float],
+    beta1: Sequence[float],
+    beta2: Sequence[float],
+    eps: Sequence[float],
+    time: float,
+    learning_rate: float,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor | list[Tensor], ...]:
+    from amalgam.kernels import choice_step as kernels
+
+    pool = tuple(checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps).values())
+    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
+    grads_out = [
+        checked(f"grads_out[{index}]", tensor, shaped.shape, grad)
+        for index, (tensor, shaped) in enumerate(zip(grads_out, (*inputs[:5], m), strict=True))
+    ]
+    return kernels.choice_step_backward(
+        grads_out, inputs, weights, pool, time, learning_rate, numerics.precision
+    )

@@ -1,5 +1,6 @@
 """``choice_step``: plain PyTorch, and the compiled kernels that are held to it."""
 
+import json
 import math
 import os
 import re
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_student_step import assert_as_accurate, flat
+from machine_code import assert_within, costs_of
+from test_student_step import assert_as_accurate, by_triton, flat, moved, run_interpreted
 from torch import Tensor
 
-import amalgam  # noqa: F401  registers the operations
-from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, teacher_step
+from amalgam.backends import triton
+from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, registry, teacher_step
 from amalgam.policies import Choice, ChoiceConfig, Teacher
 
 K = len(KINDS)
@@ -575,3 +577,96 @@ def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize(
+    ("layers", "hidden", "k", "size"),
+    [(2, 20, 2, 0), (2, 20, 2, 70), (2, 20, 6, 129), (1, 4, 1, 33), (3, 5, 8, 64), (1, 33, 6, 5)],
+)
+def test_triton_choice(device: str, size: int, layers: int, hidden: int, k: int) -> None:
+    forward, backward = [], []
+    for seed in range(6):
+        drawn = skewed_arguments(size, layers, hidden, k, torch.float32, seed)
+        arguments, upstream = moved(drawn, device)
+        forward.append(arguments)
+        backward.append((upstream, *arguments))
+    assert_as_accurate(torch.ops.amalgam.choice_step, forward, "triton")
+    assert_as_accurate(torch.ops.amalgam.choice_step_backward, backward, "triton")
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("shift", [-900.0, -23.0, 900.0])
+def test_triton_mixture_for_any_logits(device: str, shift: float) -> None:
+    arguments, upstream = skewed_arguments(70, 1, 4, 6, torch.float32)
+    arguments[5][-2].zero_()
+    arguments[5][-1].add_(shift)
+    arguments, upstream = moved((arguments, upstream), device)
+    mixture = torch.ops.amalgam.choice_step(*arguments, "triton")[-1]
+    expected = torch.ops.amalgam.choice_step(*arguments, "reference")[-1]
+    assert torch.allclose(mixture, expected, rtol=1e-5, atol=1e-30)
+    found = flat(torch.ops.amalgam.choice_step_backward(upstream, *arguments, "triton"))
+    assert all(t.isfinite().all() for t in found)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+def test_triton_choice_passes_nan_on(device: str) -> None:
+    arguments, _ = skewed_arguments(70, 2, 4, 6, torch.float32)
+    grad, m, v, _, c = arguments[:5]
+    grad[3], m[4, 40], v[3, 50], c[0, 0, 66] = [math.nan] * 4
+    arguments = moved(arguments, device)
+    ours = torch.ops.amalgam.choice_step(*arguments, "triton")
+    plain = torch.ops.amalgam.choice_step(*arguments, "reference")
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+def test_triton_choice_opcheck(device: str) -> None:
+    inputs = wanting(*(t.to(device, torch.float32) for t in make_inputs(3, 1, 2)))
+    rest = *moved(constants(3), device), "triton"
+    torch.library.opcheck(torch.ops.amalgam.choice_step, (*inputs[:5], inputs[5:], *rest))
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
+def test_triton_kernels_by_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+TYPES = {
+    **{"ranks": "*i64", "n": "i64", "blocks": "i32", "size": "i32"},
+    **{"time": "fp32", "learning_rate": "fp32", "partials": "*fp64"},
+}
+BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_text())
+
+
+def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
+    """Of a choice of 2 x 20 units among k teachers."""
+    from amalgam.kernels import choice_step as kernels
+
+    permitted = registry._parse(f"auto:{numerics}")[1]
+    return costs_of(
+        getattr(kernels, name),
+        arch,
+        TYPES,
+        {
+            **{"K": k, "POOL": 2 if k == 2 else 8, "LAYERS": 2, "HIDDEN": 20, "UNITS": 32},
+            **{"BLOCK": kernels.BLOCK, "PRECISION": permitted.precision, "PTX": True},
+            "APPROXIMATE": permitted.approximate,
+        },
+        kernels.BACKWARD_OPTIONS if name == "backward" else kernels.OPTIONS,
+        divisible=True,
+    )
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("case", BUDGETS)
+def test_kernels_keep_to_their_budgets(case: str) -> None:
+    pytest.importorskip("triton")
+    name, arch, k, numerics = case.split()
+    costs = triton_costs(name, int(arch.removeprefix("sm_")), int(k), numerics)
+    assert_within(costs, BUDGETS[case])

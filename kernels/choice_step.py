@@ -1,0 +1,504 @@
+"""One step of the optimal choice; amalgam/ops/choice_step.py has the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amalgam.kernels import lstm
+from amalgam.kernels.launch import on_device_of, on_nvidia, processors
+from amalgam.kernels.lstm import add, cell, column, recurrent_gradients, rows_of, sizes_of
+from amalgam.kernels.teacher_step import (
+    WIDTH,
+    has_m,
+    has_v,
+    moments,
+    settings_of,
+    teacher_table,
+    update_gradients,
+    update_of,
+)
+
+RANKS = tl.constexpr(3)  # features that say whether a coordinate's rank is 1, 2 or 3
+IDLE_LOGIT = tl.constexpr(-23.025850929940457)  # log(1e-10), of the option that moves nothing
+BLOCK = 64
+PROGRAMS_PER_PROCESSOR = 2
+# Fusion is named because Triton 3.10 turns it off by default.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+BACKWARD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _row_of(tile, k, POOL: tl.constexpr):
+    """Row k of (POOL, BLOCK)."""
+    return tl.sum(tl.where(tl.arange(0, POOL)[:, None] == k, tile, 0.0), 0)
+
+
+@triton.jit
+def _with_row(tile, k, row, POOL: tl.constexpr):
+    """(POOL, BLOCK) with another row k."""
+    return tl.where(tl.arange(0, POOL)[:, None] == k, row[None, :], tile)
+
+
+@triton.jit
+def _updates(table, g, m, v, at, inside, n, K: tl.constexpr, POOL: tl.constexpr):
+    """The teachers' updates, (POOL, BLOCK), zeros in the rows that are none."""
+    result = tl.zeros((POOL, at.shape[0]), tl.float32)
+    for k in range(K):
+        kind, lr, beta1, beta2, eps, rest1, rest2, inverse1, inverse2 = settings_of(
+            table + k * WIDTH
+        )
+        place = k * n + at
+        old_m = tl.load(m + place, mask=inside, other=0.0)
+        old_v = tl.load(v + place, mask=inside, other=1.0)
+        now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
+        row = update_of(kind, g, now_m, now_v, lr, eps, inverse1, inverse2)
+        result = _with_row(result, k, row, POOL)
+    return result
+
+
+@triton.jit
+def _first_sums(
+    packed,
+    updates,  # (POOL, BLOCK)
+    time,
+    rank,  # (BLOCK,)
+    GATE: tl.constexpr,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """What the first layer's gate takes of the features, (UNITS, BLOCK)."""
+    weights = packed + GATE * (K + 1 + RANKS) * UNITS
+    sums = (column(weights + K * UNITS, UNITS) * time)[:, None]
+    for r in tl.static_range(1, RANKS + 1):
+        is_rank = (rank == r).to(tl.float32)
+        sums += column(weights + (K + r) * UNITS, UNITS)[:, None] * is_rank[None, :]
+    for k in tl.static_range(K):
+        sums += column(weights + k * UNITS, UNITS)[:, None] * _row_of(updates, k, POOL)[None, :]
+    return sums
+
+
+@triton.jit
+def _cell(
+    packed,
+    x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
+    h,  # (UNITS, BLOCK)
+    c,  # (UNITS, BLOCK)
+    updates,  # (POOL, BLOCK)
+    time,
+    rank,  # (BLOCK,)
+    LAYER: tl.constexpr,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """A layer's gates, its new c, and the tanh of that."""
+    if LAYER == 0:
+        i = _first_sums(packed, updates, time, rank, 0, K, POOL, UNITS)
+        f = _first_sums(packed, updates, time, rank, 1, K, POOL, UNITS)
+        a = _first_sums(packed, updates, time, rank, 2, K, POOL, UNITS)
+        o = _first_sums(packed, updates, time, rank, 3, K, POOL, UNITS)
+    else:
+        i = tl.zeros_like(h)
+        f = tl.zeros_like(h)
+        a = tl.zeros_like(h)
+        o = tl.zeros_like(h)
+    return cell(
+        packed, x, h, c, i, f, a, o, LAYER, K + 1 + RANKS, UNITS, PRECISION, PTX, APPROXIMATE
+    )
+
+
+@triton.jit
+def _mixture(
+    packed_head,
+    top,  # (UNITS, BLOCK) the last layer's new h
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The teachers' shares, (POOL, BLOCK). The largest logit is subtracted: nothing overflows."""
+    logits = tl.full((POOL, top.shape[1]), float("-inf"), tl.float32)
+    for k in tl.static_range(K):
+        logit = tl.sum(column(packed_head + k * UNITS, UNITS)[:, None] * top, 0)
+        logits = _with_row(logits, k, logit + tl.load(packed_head + K * UNITS + k), POOL)
+    largest = tl.maximum(tl.max(logits, 0), IDLE_LOGIT)
+    terms = tl.exp(logits - largest[None, :])
+    return terms / (tl.sum(terms, 0) + tl.exp(-largest + IDLE_LOGIT))[None, :]
+
+
+@triton.jit
+def forward(
+    packed,
+    table,  # (K, WIDTH)
+    grad,  # (N,)
+    ranks,  # (N,) int64
+    m,  # (K, N)
+    v,  # (K, N)
+    h,  # (LAYERS, HIDDEN, N)
+    c,  # (LAYERS, HIDDEN, N)
+    update,  # (N,) out
+    new_m,  # (K, N) out
+    new_v,  # (K, N) out
+    new_h,  # (LAYERS, HIDDEN, N) out
+    new_c,  # (LAYERS, HIDDEN, N) out
+    mixture,  # (K, N) out
+    n,
+    time,
+    learning_rate,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """Program p takes the p-th block of coordinates."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    g = tl.load(grad + at, mask=inside, other=1.0)
+    rank = tl.load(ranks + at, mask=inside, other=0)
+    for k in range(K):
+        kind, _lr, beta1, beta2, _eps, rest1, rest2, _inverse1, _inverse2 = settings_of(
+            table + k * WIDTH
+        )
+        place = k * n + at
+        old_m = tl.load(m + place, mask=inside, other=0.0)
+        old_v = tl.load(v + place, mask=inside, other=1.0)
+        now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
+        tl.store(new_m + place, now_m, mask=inside)
+        tl.store(new_v + place, now_v, mask=inside)
+    updates = _updates(table, g, m, v, at, inside, n, K, POOL)
+
+    used = (tl.arange(0, UNITS) < HIDDEN)[:, None] & inside[None, :]
+    x = tl.zeros((UNITS, BLOCK), tl.float32)
+    for layer in tl.static_range(LAYERS):
+        rows = rows_of(layer, HIDDEN, UNITS, at, n)
+        old_h = tl.load(h + rows, mask=used, other=0.0)
+        old_c = tl.load(c + rows, mask=used, other=0.0)
+        _i, _f, _a, o, new_cell, squashed = _cell(
+            packed, x, old_h, old_c, updates, time, rank,
+            layer, K, POOL, UNITS, PRECISION, PTX, APPROXIMATE,
+        )  # fmt: skip
+        x = o * squashed
+        tl.store(new_h + rows, x, mask=used)
+        tl.store(new_c + rows, new_cell, mask=used)
+
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS)
+    shares = _mixture(packed + HEAD, x, K, POOL, UNITS)
+    pool = tl.arange(0, POOL)
+    real = (pool < K)[:, None] & inside[None, :]
+    tl.store(mixture + pool.to(tl.int64)[:, None] * n + at[None, :], shares, mask=real)
+    tl.store(update + at, learning_rate * tl.sum(shares * updates, 0), mask=inside)
+
+
+@triton.jit
+def _gate_gradients(
+    packed,
+    partials,  # this program's sums, as the packed weights
+    d_gate,  # (UNITS, BLOCK) of the gate's sum
+    x,  # (UNITS, BLOCK)
+    h,  # (UNITS, BLOCK)
+    updates,  # (POOL, BLOCK)
+    time,
+    rank,  # (BLOCK,)
+    d_x,  # (UNITS, BLOCK) gradients in x so far
+    d_h,  # (UNITS, BLOCK) and in h
+    d_updates,  # (POOL, BLOCK) and in the teachers' updates
+    later,
+    GATE: tl.constexpr,
+    LAYER: tl.constexpr,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One gate's part of all gradients; the weights' are added to the program's sums."""
+    d_x, d_h = recurrent_gradients(
+        packed, partials, d_gate, x, h, d_x, d_h, later, GATE, LAYER, K + 1 + RANKS, UNITS,
+        PRECISION,
+    )  # fmt: skip
+    if LAYER == 0:
+        first = GATE * (K + 1 + RANKS) * UNITS
+        to = partials + first + tl.arange(0, UNITS)
+        add(to + K * UNITS, time * tl.sum(d_gate, 1), later)
+        for r in tl.static_range(1, RANKS + 1):
+            is_rank = (rank == r).to(tl.float32)
+            add(to + (K + r) * UNITS, tl.sum(d_gate * is_rank[None, :], 1), later)
+        for k in tl.static_range(K):
+            row = _row_of(updates, k, POOL)
+            add(to + k * UNITS, tl.sum(d_gate * row[None, :], 1), later)
+            d_row = tl.sum(column(packed + first + k * UNITS, UNITS)[:, None] * d_gate, 0)
+            d_updates = _with_row(d_updates, k, _row_of(d_updates, k, POOL) + d_row, POOL)
+    return d_x, d_h, d_updates
+
+
+@triton.jit
+def backward(
+    packed,
+    table,  # (K, WIDTH)
+    grad,  # (N,)
+    ranks,  # (N,) int64
+    m,  # (K, N)
+    v,  # (K, N)
+    h,  # (LAYERS, HIDDEN, N)
+    c,  # (LAYERS, HIDDEN, N)
+    d_update,  # (N,)
+    d_new_m,  # (K, N)
+    d_new_v,  # (K, N)
+    d_new_h,  # (LAYERS, HIDDEN, N)
+    d_new_c,  # (LAYERS, HIDDEN, N)
+    d_mixture,  # (K, N)
+    d_grad,  # (N,) out
+    d_m,  # (K, N) out
+    d_v,  # (K, N) out
+    d_h,  # (LAYERS, HIDDEN, N) out
+    d_c,  # (LAYERS, HIDDEN, N) out
+    partials,  # (P, size) float64 out, P programs' gradients in the packed weights
+    outputs,  # (P, LAYERS, UNITS, BLOCK) scratch: the layers' new h
+    n,
+    blocks,
+    size,
+    time,
+    learning_rate,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Program p takes blocks p, p + P, ...: the step again, then its gradients backwards."""
+    program = tl.program_id(0)
+    partials += program.to(tl.int64) * size
+    unit = tl.arange(0, UNITS)
+    here = unit[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    outputs += program.to(tl.int64) * LAYERS * UNITS * BLOCK
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS)
+    pool = tl.arange(0, POOL)
+    programs = tl.num_programs(0)
+    for turn in range(tl.cdiv(blocks - program, programs)):
+        later = turn > 0
+        at = (program.to(tl.int64) + turn * programs) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < n
+        used = (unit < HIDDEN)[:, None] & inside[None, :]
+        real = (pool < K)[:, None] & inside[None, :]
+        of_pool = pool.to(tl.int64)[:, None] * n + at[None, :]
+        g = tl.load(grad + at, mask=inside, other=1.0)
+        rank = tl.load(ranks + at, mask=inside, other=0)
+        updates = _updates(table, g, m, v, at, inside, n, K, POOL)
+
+        # What the upper layers see; the last layer's own comes with its gates below.
+        x = tl.zeros((UNITS, BLOCK), tl.float32)
+        for layer in tl.static_range(LAYERS - 1):
+            rows = rows_of(layer, HIDDEN, UNITS, at, n)
+            old_h = tl.load(h + rows, mask=used, other=0.0)
+            old_c = tl.load(c + rows, mask=used, other=0.0)
+            _i, _f, _a, o, _c, squashed = _cell(
+                packed, x, old_h, old_c, updates, time, rank,
+                layer, K, POOL, UNITS, PRECISION, PTX, False,
+            )  # fmt: skip
+            x = o * squashed
+            tl.store(outputs + layer * UNITS * BLOCK + here, x)
+        # Other threads of this program read what these wrote.
+        tl.debug_barrier()
+
+        d_updates = tl.zeros((POOL, BLOCK), tl.float32)
+        d_x = tl.zeros((UNITS, BLOCK), tl.float32)
+        for layer in tl.static_range(LAYERS - 1, -1, -1):
+            if layer > 0:
+                x = tl.load(outputs + (layer - 1) * UNITS * BLOCK + here)
+            rows = rows_of(layer, HIDDEN, UNITS, at, n)
+            old_h = tl.load(h + rows, mask=used, other=0.0)
+            old_c = tl.load(c + rows, mask=used, other=0.0)
+            i, f, a, o, _c, squashed = _cell(
+                packed, x, old_h, old_c, updates, time, rank,
+                layer, K, POOL, UNITS, PRECISION, PTX, False,
+            )  # fmt: skip
+            if layer == LAYERS - 1:
+                top = o * squashed
+                shares = _mixture(packed + HEAD, top, K, POOL, UNITS)
+                d_all = learning_rate * tl.load(d_update + at, mask=inside, other=0.0)
+                d_shares = tl.load(d_mixture + of_pool, mask=real, other=0.0)
+                d_shares += d_all[None, :] * updates
+                d_updates = d_all[None, :] * shares
+                d_logits = shares * (d_shares - tl.sum(shares * d_shares, 0)[None, :])
+                for k in tl.static_range(K):
+                    d_logit = _row_of(d_logits, k, POOL)
+                    of_head = HEAD + k * UNITS + unit
+                    add(partials + of_head, tl.sum(top * d_logit[None, :], 1), later)
+                    add(partials + HEAD + K * UNITS + k, tl.sum(d_logit, 0), later)
+                    d_x += tl.load(packed + of_head)[:, None] * d_logit[None, :]
+
+            d_out = d_x + tl.load(d_new_h + rows, mask=used, other=0.0)
+            d_cell = tl.load(d_new_c + rows, mask=used, other=0.0)
+            d_cell += d_out * o * (1.0 - squashed * squashed)
+            tl.store(d_c + rows, d_cell * f, mask=used)
+            d_x = tl.zeros((UNITS, BLOCK), tl.float32)
+            d_old_h = tl.zeros((UNITS, BLOCK), tl.float32)
+            d_i = d_cell * a * i * (1.0 - i)
+            d_f = d_cell * old_c * f * (1.0 - f)
+            d_a = d_cell * i * (1.0 - a * a)
+            d_o = d_out * squashed * o * (1.0 - o)
+            d_x, d_old_h, d_updates = _gate_gradients(
+                packed, partials, d_i, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                later, 0, layer, K, POOL, UNITS, PRECISION,
+            )  # fmt: skip
+            d_x, d_old_h, d_updates = _gate_gradients(
+                packed, partials, d_f, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                later, 1, layer, K, POOL, UNITS, PRECISION,
+            )  # fmt: skip
+            d_x, d_old_h, d_updates = _gate_gradients(
+                packed, partials, d_a, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                later, 2, layer, K, POOL, UNITS, PRECISION,
+            )  # fmt: skip
+            d_x, d_old_h, d_updates = _gate_gradients(
+                packed, partials, d_o, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                later, 3, layer, K, POOL, UNITS, PRECISION,
+            )  # fmt: skip
+            tl.store(d_h + rows, d_old_h, mask=used)
+        # The next block's layers overwrite what these read.
+        tl.debug_barrier()
+
+        d_g = tl.zeros((BLOCK,), tl.float32)
+        for k in range(K):
+            kind, lr, beta1, beta2, eps, rest1, rest2, inverse1, inverse2 = settings_of(
+                table + k * WIDTH
+            )
+            place = k * n + at
+            old_m = tl.load(m + place, mask=inside, other=0.0)
+            old_v = tl.load(v + place, mask=inside, other=1.0)
+            now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
+            of_g, of_m, of_v = update_gradients(
+                kind, _row_of(d_updates, k, POOL), g, now_m, now_v, lr, eps, inverse1, inverse2
+            )
+            of_m += tl.load(d_new_m + place, mask=inside, other=0.0)
+            of_v += tl.load(d_new_v + place, mask=inside, other=0.0)
+            if has_m(kind):
+                of_g += rest1 * of_m
+                of_m = beta1 * of_m
+            if has_v(kind):
+                of_g += 2.0 * rest2 * g * of_v
+                of_v = beta2 * of_v
+            tl.store(d_m + place, of_m, mask=inside)
+            tl.store(d_v + place, of_v, mask=inside)
+            d_g += of_g
+        tl.store(d_grad + at, d_g, mask=inside)
+
+
+def _plan(k: int, h: Tensor) -> tuple[lstm.Packing, dict[str, int]]:
+    layers, hidden = h.shape[:2]
+    plan = lstm.packing(layers, hidden, k + 1 + RANKS.value, k, h.device)
+    return plan, {
+        "K": k,
+        "POOL": triton.next_power_of_2(k),
+        "LAYERS": layers,
+        "HIDDEN": hidden,
+        "UNITS": plan.units,
+    }
+
+
+def choice_step(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    pool: Sequence[Sequence[float]],
+    time: float,
+    learning_rate: float,
+    precision: str | None,
+    approximate: bool,
+) -> tuple[Tensor, ...]:
+    """Launch the forward.
+
+    Args:
+        inputs: grad (N,), m and v (K, N), h and c (layers, hidden, N), all float32, and ranks (N,),
+            int64; contiguous.
+        weights: As the operation has them.
+        pool: The teachers' kinds, lr, beta1, beta2 and eps.
+        time: The LSTM's feature.
+        learning_rate: Factor on the update.
+        precision: Of the matrix products: "ieee", "3xtf32", "tf32" or "bf16"; ``None`` for the
+            fastest that errs as float32 does.
+        approximate: Whether tanh and sigmoid are NVIDIA's tanh.approx.
+
+    Returns:
+        The update (N,), the new m, v, h, c, and the mixture (K, N).
+    """
+    grad, m, v, h, c, ranks = inputs
+    results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c, m))
+    n = grad.numel()
+    plan, shape = _plan(len(m), h)
+    if n:
+        with on_device_of(grad):
+            forward[(triton.cdiv(n, BLOCK),)](
+                lstm.pack(weights, plan),
+                teacher_table(grad, *pool),
+                *(grad, ranks, m, v, h, c, *results, n, time, learning_rate),
+                **shape,
+                BLOCK=BLOCK,
+                PRECISION=lstm.precision_of(precision),
+                PTX=on_nvidia(),
+                APPROXIMATE=approximate,
+                **OPTIONS,
+            )
+    return results
+
+
+def choice_step_backward(
+    grads_out: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    pool: Sequence[Sequence[float]],
+    time: float,
+    learning_rate: float,
+    precision: str | None,
+) -> tuple[Tensor | list[Tensor], ...]:
+    """Launch the backward.
+
+    Args:
+        grads_out: Gradients in the update, the new m, v, h, c, and the mixture; contiguous.
+        inputs: As in :func:`choice_step`, and so on.
+        weights: As the operation has them.
+        pool: The teachers' kinds, lr, beta1, beta2 and eps.
+        time: The LSTM's feature.
+        learning_rate: Factor on the update.
+        precision: As in :func:`choice_step`; activations are precise.
+
+    Returns:
+        Gradients in grad, m, v, h, c, and in the weights. The weights' are summed in an order that
+        depends on n and the device alone.
+    """
+    grad, m, v, h, c, ranks = inputs
+    results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c))
+    n = grad.numel()
+    plan, shape = _plan(len(m), h)
+    blocks = triton.cdiv(n, BLOCK)
+    programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
+    size = plan.places.numel()
+    partials = grad.new_empty((programs, size), dtype=torch.float64)
+    if n:
+        outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, BLOCK))
+        with on_device_of(grad):
+            backward[(programs,)](
+                lstm.pack(weights, plan),
+                teacher_table(grad, *pool),
+                *(grad, ranks, m, v, h, c, *grads_out, *results, partials, outputs),
+                *(n, blocks, size, time, learning_rate),
+                **shape,
+                BLOCK=BLOCK,
+                PRECISION=lstm.precision_of(precision),
+                PTX=on_nvidia(),
+                **BACKWARD_OPTIONS,
+            )
+    return *results, lstm.unpack(partials.sum(0), weights, plan)
