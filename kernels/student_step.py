@@ -199,6 +199,7 @@ def in_place(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     CELLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -225,6 +226,14 @@ def in_place(
     h = tl.load(entry + 4).to(tl.pointer_type(CELLS))
     c = tl.load(entry + 5).to(tl.pointer_type(CELLS))
     n = tl.load(entry + 6)
+    if ALIGNED:  # as Triton knows of arguments, and not of what it loads
+        param = tl.multiple_of(param, 16)
+        grad = tl.multiple_of(grad, 16)
+        m = tl.multiple_of(m, 16)
+        v = tl.multiple_of(v, 16)
+        h = tl.multiple_of(h, 16)
+        c = tl.multiple_of(c, 16)
+        n = tl.multiple_of(n, 16)
 
     at = (block - tl.load(first_block + low)) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -489,7 +498,7 @@ def student_step_in_place(
     precision: str | None,
     approximate: bool,
 ) -> None:
-    """Launch the step in place: once for all tensors whose parameters and gradients are alike.
+    """Launch the step in place: once for all tensors that are alike in dtypes and alignment.
 
     Args:
         tensors: A row (param, grad, m, v, h, c) a parameter, all contiguous: parameters and
@@ -503,16 +512,16 @@ def student_step_in_place(
         approximate: As in :func:`student_step`.
     """
     _, _, m, _, h, _ = tensors[0]
-    alike: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]] = {}
+    alike: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, ...]]] = {}
     for param, grad, *state in tensors:
         if param.numel():
-            addresses = (tensor.data_ptr() for tensor in (param, grad, *state))
-            rows = alike.setdefault((param.dtype, grad.dtype), [])
-            rows.append((*addresses, param.numel()))
+            row = (*(t.data_ptr() for t in (param, grad, *state)), param.numel())
+            aligned = all(number % 16 == 0 for number in row)
+            alike.setdefault((param.dtype, grad.dtype, aligned), []).append(row)
     plan, shape = _plan(h)
     with on_device_of(m):
         packed = lstm.pack(weights, plan)
-        for (param_dtype, grad_dtype), rows in alike.items():
+        for (param_dtype, grad_dtype, aligned), rows in alike.items():
             table, first_block, blocks = _table(tuple(rows), m.device, stream_of(m))
             in_place[(blocks,)](
                 packed,
@@ -526,6 +535,7 @@ def student_step_in_place(
                 PARAM=_TYPES[param_dtype],
                 GRAD=_TYPES[grad_dtype],
                 CELLS=_TYPES[h.dtype],
+                ALIGNED=aligned,
                 **shape,
                 BLOCK=BLOCK,
                 PRECISION=lstm.precision_of(precision),

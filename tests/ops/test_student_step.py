@@ -949,7 +949,7 @@ def test_triton_in_place_is_the_references(
     # The interpreter truncates to bfloat16, in each of the two steps, where GPUs round.
     units = 4 if device == "cpu" and torch.bfloat16 in (dtype, cells) else 1
     weights = moved(make_weights(2, 20, dtype=torch.float32), device)
-    shapes = [(0,), (7, 9), (), (0, 3), (130,), (2, 3, 4, 2), *[(5,)] * 9, (0, 1)]
+    shapes = [(0,), (7, 9), (), (0, 3), (130,), (2, 3, 4, 2), *[(5,)] * 9, (0, 1), (8, 16)]
     both = []
     for name in ("reference", "triton"):
         params = [moved(draw(*s, seed=1).to(dtype), device) for s in shapes]
@@ -1080,7 +1080,7 @@ def triton_costs(name: str, arch: int, cells: str, numerics: str) -> dict[str, i
         TYPES,
         {
             **{"LAYERS": 2, "HIDDEN": 20, "FEATURES": 2, "UNITS": 32, "BLOCK": block},
-            **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells]},
+            **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
             **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate, "PTX": True},
         },
         options,
