@@ -86,6 +86,7 @@ def _first_sums(
 @triton.jit
 def _cell(
     packed,
+    low,
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
     h,  # (UNITS, BLOCK)
     c,  # (UNITS, BLOCK)
@@ -112,7 +113,7 @@ def _cell(
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
     return cell(
-        packed, x, h, c, i, f, a, o, LAYER, K + 1 + RANKS, UNITS, PRECISION, PTX, APPROXIMATE
+        packed, low, x, h, c, i, f, a, o, LAYER, K + 1 + RANKS, UNITS, PRECISION, PTX, APPROXIMATE
     )
 
 
@@ -137,6 +138,7 @@ def _mixture(
 @triton.jit
 def forward(
     packed,
+    low,
     table,  # (K, WIDTH)
     grad,  # (N,)
     ranks,  # (N,) int64
@@ -187,7 +189,7 @@ def forward(
         old_h = tl.load(h + rows, mask=used, other=0.0)
         old_c = tl.load(c + rows, mask=used, other=0.0)
         _i, _f, _a, o, new_cell, squashed = _cell(
-            packed, x, old_h, old_c, updates, time, rank,
+            packed, low, x, old_h, old_c, updates, time, rank,
             layer, K, POOL, UNITS, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
@@ -205,6 +207,7 @@ def forward(
 @triton.jit
 def _gate_gradients(
     packed,
+    low,
     partials,  # this program's sums, as the packed weights
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
@@ -225,7 +228,7 @@ def _gate_gradients(
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
     d_x, d_h = recurrent_gradients(
-        packed, partials, d_gate, x, h, d_x, d_h, later, GATE, LAYER, K + 1 + RANKS, UNITS,
+        packed, low, partials, d_gate, x, h, d_x, d_h, later, GATE, LAYER, K + 1 + RANKS, UNITS,
         PRECISION,
     )  # fmt: skip
     if LAYER == 0:
@@ -246,6 +249,7 @@ def _gate_gradients(
 @triton.jit
 def backward(
     packed,
+    low,
     table,  # (K, WIDTH)
     grad,  # (N,)
     ranks,  # (N,) int64
@@ -307,7 +311,7 @@ def backward(
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             _i, _f, _a, o, _c, squashed = _cell(
-                packed, x, old_h, old_c, updates, time, rank,
+                packed, low, x, old_h, old_c, updates, time, rank,
                 layer, K, POOL, UNITS, PRECISION, PTX, False,
             )  # fmt: skip
             x = o * squashed
@@ -324,7 +328,7 @@ def backward(
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             i, f, a, o, _c, squashed = _cell(
-                packed, x, old_h, old_c, updates, time, rank,
+                packed, low, x, old_h, old_c, updates, time, rank,
                 layer, K, POOL, UNITS, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
@@ -353,19 +357,19 @@ def backward(
             d_a = d_cell * i * (1.0 - a * a)
             d_o = d_out * squashed * o * (1.0 - o)
             d_x, d_old_h, d_updates = _gate_gradients(
-                packed, partials, d_i, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                packed, low, partials, d_i, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
                 later, 0, layer, K, POOL, UNITS, PRECISION,
             )  # fmt: skip
             d_x, d_old_h, d_updates = _gate_gradients(
-                packed, partials, d_f, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                packed, low, partials, d_f, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
                 later, 1, layer, K, POOL, UNITS, PRECISION,
             )  # fmt: skip
             d_x, d_old_h, d_updates = _gate_gradients(
-                packed, partials, d_a, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                packed, low, partials, d_a, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
                 later, 2, layer, K, POOL, UNITS, PRECISION,
             )  # fmt: skip
             d_x, d_old_h, d_updates = _gate_gradients(
-                packed, partials, d_o, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
+                packed, low, partials, d_o, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
                 later, 3, layer, K, POOL, UNITS, PRECISION,
             )  # fmt: skip
             tl.store(d_h + rows, d_old_h, mask=used)
@@ -438,16 +442,17 @@ def choice_step(
     grad, m, v, h, c, ranks = inputs
     results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c, m))
     n = grad.numel()
+    precision = lstm.precision_of(precision)
     plan, shape = _plan(len(m), h)
     if n:
         with on_device_of(grad):
             forward[(triton.cdiv(n, BLOCK),)](
-                lstm.pack(weights, plan),
+                *lstm.pack(weights, plan, precision),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *results, n, time, learning_rate),
                 **shape,
                 BLOCK=BLOCK,
-                PRECISION=lstm.precision_of(precision),
+                PRECISION=precision,
                 PTX=on_nvidia(),
                 APPROXIMATE=approximate,
                 **OPTIONS,
@@ -482,6 +487,7 @@ def choice_step_backward(
     grad, m, v, h, c, ranks = inputs
     results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c))
     n = grad.numel()
+    precision = lstm.precision_of(precision)
     plan, shape = _plan(len(m), h)
     blocks = triton.cdiv(n, BLOCK)
     programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
@@ -491,13 +497,13 @@ def choice_step_backward(
         outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, BLOCK))
         with on_device_of(grad):
             backward[(programs,)](
-                lstm.pack(weights, plan),
+                *lstm.pack(weights, plan, precision),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *grads_out, *results, partials, outputs),
                 *(n, blocks, size, time, learning_rate),
                 **shape,
                 BLOCK=BLOCK,
-                PRECISION=lstm.precision_of(precision),
+                PRECISION=precision,
                 PTX=on_nvidia(),
                 **BACKWARD_OPTIONS,
             )

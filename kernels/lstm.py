@@ -95,21 +95,26 @@ def _rounded(x):
 
 
 @triton.jit
-def product(a, b, sums, PRECISION: tl.constexpr):
-    """The sums plus the matrix product, accumulated in float32.
+def _three_products(a, low_a, b, sums):
+    """A a b of float32 from what TF32 holds of a and of b and what it leaves of each.
 
-    3xtf32: a b is the sum of the products of what TF32 holds of each and of what it leaves; that of
-    both rests lies below float32's rounding. Triton's own tf32x3 guards infinities at twice the
-    price.
+    The product of both rests lies below float32's rounding. Triton's own tf32x3 guards infinities,
+    at twice the price.
     """
+    high_b = _rounded(b)
+    sums = tl.dot(low_a, high_b, sums, input_precision="tf32")
+    sums = tl.dot(a, _rounded(b - high_b), sums, input_precision="tf32")
+    return tl.dot(a, high_b, sums, input_precision="tf32")
+
+
+@triton.jit
+def product(a, b, sums, PRECISION: tl.constexpr):
+    """The sums plus the matrix product, accumulated in float32."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     elif PRECISION == "3xtf32":
         high_a = _rounded(a)
-        high_b = _rounded(b)
-        sums = tl.dot(_rounded(a - high_a), high_b, sums, input_precision="tf32")
-        sums = tl.dot(high_a, _rounded(b - high_b), sums, input_precision="tf32")
-        return tl.dot(high_a, high_b, sums, input_precision="tf32")
+        return _three_products(high_a, _rounded(a - high_a), b, sums)
     else:
         return tl.dot(a, b, sums, input_precision=PRECISION)
 
@@ -128,8 +133,33 @@ def square(packed, UNITS: tl.constexpr):
 
 
 @triton.jit
+def weighed(
+    packed,
+    low,  # what TF32 leaves of the packed weights; looked at with 3xtf32 alone
+    x,  # (UNITS, BLOCK)
+    sums,  # (UNITS, BLOCK)
+    AT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sums plus the product of the weights that begin at AT, or of their transpose, with x."""
+    weights = square(packed + AT, UNITS)
+    if TRANSPOSED:
+        weights = tl.trans(weights)
+    if PRECISION == "3xtf32":
+        rest = square(low + AT, UNITS)
+        if TRANSPOSED:
+            rest = tl.trans(rest)
+        return _three_products(weights, rest, x, sums)
+    else:
+        return product(weights, x, sums, PRECISION)
+
+
+@triton.jit
 def gate_sums(
     packed,  # the packed weights
+    low,  # what TF32 leaves of them
     x,  # (UNITS, BLOCK) what the layer below gave; of the first layer, whose sums begin with `sums`
     h,  # (UNITS, BLOCK) the layer's own h of before
     sums,  # (UNITS, BLOCK) the features' part, of the first layer
@@ -143,8 +173,9 @@ def gate_sums(
     W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS)
     sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
     if LAYER > 0:
-        sums = product(square(packed + W_IH + GATE * UNITS * UNITS, UNITS), x, sums, PRECISION)
-    return product(square(packed + W_HH + GATE * UNITS * UNITS, UNITS), h, sums, PRECISION)
+        at = W_IH + GATE * UNITS * UNITS
+        sums = weighed(packed, low, x, sums, at, False, UNITS, PRECISION)
+    return weighed(packed, low, h, sums, W_HH + GATE * UNITS * UNITS, False, UNITS, PRECISION)
 
 
 @triton.jit
@@ -157,6 +188,7 @@ def rows_of(LAYER: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, at, 
 @triton.jit
 def cell(
     packed,  # the packed weights
+    low,  # what TF32 leaves of them
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
     h,  # (UNITS, BLOCK) the layer's own h of before
     c,  # (UNITS, BLOCK) and its c
@@ -172,10 +204,18 @@ def cell(
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates i, f, a, o, its new c, and the tanh of that."""
-    i = sigmoid(gate_sums(packed, x, h, i, 0, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    f = sigmoid(gate_sums(packed, x, h, f, 1, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    a = tanh(gate_sums(packed, x, h, a, 2, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
-    o = sigmoid(gate_sums(packed, x, h, o, 3, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE)
+    i = sigmoid(
+        gate_sums(packed, low, x, h, i, 0, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+    )
+    f = sigmoid(
+        gate_sums(packed, low, x, h, f, 1, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+    )
+    a = tanh(
+        gate_sums(packed, low, x, h, a, 2, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+    )
+    o = sigmoid(
+        gate_sums(packed, low, x, h, o, 3, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+    )
     c = f * c + i * a
     return i, f, a, o, c, tanh(c, PTX, APPROXIMATE)
 
@@ -192,6 +232,7 @@ def add(partial, value, later):
 @triton.jit
 def recurrent_gradients(
     packed,
+    low,  # what TF32 leaves of them
     partials,  # this program's sums, as the packed weights
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
@@ -214,11 +255,11 @@ def recurrent_gradients(
     add(partials + B + GATE * UNITS + unit, tl.sum(d_gate, 1), later)
     w_hh = W_HH + GATE * UNITS * UNITS
     add(partials + w_hh + matrix, product(d_gate, tl.trans(h), none, PRECISION), later)
-    d_h = product(tl.trans(square(packed + w_hh, UNITS)), d_gate, d_h, PRECISION)
+    d_h = weighed(packed, low, d_gate, d_h, w_hh, True, UNITS, PRECISION)
     if LAYER > 0:
         w_ih = W_IH + GATE * UNITS * UNITS
         add(partials + w_ih + matrix, product(d_gate, tl.trans(x), none, PRECISION), later)
-        d_x = product(tl.trans(square(packed + w_ih, UNITS)), d_gate, d_x, PRECISION)
+        d_x = weighed(packed, low, d_gate, d_x, w_ih, True, UNITS, PRECISION)
     return d_x, d_h
 
 
@@ -234,11 +275,13 @@ class Packing(NamedTuple):
         units: UNITS.
         places: For each packed number its place among all weights, or behind them for a zero.
         back: For each weight its place among the packed ones.
+        square: Whether a packed number belongs to a matrix (UNITS, UNITS).
     """
 
     units: int
     places: Tensor
     back: Tensor
+    square: Tensor
 
 
 @functools.cache
@@ -254,7 +297,7 @@ def packing(layers: int, hidden: int, features: int, outputs: int, device: torch
     places = torch.arange(sum(counts)).split(counts)
     zero = sum(counts)
 
-    parts = []
+    parts, squares = [], []
     for number, (shape, place) in enumerate(zip(shapes, places, strict=True)):
         part = place.view(shape)
         if number == 0:  # (4, hidden, features) to (4, features, units)
@@ -262,11 +305,13 @@ def packing(layers: int, hidden: int, features: int, outputs: int, device: torch
         elif number < len(shapes) - 1:  # all further dimensions are of units
             part = _padded(part, dict.fromkeys(range(1, len(shape)), units), zero)
         parts.append(part.reshape(-1))
+        squares.append(torch.full(parts[-1].shape, part.dim() == 3 and number > 0))
     all_places = torch.cat(parts)
     back = torch.empty(zero, dtype=torch.int64)
     used = all_places < zero
     back[all_places[used]] = torch.arange(len(all_places))[used]
-    return Packing(units, all_places.to(device), back.to(device))
+    square = torch.cat(squares)
+    return Packing(units, all_places.to(device), back.to(device), square.to(device))
 
 
 def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
@@ -276,10 +321,20 @@ def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
     return padded
 
 
-def pack(weights: Sequence[Tensor], plan: Packing) -> Tensor:
-    """The packed weights, float32."""
+def pack(weights: Sequence[Tensor], plan: Packing, precision: str) -> tuple[Tensor, Tensor]:
+    """The packed weights, and what TF32 leaves of them.
+
+    Args:
+        weights: As the operation has them, float32.
+        plan: Their packing.
+        precision: With 3xtf32 matrices are rounded to TF32; with others, nothing is left.
+    """
     flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
-    return flat.index_select(0, plan.places)
+    packed = flat.index_select(0, plan.places)
+    if precision != "3xtf32":
+        return packed, packed
+    high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(plan.square, high, packed), packed - high
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:

@@ -54,6 +54,7 @@ def _first_sums(
 @triton.jit
 def _cell(
     packed,
+    low,
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
     h,  # (UNITS, BLOCK)
     c,  # (UNITS, BLOCK)
@@ -77,12 +78,15 @@ def _cell(
         f = tl.zeros_like(h)
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
-    return cell(packed, x, h, c, i, f, a, o, LAYER, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE)
+    return cell(
+        packed, low, x, h, c, i, f, a, o, LAYER, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE
+    )
 
 
 @triton.jit
 def _step(
     packed,
+    low,
     g,  # (BLOCK,) float32
     inside,  # (BLOCK,) whether there is such a coordinate
     at,  # (BLOCK,) its place in rows of n
@@ -128,7 +132,7 @@ def _step(
         old_h = tl.load(h + rows, mask=used, other=0.0).to(tl.float32)
         old_c = tl.load(c + rows, mask=used, other=0.0).to(tl.float32)
         _i, _f, _a, o, new_cell, squashed = _cell(
-            packed, x, old_h, old_c, m_feature, g_feature,
+            packed, low, x, old_h, old_c, m_feature, g_feature,
             layer, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
@@ -143,6 +147,7 @@ def _step(
 @triton.jit
 def forward(
     packed,
+    low,
     grad,  # (N,)
     m,  # (N,)
     v,  # (N,)
@@ -174,7 +179,7 @@ def forward(
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0)
     result = _step(
-        packed, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c,
+        packed, low, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, BLOCK, PRECISION, PTX, APPROXIMATE,
     )  # fmt: skip
@@ -184,6 +189,7 @@ def forward(
 @triton.jit
 def in_place(
     packed,
+    low,
     table,  # (count, 7) int64: addresses of parameter, gradient, m, v, h, c, and how many
     first_block,  # (count,) int64: the first block of each tensor
     count,
@@ -211,14 +217,14 @@ def in_place(
 ):
     """One launch for all tensors: program p finds the tensor that its block belongs to."""
     block = tl.program_id(0).to(tl.int64)
-    low = tl.zeros((), tl.int32)
-    high = low + count
+    tensor = tl.zeros((), tl.int32)
+    after = tensor + count
     for _ in range(depth):
-        middle = (low + high) // 2
+        middle = (tensor + after) // 2
         before = tl.load(first_block + middle) <= block
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    entry = table + low.to(tl.int64) * 7
+        tensor = tl.where(before, middle, tensor)
+        after = tl.where(before, after, middle)
+    entry = table + tensor.to(tl.int64) * 7
     param = tl.load(entry).to(tl.pointer_type(PARAM))
     grad = tl.load(entry + 1).to(tl.pointer_type(GRAD))
     m = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -235,11 +241,11 @@ def in_place(
         c = tl.multiple_of(c, 16)
         n = tl.multiple_of(n, 16)
 
-    at = (block - tl.load(first_block + low)) * BLOCK + tl.arange(0, BLOCK)
+    at = (block - tl.load(first_block + tensor)) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     update = _step(
-        packed, g, inside, at, n, m, v, h, c, m, v, h, c,
+        packed, low, g, inside, at, n, m, v, h, c, m, v, h, c,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, BLOCK, PRECISION, PTX, APPROXIMATE,
     )  # fmt: skip
@@ -250,6 +256,7 @@ def in_place(
 @triton.jit
 def _gate_gradients(
     packed,
+    low,
     partials,  # this program's sums, as the packed weights
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
@@ -269,7 +276,20 @@ def _gate_gradients(
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
     d_x, d_h = recurrent_gradients(
-        packed, partials, d_gate, x, h, d_x, d_h, later, GATE, LAYER, FEATURES, UNITS, PRECISION
+        packed,
+        low,
+        partials,
+        d_gate,
+        x,
+        h,
+        d_x,
+        d_h,
+        later,
+        GATE,
+        LAYER,
+        FEATURES,
+        UNITS,
+        PRECISION,
     )
     if LAYER == 0:
         unit = tl.arange(0, UNITS)
@@ -285,6 +305,7 @@ def _gate_gradients(
 @triton.jit
 def backward(
     packed,
+    low,
     grad,  # (N,)
     m,  # (N,)
     v,  # (N,)
@@ -351,7 +372,7 @@ def backward(
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             _i, _f, _a, o, _c, squashed = _cell(
-                packed, x, old_h, old_c, m_feature, g_feature,
+                packed, low, x, old_h, old_c, m_feature, g_feature,
                 layer, FEATURES, UNITS, PRECISION, PTX, False,
             )  # fmt: skip
             x = o * squashed
@@ -369,7 +390,7 @@ def backward(
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             i, f, a, o, _c, squashed = _cell(
-                packed, x, old_h, old_c, m_feature, g_feature,
+                packed, low, x, old_h, old_c, m_feature, g_feature,
                 layer, FEATURES, UNITS, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
@@ -394,22 +415,22 @@ def backward(
             d_a = d_cell * i * (1.0 - a * a)
             d_o = d_out * squashed * o * (1.0 - o)
             d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, partials, d_i, x, old_h, m_feature, g_feature,
+                packed, low, partials, d_i, x, old_h, m_feature, g_feature,
                 d_x, d_old_h, d_m_feature, d_g_feature, later,
                 0, layer, FEATURES, UNITS, PRECISION,
             )  # fmt: skip
             d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, partials, d_f, x, old_h, m_feature, g_feature,
+                packed, low, partials, d_f, x, old_h, m_feature, g_feature,
                 d_x, d_old_h, d_m_feature, d_g_feature, later,
                 1, layer, FEATURES, UNITS, PRECISION,
             )  # fmt: skip
             d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, partials, d_a, x, old_h, m_feature, g_feature,
+                packed, low, partials, d_a, x, old_h, m_feature, g_feature,
                 d_x, d_old_h, d_m_feature, d_g_feature, later,
                 2, layer, FEATURES, UNITS, PRECISION,
             )  # fmt: skip
             d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, partials, d_o, x, old_h, m_feature, g_feature,
+                packed, low, partials, d_o, x, old_h, m_feature, g_feature,
                 d_x, d_old_h, d_m_feature, d_g_feature, later,
                 3, layer, FEATURES, UNITS, PRECISION,
             )  # fmt: skip
@@ -473,15 +494,16 @@ def student_step(
     """
     results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c))
     n = grad.numel()
+    precision = lstm.precision_of(precision)
     plan, shape = _plan(h)
     if n:
         with on_device_of(grad):
             forward[(triton.cdiv(n, BLOCK),)](
-                lstm.pack(weights, plan),
+                *lstm.pack(weights, plan, precision),
                 *(grad, m, v, h, c, *results, n, *_constants(*settings)),
                 **shape,
                 BLOCK=BLOCK,
-                PRECISION=lstm.precision_of(precision),
+                PRECISION=precision,
                 PTX=on_nvidia(),
                 APPROXIMATE=approximate,
                 **OPTIONS,
@@ -518,13 +540,15 @@ def student_step_in_place(
             row = (*(t.data_ptr() for t in (param, grad, *state)), param.numel())
             aligned = all(number % 16 == 0 for number in row)
             alike.setdefault((param.dtype, grad.dtype, aligned), []).append(row)
+    precision = lstm.precision_of(precision)
     plan, shape = _plan(h)
     with on_device_of(m):
-        packed = lstm.pack(weights, plan)
+        packed, low = lstm.pack(weights, plan, precision)
         for (param_dtype, grad_dtype, aligned), rows in alike.items():
             table, first_block, blocks = _table(tuple(rows), m.device, stream_of(m))
             in_place[(blocks,)](
                 packed,
+                low,
                 table,
                 first_block,
                 len(rows),
@@ -538,7 +562,7 @@ def student_step_in_place(
                 ALIGNED=aligned,
                 **shape,
                 BLOCK=BLOCK,
-                PRECISION=lstm.precision_of(precision),
+                PRECISION=precision,
                 PTX=on_nvidia(),
                 APPROXIMATE=approximate,
                 **OPTIONS,
@@ -601,6 +625,7 @@ def student_step_backward(
     """
     results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c))
     n = grad.numel()
+    precision = lstm.precision_of(precision)
     plan, shape = _plan(h)
     blocks = triton.cdiv(n, BACKWARD_BLOCK)
     programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
@@ -610,12 +635,12 @@ def student_step_backward(
         outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, BACKWARD_BLOCK))
         with on_device_of(grad):
             backward[(programs,)](
-                lstm.pack(weights, plan),
+                *lstm.pack(weights, plan, precision),
                 *(grad, m, v, h, c, *grads_out, *results, partials, outputs, n, blocks, size),
                 *_constants(*settings),
                 **shape,
                 BLOCK=BACKWARD_BLOCK,
-                PRECISION=lstm.precision_of(precision),
+                PRECISION=precision,
                 PTX=on_nvidia(),
                 **BACKWARD_OPTIONS,
             )
