@@ -17,12 +17,12 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out
 # The machine may lack plug-ins that pyproject.toml sets options for; its settings are not needed.
 pytest=(python3 -m pytest -c /dev/null --rootdir="$PWD" -p no:cacheprovider)
 status=0
-timeout 280 "${pytest[@]}" -W ignore::pytest.PytestUnknownMarkWarning -q -m gpu \
+timeout 330 "${pytest[@]}" -W ignore::pytest.PytestUnknownMarkWarning -q -m gpu \
   tests/ops/test_{choice_step,student_step,teacher_distance,teacher_step}.py 2>&1 | tee "$out/tests.txt" || status=$?
 
 # No speed-up on a red gate.
 if [ "$status" -eq 0 ]; then
-  timeout 300 "${pytest[@]}" -q bench/bench_*.py -k cuda \
+  timeout 230 "${pytest[@]}" -q bench/bench_*.py -k cuda \
     --benchmark-json="$out/rows.json" 2>&1 | tee "$out/bench.txt"
 fi
 exit "$status"
