@@ -48,16 +48,17 @@ def _with_row(tile, k, row, POOL: tl.constexpr):
 def _updates(table, g, m, v, at, inside, n, K: tl.constexpr, POOL: tl.constexpr):
     """The teachers' updates, (POOL, BLOCK), zeros in the rows that are none."""
     result = tl.zeros((POOL, at.shape[0]), tl.float32)
+    place = at  # goes on by n: a product k n would need 64 bits
     for k in range(K):
         kind, lr, beta1, beta2, eps, rest1, rest2, inverse1, inverse2 = settings_of(
             table + k * WIDTH
         )
-        place = k * n + at
         old_m = tl.load(m + place, mask=inside, other=0.0)
         old_v = tl.load(v + place, mask=inside, other=1.0)
         now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
         row = update_of(kind, g, now_m, now_v, lr, eps, inverse1, inverse2)
         result = _with_row(result, k, row, POOL)
+        place += n
     return result
 
 
@@ -170,16 +171,17 @@ def forward(
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=1.0)
     rank = tl.load(ranks + at, mask=inside, other=0)
+    place = at  # goes on by n: a product k n would need 64 bits
     for k in range(K):
         kind, _lr, beta1, beta2, _eps, rest1, rest2, _inverse1, _inverse2 = settings_of(
             table + k * WIDTH
         )
-        place = k * n + at
         old_m = tl.load(m + place, mask=inside, other=0.0)
         old_v = tl.load(v + place, mask=inside, other=1.0)
         now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
         tl.store(new_m + place, now_m, mask=inside)
         tl.store(new_v + place, now_v, mask=inside)
+        place += n
     updates = _updates(table, g, m, v, at, inside, n, K, POOL)
 
     used = (tl.arange(0, UNITS) < HIDDEN)[:, None] & inside[None, :]
@@ -377,11 +379,11 @@ def backward(
         tl.debug_barrier()
 
         d_g = tl.zeros((BLOCK,), tl.float32)
+        place = at  # goes on by n: a product k n would need 64 bits
         for k in range(K):
             kind, lr, beta1, beta2, eps, rest1, rest2, inverse1, inverse2 = settings_of(
                 table + k * WIDTH
             )
-            place = k * n + at
             old_m = tl.load(m + place, mask=inside, other=0.0)
             old_v = tl.load(v + place, mask=inside, other=1.0)
             now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
@@ -399,6 +401,7 @@ def backward(
             tl.store(d_m + place, of_m, mask=inside)
             tl.store(d_v + place, of_v, mask=inside)
             d_g += of_g
+            place += n
         tl.store(d_grad + at, d_g, mask=inside)
 
 
