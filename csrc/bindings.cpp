@@ -16,6 +16,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/storage.h"
 #include "cpu/student_step.h"
+#include "cpu/student_unroll_backward.h"
 #include "cpu/teacher_distance.h"
 #include "cpu/teacher_step.h"
 #ifdef AMALGAM_WITH_CUDA
@@ -113,6 +114,29 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
       },
       "grads_out"_a, "inputs"_a, "in_grads"_a, "weights"_a, "in_weights"_a, py::kw_only(), "n"_a,
       "layers"_a, "hidden"_a, "constants"_a, "threads"_a);
+}
+
+template <typename T>
+void bind_student_unroll_backward(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  module.def(
+      ("student_unroll_backward_" + dtype).c_str(),
+      [](Address grads, Address adjoints, const std::array<Address, 4>& state,
+         const std::vector<Address>& weights, const std::vector<Address>& in_weights,
+         int64_t steps, int64_t n, int64_t grads_stride, int64_t adjoints_stride, int layers,
+         int hidden, const Constants& constants, int threads) {
+        const std::vector<const T*> from = all_at<const T>(weights);
+        const std::vector<T*> to = all_at<T>(in_weights);
+        amalgam::cpu::student_unroll_backward<T>(
+            layers, hidden, student_constants(constants), from.data(), steps, n,
+            {at<const T>(grads), grads_stride}, {at<const T>(adjoints), adjoints_stride},
+            {at<const T>(state[0]), at<const T>(state[1]), at<const T>(state[2]),
+             at<const T>(state[3])},
+            to.data(), threads);
+      },
+      "grads"_a, "adjoints"_a, "state"_a, "weights"_a, "in_weights"_a, py::kw_only(), "steps"_a,
+      "n"_a, "grads_stride"_a, "adjoints_stride"_a, "layers"_a, "hidden"_a, "constants"_a,
+      "threads"_a, WithoutGil());
 }
 
 template <typename T>
@@ -234,6 +258,7 @@ void bind_cpu(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
   bind_teacher_step<T>(module, dtype);
   bind_student_step<T>(module, dtype);
+  bind_student_unroll_backward<T>(module, dtype);
   bind_choice_step<T>(module, dtype);
   module.def(
       ("teacher_distance_" + dtype).c_str(),

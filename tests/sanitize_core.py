@@ -112,6 +112,20 @@ def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
             yield params, grads, *columns, weights, *SETTINGS, 0.5, 0.1
 
 
+def student_unroll_backward(dtype: torch.dtype) -> Iterator[Arguments]:
+    """Among them more steps than are kept of a tile."""
+    cases = [(steps, *student) for steps in (0, 1, 3) for student in students()]
+    for steps, n, layers, hidden in [*cases, (150, 65, 2, 20), (80, 33, 1, 64)]:
+        rest = *state_of(n, layers, hidden, dtype), weights_of(layers, hidden, dtype), *SETTINGS
+        yield tensor(steps, n, dtype=dtype), tensor(steps, n, dtype=dtype), *rest
+        # Columns of a block that ends with the last of them, and a row that stands for all.
+        yield (
+            tensor(steps, 2 * n, dtype=dtype)[:, n:],
+            tensor(1, n, dtype=dtype).expand(steps, n),
+            *rest,
+        )
+
+
 def choice_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     for n, layers, hidden in students():
         for kinds in (range(len(KINDS)), [3]):
@@ -133,6 +147,7 @@ MAKERS: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "student_step": lambda dtype: student_step(dtype, False),
     "student_step_backward": lambda dtype: student_step(dtype, True),
     "student_step_": student_step_in_place,
+    "student_unroll_backward": student_unroll_backward,
     "choice_step": lambda dtype: choice_step(dtype, False),
     "choice_step_backward": lambda dtype: choice_step(dtype, True),
 }

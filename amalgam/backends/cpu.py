@@ -16,7 +16,7 @@ from amalgam.backends.arguments import (
     checked_teachers,
     checked_weights,
 )
-from amalgam.backends.pointers import checked, dtype_name
+from amalgam.backends.pointers import checked, checked_rows, dtype_name
 from amalgam.ops.registry import register_backend
 
 NO_HUBER = -1.0
@@ -215,6 +215,51 @@ def _run_student_step(
 
 def _addresses(*values: Tensor | int) -> list[int]:
     return [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+
+
+@backend.kernel("student_unroll_backward")
+def _student_unroll_backward(
+    grads: Tensor,
+    adjoints: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
+    steps, n = grads.shape
+    layers, hidden = h.shape[:2]
+    grads, grads_stride = checked_rows("grads", grads, (steps, n), grads)
+    adjoints, adjoints_stride = checked_rows("adjoints", adjoints, (steps, n), grads)
+    cells = layers, hidden, n
+    state = [
+        checked(f"state.{name}", tensor, shape, grads)
+        for name, tensor, shape in zip(
+            "mvhc", (m, v, h, c), ((n,), (n,), cells, cells), strict=True
+        )
+    ]
+    weights = checked_weights(weights, grads)
+    in_weights = [weight.new_empty(weight.shape) for weight in weights]
+    getattr(core.core().cpu, f"student_unroll_backward_{dtype_name(grads)}")(
+        grads.data_ptr(),
+        adjoints.data_ptr(),
+        _addresses(*state),
+        _addresses(*weights),
+        _addresses(*in_weights),
+        steps=steps,
+        n=n,
+        grads_stride=grads_stride,
+        adjoints_stride=adjoints_stride,
+        layers=layers,
+        hidden=hidden,
+        constants=(alpha, beta1, beta2, eps),
+        threads=torch.get_num_threads(),
+    )
+    return in_weights
 
 
 @backend.kernel("teacher_step")

@@ -22,15 +22,26 @@ def checked(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> Te
     Raises:
         ValueError: Its shape, dtype, device or layout is another.
     """
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
-    if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise ValueError(
-            f"{name} must be {like.dtype} on {like.device}, not {tensor.dtype} on {tensor.device}"
-        )
-    if tensor.is_sparse or tensor.is_quantized:
-        raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}")
+    _check(name, tensor, shape, like)
     return tensor.contiguous()
+
+
+def checked_rows(
+    name: str, tensor: Tensor, shape: Sequence[int], like: Tensor
+) -> tuple[Tensor, int]:
+    """A matrix as :func:`checked` has it, but for rows that may lie anywhere.
+
+    Returns:
+        The matrix, a copy only where its rows are not contiguous, and how many elements lie from
+        one row's begin to the next one's.
+
+    Raises:
+        ValueError: Its shape, dtype, device or layout is another.
+    """
+    _check(name, tensor, shape, like)
+    if tensor.stride(1) != 1:
+        tensor = tensor.contiguous()
+    return tensor, tensor.stride(0)
 
 
 def in_place(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -61,3 +72,14 @@ def dtype_name(dtype: Tensor | torch.dtype) -> str:
     if isinstance(dtype, Tensor):
         dtype = dtype.dtype
     return str(dtype).removeprefix("torch.")
+
+
+def _check(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device}, not {tensor.dtype} on {tensor.device}"
+        )
+    if tensor.is_sparse or tensor.is_quantized:
+        raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}")

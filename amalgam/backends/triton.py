@@ -20,6 +20,7 @@ from amalgam.backends.arguments import (
 )
 from amalgam.backends.pointers import checked
 from amalgam.ops.registry import Numerics, register_backend
+from amalgam.ops.student_unroll_backward import by_steps
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -124,6 +125,10 @@ def _teacher_step_backward(
 
 SINGLE = frozenset({torch.float32})
 
+# Of student_unroll_backward: coordinates that fill a GPU, and bytes of their states to hold.
+UNROLL_CHUNK = 1 << 16
+UNROLL_HELD = 3 << 30
+
 
 @backend.kernel("student_step", dtypes=SINGLE, takes_numerics=True)
 def _student_step(
@@ -197,6 +202,33 @@ def _student_step_in_place(
     settings = (alpha, beta1, beta2, eps)
     kernels.student_step_in_place(tensors, weights, settings, lr, weight_decay, *numerics)
     put_back()
+
+
+@backend.kernel("student_unroll_backward", dtypes=SINGLE, takes_numerics=True)
+def _student_unroll_backward(
+    grads: Tensor,
+    adjoints: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    *,
+    numerics: Numerics,
+) -> list[Tensor]:
+    return by_steps(
+        functools.partial(_student_step, numerics=numerics),
+        functools.partial(_student_step_backward, numerics=numerics),
+        (grads, adjoints, m, v, h, c),
+        checked_weights(weights, grads),
+        (alpha, beta1, beta2, eps),
+        chunk=UNROLL_CHUNK,
+        held=UNROLL_HELD,
+    )
 
 
 @backend.kernel("choice_step", dtypes=SINGLE, takes_numerics=True)

@@ -15,6 +15,7 @@ from amalgam.ops.student_step import (
     student_step_,
     update_moments,
 )
+from amalgam.ops.student_unroll_backward import student_unroll_backward
 from amalgam.ops.teacher_distance import teacher_distance
 from amalgam.ops.teacher_step import KINDS, teacher_step
 
@@ -31,6 +32,7 @@ __all__ = [
     "initial_state",
     "student_step",
     "student_step_",
+    "student_unroll_backward",
     "teacher_distance",
     "teacher_step",
     "update_moments",

@@ -231,13 +231,18 @@ def compute(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
 
 def once_differentiable(backward: torch.library.CustomOpDef, operation: str) -> None:
     """Have an operation's backward say that it can't be differentiated, when it is tried."""
+    refuse_differentiation(
+        backward, f"{operation} is differentiable once; backend='reference' is to any order"
+    )
+
+
+def refuse_differentiation(operator: torch.library.CustomOpDef, why: str) -> None:
+    """Have an operator raise RuntimeError when its gradient is asked for, with these words."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"{operation} is differentiable once; backend='reference' is to any order"
-        )
+        raise RuntimeError(why)
 
-    backward.register_autograd(refuse)
+    operator.register_autograd(refuse)
 
 
 reference = register_backend(

@@ -92,11 +92,11 @@ def student_step(
         ValueError: Shapes, dtypes or devices do not fit together.
         RuntimeError: The backend asked for can't compute this here.
     """
-    _check_floating("grad", grad)
+    check_floating("grad", grad)
     lstm.check_weights(weights, state.h, grad, FEATURES, OUTPUTS)
     if grad.dim() != 1:
         raise ValueError(f"grad must have shape (N,), not {tuple(grad.shape)}")
-    _check_state(state, grad, grad.shape, state.h.shape[:2], grad)
+    check_state(state, grad, grad.shape, state.h.shape[:2], grad)
     chosen = registry.resolve(_NAME, backend, grad)
     if chosen == registry.REFERENCE:
         out = _reference(grad, *state, weights, *settings)
@@ -146,7 +146,7 @@ def student_step_(
     if not params:
         return
     first = states[0]
-    _check_floating("state.m", first.m)
+    check_floating("state.m", first.m)
     lstm.check_weights(weights, first.h, first.m, FEATURES, OUTPUTS)
     narrow = first.h.dtype == torch.bfloat16 and first.m.dtype == torch.float32
     for param, grad, state in zip(params, grads, states, strict=True):
@@ -156,9 +156,9 @@ def student_step_(
                 f"stands against {tuple(param.shape)}"
             )
         for name, tensor in (("params", param), ("grads", grad)):
-            _check_floating(name, tensor)
+            check_floating(name, tensor)
         cells_like = first.h if narrow else first.m
-        _check_state(state, first.m, param.shape, first.h.shape[:2], cells_like)
+        check_state(state, first.m, param.shape, first.h.shape[:2], cells_like)
         for name, tensor in zip(StudentState._fields, state, strict=True):
             if not tensor.is_contiguous():
                 raise ValueError(f"state.{name} must be contiguous")
@@ -209,20 +209,24 @@ def update_moments(
     return new_m, new_v
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless this is a tensor of a floating-point dtype."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
 
 
-def _check_state(
+def check_state(
     state: StudentState,
     like: Tensor,
     shape: Sequence[int],
     architecture: Sequence[int],
     cells_like: Tensor,
 ) -> None:
-    """Raise unless m, v have this shape and are like ``like``, and h, c like ``cells_like``."""
+    """Raise ValueError unless m, v have this shape and h, c these two dimensions before it.
+
+    In dtype and device m, v must be like ``like``, and h, c like ``cells_like``.
+    """
     cells = (*architecture, *shape)
     for name, tensor, want, example in (
         ("m", state.m, shape, like),

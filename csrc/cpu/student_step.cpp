@@ -4,29 +4,13 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "lstm_weights.h"
 #include "parallel.h"
 #include "storage.h"
+#include "student_network.h"
 #include "tiles.h"
 
 namespace amalgam::cpu {
 namespace {
-
-constexpr int kFeatures = 2;
-
-template <typename T>
-StudentNetwork<T> network_of(const PackedLstm<T>& lstm, const StudentConstants& constants,
-                             const T* const* head) {
-  return {lstm.network(),
-          head[0],
-          head[1][0],
-          static_cast<T>(constants.alpha),
-          static_cast<T>(constants.beta1),
-          static_cast<T>(constants.beta2),
-          static_cast<T>(constants.eps),
-          static_cast<T>(1 - constants.beta1),
-          static_cast<T>(1 - constants.beta2)};
-}
 
 // A tile in this thread's workspace.
 template <typename T>
@@ -125,7 +109,6 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
   const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, true);
   const StudentNetwork<T> network = network_of(lstm, constants, weights + 3 * layers);
   const std::vector<LayerShape>& shapes = lstm.shapes();
-  const int64_t size = lstm.gradient_size() + hidden + 1;
 
   const LstmState state{storage_of<T>(), n, h, c, nullptr, nullptr};
   const LstmGradients<T> gradients{n, d_new_h, d_new_c, d_h, d_c};
@@ -150,12 +133,8 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
     copy_out(tile.d_v, 1, piece, d_v, n);
     store_gradients(shapes, tile.lstm, piece, gradients);
   };
-  const std::vector<double> sums = sum_over_tiles(n, size, threads, run_tile);
-  const double* of_head = lstm.unpack_gradients(sums.data(), d_weights);
-  for (int unit = 0; unit < hidden; ++unit) {
-    d_weights[3 * layers][unit] = static_cast<T>(of_head[unit]);
-  }
-  d_weights[3 * layers + 1][0] = static_cast<T>(of_head[hidden]);
+  const std::vector<double> sums = sum_over_tiles(n, gradient_size(lstm), threads, run_tile);
+  unpack_gradients(lstm, sums.data(), d_weights);
 }
 
 #define AMALGAM_INSTANTIATE(T)                                                                  \

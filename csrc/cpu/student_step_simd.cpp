@@ -105,14 +105,24 @@ void moment_gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile) 
 }
 
 template <typename T>
-void backward(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
+void keep(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
   steps<true>(net, tile);
+}
+
+template <typename T>
+void gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
   double* head_sums = sums;
   for (int layer = 0; layer < net.lstm.layers; ++layer) {
     head_sums += net.lstm.shapes[layer].gradient_size();
   }
   head_gradients(net, tile, head_sums);
   lstm_backward(net.lstm, tile.lstm, sums);
+}
+
+template <typename T>
+void backward(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
+  keep(net, tile);
+  gradients(net, tile, sums);
   moment_gradients(net, tile);
 }
 
@@ -120,7 +130,7 @@ void backward(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* 
 
 template <typename T>
 StudentKernels<T> student_kernels() {
-  return {forward<T>, backward<T>};
+  return {forward<T>, backward<T>, keep<T>, gradients<T>};
 }
 
 template StudentKernels<float> student_kernels();

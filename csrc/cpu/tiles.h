@@ -245,11 +245,12 @@ void store_gradients(const std::vector<LayerShape>& shapes, const LstmTile<T>& t
 }
 
 // Runs body(index, sums) for each tile of n coordinates and gives the `size` sums that they add to.
-// The partition depends on n alone, so the sums' bits don't depend on the threads.
+// The partition does not depend on the threads, so the sums' bits don't either.
 template <typename Body>
-std::vector<double> sum_over_tiles(int64_t n, int64_t size, int threads, const Body& body) {
+std::vector<double> sum_over_tiles(int64_t n, int64_t size, int threads, const Body& body,
+                                   int64_t least_tiles_a_sum = kTilesASum) {
   const int64_t tiles = tiles_of(n);
-  const int64_t tiles_a_sum = std::max(kTilesASum, (tiles + kMostSums - 1) / kMostSums);
+  const int64_t tiles_a_sum = std::max(least_tiles_a_sum, (tiles + kMostSums - 1) / kMostSums);
   const int64_t count = (tiles + tiles_a_sum - 1) / tiles_a_sum;
   std::vector<double> sums(count * size);
   for_each_block(count, worthwhile_threads(count, 1, threads), [&](int64_t index) {
