@@ -56,7 +56,7 @@ class Unroll {
     segments_ = Segments::of<T>(steps, rows_of_step, rows_of_state_);
 
     Workspace<T>& rows = Workspace<T>::of_this_thread();
-    rows.start(4 + 4 * states_ + inputs + hidden_ + columns + segments_.length * rows_of_step +
+    rows.start(4 + 3 * states_ + inputs + hidden_ + columns + segments_.length * rows_of_step +
                (segments_.count - 1) * rows_of_state_);
     for (T** row : {&grad_, &m_, &v_, &d_update_}) *row = rows.take(1);
     d_h_ = rows.take(states_);

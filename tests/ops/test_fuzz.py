@@ -502,6 +502,44 @@ def test_student_step_in_place(
     compare("student_step_", whole, plain, truth, scales, moved, of_a_coordinate)
 
 
+@needs("student_unroll_backward")
+@fuzz
+@given(
+    steps=st.integers(0, 12),
+    n=sizes(8),
+    architecture=architectures,
+    dtype=dtypes,
+    layout=st.lists(layouts, min_size=6, max_size=6),
+    of_weights=st.sampled_from(("dense", "sliced", "transposed")),
+    content=contents,
+    constants=constants_of_students,
+    seed=seeds,
+)
+def test_student_unroll_backward(
+    steps: int,
+    n: int,
+    architecture: tuple[int, int],
+    dtype: torch.dtype,
+    layout: list[str],
+    of_weights: str,
+    content: str,
+    constants: tuple[float, ...],
+    seed: int,
+) -> None:
+    draws = Draws(seed, dtype)
+    grads, adjoints = draws.values(content, steps, n), draws.normal(steps, n).to(dtype)
+    state = [*moments(draws, draws.values(content, n)), *cells(draws, *architecture, n)]
+    inputs = [laid_out(t, how) for t, how in zip((grads, adjoints, *state), layout, strict=True)]
+    weights = [laid_out(weight, of_weights) for weight in lstm_weights(draws, *architecture)]
+
+    def scales(truth: Results) -> Results:
+        """As those of the weights' gradients of one step, over steps and coordinates."""
+        return [each.abs() + (steps * n) ** 0.5 for each in truth]
+
+    arguments = (*inputs, weights, *constants)
+    assert_accurate("student_unroll_backward", arguments, dtype, scales, of_a_tensor)
+
+
 @needs("choice_step", "choice_step_backward")
 @fuzz
 @given(
