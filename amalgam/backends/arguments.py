@@ -78,6 +78,19 @@ def checked_state(
     )
 
 
+def written_state(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A gradient (or update) and a state that are to be written, each like its counterpart.
+
+    Raises:
+        ValueError: One has another shape, dtype, device or is not contiguous, or two share memory.
+    """
+    distinct("outputs", tensors)
+    return tuple(
+        in_place(name, tensor, shaped.shape, shaped)
+        for name, tensor, shaped in zip("gmvhc", tensors, like, strict=True)
+    )
+
+
 def checked_in_place(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

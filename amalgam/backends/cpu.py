@@ -15,6 +15,7 @@ from amalgam.backends.arguments import (
     checked_state,
     checked_teachers,
     checked_weights,
+    written_state,
 )
 from amalgam.backends.pointers import checked, checked_rows, dtype_name
 from amalgam.ops.registry import register_backend
@@ -105,10 +106,28 @@ def _student_step(
     beta2: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in (grad, m, v, h, c))
+    _student_step_into(outputs, grad, m, v, h, c, weights, alpha, beta1, beta2, eps)
+    return outputs  # type: ignore[return-value]
+
+
+@backend.kernel("student_step_into")
+def _student_step_into(
+    out: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
     inputs = checked_state((grad, m, v, h, c))
     weights = checked_weights(weights, grad)
-    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
-    update, *state = outputs
+    update, *state = written_state(out, inputs)
     _run_student_step(
         [_addresses(grad.numel(), *inputs, *state, update)],
         weights,
@@ -120,7 +139,6 @@ def _student_step(
         lr=0.0,
         weight_decay=0.0,
     )
-    return outputs  # type: ignore[return-value]
 
 
 @backend.kernel("student_step_backward")
@@ -137,10 +155,51 @@ def _student_step_backward(
     beta2: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    inputs = checked_state((grad, m, v, h, c))
+    in_grads = tuple(tensor.new_empty(tensor.shape) for tensor in (grad, m, v, h, c))
+    in_weights = _run_student_step_backward(
+        in_grads, grads_out, (grad, m, v, h, c), weights, (alpha, beta1, beta2, eps)
+    )
+    return *in_grads, in_weights  # type: ignore[return-value]
+
+
+@backend.kernel("student_step_backward_into")
+def _student_step_backward_into(
+    d_update: Tensor,
+    d_state: Sequence[Tensor],
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[Tensor, list[Tensor]]:
+    d_grad = grad.new_empty(grad.shape)
+    in_weights = _run_student_step_backward(
+        (d_grad, *d_state),
+        (d_update, *d_state),
+        (grad, m, v, h, c),
+        weights,
+        (alpha, beta1, beta2, eps),
+    )
+    return d_grad, in_weights
+
+
+def _run_student_step_backward(
+    in_grads: Sequence[Tensor],
+    grads_out: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    constants: tuple[float, float, float, float],
+) -> list[Tensor]:
+    """Writes the gradients in the inputs and returns those in the weights."""
+    grad, _, _, h, _ = inputs = checked_state(inputs)
     grads_out = checked_state(tuple(grads_out), like=grad, shapes=inputs)
+    in_grads = written_state(in_grads, inputs)
     weights = checked_weights(weights, grad)
-    in_grads = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
     in_weights = [weight.new_empty(weight.shape) for weight in weights]
     layers, hidden = h.shape[:2]
     getattr(core.core().cpu, f"student_step_backward_{dtype_name(grad)}")(
@@ -152,10 +211,10 @@ def _student_step_backward(
         n=grad.numel(),
         layers=layers,
         hidden=hidden,
-        constants=(alpha, beta1, beta2, eps),
+        constants=constants,
         threads=torch.get_num_threads(),
     )
-    return *in_grads, in_weights  # type: ignore[return-value]
+    return in_weights
 
 
 @backend.kernel("student_step_")

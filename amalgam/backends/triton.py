@@ -20,6 +20,7 @@ from amalgam.backends.arguments import (
 )
 from amalgam.backends.pointers import checked
 from amalgam.ops.registry import Numerics, register_backend
+from amalgam.ops.student_step import register_into
 from amalgam.ops.student_unroll_backward import by_steps
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -175,6 +176,9 @@ def _student_step_backward(
     weights = checked_weights(weights, grad)
     settings = (alpha, beta1, beta2, eps)
     return kernels.student_step_backward(grads_out, *inputs, weights, settings, numerics.precision)
+
+
+register_into(backend, dtypes=SINGLE, takes_numerics=True)
 
 
 @backend.kernel("student_step_", dtypes=SINGLE, takes_numerics=True)

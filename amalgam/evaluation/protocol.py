@@ -115,7 +115,7 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
     module = task.init_module(generator_for(seed, "optimizee"))
     optimizer = make(module.parameters())
     at, losses, accuracies = [], [], []
-    batches = task.batches(generator_for(seed, "batches"), steps)
+    batches = iter(task.batches(generator_for(seed, "batches"), steps))
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             loss, accuracy = _measure(task, module, task.validation)

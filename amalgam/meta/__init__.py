@@ -1,12 +1,14 @@
 """Meta-training: unrolls, losses, the trainer and its run folder."""
 
 from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.schedule import Memory
 from amalgam.meta.trainer import Stage, Trainer, Training
 from amalgam.meta.unroll import MECHANISMS, Amalgamation, Trajectories, Unroll, Window
 
 __all__ = [
     "MECHANISMS",
     "Amalgamation",
+    "Memory",
     "Stage",
     "Trainer",
     "Training",

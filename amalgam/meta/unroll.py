@@ -1,27 +1,32 @@
-"""Unrolls: the student and its teachers train the same optimizee side by side.
+"""Unrolls: students and their teachers train the same optimizees side by side.
 
-An *episode* begins with one random optimizee, given to all, and a warm-up by SGD; then come
-*windows* of steps through which the meta-gradient flows, parameters and states carried from
-window to window as constants. Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in
-the form of the authors' code.
+An *episode* begins with random optimizees, each given to its student and to all teachers, and a
+warm-up by SGD; then come *windows* of steps through which the meta-gradient flows, parameters and
+states carried from window to window as constants. Source: Optimizer Amalgamation (ICLR 2022),
+sections 3.2 and 3.3, in the form of the authors' code.
+
+Several optimizees run as one: R = S B *rows*, of S students (replicates) with B optimizees each.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam import ops
-from amalgam.ops import StudentState
+from amalgam.meta.gradient import Recording, through
+from amalgam.meta.schedule import Memory
+from amalgam.meta.steps import AutogradSteps, FusedSteps, Steps
+from amalgam.meta.values import keep, usable
 from amalgam.policies import Pool, PoolState, Student
 from amalgam.tasks import Batch, Task
 
 MECHANISMS = ("mean", "min-max")
+NORMALISERS = ("first-batch", "every-batch")
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,13 @@ class Amalgamation:
             the unscaled trajectory.
         log_objective: Meta-loss of log losses and imitation loss of log distances; otherwise of
             the loss over the window's first, and of exp of the log distances.
+        normaliser: The loss of the window's first parameters that the meta-loss is over: the
+            ``"first-batch"``'s, which is known, or ``"every-batch"``'s own as in the authors'
+            code, for a forward pass a step. To log losses it adds a constant that no gradient sees.
         huber_delta: Where given, parameter differences beyond it count linearly.
         eps: Added inside logs, and to divisors.
+        stack: Whether optimizees of one shape run as one batched module; where ``None``, those
+            that are faster so (see :attr:`amalgam.tasks.Task.stacks`).
         backend: Computes the student's and the teachers' operations.
     """
 
@@ -49,14 +59,17 @@ class Amalgamation:
     scale_spread: float = 3.0
     scale_teachers: bool = False
     log_objective: bool = True
+    normaliser: Literal["first-batch", "every-batch"] = "first-batch"
     huber_delta: float | None = None
     eps: float = 1e-10
+    stack: bool | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(f"mechanism must be one of {MECHANISMS}, not {self.mechanism!r}")
+        for name, known in (("mechanism", MECHANISMS), ("normaliser", NORMALISERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         if not self.scale_spread >= 0:
             raise ValueError(f"scale_spread must be 0 or more, not {self.scale_spread}")
         if self.huber_delta is not None and not self.huber_delta > 0:
@@ -67,19 +80,19 @@ class Amalgamation:
 
 
 class Trajectories(NamedTuple):
-    """Where everybody stands in an episode, for N coordinates and K teachers.
+    """Where everybody stands in an episode: R rows of N coordinates, S students, K teachers.
 
     Attributes:
-        scale: The episode's scaling s, shape (N,); all parameters here are p / s.
-        params: The student's parameters, shape (N,).
-        state: The student's state.
-        teacher_params: The teachers' parameters, shape (K, N).
-        teacher_state: The teachers' state.
+        scale: The episode's scaling s, shape (R, N); all parameters here are p / s.
+        params: The students' parameters, shape (R, N).
+        states: The students' states, one for each, of its rows' coordinates one after another.
+        teacher_params: The teachers' parameters, shape (K, R, N).
+        teacher_state: The teachers' state, of R N coordinates.
     """
 
     scale: Tensor
     params: Tensor
-    state: StudentState
+    states: tuple[Any, ...]
     teacher_params: Tensor
     teacher_state: PoolState
 
@@ -89,12 +102,13 @@ class Window:
     """What one window of T steps gave.
 
     Attributes:
-        meta_loss: Mean log improvement of the loss over the window's start, a scalar in the graph.
-        imitation_loss: Mean reduced distance to the teachers, a scalar in the graph.
+        meta_loss: Each student's mean log improvement of the loss over the window's start, shape
+            (S,), in the graph.
+        imitation_loss: Its mean reduced distance to the teachers, shape (S,), in the graph.
         end: Where everybody stands after it, outside the graph.
-        losses: Losses before each step, shape (T, 1 + K), the student's first.
-        distances: Log distances to the teachers after each step, shape (T, K).
-        skipped: Steps that a non-finite value made each trajectory skip, shape (1 + K,), the
+        losses: Losses before each step, shape (T, R, 1 + K), the student's first.
+        distances: Log distances to the teachers after each step, shape (T, R, K).
+        skipped: Steps that a non-finite value made each trajectory skip, shape (R, 1 + K), the
             student's first.
     """
 
@@ -111,182 +125,205 @@ class Unroll:
 
     Args:
         task: The optimizee and its data.
-        student: The learned optimizer; its configuration says how warm-up runs.
+        student: The learned optimizer, or several of one configuration: replicates, which share
+            nothing but the machine.
         pool: The teachers; may be empty.
-        amalgamation: How the student is held to both.
+        amalgamation: How the students are held to both.
+        memory: What windows may keep for their way back.
+        optimizees: B, how many each student trains at once; its losses are their means.
     """
 
     def __init__(
-        self, task: Task, student: Student, pool: Pool, amalgamation: Amalgamation
+        self,
+        task: Task,
+        student: Student | Sequence[Student],
+        pool: Pool,
+        amalgamation: Amalgamation,
+        *,
+        memory: Memory | None = None,
+        optimizees: int = 1,
     ) -> None:
         self.task = task
-        self.student = student
+        self.students = (student,) if isinstance(student, torch.nn.Module) else tuple(student)
+        if len({str(student.config) for student in self.students}) != 1:
+            raise ValueError("student must be one, or several of one configuration")
+        if optimizees < 1:
+            raise ValueError(f"optimizees must be 1 or more, not {optimizees}")
         self.pool = pool
         self.amalgamation = amalgamation
+        self.memory = memory or Memory()
+        self.optimizees = optimizees
+        fused = isinstance(self.students[0], Student)
+        steps = FusedSteps if fused else AutogradSteps
+        self._graph_bytes: int | None = None
+        self.steps: Steps = steps(self.students[0], amalgamation.backend)
 
-    def begin(self, generator: torch.Generator) -> Trajectories:
-        """A new episode: one random optimizee for all, zero states, a fresh scaling."""
-        params = self.task.init_params(generator)
+    @property
+    def rows(self) -> int:
+        """R, how many optimizees run as one."""
+        return len(self.students) * self.optimizees
+
+    def begin(self, *generators: torch.Generator) -> Trajectories:
+        """A new episode: a random optimizee a row for all, zero states, a fresh scaling.
+
+        Args:
+            *generators: One a row.
+        """
+        params = [self.task.init_params(generator) for generator in generators]
         spread = self.amalgamation.scale_spread
-        uniform = torch.rand(params.shape, generator=generator, dtype=params.dtype)
-        return self.start_from(params, ((2 * uniform - 1) * spread).exp())
+        uniform = [
+            torch.rand(one.shape, generator=generator, dtype=one.dtype)
+            for one, generator in zip(params, generators, strict=True)
+        ]
+        return self.start_from(torch.stack(params), ((2 * torch.stack(uniform) - 1) * spread).exp())
 
     def start_from(self, params: Tensor, scale: Tensor) -> Trajectories:
-        """An episode from given parameters (N,), not yet scaled, and their scaling (N,)."""
+        """An episode from given parameters (R, N), not yet scaled, and their scaling (R, N)."""
+        if params.shape != (self.rows, self.task.layout.numel):
+            raise ValueError(
+                f"params must have shape {(self.rows, self.task.layout.numel)}, "
+                f"not {tuple(params.shape)}"
+            )
         params = params / scale
         with torch.no_grad():
             return Trajectories(
                 scale,
                 params,
-                self.student.initial_state(params),
-                params.expand(len(self.pool), -1).clone(),
-                self.pool.initial_state(params),
+                tuple(
+                    student.initial_state(rows.reshape(-1))
+                    for student, rows in zip(self.students, self.by_student(params), strict=True)
+                ),
+                params.expand(len(self.pool), -1, -1).clone(),
+                self.pool.initial_state(params.view(-1)),
             )
 
-    def warm_up(self, begin: Trajectories, batches: Iterable[Batch]) -> Trajectories:
+    def by_student(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows (R, ...) as each student's own, (B, ...)."""
+        return rows.split(self.optimizees)
+
+    def warm_up(self, begin: Trajectories, batches: Sequence[Batch]) -> Trajectories:
         """SGD at the student's warm-up rate; every policy sees the gradients, none acts.
 
         The LSTM waits, moments move; afterwards all go on from the same parameters.
+
+        Args:
+            begin: Where everybody stands.
+            batches: One a step, each tensor (R, samples, ...).
         """
-        scale, params, state, _, teacher_state = begin
+        scale, params, states, _, teacher_state = begin
+        lr = self.students[0].config.warmup_lr
         for batch in batches:
-            _, grad = self._gradient(params, scale, batch)
+            _, grads, _ = self.gradients(params[:, None], scale, batch)
+            grads = grads[:, 0]
+            ok = usable(grads)
+            if not ok.any():
+                continue
             with torch.no_grad():
-                if not _usable(grad):
-                    continue
-                params = params - self.student.config.warmup_lr * grad
-                state = self.student.warm_up(grad, state)
-                teacher_grads = self._to_teachers(grad, scale).expand(len(self.pool), -1)
-                teacher_state = self.pool.warm_up(
-                    teacher_grads, teacher_state, backend=self.amalgamation.backend
+                params = torch.where(ok[:, None], params - lr * grads, params)
+                states = tuple(
+                    keep(student.warm_up(rows.reshape(-1), state), state, mine, rows.shape[1])
+                    for student, rows, state, mine in zip(
+                        self.students,
+                        self.by_student(grads),
+                        states,
+                        self.by_student(ok),
+                        strict=True,
+                    )
                 )
-        teacher_params = params.expand(len(self.pool), -1).clone()
-        return Trajectories(scale, params, state, teacher_params, teacher_state)
+                seen = self.to_teachers(grads, scale).reshape(-1).expand(len(self.pool), -1)
+                warmed = self.pool.warm_up(seen, teacher_state, backend=self.amalgamation.backend)
+                teacher_state = keep(warmed, teacher_state, ok, grads.shape[1])
+        teacher_params = params.expand(len(self.pool), -1, -1).clone()
+        return Trajectories(scale, params, states, teacher_params, teacher_state)
 
     def window(
         self,
         begin: Trajectories,
         batches: Sequence[Batch],
-        weights: Sequence[Tensor] | None = None,
+        weights: Sequence[Sequence[Tensor]] | None = None,
+        noise: Callable[[int], Sequence[Sequence[Tensor]]] | None = None,
     ) -> Window:
-        """Everybody takes a step on each batch; the losses' graph reaches the student's weights.
+        """Everybody takes a step on each batch; the losses' graph reaches the students' weights.
 
         A step whose gradient or update is not finite leaves that trajectory and its state as they
         were and is counted; its loss, which has no usable gradient, is left out of the meta-loss.
 
         Args:
             begin: Where everybody stands; not changed.
-            batches: One a step.
-            weights: Weights to use in place of the student's own.
+            batches: One a step, each tensor (R, samples, ...).
+            weights: Each student's weights to use in place of its own.
+            noise: What is added to them at each step, as a constant; the same whenever it is
+                called for the same step.
         """
-        how, scale, count = self.amalgamation, begin.scale, len(batches)
-        params = begin.params.detach().requires_grad_()
-        state, teacher_params, teacher_state = (
-            begin.state,
-            begin.teacher_params,
-            begin.teacher_state,
-        )
-        meta_loss = imitation_loss = params.new_zeros(())
-        losses, distances = [], []
-        skipped = torch.zeros(1 + len(self.pool), dtype=torch.long)
-
-        for batch in batches:
-            loss, grad = self._gradient(params, scale, batch, how.second_order)
-            moved = False
-            if loss.isfinite() and _usable(grad):
-                meta_loss = meta_loss + self._improvement(loss, begin, batch) / count
-                update, new_state = self.student.step(grad, state, weights, backend=how.backend)
-                if _usable(update):
-                    params, state, moved = params - update, new_state, True
-            skipped[0] += not moved
-
-            teacher_losses, teacher_params, teacher_state, ok = self._teachers_step(
-                teacher_params, teacher_state, scale, batch
-            )
-            skipped[1:] += ~ok
-            losses.append(torch.cat((loss.detach()[None], teacher_losses)))
-
-            distance = ops.teacher_distance(
-                params,
-                teacher_params,
-                eps=how.eps,
-                huber_delta=how.huber_delta,
-                backend=how.backend,
-            )
-            distances.append(distance.detach())
-            if len(self.pool):
-                reduced = distance.mean() if how.mechanism == "mean" else distance.max()
-                imitation = reduced if how.log_objective else reduced.exp()
-                imitation_loss = imitation_loss + imitation / count
-
-        end = Trajectories(
-            scale,
-            params.detach(),
-            StudentState(*(t.detach() for t in state)),
-            teacher_params,
-            teacher_state,
-        )
+        chosen = [list(s.weights()) for s in self.students] if weights is None else weights
+        recording = Recording(self, begin, batches, chosen, noise)
+        meta_loss, imitation_loss = through(recording, chosen)
         return Window(
-            meta_loss, imitation_loss, end, torch.stack(losses), torch.stack(distances), skipped
+            meta_loss,
+            imitation_loss,
+            recording.end,
+            recording.losses,
+            recording.distances,
+            recording.skipped,
         )
 
-    def _gradient(
-        self, params: Tensor, scale: Tensor, batch: Batch, create_graph: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient in the scaled parameters.
+    def gradients(
+        self, params: Tensor, scale: Tensor, batch: Batch, graph: bool = False
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Losses and their gradients in the scaled parameters.
 
-        Without ``create_graph`` the loss comes back linearised: same value, same gradient in
-        ``params``, but nothing of the optimizee's graph kept.
+        Args:
+            params: Shape (R, M, N): M optimizees on each row's batch.
+            scale: Shape (R, N).
+            batch: Each tensor (R, samples, ...).
+            graph: Whether to keep what the gradients' own gradients need.
+
+        Returns:
+            Losses (R, M), gradients (R, M, N), and the leaf and the gradients in its graph.
         """
-        leaf = params if create_graph else params.detach().requires_grad_()
-        loss = self.task.objective(leaf * scale, batch)
-        (grad,) = torch.autograd.grad(loss, leaf, create_graph=create_graph)
-        if not create_graph:
-            loss = loss.detach()
-            if params.requires_grad:
-                loss = loss + (grad * (params - params.detach())).sum()
-        return loss, grad
+        leaf = params.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = self.task.objectives(leaf * scale[:, None], batch, self.amalgamation.stack)
+            (grads,) = torch.autograd.grad(losses.sum(), leaf, create_graph=graph)
+        return losses.detach(), grads.detach(), (leaf, grads) if graph else None
 
-    def _improvement(self, loss: Tensor, begin: Trajectories, batch: Batch) -> Tensor:
-        """The meta-loss's term: log loss less that of the window's first parameters (eq. 3.2)."""
-        eps = self.amalgamation.eps
+    def graph_bytes(self, params: Tensor, scale: Tensor, batch: Batch) -> int:
+        """Size of the graph that :meth:`gradients` keeps, measured once."""
+        if self._graph_bytes is None:
+            sizes: dict[int, int] = {}
+
+            def note(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                # The graph holds what it saves until the end: no address comes twice.
+                _kept = self.gradients(params, scale, batch, graph=True)
+            for given in batch:
+                sizes.pop(given.untyped_storage().data_ptr(), None)
+            self._graph_bytes = sum(sizes.values())
+        return self._graph_bytes
+
+    def to_teachers(self, grads: Tensor, scale: Tensor) -> Tensor:
+        """Gradients in scaled parameters as the teachers are to see them."""
+        return grads if self.amalgamation.scale_teachers else grads / scale
+
+    def teachers_step(
+        self, params: Tensor, state: PoolState, grads: Tensor, scale: Tensor
+    ) -> tuple[Tensor, PoolState, Tensor]:
+        """The teachers' new parameters (K, R, N) and state, and who did step (K, R)."""
+        seen = self.to_teachers(grads, scale)
+        k, rows, n = params.shape
         with torch.no_grad():
-            start = self.task.objective(begin.params * begin.scale, batch)
-        if self.amalgamation.log_objective:
-            return (loss + eps).log() - (start + eps).log()
-        return loss / (start + eps)
-
-    def _to_teachers(self, grad: Tensor, scale: Tensor) -> Tensor:
-        """A gradient in scaled parameters as the teachers are to see it."""
-        return grad if self.amalgamation.scale_teachers else grad / scale
-
-    def _teachers_step(
-        self, params: Tensor, state: PoolState, scale: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, PoolState, Tensor]:
-        """All teachers' losses (K,), new parameters and state, and who did step (K,)."""
-        if not len(self.pool):
-            return params.new_empty(0), params, state, torch.ones(0, dtype=torch.bool)
-        pairs = [self._gradient(teacher, scale, batch) for teacher in params]
-        grads = self._to_teachers(torch.stack([grad for _, grad in pairs]), scale)
-        with torch.no_grad():
-            updates, new_state = self.pool.step(grads, state, backend=self.amalgamation.backend)
+            updates, new = self.pool.step(
+                seen.reshape(k, rows * n), state, backend=self.amalgamation.backend
+            )
+            updates = updates.view(params.shape)
             if not self.amalgamation.scale_teachers:
                 updates = updates / scale
-            ok = _usable(grads) & _usable(updates)
+            ok = usable(seen) & usable(updates)
             if not ok.all():
-                updates = torch.where(ok[:, None], updates, 0)
-                new_state = PoolState(
-                    *(
-                        torch.where(ok[:, None], new, old)
-                        for new, old in zip(new_state, state, strict=True)
-                    )
-                )
-            losses = torch.stack([loss for loss, _ in pairs])
-            return losses, params - updates, new_state, ok.cpu()
-
-
-def _usable(values: Tensor) -> Tensor:
-    """Whether all values along the last dimension are finite and have finite squares."""
-    if not values.shape[-1]:
-        return torch.ones(values.shape[:-1], dtype=torch.bool)
-    return values.detach().abs().amax(-1) < math.sqrt(torch.finfo(values.dtype).max)
+                updates = torch.where(ok[..., None], updates, 0)
+                new = keep(new, state, ok, n)
+            return params - updates, new, ok

@@ -17,7 +17,7 @@ times as fast as the transposed one, and it is the order that fills whole vector
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -303,6 +303,81 @@ def _reference_backward(
     return d_grad, beta1 * d_m, beta2 * d_v, in_h, in_c, d_weights
 
 
+def step_into(
+    out: Sequence[Tensor],
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    backend: str,
+) -> None:
+    """:func:`student_step` without checks or graph, into memory that the caller has.
+
+    Args:
+        out: Gets the update and the new m, v, h, c; the last four may be the old ones.
+        grad: As in :func:`student_step`, like all that follows.
+        state: The carried state.
+        weights: The weights.
+        settings: The student's constants.
+        backend: A backend's name, or ``"auto"``.
+    """
+    registry.compute(f"{_NAME}_into", backend, grad, out, grad, *state, weights, *settings)
+
+
+def backward_into(
+    d_update: Tensor,
+    d_state: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """The step's vector-Jacobian product without checks or graph, from and into ``d_state``.
+
+    Args:
+        d_update: Gradient in the update, shape (N,).
+        d_state: Gradient in the new state; gets that in the old one.
+        grad: What the step was taken with, like all that follows.
+        state: The state it began with.
+        weights: The weights.
+        settings: The student's constants.
+        backend: A backend's name, or ``"auto"``.
+
+    Returns:
+        Gradients in ``grad`` and in the weights.
+    """
+    d_grad, d_weights = registry.compute(
+        f"{_NAME}_backward_into", backend, grad, d_update, d_state, grad, *state, weights, *settings
+    )
+    return d_grad, d_weights
+
+
+def register_into(backend: registry.Backend, **how: Any) -> None:
+    """Register ``student_step_into`` and its backward for a backend whose kernels allocate.
+
+    Args:
+        backend: One that has ``student_step`` and its backward.
+        **how: As :meth:`amalgam.ops.registry.Backend.kernel` takes it.
+    """
+    step, back = (backend.kernels[name].function for name in (_NAME, f"{_NAME}_backward"))
+
+    def into(out: Sequence[Tensor], *arguments: Any, **numerics: Any) -> None:
+        for to, value in zip(out, step(*arguments, **numerics), strict=True):
+            to.copy_(value)
+
+    def back_into(
+        d_update: Tensor, d_state: Sequence[Tensor], *arguments: Any, **numerics: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        d_grad, *d_old, d_weights = back((d_update, *d_state), *arguments, **numerics)
+        for to, value in zip(d_state, d_old, strict=True):
+            to.copy_(value)
+        return d_grad, d_weights
+
+    backend.kernel(f"{_NAME}_into", **how)(into)
+    backend.kernel(f"{_NAME}_backward_into", **how)(back_into)
+
+
 @registry.reference.kernel(f"{_NAME}_", dtypes=None)
 def _reference_in_place(
     params: Sequence[Tensor],
@@ -362,6 +437,9 @@ def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]
                 run, room = [], limit
     if run:
         yield run
+
+
+register_into(registry.reference, dtypes=None)
 
 
 @torch.library.custom_op("amalgam::student_step", mutates_args=())

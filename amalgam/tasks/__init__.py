@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from amalgam.hints import did_you_mean
 from amalgam.tasks.digits import digits_cnn, digits_mlp
-from amalgam.tasks.task import Batch, Layout, Task
+from amalgam.tasks.task import Batch, Batches, Layout, Task
 
 TASKS: dict[str, Callable[[int], Task]] = {"digits-mlp": digits_mlp, "digits-cnn": digits_cnn}
 
@@ -27,4 +27,4 @@ def load(name: str, batch_size: int = 128) -> Task:
     return TASKS[name](batch_size)
 
 
-__all__ = ["TASKS", "Batch", "Layout", "Task", "digits_cnn", "digits_mlp", "load"]
+__all__ = ["TASKS", "Batch", "Batches", "Layout", "Task", "digits_cnn", "digits_mlp", "load"]

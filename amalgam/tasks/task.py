@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,36 @@ class Layout:
         parts = flat.split(self.sizes)
         named = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in named}
+
+
+class Batches(Sequence[Batch]):
+    """Batches that are gathered when they are asked for, and not kept.
+
+    Args:
+        data: Tensors of one length.
+        chosen: For each batch, the samples that are in it, shape (batch size,).
+    """
+
+    def __init__(self, data: Sequence[Tensor], chosen: Sequence[Tensor]) -> None:
+        self._data = data
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
+        """One batch, or several that are still to be gathered."""
+        if isinstance(index, slice):
+            return Batches(self._data, self._chosen[index])
+        chosen = self._chosen[index]
+        return tuple(tensor[chosen] for tensor in self._data)
 
 
 @dataclass
@@ -101,16 +132,51 @@ class Task:
         module = self.init_module(generator)
         return self.layout.flatten(dict(module.named_parameters())).detach()
 
-    def batches(self, generator: torch.Generator, steps: int) -> Iterator[Batch]:
+    def batches(self, generator: torch.Generator, steps: int) -> Batches:
         """Batches for so many steps: shuffled epochs, whole batches only."""
         samples = len(self.train[0])
         per_epoch = samples // self.batch_size
-        for step in range(steps):
-            if step % per_epoch == 0:
-                order = torch.randperm(samples, generator=generator)
-            start = step % per_epoch * self.batch_size
-            chosen = order[start : start + self.batch_size]
-            yield tuple(tensor[chosen] for tensor in self.train)
+        chosen: list[Tensor] = []
+        while len(chosen) < steps:
+            order = torch.randperm(samples, generator=generator)
+            whole = order[: per_epoch * self.batch_size].split(self.batch_size)
+            chosen += whole[: steps - len(chosen)]
+        return Batches(self.train, chosen)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether many optimizees of it run faster as one.
+
+        Products of matrices do. Convolutions with as many kernels do not, and modules with buffers
+        can't.
+        """
+        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        modules = list(self._module.modules())
+        return not any(isinstance(module, convolutions) for module in modules) and not any(
+            True for _ in self._module.buffers()
+        )
+
+    def objectives(self, flat: Tensor, batch: Batch, stack: bool | None = None) -> Tensor:
+        """Losses of many optimizees, several of them on each of many batches.
+
+        Args:
+            flat: Their parameters, shape (R, M, layout.numel).
+            batch: R batches, each tensor (R, samples, ...); M optimizees see each.
+            stack: Whether all run as one; :attr:`stacks` where ``None``.
+
+        Returns:
+            The losses, shape (R, M).
+        """
+        rows, each = flat.shape[:2]
+        if rows * each > 1 and (self.stacks if stack is None else stack):
+            of_batch = torch.func.vmap(self.objective, in_dims=(0, None))
+            return torch.func.vmap(of_batch)(flat, batch)
+        losses = [
+            self.objective(flat[row, index], tuple(tensor[row] for tensor in batch))
+            for row in range(rows)
+            for index in range(each)
+        ]
+        return torch.stack(losses).view(rows, each)
 
     def objective(self, flat: Tensor, batch: Batch) -> Tensor:
         """The batch's loss at parameters given as one vector, shape (layout.numel,)."""
