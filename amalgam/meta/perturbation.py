@@ -1,7 +1,7 @@
 """Perturbations: what a student's weights are moved by while it is trained, for its stability.
 
-Stability-aware amalgamation (Optimizer Amalgamation, ICLR 2022, section 4) takes the meta-gradient
-at phi + psi, weights and perturbation, and applies it to phi. A *random* psi is drawn; an
+Stability-aware amalgamation (Optimizer Amalgamation, ICLR 2022) takes the meta-gradient at
+phi + psi, weights and perturbation, and applies it to phi. A *random* psi is drawn; an
 *adversarial* one climbs the window's loss::
 
     psi = perturbation.start(weights)
