@@ -73,7 +73,9 @@ def _frozen(value: Any) -> Any:
 class TorchTeacher:
     """A ``torch.optim`` optimizer, or any other of its interface, as a teacher.
 
-    Equal and hashed by what it is made of, which ``repr`` shows.
+    Equal and hashed by what it is made of, which ``repr`` shows. The optimizer is made anew in
+    every step and given its ``state`` and what has changed in its group; what it keeps elsewhere
+    is lost.
 
     Args:
         optimizer: Its class, or that class's dotted path.
@@ -153,12 +155,7 @@ class TorchTeacher:
         Raises:
             ValueError: The optimizer refuses a tensor, and there is none for others.
         """
-        with torch.enable_grad():  # Some optimizers' step() takes the mode it finds for the user's.
-            return self._step(params.detach(), grad.detach(), state, layout)
-
-    def _step(
-        self, params: Tensor, grad: Tensor, state: TorchState, layout: Layout
-    ) -> tuple[Tensor, TorchState]:
+        params, grad = params.detach(), grad.detach()
         # Each tensor in memory of its own: an optimizer may change any of it in place.
         scratch = [part.clone() for part in layout.unflatten(params).values()]
         for tensor, part in zip(scratch, layout.unflatten(grad).values(), strict=True):
