@@ -212,10 +212,10 @@ def test_pools_by_name() -> None:
     assert [t.kind for t in POOLS["large"]] == list(rates["large"])
 
 
-def extended(seed: int = 0, **config: Any) -> Choice:
-    """A choice whose heads say something, with weights that depend on the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    choice = Choice(ChoiceConfig("small", hidden=4, **config), generator=generator).double()
+def extended(pool: str = "small", **config: Any) -> Choice:
+    """A choice whose heads say something, with weights that depend on the pool alone."""
+    generator = torch.Generator().manual_seed(0)
+    choice = Choice(ChoiceConfig(pool, hidden=4, **config), generator=generator).double()
     with torch.no_grad():
         for head in [choice.head] + [getattr(choice, "lr_head", choice.head)]:
             for weight in head.parameters():
@@ -266,6 +266,18 @@ def test_gumbel_noise_chooses_as_often_as_the_softmax_says() -> None:
     # The difference of two Gumbel variables is logistic: mean 0, variance pi^2 / 3.
     assert abs(odds.mean().item()) <= 5 * math.pi / math.sqrt(3 * n)
     assert odds.var().item() == pytest.approx(math.pi**2 / 3, rel=0.06)
+
+
+def test_the_noise_is_gumbels_for_any_number_of_teachers() -> None:
+    """Of more than two, only Gumbel's sign and shape give the softmax's chances."""
+    choice, soft, n = extended("large", hardness=5.0), extended("large"), 20_000
+    grad = torch.full((n,), 0.3, dtype=torch.float64)
+    state = choice.initial_state(grad)
+    _, _, mixture = choice.mix(grad, state, generator=torch.Generator().manual_seed(1))
+    chances = soft.mix(grad, state, backend="reference")[2][:, 0]
+    assert chances.max() > 2 * chances.min()
+    wins = torch.bincount(mixture.argmax(0), minlength=6) / n
+    assert ((wins - chances).abs() <= 5 * (chances * (1 - chances) / n).sqrt()).all()
 
 
 def test_the_generator_decides_the_noise() -> None:

@@ -97,13 +97,14 @@ def optimizers(name: str, params: dict[str, nn.Parameter]) -> list[torch.optim.O
         "adafactor": lambda: torch.optim.Adafactor(everything, lr=0.01),
         "rprop": lambda: torch.optim.Rprop(everything, lr=0.01),
         "asgd": lambda: torch.optim.ASGD(everything, lr=0.01),
+        "counting": lambda: Counting(everything),
     }
     return [made[name]()]
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", [*TEACHERS, "counting"])
 def test_trajectory_is_the_optimizers_own(name: str) -> None:
-    pool = Pool([TEACHERS[name]])
+    pool = Pool([TEACHERS.get(name) or TorchTeacher(Counting)])
     params = start()
     theirs = {n: nn.Parameter(p.clone()) for n, p in LAYOUT.unflatten(params[0]).items()}
     direct = optimizers(name, theirs)
