@@ -121,8 +121,20 @@ class Pool:
             t.kind if kinds.count(t.kind) == 1 else f"{t.kind}({t.lr:g})" for t in self.teachers
         )
 
-    def initial_state(self, like: Tensor) -> Any:
-        """The state before the first step, for coordinates like these, of shape (N,)."""
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> Any:
+        """The state before the first step.
+
+        Args:
+            like: The coordinates, shape (N,).
+            layout: Which tensors they are. Where given, a teacher that refuses one of them says
+                so here, and not in the first step.
+
+        Raises:
+            ValueError: A :class:`TorchTeacher` refuses a tensor, and has no optimizer for others.
+        """
+        if layout is not None:
+            for teacher in self._torch.values():
+                teacher.routes(layout, like)
         shape = (len(self._analytical), *like.shape)
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if not self._torch:

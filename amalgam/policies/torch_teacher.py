@@ -138,6 +138,18 @@ class TorchTeacher:
         arguments = {**dict(self._first.arguments), "lr": lr}
         return TorchTeacher(self._first.path, arguments, others=others)
 
+    def routes(self, layout: Layout, like: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Which of a layout's tensors, by index, go to the optimizer, and which to the others'.
+
+        Args:
+            layout: The tensors.
+            like: Coordinates of their dtype and device.
+
+        Raises:
+            ValueError: The optimizer refuses a tensor, and there is none for others.
+        """
+        return _routes(self._all(), tuple(layout.shapes.values()), like.dtype, like.device)
+
     def step(
         self, params: Tensor, grad: Tensor, state: TorchState, layout: Layout
     ) -> tuple[Tensor, TorchState]:
@@ -160,10 +172,9 @@ class TorchTeacher:
         scratch = [part.clone() for part in layout.unflatten(params).values()]
         for tensor, part in zip(scratch, layout.unflatten(grad).values(), strict=True):
             tensor.grad = part.clone()
-        shapes = tuple(layout.shapes.values())
-        routes = _routes(self._all(), shapes, params.dtype, params.device)
         new_state: TorchState = {}
-        for number, (made, route) in enumerate(zip(self._all(), routes, strict=True)):
+        pairs = zip(self._all(), self.routes(layout, params), strict=True)
+        for number, (made, route) in enumerate(pairs):
             if not route:
                 continue
             optimizer = made.make([scratch[index] for index in route])

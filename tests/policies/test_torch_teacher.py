@@ -285,6 +285,9 @@ def test_tensors_that_nobody_takes_are_named() -> None:
     pool, (grads,) = Pool([TorchTeacher(torch.optim.Muon)]), gradients(1)
     with pytest.raises(ValueError, match=r"Muon refuses a tensor of shape \(3,\).*others="):
         pool.step(grads, pool.initial_state(grads[0]), params=start(), layout=LAYOUT)
+    with pytest.raises(ValueError, match=r"Muon refuses a tensor of shape \(3,\).*others="):
+        pool.initial_state(grads[0], LAYOUT)
+    assert MUON.routes(LAYOUT, grads) == ((0,), (1, 2, 3))
 
 
 def test_what_a_step_needs_is_named() -> None:
