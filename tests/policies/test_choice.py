@@ -192,7 +192,7 @@ def test_pool_errors() -> None:
 
 
 def test_pools_by_name() -> None:
-    """The rates of SPEC 2.3, as the paper and as the authors' later code have them."""
+    """The paper's rates, and those that its authors' code has had since."""
     rates = {
         name: {teacher.kind: teacher.lr for teacher in ChoiceConfig(name).teachers}
         for name in POOLS
