@@ -8,6 +8,7 @@ curriculum and imitation. All compute in plain PyTorch, differentiable to any or
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -322,8 +323,9 @@ class _DynamicRate(_OnMoments):
         update = self.config.alpha * rate * self._direction(m_tilde, g_tilde)
         return update, StudentState(m, v, h, c)
 
+    @abstractmethod
     def _direction(self, m_tilde: Tensor, g_tilde: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Which way to go, of the two, (N,) each."""
 
 
 class AdamLR(_DynamicRate):

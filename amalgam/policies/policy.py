@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -113,7 +114,7 @@ class LearnedPolicy(Protocol):
         ...
 
 
-class Policy(nn.Module):
+class Policy(nn.Module, ABC):
     """Base of the learned policies here, all :class:`LearnedPolicy`.
 
     Of the state's fields those named in ``per_tensor`` end in a dimension of tensors, those in
@@ -135,10 +136,11 @@ class Policy(nn.Module):
         self.config = self.config_type() if config is None else config
         self.provenance = dict(provenance or {})
 
+    @abstractmethod
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> Any:
         """See :meth:`LearnedPolicy.initial_state`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(
         self,
         grad: Tensor,
@@ -150,11 +152,10 @@ class Policy(nn.Module):
         backend: str = "auto",
     ) -> tuple[Tensor, Any]:
         """See :meth:`LearnedPolicy.step`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def warm_up(self, grad: Tensor, state: Any, *, layout: Layout | None = None) -> Any:
         """See :meth:`LearnedPolicy.warm_up`."""
-        raise NotImplementedError
 
     def weights(self) -> list[Tensor]:
         """The weights, in the order in which ``step`` takes others."""
