@@ -3,18 +3,21 @@
 from amalgam import ops  # isort: skip
 from amalgam import backends as _backends  # noqa: F401  registers them with ops
 from amalgam import tasks
-from amalgam.optimizer import AmalgamatedOptimizer, TeacherOptimizer
-from amalgam.policies import Pool, Student, StudentConfig, Teacher
+from amalgam.optimizer import AmalgamatedOptimizer, PolicyOptimizer, TeacherOptimizer
+from amalgam.policies import Pool, Student, StudentConfig, Teacher, TorchTeacher, load_policy
 from amalgam.version import __version__
 
 __all__ = [
     "AmalgamatedOptimizer",
+    "PolicyOptimizer",
     "Pool",
     "Student",
     "StudentConfig",
     "Teacher",
     "TeacherOptimizer",
+    "TorchTeacher",
     "__version__",
+    "load_policy",
     "ops",
     "tasks",
 ]

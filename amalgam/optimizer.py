@@ -1,7 +1,8 @@
-"""Policies as ``torch.optim`` optimizers: the student, and the analytical teachers."""
+"""Policies as ``torch.optim`` optimizers: the student, other learned ones, and the teachers."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from amalgam import ops
+from amalgam.layout import Layout
 from amalgam.ops import StudentState
-from amalgam.policies import Student, Teacher
+from amalgam.policies import Policy, Student, Teacher, TorchTeacher, load_policy
 
 DEFAULT_STUDENT = "digits"
 _STATE = StudentState._fields
@@ -114,7 +116,59 @@ def _check_group(group: dict[str, Any], names: Iterable[str]) -> None:
             raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
 
 
-class AmalgamatedOptimizer(_PolicyOptimizer):
+class _LearnedOptimizer(_PolicyOptimizer):
+    """What the optimizers with learned weights share: whose weights they are, and their state."""
+
+    _subject = "policy"
+
+    def _policy_state(self, entry: dict[str, Any]) -> list[str]:
+        """The names of a parameter's state that are the policy's."""
+        return [name for name, value in entry.items() if name != "step" and torch.is_tensor(value)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: A parameter is not floating point.
+            ValueError: A setting is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            _check_group(group, ("lr", "weight_decay", "warmup_steps", "warmup_lr"))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another's :meth:`state_dict`.
+
+        Args:
+            state_dict: As an optimizer with the same policy gave it; not changed. State keeps
+                the dtype it was saved in, whatever the parameters' is.
+
+        Raises:
+            ValueError: It comes from another policy, or its groups do not fit.
+        """
+        subject = self._subject
+        for group in state_dict["param_groups"]:
+            theirs, ours = group.get(subject), self.defaults[subject]
+            if theirs != ours:
+                raise ValueError(
+                    f"state_dict belongs to another {subject} ({theirs}) than this optimizer's "
+                    f"({ours}); load it into one made with that {subject}"
+                )
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, own, strict=True):
+            entry = state_dict["state"].get(index, {})
+            for name in self._policy_state(entry):
+                # Optimizer.load_state_dict casts state to the parameter's dtype.
+                self.state[param][name] = entry[name].detach().to(param.device, copy=True)
+
+
+class AmalgamatedOptimizer(_LearnedOptimizer):
     """A learned optimizer where AdamW was: the student steps on every coordinate.
 
     The first ``warmup_steps`` are SGD, during which the student only watches (its moments follow,
@@ -145,6 +199,8 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
         FileNotFoundError: ``student`` is neither a name nor a file.
     """
 
+    _subject = "student"
+
     def __init__(
         self,
         params: Any,
@@ -174,48 +230,6 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
             "student": _digest(self._weights[torch.device("cpu")]),
         }
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
-
-        Raises:
-            TypeError: A parameter is not floating point.
-            ValueError: A setting is out of range.
-        """
-        super().add_param_group(param_group)
-        try:
-            group = self.param_groups[-1]
-            _check_group(group, ("lr", "weight_decay", "warmup_steps", "warmup_lr"))
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict`.
-
-        Args:
-            state_dict: As an optimizer with the same student gave it; not changed. State keeps
-                the dtype it was saved in, whatever the parameters' is.
-
-        Raises:
-            ValueError: It comes from another student, or its groups do not fit.
-        """
-        for group in state_dict["param_groups"]:
-            theirs, ours = group.get("student"), self.defaults["student"]
-            if theirs != ours:
-                raise ValueError(
-                    f"state_dict belongs to another student ({theirs}) than this optimizer's "
-                    f"({ours}); load it into one made with that student"
-                )
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, own, strict=True):
-            for name in _STATE:
-                if index in state_dict["state"]:
-                    # Optimizer.load_state_dict casts state to the parameter's dtype.
-                    tensor = state_dict["state"][index][name]
-                    self.state[param][name] = tensor.detach().to(param.device, copy=True)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])
@@ -266,8 +280,167 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
         return weights if weights[0].dtype == dtype else [w.to(dtype) for w in weights]
 
 
+class PolicyOptimizer(_LearnedOptimizer):
+    """Any learned policy as an optimizer: :class:`Choice`, the baselines, one's own.
+
+    As :class:`AmalgamatedOptimizer`, which is faster and takes a :class:`Student` alone: the first
+    ``warmup_steps`` are SGD, then every parameter becomes ``p (1 - lr weight_decay) - lr update``,
+    and a step with a gradient that is not finite is not taken. A policy that does not step
+    coordinatewise sees, in every step, all of a group's parameters that have a gradient.
+
+    Args:
+        params: Parameters or groups, floating point; float64 ones are computed in float64, all
+            others in float32, in which their state is kept.
+        policy: The policy, or a path to a file it was saved to. It is copied, here.
+        lr: Factor on the policy's updates and on warm-up's; schedulers may drive it.
+        backend: As in the policy's ``step``.
+        warmup_steps: SGD steps before the policy takes over; 0 for none, ``None`` for what its
+            configuration says.
+        warmup_lr: Their learning rate; ``None`` likewise.
+        weight_decay: Decoupled weight decay, multiplied by ``lr``.
+
+    Raises:
+        TypeError: A parameter is not floating point.
+        ValueError: A setting is out of range, a backend's name unknown, or the file no policy;
+            or a group of a policy that is not coordinatewise has parameters of several dtypes or
+            devices.
+        FileNotFoundError: ``policy`` is a path to no file.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        policy: Policy | str | os.PathLike[str],
+        lr: float | Tensor = 1.0,
+        *,
+        backend: str = "auto",
+        warmup_steps: int | None = None,
+        warmup_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        ops.check_backend(backend)
+        if not isinstance(policy, Policy):
+            policy = load_policy(policy)
+        self.backend = backend
+        own = copy.deepcopy(policy).cpu().requires_grad_(False)
+        self._policies = {(torch.device("cpu"), own.weights()[0].dtype): own}
+        config = own.config
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup_steps": config.warmup_steps if warmup_steps is None else warmup_steps,
+            "warmup_lr": config.warmup_lr if warmup_lr is None else warmup_lr,
+            "policy": f"{own.kind} {_digest(own.weights())}",
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: A parameter is not floating point.
+            ValueError: A setting is out of range, or a policy that is not coordinatewise is to
+                step parameters of several dtypes or devices together.
+        """
+        super().add_param_group(param_group)
+        policy = next(iter(self._policies.values()))
+        kinds = {(p.device, _computing(p.dtype)) for p in self.param_groups[-1]["params"]}
+        if not policy.coordinatewise and len(kinds) > 1:
+            self.param_groups.pop()
+            raise ValueError(
+                f"params must be of one dtype and device in each group, for a {policy.kind} steps "
+                f"them together, not of {sorted(map(str, kinds))}"
+            )
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if not params:
+            return
+        policy = self._policy_for(params[0])
+        by_progress: dict[bool, list[Tensor]] = {}
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros(())
+            warming = bool(state["step"] < group["warmup_steps"])
+            by_progress.setdefault(warming, []).append(param)
+            state["step"] += 1
+        for warming, batch in by_progress.items():
+            for unit in [[param] for param in batch] if policy.coordinatewise else [batch]:
+                self._step_unit(group, unit, warming)
+
+    def _step_unit(self, group: dict[str, Any], unit: list[Tensor], warming: bool) -> None:
+        """Step parameters that the policy is to see together."""
+        policy = self._policy_for(unit[0])
+        layout = Layout({str(index): param.shape for index, param in enumerate(unit)})
+        dtype = policy.weights()[0].dtype
+        grad = torch.cat([p.grad.reshape(-1).to(dtype) for p in unit if p.grad is not None])
+        state = self._gather(policy, group, unit, grad, layout)
+        if warming:
+            rate = float(group["warmup_lr"])
+            update, state = rate * grad, policy.warm_up(grad, state, layout=layout)
+        else:
+            update, state = policy.step(grad, state, layout=layout, backend=self.backend)
+        self._scatter(policy, group, unit, state)
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        for param, change in zip(unit, layout.unflatten(update).values(), strict=True):
+            param.copy_(param.to(dtype) * (1 - lr * decay) - lr * change)
+
+    def _gather(
+        self,
+        policy: Policy,
+        group: dict[str, Any],
+        unit: list[Tensor],
+        grad: Tensor,
+        layout: Layout,
+    ) -> Any:
+        """The policy's state of parameters together, from what is kept of each and of all."""
+        begin = policy.initial_state(grad, layout)
+        fields = {}
+        for name, fresh in begin._asdict().items():
+            if name in policy.shared:
+                kept = group.get(f"shared.{name}", fresh)
+                fields[name] = kept.to(fresh) if torch.is_tensor(kept) else kept
+                continue
+            parts = []
+            for param in unit:
+                if name not in self.state[param]:
+                    alone = policy.initial_state(
+                        grad.new_zeros(param.numel()), Layout({"": param.shape})
+                    )
+                    self.state[param][name] = getattr(alone, name)
+                parts.append(self.state[param][name])
+            fields[name] = torch.cat(parts, -1) if torch.is_tensor(fresh) else parts[0]
+        return begin._replace(**fields)
+
+    def _scatter(
+        self, policy: Policy, group: dict[str, Any], unit: list[Tensor], state: Any
+    ) -> None:
+        """Keep a state by parameter, and what is of all by group."""
+        sizes = [param.numel() for param in unit]
+        for name, value in state._asdict().items():
+            if name in policy.shared:
+                group[f"shared.{name}"] = value
+                continue
+            if not torch.is_tensor(value):
+                parts = [value] * len(unit)
+            elif name in policy.per_tensor:
+                # Tensors without coordinates have no column.
+                parts = list(value.split([min(size, 1) for size in sizes], -1))
+            else:
+                parts = list(value.split(sizes, -1))
+            for param, part in zip(unit, parts, strict=True):
+                self.state[param][name] = part.clone() if torch.is_tensor(part) else part
+
+    def _policy_for(self, param: Tensor) -> Policy:
+        key = param.device, _computing(param.dtype)
+        if key not in self._policies:
+            first = next(iter(self._policies.values()))
+            self._policies[key] = copy.deepcopy(first).to(device=key[0], dtype=key[1])
+        return self._policies[key]
+
+
 def _digest(weights: Iterable[Tensor]) -> str:
-    """A short fingerprint of weights, to tell students apart."""
+    """A short fingerprint of weights, to tell policies apart."""
     digest = hashlib.blake2b(digest_size=8)
     for weight in weights:
         digest.update(weight.to(torch.float64).numpy().tobytes())
@@ -275,39 +448,57 @@ def _digest(weights: Iterable[Tensor]) -> str:
 
 
 class TeacherOptimizer(_PolicyOptimizer):
-    """An analytical teacher as an optimizer, to stand beside the student it taught.
+    """A teacher as an optimizer, to stand beside the student it taught.
 
     Args:
         params: Parameters or groups, floating point.
-        teacher: A :class:`Teacher`, or a kind for one with the paper's settings.
+        teacher: A :class:`Teacher`, a kind for one with the paper's settings, or a
+            :class:`TorchTeacher`. Its rate is then the groups' ``lr``, which schedulers may drive.
 
     Raises:
         TypeError: A parameter is not floating point.
         ValueError: There is no such kind.
     """
 
-    def __init__(self, params: Any, teacher: Teacher | str) -> None:
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+    def __init__(self, params: Any, teacher: Teacher | TorchTeacher | str) -> None:
+        self.teacher = Teacher(teacher) if isinstance(teacher, str) else teacher
         super().__init__(params, {"lr": self.teacher.lr})
         for group in self.param_groups:
             _check_group(group, ("lr",))
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        how = self.teacher
+        lr, how = float(group["lr"]), self.teacher
         for param in params:
-            state = self.state[param]
-            if not state:
-                dtype = _computing(param.dtype)
-                state["m"] = torch.zeros_like(param, dtype=dtype).reshape(1, -1)
-                state["v"] = state["m"].clone()
-            update, state["m"], state["v"] = ops.teacher_step(
-                param.grad.to(state["m"].dtype).reshape(1, -1),  # type: ignore[union-attr]
-                state["m"],
-                state["v"],
-                [how.kind],
-                [float(group["lr"])],
-                [how.beta1],
-                [how.beta2],  # type: ignore[list-item]
-                [how.eps],
-            )
+            if isinstance(how, Teacher):
+                update = self._analytical_update(how, param, lr)
+            else:
+                update = self._torch_update(how, param, lr)
             param.sub_(update.view(param.shape).to(param.dtype))
+
+    def _analytical_update(self, how: Teacher, param: Tensor, lr: float) -> Tensor:
+        state = self.state[param]
+        if not state:
+            dtype = _computing(param.dtype)
+            state["m"] = torch.zeros_like(param, dtype=dtype).reshape(1, -1)
+            state["v"] = state["m"].clone()
+        update, state["m"], state["v"] = ops.teacher_step(
+            param.grad.to(state["m"].dtype).reshape(1, -1),  # type: ignore[union-attr]
+            state["m"],
+            state["v"],
+            [how.kind],
+            [lr],
+            [how.beta1],
+            [how.beta2],  # type: ignore[list-item]
+            [how.eps],
+        )
+        return update
+
+    def _torch_update(self, how: TorchTeacher, param: Tensor, lr: float) -> Tensor:
+        """As the optimizer itself would, but that each tensor is a group of its own."""
+        state, dtype = self.state[param], _computing(param.dtype)
+        flat, grad = (t.to(dtype).reshape(-1) for t in (param, param.grad))  # type: ignore[union-attr]
+        layout = Layout({"": param.shape})
+        if lr != how.lr:
+            how = how.at(lr)
+        update, state["teacher"] = how.step(flat, grad, state.get("teacher", {}), layout)
+        return update

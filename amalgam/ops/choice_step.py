@@ -184,7 +184,7 @@ def _check_settings(settings: ChoiceSettings) -> None:
         raise ValueError(f"time_scale must be positive and finite, not {settings.time_scale}")
 
 
-def _pool(
+def pool_inputs(
     grad: Tensor, m: Tensor, v: Tensor, ranks: Tensor, time: float, *pool: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The teachers' updates, m and v, (K, N) each, and the LSTM's inputs, (K + 4, N)."""
@@ -195,7 +195,8 @@ def _pool(
     return u, m, v, torch.cat((u, torch.full_like(u[:1], time), is_rank))
 
 
-def _mixture(logits: Tensor) -> Tensor:
+def soft_mixture(logits: Tensor) -> Tensor:
+    """Of logits (K, N), how much each counts, (K, N)."""
     idle = torch.full_like(logits[:1], IDLE_LOGIT)
     return torch.cat((logits, idle)).softmax(0)[:-1]
 
@@ -218,10 +219,10 @@ def _reference(
     learning_rate: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad, ranks (N,), m, v (K, N), h, c (layers, hidden, N) -> update, m, v, h, c, mixture."""
-    u, m, v, x = _pool(grad, m, v, ranks, time, kinds, lr, beta1, beta2, eps)
+    u, m, v, x = pool_inputs(grad, m, v, ranks, time, kinds, lr, beta1, beta2, eps)
     out, h, c = lstm.step(x, h, c, weights)
     head, head_bias = weights[-2:]
-    mixture = _mixture(torch.addmm(head_bias[:, None], head, out))
+    mixture = soft_mixture(torch.addmm(head_bias[:, None], head, out))
     return learning_rate * (mixture * u).sum(0), m, v, h, c, mixture
 
 
@@ -246,11 +247,11 @@ def _reference_backward(
     """The step's vector-Jacobian product; only its inputs were kept, the gates come again."""
     d_update, d_m, d_v, d_h, d_c, d_mixture = grads_out
     pool = (kinds, lr, beta1, beta2, eps)
-    u, _, _, x = _pool(grad, m, v, ranks, time, *pool)
+    u, _, _, x = pool_inputs(grad, m, v, ranks, time, *pool)
     traced = lstm.trace(x, h, c, weights)
     out = traced.inputs[-1]
     head, head_bias = weights[-2:]
-    mixture = _mixture(torch.addmm(head_bias[:, None], head, out))
+    mixture = soft_mixture(torch.addmm(head_bias[:, None], head, out))
 
     d_update = learning_rate * d_update
     d_mixture = d_mixture + d_update * u

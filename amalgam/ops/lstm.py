@@ -68,13 +68,24 @@ def check_weights(
         )
 
 
+def layer_step(
+    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """One layer: x (inputs, N), h, c (hidden, N) -> its output, new cell, gates i, f, a, o."""
+    w_ih, w_hh, bias = weights
+    i, f, a, o = (torch.addmm(bias[:, None], w_ih, x) + w_hh @ h).chunk(4)
+    i, f, a, o = i.sigmoid(), f.sigmoid(), a.tanh(), o.sigmoid()
+    cell = f * c + i * a
+    return o * cell.tanh(), cell, (i, f, a, o)
+
+
 def step(
     x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x (inputs, N), h and c (layers, hidden, N): the top layer's output, new h, new c."""
     new_h, new_c = [], []
     for layer in range(h.shape[0]):
-        x, cell, _ = _cell(x, h[layer], c[layer], weights[3 * layer : 3 * layer + 3])
+        x, cell, _ = layer_step(x, h[layer], c[layer], weights[3 * layer : 3 * layer + 3])
         new_h.append(x)
         new_c.append(cell)
     return x, torch.stack(new_h), torch.stack(new_c)
@@ -84,7 +95,7 @@ def trace(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> Trace:
     """The same step, kept for :func:`backward`."""
     inputs, gates, cells = [x], [], []
     for layer in range(h.shape[0]):
-        x, cell, of_layer = _cell(x, h[layer], c[layer], weights[3 * layer : 3 * layer + 3])
+        x, cell, of_layer = layer_step(x, h[layer], c[layer], weights[3 * layer : 3 * layer + 3])
         inputs.append(x)
         gates.append(of_layer)
         cells.append(cell)
@@ -136,14 +147,3 @@ def backward(
         in_c.append(d_cell * f)
         d_x = w_ih.T @ d_gates
     return d_x, torch.stack(in_h[::-1]), torch.stack(in_c[::-1]), d_weights
-
-
-def _cell(
-    x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """One layer: x (inputs, N), h, c (hidden, N) -> its output, new cell and gates i, f, a, o."""
-    w_ih, w_hh, bias = weights
-    i, f, a, o = (torch.addmm(bias[:, None], w_ih, x) + w_hh @ h).chunk(4)
-    i, f, a, o = i.sigmoid(), f.sigmoid(), a.tanh(), o.sigmoid()
-    cell = f * c + i * a
-    return o * cell.tanh(), cell, (i, f, a, o)

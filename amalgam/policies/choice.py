@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from amalgam import ops
-from amalgam.ops import ChoiceSettings, ChoiceState
-from amalgam.policies.student import _Cell
-from amalgam.policies.teachers import Pool, Teacher
+from amalgam.hints import did_you_mean
+from amalgam.layout import Layout
+from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, lstm
+from amalgam.ops.choice_step import pool_inputs, soft_mixture
+from amalgam.policies.policy import (
+    Cell,
+    Policy,
+    check_fields,
+    glorot_head,
+    reference_only,
+    zero_head,
+)
+from amalgam.policies.teachers import Pool, PoolState, Teacher
+
+# Of all the teachers in the authors' choice pools RMSProp alone kept its class's eps.
+_SHALLOW_SMALL = (Teacher("rmsprop", 0.005, eps=1e-7), Teacher("adam", 0.02))
+_LARGE = ("sgd", "momentum", "rmsprop", "adam", "powersign", "addsign")
+POOLS: dict[str, tuple[Teacher, ...]] = {
+    "small": (Teacher("rmsprop"), Teacher("adam")),
+    "large": tuple(Teacher(kind) for kind in _LARGE),
+    "small-shallow": _SHALLOW_SMALL,
+    "large-shallow": (
+        Teacher("sgd", 2.0),
+        Teacher("momentum", 2.0),
+        *_SHALLOW_SMALL,
+        Teacher("powersign", 1.0),
+        Teacher("addsign", 1.0),
+    ),
+    "adam-sgd": (Teacher("sgd", 0.2), Teacher("adam", 0.02)),
+}
+"""Pools to choose from, by name.
+
+``small`` and ``large`` have the paper's rates (as its teachers, and the authors' runs of May 2021);
+the ``-shallow`` ones those that the authors' code has had since September 2021, two of them beyond
+the paper's grid; ``adam-sgd`` is the pool that the authors added in review.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,30 +55,40 @@ class ChoiceConfig:
 
     Attributes:
         teachers: The pool it chooses from: teachers, or their kinds for those with default
-            settings.
+            settings, or a name from :data:`POOLS`.
         layers: LSTM layers, 1 or more.
         hidden: Units in each.
         time_scale: Steps that make the time feature one.
         learning_rate: Factor on the mixture of the teachers' updates.
+        hardness: 0 to mix softly. Otherwise one teacher is chosen, and training stands in for
+            that by a Gumbel-softmax of temperature 1 / hardness.
+        lr_multiplier_scale: Where not 0, each teacher's update is multiplied by a learned
+            factor between exp(-scale) and exp(scale).
+        warmup_steps: SGD steps that it is to follow on from.
+        warmup_lr: Their learning rate.
     """
 
-    teachers: tuple[Teacher | str, ...] = ("rmsprop", "adam")
+    teachers: tuple[Teacher | str, ...] | str = ("rmsprop", "adam")
     layers: int = 2
     hidden: int = 20
     time_scale: float = 2000.0
     learning_rate: float = 1.0
+    hardness: float = 0.0
+    lr_multiplier_scale: float = 0.0
+    warmup_steps: int = 100
+    warmup_lr: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse what can't be computed."""
-        object.__setattr__(self, "teachers", Pool(self.teachers).teachers)
+        """Fill in the pool, and refuse what can't be computed."""
+        object.__setattr__(self, "teachers", _pool(self.teachers))
         if not self.teachers:
             raise ValueError("teachers must be one or more, not none")
-        for name in ("layers", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("time_scale", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        check_fields(
+            self,
+            counts=("layers", "hidden"),
+            positive=("time_scale", "learning_rate"),
+            not_negative=("hardness", "lr_multiplier_scale", "warmup_steps", "warmup_lr"),
+        )
 
     @property
     def settings(self) -> ChoiceSettings:
@@ -64,36 +108,66 @@ class ChoiceConfig:
         )
 
 
-class Choice(nn.Module):
-    """The optimal-choice policy (Optimizer Amalgamation, ICLR 2022, section 2.3), softly mixing.
+def _pool(
+    teachers: str | Sequence[Teacher | str | Mapping[str, Any]],
+) -> tuple[Teacher, ...]:
+    """A pool from its name, or from teachers, their kinds, or their fields as JSON keeps them."""
+    if isinstance(teachers, str):
+        if teachers not in POOLS:
+            hint = did_you_mean(teachers, POOLS)
+            raise ValueError(f"teachers must be one of {list(POOLS)}, not {teachers!r}{hint}")
+        return POOLS[teachers]
+    given = [Teacher(**t) if isinstance(t, Mapping) else t for t in teachers]
+    for teacher in given:
+        if not isinstance(teacher, Teacher | str):
+            raise TypeError(
+                f"teachers must be analytical, whose updates are differentiable, not {teacher!r}"
+            )
+    return tuple(t if isinstance(t, Teacher) else Teacher(t) for t in given)
+
+
+class Choice(Policy):
+    """The optimal-choice policy (Optimizer Amalgamation, ICLR 2022, section 2.3).
+
+    The soft mixture without rate multipliers is :func:`amalgam.ops.choice_step`, on any backend;
+    what ``hardness`` and ``lr_multiplier_scale`` add is computed in plain PyTorch::
+
+        factor_k = exp(lr_multiplier_scale tanh(lr_head . LSTM + lr_head_bias))
+        w = softmax(hardness (z + Gumbel noise))   with a generator, that is in training
+        w = one-hot of the largest z               without
+        update = learning_rate sum_k w_k factor_k u_k
 
     Initialised as the authors' Keras cells are: Glorot-uniform input kernels and head, orthogonal
-    recurrent kernels, zero biases but for the forget gates' ones.
+    recurrent kernels, zero biases but for the forget gates' ones; the multipliers begin at one.
 
     Args:
         config: Its pool, architecture and constants.
         generator: Source of its initial weights; torch's global one where absent.
+        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
     """
 
+    kind = "choice"
+    config_type = ChoiceConfig
+    config: ChoiceConfig
+
     def __init__(
-        self, config: ChoiceConfig | None = None, *, generator: torch.Generator | None = None
+        self,
+        config: ChoiceConfig | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        provenance: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config or ChoiceConfig()
+        super().__init__(config, provenance=provenance)
         k, hidden = len(self.config.teachers), self.config.hidden
         self.cells = nn.ModuleList(
-            _Cell(hidden if layer else k + 4, hidden, generator)
+            Cell(hidden if layer else k + 4, hidden, generator)
             for layer in range(self.config.layers)
         )
-        self.head = nn.utils.skip_init(nn.Linear, hidden, k)
-        nn.init.xavier_uniform_(self.head.weight, generator=generator)
-        nn.init.zeros_(self.head.bias)
+        self.head = glorot_head(hidden, k, generator)
+        if self.config.lr_multiplier_scale:
+            self.lr_head = zero_head(hidden, k)
 
-    def weights(self) -> list[Tensor]:
-        """The weights in the order that :func:`amalgam.ops.choice_step` takes."""
-        return list(self.parameters())
-
-    def initial_state(self, like: Tensor) -> ChoiceState:
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> ChoiceState:
         """The zero state, in the weights' dtype, for coordinates like these, of shape (N,)."""
         k, config, dtype = len(self.config.teachers), self.config, self.head.weight.dtype
 
@@ -104,24 +178,108 @@ class Choice(nn.Module):
         return ChoiceState(zeros(k), zeros(k), zeros(*cells), zeros(*cells))
 
     def step(
-        self, grad: Tensor, state: ChoiceState, ranks: Tensor, *, backend: str = "auto"
+        self,
+        grad: Tensor,
+        state: ChoiceState,
+        weights: Sequence[Tensor] | None = None,
+        *,
+        layout: Layout | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, ChoiceState]:
+        """One differentiable step: that of :meth:`mix`, which says more, without the mixture."""
+        update, new_state, _ = self.mix(
+            grad, state, weights, layout=layout, generator=generator, backend=backend
+        )
+        return update, new_state
+
+    def mix(
+        self,
+        grad: Tensor,
+        state: ChoiceState,
+        weights: Sequence[Tensor] | None = None,
+        *,
+        layout: Layout | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
     ) -> tuple[Tensor, ChoiceState, Tensor]:
-        """One differentiable step.
+        """One differentiable step, and what was chosen.
 
         Args:
             grad: The optimizee's gradient, shape (N,).
             state: The carried state.
-            ranks: The rank of the parameter that each coordinate belongs to, shape (N,), integers:
-                ``torch.cat([torch.full((p.numel(),), p.dim()) for p in parameters])``.
-            backend: As in :func:`amalgam.ops.choice_step`.
+            weights: Weights to use in place of its own.
+            layout: Which tensors the coordinates are, whose ranks it looks at; where absent, one
+                vector.
+            generator: Source of the noise where ``hardness`` is not 0; without, none is added
+                and the choice is hard. A soft choice is the same with and without.
+            backend: As in :func:`amalgam.ops.choice_step`; ``"reference"`` or ``"auto"`` where
+                ``hardness`` or ``lr_multiplier_scale`` is not 0.
 
         Returns:
             The update (N,), to be subtracted, the new state, and the mixture (K, N).
-        """
-        return ops.choice_step(
-            grad, state, self.weights(), ranks, self.config.settings, backend=backend
-        )
 
-    def extra_repr(self) -> str:
-        """The configuration, for ``repr``."""
-        return str(self.config)
+        Raises:
+            ValueError: Shapes do not fit together, or ``layout`` does not fit the gradient.
+            RuntimeError: The backend asked for can't compute this here.
+        """
+        chosen = self.weights() if weights is None else list(weights)
+        if layout is None:
+            layout = Layout({"": grad.shape})
+        if layout.numel != grad.numel():
+            raise ValueError(
+                f"layout must have as many coordinates as grad, {grad.numel()}, not {layout.numel}"
+            )
+        ranks = layout.ranks(grad.device)
+        if not self.config.hardness and not self.config.lr_multiplier_scale:
+            settings = self.config.settings
+            return ops.choice_step(grad, state, chosen, ranks, settings, backend=backend)
+        reference_only("choice with hardness or lr_multiplier_scale", backend)
+        return self._extended(grad, state, chosen, ranks, generator)
+
+    def _extended(
+        self,
+        grad: Tensor,
+        state: ChoiceState,
+        weights: list[Tensor],
+        ranks: Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, ChoiceState, Tensor]:
+        how, settings = self.config, self.config.settings
+        lr_head = []
+        if how.lr_multiplier_scale:
+            weights, lr_head = weights[:-2], weights[-2:]
+        u, m, v, x = pool_inputs(
+            *(grad, state.m, state.v, ranks, state.steps / how.time_scale),
+            [KINDS.index(kind) for kind in settings.kinds],
+            *(settings.lr, settings.beta1, settings.beta2, settings.eps),
+        )
+        out, h, c = lstm.step(x, state.h, state.c, weights)
+        logits = torch.addmm(weights[-1][:, None], weights[-2], out)
+        if not how.hardness:
+            mixture = soft_mixture(logits)
+        elif generator is None:
+            winner = functional.one_hot(logits.argmax(0), logits.shape[0])
+            mixture = winner.T.to(logits.dtype)
+        else:
+            uniform = torch.rand(
+                logits.shape, generator=generator, dtype=logits.dtype, device=generator.device
+            )
+            tiny = torch.finfo(logits.dtype).tiny
+            gumbel = -(-uniform.clamp_min(tiny).log()).log()
+            mixture = (how.hardness * (logits + gumbel.to(logits.device))).softmax(0)
+        if lr_head:
+            factor = torch.addmm(lr_head[1][:, None], lr_head[0], out).tanh()
+            u = u * (how.lr_multiplier_scale * factor).exp()
+        update = how.learning_rate * (mixture * u).sum(0)
+        return update, ChoiceState(m, v, h, c, state.steps + 1), mixture
+
+    def warm_up(
+        self, grad: Tensor, state: ChoiceState, *, layout: Layout | None = None
+    ) -> ChoiceState:
+        """The state after a warm-up step's gradient: moments and time move, the LSTM waits."""
+        moments = Pool(self.config.teachers).warm_up(
+            grad.expand_as(state.m), PoolState(state.m, state.v), backend="reference"
+        )
+        assert isinstance(moments, PoolState)
+        return state._replace(m=moments.m, v=moments.v, steps=state.steps + 1)

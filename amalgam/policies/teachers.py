@@ -1,15 +1,18 @@
-"""The teachers: a pool of analytical optimizers that step side by side."""
+"""The teachers: a pool of optimizers that step side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam import ops
+from amalgam.layout import Layout
+from amalgam.policies import torch_teacher
+from amalgam.policies.torch_teacher import TorchState, TorchTeacher
 
 LEARNING_RATES = {
     "sgd": 0.2,
@@ -59,7 +62,7 @@ class Teacher:
 
 
 class PoolState(NamedTuple):
-    """What K teachers carry from step to step, for N coordinates each.
+    """What K analytical teachers carry from step to step, for N coordinates each.
 
     Attributes:
         m: First moments, shape (K, N); rows of teachers without one stay zero.
@@ -70,21 +73,41 @@ class PoolState(NamedTuple):
     v: Tensor
 
 
+class MixedPoolState(NamedTuple):
+    """What K teachers carry of which some are :class:`TorchTeacher`.
+
+    Attributes:
+        m: The analytical teachers' first moments, shape (A, N).
+        v: Their second moments, likewise.
+        torch: The others' states, one each.
+    """
+
+    m: Tensor
+    v: Tensor
+    torch: tuple[TorchState, ...]
+
+
 class Pool:
     """Several teachers, each on its own trajectory.
 
+    What they carry is a :class:`PoolState`, or a :class:`MixedPoolState` where one of them is a
+    :class:`TorchTeacher`; :func:`state_tensors` says what of it a file is to keep.
+
     Args:
-        teachers: The teachers, or their kinds for those with default settings.
+        teachers: The teachers, analytical ones or torch's, or kinds for analytical ones with
+            default settings.
 
     Raises:
         TypeError: ``teachers`` is a string.
         ValueError: A kind that does not exist.
     """
 
-    def __init__(self, teachers: Sequence[Teacher | str]) -> None:
+    def __init__(self, teachers: Sequence[Teacher | TorchTeacher | str]) -> None:
         if isinstance(teachers, str):
             raise TypeError(f"teachers must be a sequence, as in [{teachers!r}], not a string")
-        self.teachers = tuple(t if isinstance(t, Teacher) else Teacher(t) for t in teachers)
+        self.teachers = tuple(Teacher(t) if isinstance(t, str) else t for t in teachers)
+        self._analytical = {k: t for k, t in enumerate(self.teachers) if isinstance(t, Teacher)}
+        self._torch = {k: t for k, t in enumerate(self.teachers) if isinstance(t, TorchTeacher)}
 
     def __len__(self) -> int:
         """How many teachers there are."""
@@ -98,29 +121,117 @@ class Pool:
             t.kind if kinds.count(t.kind) == 1 else f"{t.kind}({t.lr:g})" for t in self.teachers
         )
 
-    def initial_state(self, like: Tensor) -> PoolState:
-        """The zero state for coordinates like these, of shape (N,)."""
-        shape = (len(self), *like.shape)
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> Any:
+        """The state before the first step.
+
+        Args:
+            like: The coordinates, shape (N,).
+            layout: Which tensors they are. Where given, a teacher that refuses one of them says
+                so here, and not in the first step.
+
+        Raises:
+            ValueError: A :class:`TorchTeacher` refuses a tensor, and has no optimizer for others.
+        """
+        if layout is not None:
+            for teacher in self._torch.values():
+                teacher.routes(layout, like)
+        shape = (len(self._analytical), *like.shape)
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return PoolState(zeros, zeros.clone())
+        if not self._torch:
+            return PoolState(zeros, zeros.clone())
+        return MixedPoolState(zeros, zeros.clone(), tuple({} for _ in self._torch))
 
     def step(
-        self, grads: Tensor, state: PoolState, *, backend: str = "auto"
-    ) -> tuple[Tensor, PoolState]:
+        self,
+        grads: Tensor,
+        state: Any,
+        *,
+        params: Tensor | None = None,
+        layout: Layout | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Any]:
         """One step of every teacher.
 
         Args:
             grads: Each teacher's gradient, shape (K, N).
-            state: The carried state.
-            backend: As in :func:`amalgam.ops.teacher_step`.
+            state: The carried state; not changed.
+            params: Each teacher's parameters, shape (K, N), in the coordinates that the gradients
+                are in; not changed. Analytical teachers do not look at them.
+            layout: Which tensors the coordinates are; likewise.
+            backend: As in :func:`amalgam.ops.teacher_step`, for the analytical teachers.
 
         Returns:
-            The updates (K, N), to be subtracted, and the new state.
+            The updates (K, N), to be subtracted, and the new state. Gradients reach the
+            analytical teachers' updates, not the others'.
+
+        Raises:
+            ValueError: The pool has a :class:`TorchTeacher`, and ``params`` or ``layout`` is
+                absent or does not fit, or that teacher refuses a tensor.
         """
+        if isinstance(state, PoolState):
+            updates, moments = self._analytical_step(grads, state, backend)
+            return updates, moments
+        if params is None or layout is None:
+            absent = "params" if params is None else "layout"
+            raise ValueError(f"{absent} must be given: {self._first_torch} looks at it")
+        if params.shape != grads.shape:
+            raise ValueError(
+                f"params must have the shape of grads, {tuple(grads.shape)}, "
+                f"not {tuple(params.shape)}"
+            )
+        if layout.numel != grads.shape[1]:
+            raise ValueError(
+                f"layout must have as many coordinates as grads, {grads.shape[1]}, "
+                f"not {layout.numel}"
+            )
+        rows: dict[int, Tensor] = {}
+        chosen = list(self._analytical)
+        updates, moments = self._analytical_step(
+            grads[chosen], PoolState(state.m, state.v), backend
+        )
+        rows |= dict(zip(chosen, updates, strict=True))
+        carried = []
+        for (k, teacher), old in zip(self._torch.items(), state.torch, strict=True):
+            rows[k], new = teacher.step(params[k], grads[k], old, layout)
+            carried.append(new)
+        in_order = torch.stack([rows[k] for k in range(len(self))])
+        return in_order, MixedPoolState(moments.m, moments.v, tuple(carried))
+
+    def warm_up(
+        self,
+        grads: Tensor,
+        state: Any,
+        *,
+        params: Tensor | None = None,
+        layout: Layout | None = None,
+        backend: str = "auto",
+    ) -> Any:
+        """The state after a warm-up step's gradients (K, N): what teachers carry moves, they stay.
+
+        Args and Raises: see :meth:`step`.
+        """
+        return self.step(grads, state, params=params, layout=layout, backend=backend)[1]
+
+    def keep(self, moved: Tensor, new: Any, old: Any) -> Any:
+        """The new state of the teachers that moved, booleans (K,), and the old of the others."""
+        rows = moved[list(self._analytical)][:, None]
+        m, v = torch.where(rows, new.m, old.m), torch.where(rows, new.v, old.v)
+        if isinstance(new, PoolState) or isinstance(old, PoolState):
+            return PoolState(m, v)
+        pairs = zip(self._torch, new.torch, old.torch, strict=True)
+        return MixedPoolState(m, v, tuple(n if moved[k] else o for k, n, o in pairs))
+
+    @property
+    def _first_torch(self) -> TorchTeacher:
+        return next(iter(self._torch.values()))
+
+    def _analytical_step(
+        self, grads: Tensor, state: PoolState, backend: str
+    ) -> tuple[Tensor, PoolState]:
         updates, m, v = ops.teacher_step(
             grads,
             *state,
-            kinds=[t.kind for t in self.teachers],
+            kinds=[t.kind for t in self._analytical.values()],
             lr=self._column("lr"),
             beta1=self._column("beta1"),
             beta2=self._column("beta2"),
@@ -129,9 +240,33 @@ class Pool:
         )
         return updates, PoolState(m, v)
 
-    def warm_up(self, grads: Tensor, state: PoolState, *, backend: str = "auto") -> PoolState:
-        """The state after a warm-up step's gradients (K, N): the moments move."""
-        return self.step(grads, state, backend=backend)[1]
-
     def _column(self, name: str) -> list[float]:
-        return [getattr(teacher, name) for teacher in self.teachers]
+        return [getattr(teacher, name) for teacher in self._analytical.values()]
+
+
+def state_tensors(state: PoolState | MixedPoolState) -> dict[str, Tensor]:
+    """A pool's state as tensors by name, to be kept in a file; see :func:`state_from_tensors`."""
+    tensors = {"m": state.m, "v": state.v}
+    if isinstance(state, MixedPoolState):
+        tensors["torch"] = torch.tensor(len(state.torch))
+        for index, carried in enumerate(state.torch):
+            for name, tensor in torch_teacher.to_tensors(carried):
+                tensors[f"torch.{index}.{name}"] = tensor
+    return tensors
+
+
+def state_from_tensors(tensors: Mapping[str, Tensor]) -> PoolState | MixedPoolState:
+    """The state whose :func:`state_tensors` these are, to the same bits.
+
+    Raises:
+        KeyError: ``m`` or ``v`` is absent.
+    """
+    if "torch" not in tensors:
+        return PoolState(tensors["m"], tensors["v"])
+    carried: list[dict[str, Tensor]] = [{} for _ in range(int(tensors["torch"]))]
+    for name, tensor in tensors.items():
+        if name.startswith("torch."):
+            index, _, rest = name.removeprefix("torch.").partition(".")
+            carried[int(index)][rest] = tensor
+    states = tuple(torch_teacher.from_tensors(entries) for entries in carried)
+    return MixedPoolState(tensors["m"], tensors["v"], states)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from amalgam.hints import did_you_mean
+from amalgam.layout import Layout
 from amalgam.tasks.digits import digits_cnn, digits_mlp
-from amalgam.tasks.task import Batch, Batches, Layout, Task
+from amalgam.tasks.task import Batch, Batches, Task
 
 TASKS: dict[str, Callable[[int], Task]] = {"digits-mlp": digits_mlp, "digits-cnn": digits_cnn}
 

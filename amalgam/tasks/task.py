@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -12,30 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from amalgam.layout import Layout
+
 Batch = tuple[Tensor, ...]
-
-
-class Layout:
-    """Where each parameter of a module lies in one flat vector.
-
-    Args:
-        shapes: Shapes by name, in order.
-    """
-
-    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
-        self.shapes = dict(shapes)
-        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.numel = sum(self.sizes)
-
-    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """Parameters by name -> one vector, shape (numel,)."""
-        return torch.cat([params[name].reshape(-1) for name in self.shapes])
-
-    def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        """One vector, shape (numel,) -> views of it by name."""
-        parts = flat.split(self.sizes)
-        named = zip(self.shapes.items(), parts, strict=True)
-        return {name: part.view(shape) for (name, shape), part in named}
 
 
 class Batches(Sequence[Batch]):

@@ -81,6 +81,28 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         FileNotFoundError: There is no such file.
         ValueError: It is not a safetensors file, is cut short, or holds something else.
     """
+    tensors, found, about = read_any(path, f"an amalgam {kind}")
+    if found != kind:
+        raise ValueError(f"{str(path)!r} must be an amalgam {kind}, but is an amalgam {found}")
+    return tensors, about
+
+
+def read_any(
+    path: str | os.PathLike[str], wanted: str
+) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Read what :func:`write` wrote, of whatever kind.
+
+    Args:
+        path: The file.
+        wanted: What it should hold, for the message where amalgam did not write it.
+
+    Returns:
+        The tensors by name, on the CPU, the kind, and the facts.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a safetensors file, is cut short, or is not amalgam's.
+    """
     import safetensors
 
     path = Path(path)
@@ -96,16 +118,13 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         ) from error
     if _KEY not in metadata:
         raise ValueError(
-            f"{str(path)!r} must be an amalgam {kind}, but is a safetensors file that amalgam did "
-            f"not write"
+            f"{str(path)!r} must be {wanted}, but is a safetensors file that amalgam did not write"
         )
     try:
         described = json.loads(metadata[_KEY])
-        found, about = described["kind"], described["about"]
+        kind, about = described["kind"], described["about"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} does not say what it holds ({error!r})") from error
-    if found != kind:
-        raise ValueError(f"{str(path)!r} must be an amalgam {kind}, but is an amalgam {found}")
     if not isinstance(about, dict):
         raise ValueError(f"{str(path)!r} must describe itself with an object, not {about!r}")
-    return tensors, about
+    return tensors, kind, about

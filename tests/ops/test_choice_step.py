@@ -17,6 +17,7 @@ from test_student_step import assert_as_accurate, by_triton, flat, moved, run_in
 from torch import Tensor
 
 from amalgam.backends import triton
+from amalgam.layout import Layout
 from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, registry, teacher_step
 from amalgam.policies import Choice, ChoiceConfig, Teacher
 
@@ -536,11 +537,9 @@ def test_compiled_choice_matches_the_authors(
         values = torch.from_numpy(data[key])
         weight.data.copy_(values.T if weight.dim() == 2 else values)
     grads = torch.from_numpy(data["grads"]).to(dtype).requires_grad_()
-    state, updates = choice.initial_state(grads[0]), []
+    state, updates, layout = choice.initial_state(grads[0]), [], Layout({"weight": (4, 9)})
     for grad in grads:
-        update, state, _ = choice.step(
-            grad, state, torch.full_like(grad, 2).long(), backend=backend
-        )
+        update, state = choice.step(grad, state, layout=layout, backend=backend)
         updates.append(update)
     stacked = torch.stack(updates)
 

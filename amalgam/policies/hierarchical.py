@@ -1,0 +1,272 @@
+"""The hierarchical learned optimizer: recurrent networks for coordinates, tensors and the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amalgam.layout import Layout
+from amalgam.policies.policy import Policy, check_fields, reference_only, zero_head
+
+_LOGIT_09 = math.log(0.9 / 0.1)
+_LOGIT_0999 = math.log(0.999 / 0.001)
+
+
+class ScaleState(NamedTuple):
+    """What :class:`ScaleHierarchical` carries, for S timescales, N coordinates, T tensors.
+
+    Attributes:
+        m: Means of the gradient over every timescale, shape (S, N).
+        v: Means of its square, likewise.
+        eta: Running log learning rates, shape (N,).
+        eta_rel: The last log learning rates, less their tensor's mean, shape (N,).
+        h: Output of the coordinates' GRU, shape (param_units, N).
+        tensor: Output of the tensors' GRU, shape (tensor_units, T).
+        whole: Output of the GRU of the whole, shape (global_units, 1).
+    """
+
+    m: Tensor
+    v: Tensor
+    eta: Tensor
+    eta_rel: Tensor
+    h: Tensor
+    tensor: Tensor
+    whole: Tensor
+
+
+@dataclass(frozen=True)
+class ScaleHierarchicalConfig:
+    """What a :class:`ScaleHierarchical` is, beside its weights.
+
+    Attributes:
+        param_units: Units of the coordinates' GRU.
+        tensor_units: Units of the tensors'.
+        global_units: Units of that of the whole.
+        timescales: Means of the gradient, each of twice the decay time of the one after.
+        initial_lr: Learning rate of every coordinate at first.
+        lr_offset: Added to all learning rates.
+        eps: Added to the second moments inside the root.
+        warmup_steps: SGD steps that it is to follow on from.
+        warmup_lr: Their learning rate.
+    """
+
+    param_units: int = 20
+    tensor_units: int = 10
+    global_units: int = 10
+    timescales: int = 4
+    initial_lr: float = 1e-3
+    lr_offset: float = 1e-2
+    eps: float = 1e-10
+    warmup_steps: int = 100
+    warmup_lr: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be computed."""
+        check_fields(
+            self,
+            counts=("param_units", "tensor_units", "global_units", "timescales"),
+            positive=("initial_lr", "eps"),
+            not_negative=("lr_offset", "warmup_steps", "warmup_lr"),
+        )
+
+
+class _GRU(nn.Module):
+    """Weights of a GRU, gates in the order update, reset, candidate, as Keras initialises them.
+
+    The biases are two rows: of the inputs, and of the recurrence, inside the reset gate's reach.
+    """
+
+    def __init__(self, inputs: int, hidden: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.empty(3 * hidden, inputs))
+        self.weight_hh = nn.Parameter(torch.empty(3 * hidden, hidden))
+        self.bias = nn.Parameter(torch.zeros(2, 3 * hidden))
+        nn.init.xavier_uniform_(self.weight_ih, generator=generator)
+        nn.init.orthogonal_(self.weight_hh, generator=generator)
+
+
+def _gru(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """One step of x (inputs, N) and h (hidden, N): the new h."""
+    w_ih, w_hh, bias = weights
+    of_input = torch.addmm(bias[0, :, None], w_ih, x).chunk(3)
+    of_state = torch.addmm(bias[1, :, None], w_hh, h).chunk(3)
+    update = (of_input[0] + of_state[0]).sigmoid()
+    reset = (of_input[1] + of_state[1]).sigmoid()
+    candidate = (of_input[2] + reset * of_state[2]).tanh()
+    return update * h + (1 - update) * candidate
+
+
+def _head(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A linear head of one output on x (inputs, N): shape (N,)."""
+    return torch.addmm(weights[1][:, None], weights[0], x)[0]
+
+
+class ScaleHierarchical(Policy):
+    """Learned Optimizers that Scale and Generalize (Wichrowska et al. 2017).
+
+    Per coordinate, with h its GRU's output before the step, for timescale s = 0, 1, ..::
+
+        b1 = sigmoid(head(h))^(2^-s)      b2 likewise                        (eq. 13)
+        m_s <- b1 m_s + (1 - b1) g        v_s <- b2 v_s + (1 - b2) g^2       (eq. 1, 2)
+        a_s = m_s / sqrt(v_s + eps)       l_s = log(v_s + eps) - mean over s (eq. 3, 4)
+        h <- GRU([a, l, eta_rel, tensor, whole], h)                          (eq. 10)
+        tensor <- GRU([mean of h over the tensor, whole], tensor)            (eq. 11)
+        eta_now = eta + head(h)           eta_rel <- eta_now - its mean over the tensor
+        eta <- c eta + (1 - c) eta_now    c = sigmoid(gamma)                 (eq. 7, 8)
+        update = (exp(eta_now) + lr_offset) (head(h) + head(a))              (eq. 5, app. B.1, D.3)
+        whole <- GRU(mean of tensor over tensors, whole)                     (eq. 12)
+
+    Every head begins with a zero kernel, and so the update at zero. All of an optimizee's tensors
+    are stepped together, as a layout tells them apart; without one they are one tensor.
+
+    Args:
+        config: Its architecture and constants.
+        generator: Source of its initial weights; torch's global one where absent.
+        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    """
+
+    kind = "scale-hierarchical"
+    config_type = ScaleHierarchicalConfig
+    coordinatewise = False
+    per_tensor = ("tensor",)
+    shared = ("whole",)
+    config: ScaleHierarchicalConfig
+
+    def __init__(
+        self,
+        config: ScaleHierarchicalConfig | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config, provenance=provenance)
+        how = self.config
+        units = how.param_units
+        inputs = 2 * how.timescales + 1 + how.tensor_units + how.global_units
+        self.param_gru = _GRU(inputs, units, generator)
+        self.tensor_gru = _GRU(units + how.global_units, how.tensor_units, generator)
+        self.global_gru = _GRU(how.tensor_units, how.global_units, generator)
+        self.direction = zero_head(units, 1)
+        self.rate = zero_head(units, 1)
+        self.decay_m = zero_head(units, 1, _LOGIT_09)
+        self.decay_v = zero_head(units, 1, _LOGIT_0999)
+        self.shortcut = zero_head(how.timescales, 1)
+        self.gamma = nn.Parameter(torch.tensor(3.2))
+
+    def weights(self) -> list[Tensor]:
+        """The GRUs' (coordinates', tensors', the whole's), the heads' and gamma, in that order."""
+        modules = (self.param_gru, self.tensor_gru, self.global_gru, self.direction, self.rate)
+        heads = (self.decay_m, self.decay_v, self.shortcut)
+        return [*(w for module in (*modules, *heads) for w in module.parameters()), self.gamma]
+
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> ScaleState:
+        """The state before the first step, of coordinates like these, shape (N,)."""
+        how, n = self.config, like.numel()
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=self.gamma.dtype, device=like.device)
+
+        return ScaleState(
+            m=zeros(how.timescales, n),
+            v=zeros(how.timescales, n),
+            eta=torch.full_like(zeros(n), math.log(how.initial_lr)),
+            eta_rel=zeros(n),
+            h=zeros(how.param_units, n),
+            tensor=zeros(how.tensor_units, len(_sizes(like, layout))),
+            whole=zeros(how.global_units, 1),
+        )
+
+    def step(
+        self,
+        grad: Tensor,
+        state: ScaleState,
+        weights: Sequence[Tensor] | None = None,
+        *,
+        layout: Layout | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, ScaleState]:
+        """One step; see :meth:`amalgam.policies.LearnedPolicy.step`.
+
+        Raises:
+            ValueError: ``layout`` does not fit the gradient, or the state.
+        """
+        reference_only(self.kind, backend)
+        chosen = list(self.weights() if weights is None else weights)
+        sizes, how = _sizes(grad, layout), self.config
+        if state.tensor.shape[1] != len(sizes):
+            raise ValueError(
+                f"layout must have the {state.tensor.shape[1]} tensors that the state was made "
+                f"for, not {len(sizes)}"
+            )
+        gamma, heads = chosen[-1], [chosen[i : i + 2] for i in range(9, 19, 2)]
+        direction, rate, decay_m, decay_v, shortcut = heads
+
+        powers = torch.tensor([0.5**s for s in range(how.timescales)], dtype=grad.dtype)
+        powers = powers.to(grad.device)[:, None]
+        beta1 = _head(state.h, decay_m).sigmoid() ** powers
+        beta2 = _head(state.h, decay_v).sigmoid() ** powers
+        m = beta1 * state.m + (1 - beta1) * grad
+        v = beta2 * state.v + (1 - beta2) * grad.square()
+        average = m * (v + how.eps).rsqrt()
+        magnitude = (v + how.eps).log()
+        magnitude = magnitude - magnitude.mean(0)
+
+        x = torch.cat(
+            (
+                average,
+                magnitude,
+                state.eta_rel[None],
+                _to_coordinates(state.tensor, sizes),
+                state.whole.expand(-1, grad.numel()),
+            )
+        )
+        h = _gru(x, state.h, chosen[0:3])
+        of_tensors = torch.cat((_to_tensors(h, sizes), state.whole.expand(-1, len(sizes))))
+        tensor = _gru(of_tensors, state.tensor, chosen[3:6])
+
+        eta_now = state.eta + _head(h, rate)
+        keep = gamma.sigmoid()
+        eta = keep * state.eta + (1 - keep) * eta_now
+        mean_eta = _to_coordinates(_to_tensors(eta_now[None], sizes), sizes)[0]
+        update = (eta_now.exp() + how.lr_offset) * (_head(h, direction) + _head(average, shortcut))
+        whole = state.whole
+        if sizes:
+            whole = _gru(tensor.mean(1, keepdim=True), whole, chosen[6:9])
+        return update, ScaleState(m, v, eta, eta_now - mean_eta, h, tensor, whole)
+
+    def warm_up(
+        self, grad: Tensor, state: ScaleState, *, layout: Layout | None = None
+    ) -> ScaleState:
+        """The state after a warm-up step's gradient: all of it follows, as the authors' does."""
+        return self.step(grad, state, layout=layout)[1]
+
+
+def _sizes(like: Tensor, layout: Layout | None) -> list[int]:
+    """How many coordinates each tensor has; those without any count for nothing."""
+    sizes = [like.numel()] if layout is None else layout.sizes
+    if sum(sizes) != like.numel():
+        raise ValueError(
+            f"layout must have as many coordinates as there are, {like.numel()}, not {sum(sizes)}"
+        )
+    return [size for size in sizes if size]
+
+
+def _to_tensors(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Means over each tensor's coordinates: (units, N) -> (units, T)."""
+    if not sizes:
+        return x.new_zeros(x.shape[0], 0)
+    return torch.stack([part.mean(1) for part in x.split(list(sizes), 1)], 1)
+
+
+def _to_coordinates(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What each tensor has, for each of its coordinates: (units, T) -> (units, N)."""
+    # A gather's gradient adds up in an order of chance on a GPU; an expansion's does not.
+    if not sizes:
+        return x.new_zeros(x.shape[0], 0)
+    return torch.cat([x[:, t, None].expand(-1, size) for t, size in enumerate(sizes)], 1)

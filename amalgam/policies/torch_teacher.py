@@ -1,0 +1,283 @@
+"""Any ``torch.optim.Optimizer`` as a teacher: only where it goes matters, not how."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from amalgam.layout import Layout
+
+TorchState = dict[str, Any]
+"""What a torch optimizer carries: ``<tensor>/<name>`` -> tensor or number.
+
+A tensor is named by its place among the layout's, and an optimizer's own entries (which few have)
+by the place of the optimizer and ``group``.
+"""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An optimizer class and its arguments, both hashable."""
+
+    path: str
+    arguments: tuple[tuple[str, Any], ...]
+
+    def make(self, params: Sequence[Tensor]) -> Optimizer:
+        return find_optimizer(self.path)(list(params), **dict(self.arguments))
+
+    def __str__(self) -> str:
+        return f"{self.path}({', '.join(f'{key}={value!r}' for key, value in self.arguments)})"
+
+
+def find_optimizer(path: str) -> type[Optimizer]:
+    """The optimizer class of a dotted path, such as ``"torch.optim.Muon"``.
+
+    Raises:
+        ValueError: There is nothing of that name, or it is no optimizer.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"optimizer must be a class that can be imported, such as 'torch.optim.Muon', "
+            f"not {path!r} ({error})"
+        ) from error
+    if not isinstance(found, type) or not issubclass(found, Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, which {path!r} is not")
+    return found
+
+
+def _made(optimizer: str | type[Optimizer], arguments: Mapping[str, Any]) -> _Made:
+    if isinstance(optimizer, str):
+        path = optimizer
+    elif getattr(torch.optim, optimizer.__name__, None) is optimizer:
+        path = f"torch.optim.{optimizer.__name__}"
+    else:
+        path = f"{optimizer.__module__}.{optimizer.__qualname__}"
+    find_optimizer(path)
+    return _Made(path, tuple(sorted((key, _frozen(value)) for key, value in arguments.items())))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+class TorchTeacher:
+    """A ``torch.optim`` optimizer, or any other of its interface, as a teacher.
+
+    Equal and hashed by what it is made of, which ``repr`` shows. The optimizer is made anew in
+    every step and given its ``state`` and what has changed in its group; what it keeps elsewhere
+    is lost.
+
+    Args:
+        optimizer: Its class, or that class's dotted path.
+        arguments: Its arguments.
+        others: Class or path, and arguments, of the optimizer for tensors that the first one
+            refuses, as Muon does all but matrices.
+        **more: Further arguments, so that ``TorchTeacher(torch.optim.Muon, lr=0.02)`` reads as
+            what it is.
+
+    Raises:
+        ValueError: Either is no optimizer that can be imported, its arguments do not fit, or its
+            step needs a closure (LBFGS) or sparse gradients (SparseAdam).
+    """
+
+    def __init__(
+        self,
+        optimizer: str | type[Optimizer],
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        others: tuple[str | type[Optimizer], Mapping[str, Any]] | None = None,
+        **more: Any,
+    ) -> None:
+        self._first = _made(optimizer, {**(arguments or {}), **more})
+        self._others = None if others is None else _made(*others)
+        for made in self._all():
+            probe = torch.zeros(1, 1)
+            probe.grad = torch.zeros(1, 1)
+            try:
+                built = made.make([probe])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{made} can't be made: {error}") from error
+            try:
+                built.step()
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{made.path} can't be a teacher: its step() must take dense gradients and no "
+                    f"closure ({error})"
+                ) from error
+
+    def _all(self) -> tuple[_Made, ...]:
+        return (self._first,) if self._others is None else (self._first, self._others)
+
+    @property
+    def kind(self) -> str:
+        """The optimizer's name."""
+        return self._first.path.rpartition(".")[2]
+
+    @property
+    def lr(self) -> float:
+        """Its learning rate."""
+        return float(self._first.make([torch.zeros(1, 1)]).param_groups[0]["lr"])
+
+    def at(self, lr: float) -> TorchTeacher:
+        """The same teacher at another learning rate; others' change in proportion."""
+        factor = lr / self.lr
+        others = None
+        if self._others is not None:
+            rate = self._others.make([torch.zeros(1, 1)]).param_groups[0]["lr"]
+            others = (self._others.path, {**dict(self._others.arguments), "lr": rate * factor})
+        arguments = {**dict(self._first.arguments), "lr": lr}
+        return TorchTeacher(self._first.path, arguments, others=others)
+
+    def routes(self, layout: Layout, like: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Which of a layout's tensors, by index, go to the optimizer, and which to the others'.
+
+        Args:
+            layout: The tensors.
+            like: Coordinates of their dtype and device.
+
+        Raises:
+            ValueError: The optimizer refuses a tensor, and there is none for others.
+        """
+        return _routes(self._all(), tuple(layout.shapes.values()), like.dtype, like.device)
+
+    def step(
+        self, params: Tensor, grad: Tensor, state: TorchState, layout: Layout
+    ) -> tuple[Tensor, TorchState]:
+        """One step.
+
+        Args:
+            params: Its parameters, shape (N,); not changed.
+            grad: Their gradient, shape (N,).
+            state: The carried state, ``{}`` at first; not changed.
+            layout: Which tensors the coordinates are.
+
+        Returns:
+            The update (N,), to be subtracted, and the new state.
+
+        Raises:
+            ValueError: The optimizer refuses a tensor, and there is none for others.
+        """
+        params, grad = params.detach(), grad.detach()
+        # Each tensor in memory of its own: an optimizer may change any of it in place.
+        scratch = [part.clone() for part in layout.unflatten(params).values()]
+        for tensor, part in zip(scratch, layout.unflatten(grad).values(), strict=True):
+            tensor.grad = part.clone()
+        new_state: TorchState = {}
+        pairs = zip(self._all(), self.routes(layout, params), strict=True)
+        for number, (made, route) in enumerate(pairs):
+            if not route:
+                continue
+            optimizer = made.make([scratch[index] for index in route])
+            (group,) = optimizer.param_groups
+            fresh = {key: value for key, value in group.items() if key != "params"}
+            group.update(_under(state, f"group{number}"))
+            for index in route:
+                stored = _under(state, str(index))
+                if stored:
+                    optimizer.state[scratch[index]] = {
+                        key: value.clone() if isinstance(value, Tensor) else value
+                        for key, value in stored.items()
+                    }
+            optimizer.step()
+            for index in route:
+                for key, value in optimizer.state[scratch[index]].items():
+                    new_state[f"{index}/{key}"] = _storable(made, key, value)
+            for key, value in group.items():
+                if key != "params" and value is not fresh.get(key) and value != fresh.get(key):
+                    new_state[f"group{number}/{key}"] = _storable(made, key, value)
+        after = torch.cat([tensor.reshape(-1) for tensor in scratch]) if scratch else params
+        return params - after, new_state
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TorchTeacher) and self._all() == other._all()
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __repr__(self) -> str:
+        others = "" if self._others is None else f", others={self._others}"
+        return f"TorchTeacher({self._first}{others})"
+
+
+def _under(state: TorchState, head: str) -> TorchState:
+    """The entries of a state whose names begin so, by the rest of their names."""
+    return {
+        key.removeprefix(f"{head}/"): value
+        for key, value in state.items()
+        if key.startswith(f"{head}/")
+    }
+
+
+def _storable(made: _Made, key: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, Tensor | int | float):
+        raise TypeError(
+            f"{made.path} can't be a teacher: its state's {key!r} is a {type(value).__name__}, and "
+            f"only tensors and numbers can be kept"
+        )
+    return value
+
+
+@lru_cache(maxsize=64)
+def _routes(
+    optimizers: tuple[_Made, ...],
+    shapes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[int, ...], ...]:
+    """Which tensors, by index, each optimizer steps: the first that takes it."""
+    routes: list[list[int]] = [[] for _ in optimizers]
+    for index, shape in enumerate(shapes):
+        for made, route in zip(optimizers, routes, strict=True):
+            try:
+                made.make([torch.zeros(shape, dtype=dtype, device=device)])
+            except ValueError as error:
+                refusal = error
+            else:
+                route.append(index)
+                break
+        else:
+            raise ValueError(
+                f"{optimizers[-1].path} refuses a tensor of shape {tuple(shape)} ({refusal}); "
+                f"others=(class, arguments) names an optimizer for such"
+            )
+    return tuple(map(tuple, routes))
+
+
+_KINDS: dict[type, tuple[str, torch.dtype]] = {
+    bool: ("bool", torch.bool),
+    int: ("int", torch.int64),
+    float: ("float", torch.float64),
+    type(None): ("none", torch.bool),
+}
+
+
+def to_tensors(state: TorchState) -> Iterator[tuple[str, Tensor]]:
+    """A state's entries as tensors, numbers with their type in the name."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield f"{key}:tensor", value
+        else:
+            name, dtype = _KINDS[type(value)]
+            yield f"{key}:{name}", torch.tensor(False if value is None else value, dtype=dtype)
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> TorchState:
+    """The state whose :func:`to_tensors` these are."""
+    state: TorchState = {}
+    for name, tensor in tensors.items():
+        key, _, kind = name.rpartition(":")
+        if kind == "tensor":
+            state[key] = tensor
+        else:
+            state[key] = None if kind == "none" else tensor.item()
+    return state
