@@ -26,7 +26,7 @@ from torch import Tensor
 from amalgam import ops
 from amalgam.meta.schedule import Plan, plan
 from amalgam.meta.steps import FusedSteps
-from amalgam.meta.values import keep, usable
+from amalgam.meta.values import usable
 from amalgam.ops import StudentState, registry
 from amalgam.tasks import Batch
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 # Coordinates whose adjoints are made at once: as few as leave them small beside the record.
 _CHUNK = 4096
+
+# A step -> what is added to each student's weights there.
+Noise = Callable[[int], Sequence[Sequence[Tensor]]]
 
 
 class Point(NamedTuple):
@@ -73,6 +76,7 @@ class Recording:
         batches: One a step.
         weights: Each student's weights.
         noise: Added to them at each step.
+        draws: Where the policies' own noise comes from, of a step and a row.
     """
 
     def __init__(
@@ -81,7 +85,8 @@ class Recording:
         begin: Trajectories,
         batches: Sequence[Batch],
         weights: Sequence[Sequence[Tensor]],
-        noise: Callable[[int], Sequence[Sequence[Tensor]]] | None,
+        noise: Noise | None,
+        draws: Callable[[int, int], torch.Generator] | None,
     ) -> None:
         self.unroll = unroll
         self.begin = begin
@@ -92,9 +97,9 @@ class Recording:
         )
         self._weights = [[w.detach() for w in of] for of in weights]
         self._noise = noise
+        self._draws = draws
         fused = isinstance(unroll.steps, FusedSteps)
         self._by_steps = self.recorded and (self.how.second_order or noise is not None or not fused)
-        self._cells = getattr(torch, unroll.memory.cells) if fused else torch.float32
         self._kept: list[tuple[int, Point]] = []
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
@@ -203,17 +208,21 @@ class Recording:
         if not moved.any():
             return point, moved
         reuse = bool(moved.all()) and self._may_go(point)
-        updates, states, n = [], [], grad.shape[1]
-        for rows, mine, state, weights in zip(
-            unroll.by_student(grad),
-            unroll.by_student(moved),
-            point.states,
-            self._weights_at(t),
-            strict=True,
+        updates, states = [], []
+        for s, (rows, mine, state, weights) in enumerate(
+            zip(
+                unroll.by_student(grad),
+                unroll.by_student(moved),
+                point.states,
+                self._weights_at(t),
+                strict=True,
+            )
         ):
-            update, new = unroll.steps.forward(rows.reshape(-1), state, weights, reuse)
-            updates.append(update.view(rows.shape))
-            states.append(keep(new, state, mine, n))
+            update, new = unroll.steps.forward(
+                rows, state, weights, mine, self._draws_of(t, s), reuse
+            )
+            updates.append(update)
+            states.append(new)
         update = torch.cat(updates) if len(updates) > 1 else updates[0]
         params = point.params - update
         if not moved.all():
@@ -245,18 +254,16 @@ class Recording:
 
     def _stored(self, point: Point) -> Point:
         """A point as it is kept: as it is, or h and c rounded."""
-        if self._cells == torch.float32:
-            return point
-        states = (s._replace(h=s.h.to(self._cells), c=s.c.to(self._cells)) for s in point.states)
-        return Point(point.params, tuple(states))
+        return self._in_cells(point, torch.bfloat16)
 
     def _loaded(self, point: Point) -> Point:
-        if self._cells == torch.float32:
+        return self._in_cells(point, point.params.dtype)
+
+    def _in_cells(self, point: Point, cells: torch.dtype) -> Point:
+        if self.unroll.memory.cells == "float32":
             return point
-        dtype = point.params.dtype
         return Point(
-            point.params,
-            tuple(s._replace(h=s.h.to(dtype), c=s.c.to(dtype)) for s in point.states),
+            point.params, tuple(self.unroll.steps.stored(of, cells) for of in point.states)
         )
 
     def _release(self, point: Point) -> None:
@@ -434,28 +441,24 @@ class Recording:
     ) -> None:
         """From the adjoints after step t to those before it, in place."""
         unroll, moved, grads = self.unroll, self._moved[t], self._grads[t]
-        n = grads.shape[1]
         if len(self._slopes):
             adjoint.params += of_slopes[:, None] * self._slopes[t]
-        d_updates = torch.where(moved[:, None], -adjoint.params, 0)
+        d_updates = unroll.by_student(-adjoint.params)
         d_grads = torch.zeros_like(grads)
         for s, mine in enumerate(unroll.by_student(moved)):
             if not mine.any():
                 continue
-            after, went = adjoint.states[s], mine.repeat_interleave(n)
-            through_step = after if mine.all() else _where(went, after)
-            d_grad, before, d_weights = unroll.steps.backward(
-                unroll.by_student(d_updates)[s].reshape(-1),
-                through_step,
-                unroll.by_student(grads)[s].reshape(-1),
+            d_grad, adjoint.states[s], d_weights = unroll.steps.backward(
+                d_updates[s],
+                adjoint.states[s],
+                unroll.by_student(grads)[s],
                 point.states[s],
                 self._weights_at(t)[s],
+                mine,
+                self._draws_of(t, s),
             )
-            if not mine.all():
-                before = _where(went, before, after)
-            adjoint.states[s] = before
             torch._foreach_add_(adjoint.weights[s], d_weights)
-            unroll.by_student(d_grads)[s].copy_(d_grad.view(-1, n))
+            unroll.by_student(d_grads)[s].copy_(d_grad)
         adjoint.params += of_grads[:, None] * grads
         if self.how.second_order:
             curved = self._hessian_product(t, point, torch.where(moved[:, None], d_grads, 0))
@@ -476,6 +479,11 @@ class Recording:
         )
         return product[:, 0]
 
+    def _draws_of(self, t: int, s: int) -> Callable[[int], torch.Generator | None]:
+        """Where the noise of a student's rows comes from at a step."""
+        first = s * self.unroll.optimizees
+        return lambda row: None if self._draws is None else self._draws(t, first + row)
+
     def _weights_at(self, t: int) -> Sequence[Sequence[Tensor]]:
         if self._noise is None:
             return self._weights
@@ -490,13 +498,6 @@ class _Adjoint:
     params: Tensor
     states: list[Any]
     weights: list[list[Tensor]]
-
-
-def _where(went: Tensor, one: Any, other: Any = None) -> Any:
-    """Of gradients in a state, one's coordinates that went and the other's (or zeros) that not."""
-    others = [0] * len(one) if other is None else other
-    values = [torch.where(went, a, b) for a, b in zip(one, others, strict=True)]
-    return type(one)(*values) if hasattr(one, "_fields") else values
 
 
 def _bytes(value: Any) -> int:

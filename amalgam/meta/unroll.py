@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
-from amalgam.meta.gradient import Recording, through
+from amalgam.meta.gradient import Noise, Recording, through
 from amalgam.meta.schedule import Memory
 from amalgam.meta.steps import AutogradSteps, FusedSteps, Steps
-from amalgam.meta.values import keep, usable
-from amalgam.policies import Pool, PoolState, Student
+from amalgam.meta.values import usable
+from amalgam.policies import Policy, Pool, Student
 from amalgam.tasks import Batch, Task
 
 MECHANISMS = ("mean", "min-max")
@@ -87,14 +87,15 @@ class Trajectories(NamedTuple):
         params: The students' parameters, shape (R, N).
         states: The students' states, one for each, of its rows' coordinates one after another.
         teacher_params: The teachers' parameters, shape (K, R, N).
-        teacher_state: The teachers' state, of R N coordinates.
+        teacher_state: The teachers' states: one of R N coordinates, or one a row where some of them
+            look at whole tensors.
     """
 
     scale: Tensor
     params: Tensor
     states: tuple[Any, ...]
     teacher_params: Tensor
-    teacher_state: PoolState
+    teacher_state: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class Unroll:
 
     Args:
         task: The optimizee and its data.
-        student: The learned optimizer, or several of one configuration: replicates, which share
-            nothing but the machine.
+        student: The learned optimizer, or several of one kind and configuration: replicates, which
+            share nothing but the machine.
         pool: The teachers; may be empty.
         amalgamation: How the students are held to both.
         memory: What windows may keep for their way back.
@@ -136,7 +137,7 @@ class Unroll:
     def __init__(
         self,
         task: Task,
-        student: Student | Sequence[Student],
+        student: Policy | Sequence[Policy],
         pool: Pool,
         amalgamation: Amalgamation,
         *,
@@ -144,19 +145,22 @@ class Unroll:
         optimizees: int = 1,
     ) -> None:
         self.task = task
-        self.students = (student,) if isinstance(student, torch.nn.Module) else tuple(student)
-        if len({str(student.config) for student in self.students}) != 1:
-            raise ValueError("student must be one, or several of one configuration")
+        self.students = (student,) if isinstance(student, Policy) else tuple(student)
+        if len({(type(one), str(one.config)) for one in self.students}) != 1:
+            raise ValueError("student must be one, or several of one kind and configuration")
         if optimizees < 1:
             raise ValueError(f"optimizees must be 1 or more, not {optimizees}")
         self.pool = pool
         self.amalgamation = amalgamation
         self.memory = memory or Memory()
         self.optimizees = optimizees
-        fused = isinstance(self.students[0], Student)
-        steps = FusedSteps if fused else AutogradSteps
         self._graph_bytes: int | None = None
-        self.steps: Steps = steps(self.students[0], amalgamation.backend)
+        first = self.students[0]
+        self.steps: Steps = (
+            FusedSteps(first, amalgamation.backend)
+            if isinstance(first, Student)
+            else AutogradSteps(first, task.layout, amalgamation.backend)
+        )
 
     @property
     def rows(self) -> int:
@@ -189,12 +193,12 @@ class Unroll:
             return Trajectories(
                 scale,
                 params,
-                tuple(
-                    student.initial_state(rows.reshape(-1))
-                    for student, rows in zip(self.students, self.by_student(params), strict=True)
-                ),
+                tuple(self.steps.initial(rows) for rows in self.by_student(params)),
                 params.expand(len(self.pool), -1, -1).clone(),
-                self.pool.initial_state(params.view(-1)),
+                tuple(
+                    self.pool.initial_state(params[rows].reshape(-1), self.task.layout)
+                    for rows in self._pool_rows
+                ),
             )
 
     def by_student(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -241,7 +245,8 @@ class Unroll:
         begin: Trajectories,
         batches: Sequence[Batch],
         weights: Sequence[Sequence[Tensor]] | None = None,
-        noise: Callable[[int], Sequence[Sequence[Tensor]]] | None = None,
+        noise: Noise | None = None,
+        draws: Callable[[int, int], torch.Generator] | None = None,
     ) -> Window:
         """Everybody takes a step on each batch; the losses' graph reaches the students' weights.
 
@@ -254,9 +259,11 @@ class Unroll:
             weights: Each student's weights to use in place of its own.
             noise: What is added to them at each step, as a constant; the same whenever it is
                 called for the same step.
+            draws: Of a step and a row, where the noise comes from that some policies train with;
+                a generator that begins anew whenever it is called. None where absent.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
-        recording = Recording(self, begin, batches, chosen, noise)
+        recording = Recording(self, begin, batches, chosen, noise, draws)
         meta_loss, imitation_loss = through(recording, chosen)
         return Window(
             meta_loss,
@@ -310,20 +317,56 @@ class Unroll:
         return grads if self.amalgamation.scale_teachers else grads / scale
 
     def teachers_step(
-        self, params: Tensor, state: PoolState, grads: Tensor, scale: Tensor
-    ) -> tuple[Tensor, PoolState, Tensor]:
+        self, params: Tensor, state: tuple[Any, ...], grads: Tensor, scale: Tensor
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         """The teachers' new parameters (K, R, N) and state, and who did step (K, R)."""
         seen = self.to_teachers(grads, scale)
-        k, rows, n = params.shape
+        ok = usable(seen)
         with torch.no_grad():
-            updates, new = self.pool.step(
-                seen.reshape(k, rows * n), state, backend=self.amalgamation.backend
+            updates, new = self._pool_step(params, state, seen, scale, ok)
+            went = ok & usable(updates)
+            if not torch.equal(went, ok):
+                updates, new = self._pool_step(params, state, seen, scale, went)
+            return params - updates, new, went
+
+    def _pool_step(
+        self,
+        params: Tensor,
+        state: tuple[Any, ...],
+        seen: Tensor,
+        scale: Tensor,
+        ok: Tensor,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Updates (K, R, N) of scaled parameters, and the new state, of those that are ok (K, R).
+
+        Args:
+            params: The teachers' parameters, (K, R, N).
+            state: Their states.
+            seen: The gradients that they see, (K, R, N).
+            scale: The scaling, (R, N).
+            ok: Who is to step, (K, R).
+        """
+        how = self.amalgamation
+        own = params if how.scale_teachers else params * scale
+        updates, states = torch.empty_like(params), []
+        for rows, old in zip(self._pool_rows, state, strict=True):
+            k, _, n = params.shape
+            of_rows, new = self.pool.step(
+                seen[:, rows].reshape(k, -1),
+                old,
+                params=own[:, rows].reshape(k, -1),
+                layout=self.task.layout,
+                backend=how.backend,
             )
-            updates = updates.view(params.shape)
-            if not self.amalgamation.scale_teachers:
-                updates = updates / scale
-            ok = usable(seen) & usable(updates)
-            if not ok.all():
-                updates = torch.where(ok[..., None], updates, 0)
-                new = keep(new, state, ok, n)
-            return params - updates, new, ok
+            updates[:, rows] = of_rows.view(k, -1, n)
+            states.append(self.pool.keep(ok[:, rows], new, old))
+        if not how.scale_teachers:
+            updates /= scale
+        return torch.where(ok[..., None], updates, 0), tuple(states)
+
+    @property
+    def _pool_rows(self) -> list[slice]:
+        """The rows that teachers step as one: all, or each on its own where they see tensors."""
+        if self.pool.coordinatewise:
+            return [slice(0, self.rows)]
+        return [slice(row, row + 1) for row in range(self.rows)]

@@ -212,9 +212,24 @@ class Pool:
         """
         return self.step(grads, state, params=params, layout=layout, backend=backend)[1]
 
+    @property
+    def coordinatewise(self) -> bool:
+        """Whether all teachers' updates of a coordinate depend on its own gradients alone."""
+        return not self._torch
+
     def keep(self, moved: Tensor, new: Any, old: Any) -> Any:
-        """The new state of the teachers that moved, booleans (K,), and the old of the others."""
-        rows = moved[list(self._analytical)][:, None]
+        """The new state of the teachers that moved, and the old one of the others.
+
+        Args:
+            moved: Who did, booleans (K,) or, where the coordinates are several optimizees' one
+                after another, (K, optimizees).
+            new: The state after the step.
+            old: The state before it.
+        """
+        if moved.all():
+            return new
+        rows = moved.reshape(len(self), -1)[list(self._analytical)]
+        rows = rows.repeat_interleave(new.m.shape[1] // max(rows.shape[1], 1), 1)
         m, v = torch.where(rows, new.m, old.m), torch.where(rows, new.v, old.v)
         if isinstance(new, PoolState) or isinstance(old, PoolState):
             return PoolState(m, v)

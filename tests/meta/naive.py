@@ -43,7 +43,8 @@ def window(
     state = type(state)(*(t[..., mine] for t in state))
     teachers = begin.teacher_params[:, row]
     mine = slice(row * n, row * n + n)
-    teacher_state = type(begin.teacher_state)(*(t[..., mine] for t in begin.teacher_state))
+    (teacher_state,) = begin.teacher_state
+    teacher_state = type(teacher_state)(*(t[..., mine] for t in teacher_state))
     meta = imitation = params.new_zeros(())
     start = None
     for t, stacked in enumerate(batches):

@@ -269,8 +269,8 @@ def test_a_row_that_stands_still_leaves_the_others_alone() -> None:
                 params=begin.params[row : row + 1],
                 states=tuple(type(s)(*(t[..., part] for t in s)) for s in begin.states),
                 teacher_params=begin.teacher_params[:, row : row + 1],
-                teacher_state=type(begin.teacher_state)(
-                    *(t[..., part] for t in begin.teacher_state)
+                teacher_state=tuple(
+                    type(s)(*(t[..., part] for t in s)) for s in begin.teacher_state
                 ),
             )
 
