@@ -18,7 +18,9 @@ from amalgam.backends.arguments import (
     written_state,
 )
 from amalgam.backends.pointers import checked, checked_rows, dtype_name
+from amalgam.ops import lstm
 from amalgam.ops.registry import register_backend
+from amalgam.ops.student_step import FEATURES, OUTPUTS
 
 NO_HUBER = -1.0
 
@@ -290,6 +292,7 @@ def _student_unroll_backward(
     beta2: float,
     eps: float,
 ) -> list[Tensor]:
+    lstm.check_weights(weights, h, grads, FEATURES, OUTPUTS)
     steps, n = grads.shape
     layers, hidden = h.shape[:2]
     grads, grads_stride = checked_rows("grads", grads, (steps, n), grads)

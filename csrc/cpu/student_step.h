@@ -85,8 +85,8 @@ struct StudentKernels {
   void (*forward)(const StudentNetwork<T>&, const StudentTile<T>&);
   // Adds to `sums`, a layer's after another, then the head's (hidden) and its bias.
   void (*backward)(const StudentNetwork<T>&, const StudentTile<T>&, double* sums);
-  // The backward pass in two halves, but for gradients of moments and gradient, which don't depend on
-  // the weights: the step, keeping what the second half needs of it, and that half.
+  // The backward pass in two halves, without gradients in the moments and the gradient, which don't
+  // depend on the weights: the step, keeping what the second half needs of it, and that half.
   void (*keep)(const StudentNetwork<T>&, const StudentTile<T>&);
   void (*gradients)(const StudentNetwork<T>&, const StudentTile<T>&, double* sums);
 };

@@ -12,8 +12,8 @@
 namespace amalgam::cpu {
 namespace {
 
-// Of one tile, and of one thread at a time. Measured with T = 20 to 1000: what is kept of more steps
-// leaves a core's share of the last cache, and costs more than computing them twice.
+// Of a thread's tile. What was kept of more steps cost, from twice this on, as much as computing
+// them twice: it leaves the core's share of the last cache.
 constexpr int64_t kKeptBytes = 8 << 20;
 
 // How a tile's steps are cut into segments. The backward pass needs more of a step than the state

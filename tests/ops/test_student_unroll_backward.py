@@ -407,6 +407,9 @@ def test_the_operator_checks_before_it_takes_addresses(backend: str) -> None:
         operation(grads, adjoints[:2], *rest, backend)
     with pytest.raises(ValueError, match="state.m must have shape"):
         operation(grads[:, :4], adjoints[:, :4], *rest, backend)
+    rest[4] = [weight[:2] for weight in WEIGHTS]
+    with pytest.raises(ValueError, match="weights\\[0\\] must have shape"):
+        operation(grads, adjoints, *rest, backend)
 
 
 # --- Triton: its two kernels, composed ---
