@@ -17,10 +17,10 @@ import torch
 
 from amalgam import files, plots, tasks
 from amalgam.evaluation import Contender, Result, evaluate, tables, tune
-from amalgam.meta import Trainer
+from amalgam.meta import Trainer, optimizer_of
 from amalgam.meta.trainer import METRICS
-from amalgam.optimizer import AmalgamatedOptimizer, TeacherOptimizer
-from amalgam.policies import Pool, Student
+from amalgam.optimizer import TeacherOptimizer
+from amalgam.policies import Policy, Pool, Student
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
@@ -95,7 +95,7 @@ class Experiment:
                     f"resume it as it was begun, or choose another folder"
                 )
 
-    def train(self, report: Callable[[dict[str, Any]], None] | None = None) -> Student:
+    def train(self, report: Callable[[dict[str, Any]], None] | None = None) -> Policy:
         """Meta-train to the end; ``report`` is called with each meta-step's metrics."""
         student = self.trainer.run(resume=self.resume, report=report)
         lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
@@ -127,9 +127,9 @@ class Experiment:
         return results
 
 
-def student_contender(name: str, student: Student) -> Contender:
-    """A student, warmed up as it was trained, as a contender."""
-    return Contender(name, lambda params: AmalgamatedOptimizer(params, student=student))
+def student_contender(name: str, student: Policy) -> Contender:
+    """A learned policy, warmed up as it was trained, as a contender."""
+    return Contender(name, lambda params: optimizer_of(params, student))
 
 
 def teacher_contenders(pool: Pool) -> list[Contender]:

@@ -1,14 +1,19 @@
 """Meta-training: unrolls, losses, the trainer and its run folder."""
 
 from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.estimators import Estimator
 from amalgam.meta.schedule import Memory
-from amalgam.meta.trainer import Stage, Trainer, Training
+from amalgam.meta.strategy import Curriculum, Repeat
+from amalgam.meta.trainer import Stage, Trainer, Training, optimizer_of
 from amalgam.meta.unroll import MECHANISMS, Amalgamation, Trajectories, Unroll, Window
 
 __all__ = [
     "MECHANISMS",
     "Amalgamation",
+    "Curriculum",
+    "Estimator",
     "Memory",
+    "Repeat",
     "Stage",
     "Trainer",
     "Training",
@@ -16,4 +21,5 @@ __all__ = [
     "Unroll",
     "Window",
     "clip_adaptively",
+    "optimizer_of",
 ]

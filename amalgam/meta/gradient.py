@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
+from amalgam.meta.perturbation import InputNoise
 from amalgam.meta.schedule import Plan, plan
 from amalgam.meta.steps import FusedSteps
 from amalgam.meta.values import usable
@@ -38,6 +39,9 @@ _CHUNK = 4096
 
 # A step -> what is added to each student's weights there.
 Noise = Callable[[int], Sequence[Sequence[Tensor]]]
+
+# A purpose, a step, a row -> random numbers for it, anew at every call.
+Draws = Callable[[str, int, int], torch.Generator]
 
 
 class Point(NamedTuple):
@@ -76,7 +80,8 @@ class Recording:
         batches: One a step.
         weights: Each student's weights.
         noise: Added to them at each step.
-        draws: Where the policies' own noise comes from, of a step and a row.
+        draws: Where the policies' own noise and the input's comes from.
+        input_noise: Standard deviation of the noise on what students see.
     """
 
     def __init__(
@@ -86,7 +91,8 @@ class Recording:
         batches: Sequence[Batch],
         weights: Sequence[Sequence[Tensor]],
         noise: Noise | None,
-        draws: Callable[[int, int], torch.Generator] | None,
+        draws: Draws | None,
+        input_noise: float,
     ) -> None:
         self.unroll = unroll
         self.begin = begin
@@ -98,8 +104,11 @@ class Recording:
         self._weights = [[w.detach() for w in of] for of in weights]
         self._noise = noise
         self._draws = draws
+        self._input_noise = InputNoise(input_noise) if input_noise else None
         fused = isinstance(unroll.steps, FusedSteps)
-        self._by_steps = self.recorded and (self.how.second_order or noise is not None or not fused)
+        self._by_steps = self.recorded and (
+            self.how.second_order or noise is not None or input_noise > 0 or not fused
+        )
         self._kept: list[tuple[int, Point]] = []
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
@@ -211,7 +220,7 @@ class Recording:
         updates, states = [], []
         for s, (rows, mine, state, weights) in enumerate(
             zip(
-                unroll.by_student(grad),
+                unroll.by_student(self._seen(t, grad)),
                 unroll.by_student(moved),
                 point.states,
                 self._weights_at(t),
@@ -444,6 +453,7 @@ class Recording:
         if len(self._slopes):
             adjoint.params += of_slopes[:, None] * self._slopes[t]
         d_updates = unroll.by_student(-adjoint.params)
+        seen = unroll.by_student(self._seen(t, grads))
         d_grads = torch.zeros_like(grads)
         for s, mine in enumerate(unroll.by_student(moved)):
             if not mine.any():
@@ -451,7 +461,7 @@ class Recording:
             d_grad, adjoint.states[s], d_weights = unroll.steps.backward(
                 d_updates[s],
                 adjoint.states[s],
-                unroll.by_student(grads)[s],
+                seen[s],
                 point.states[s],
                 self._weights_at(t)[s],
                 mine,
@@ -479,10 +489,22 @@ class Recording:
         )
         return product[:, 0]
 
+    def _seen(self, t: int, grads: Tensor) -> Tensor:
+        """The gradients (R, N) as students see them."""
+        if self._input_noise is None:
+            return grads
+        if self._draws is None:
+            raise ValueError("draws must be given for input_noise, not None")
+        noisy = [
+            self._input_noise.add(row, self._draws("input", t, index))
+            for index, row in enumerate(grads)
+        ]
+        return torch.stack(noisy)
+
     def _draws_of(self, t: int, s: int) -> Callable[[int], torch.Generator | None]:
         """Where the noise of a student's rows comes from at a step."""
         first = s * self.unroll.optimizees
-        return lambda row: None if self._draws is None else self._draws(t, first + row)
+        return lambda row: None if self._draws is None else self._draws("policy", t, first + row)
 
     def _weights_at(self, t: int) -> Sequence[Sequence[Tensor]]:
         if self._noise is None:

@@ -10,7 +10,7 @@ Several optimizees run as one: R = S B *rows*, of S students (replicates) with B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
-from amalgam.meta.gradient import Noise, Recording, through
+from amalgam.meta.gradient import Draws, Noise, Recording, through
 from amalgam.meta.schedule import Memory
 from amalgam.meta.steps import AutogradSteps, FusedSteps, Steps
 from amalgam.meta.values import usable
@@ -205,7 +205,9 @@ class Unroll:
         """Rows (R, ...) as each student's own, (B, ...)."""
         return rows.split(self.optimizees)
 
-    def warm_up(self, begin: Trajectories, batches: Sequence[Batch]) -> Trajectories:
+    def warm_up(
+        self, begin: Trajectories, batches: Sequence[Batch], lr: float | None = None
+    ) -> Trajectories:
         """SGD at the student's warm-up rate; every policy sees the gradients, none acts.
 
         The LSTM waits, moments move; afterwards all go on from the same parameters.
@@ -213,9 +215,10 @@ class Unroll:
         Args:
             begin: Where everybody stands.
             batches: One a step, each tensor (R, samples, ...).
+            lr: SGD's learning rate; the student's own where ``None``.
         """
         scale, params, states, _, teacher_state = begin
-        lr = self.students[0].config.warmup_lr
+        lr = self.students[0].config.warmup_lr if lr is None else lr
         for batch in batches:
             _, grads, _ = self.gradients(params[:, None], scale, batch)
             grads = grads[:, 0]
@@ -225,18 +228,15 @@ class Unroll:
             with torch.no_grad():
                 params = torch.where(ok[:, None], params - lr * grads, params)
                 states = tuple(
-                    keep(student.warm_up(rows.reshape(-1), state), state, mine, rows.shape[1])
-                    for student, rows, state, mine in zip(
-                        self.students,
-                        self.by_student(grads),
-                        states,
-                        self.by_student(ok),
-                        strict=True,
+                    self.steps.warm_up(rows, state, mine)
+                    for rows, state, mine in zip(
+                        self.by_student(grads), states, self.by_student(ok), strict=True
                     )
                 )
-                seen = self.to_teachers(grads, scale).reshape(-1).expand(len(self.pool), -1)
-                warmed = self.pool.warm_up(seen, teacher_state, backend=self.amalgamation.backend)
-                teacher_state = keep(warmed, teacher_state, ok, grads.shape[1])
+                everybody = params.expand(len(self.pool), -1, -1)
+                seen = self.to_teachers(grads, scale).expand_as(everybody)
+                went = ok.expand(len(self.pool), -1)
+                _, teacher_state = self._pool_step(everybody, teacher_state, seen, scale, went)
         teacher_params = params.expand(len(self.pool), -1, -1).clone()
         return Trajectories(scale, params, states, teacher_params, teacher_state)
 
@@ -246,7 +246,8 @@ class Unroll:
         batches: Sequence[Batch],
         weights: Sequence[Sequence[Tensor]] | None = None,
         noise: Noise | None = None,
-        draws: Callable[[int, int], torch.Generator] | None = None,
+        draws: Draws | None = None,
+        input_noise: float = 0.0,
     ) -> Window:
         """Everybody takes a step on each batch; the losses' graph reaches the students' weights.
 
@@ -259,11 +260,13 @@ class Unroll:
             weights: Each student's weights to use in place of its own.
             noise: What is added to them at each step, as a constant; the same whenever it is
                 called for the same step.
-            draws: Of a step and a row, where the noise comes from that some policies train with;
-                a generator that begins anew whenever it is called. None where absent.
+            draws: Where the noise comes from that some policies train with, and input noise: of
+                ``"policy"`` or ``"input"``, a step and a row, a generator that begins anew
+                whenever it is called.
+            input_noise: Standard deviation of what is added to the gradients that students see.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
-        recording = Recording(self, begin, batches, chosen, noise, draws)
+        recording = Recording(self, begin, batches, chosen, noise, draws, input_noise)
         meta_loss, imitation_loss = through(recording, chosen)
         return Window(
             meta_loss,

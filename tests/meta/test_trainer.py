@@ -149,18 +149,20 @@ def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
 
 def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
     run = trainer(tmp_path, training=Training(unroll=4, validate_every=0))
-    plain = run._unroll.window
+    (unroll,) = run._unrolls
+    plain = unroll.window
     at = []
 
-    def window(begin, batches, weights=None):
-        result = plain(begin, batches, weights)
+    def window(begin, batches, weights=None, **how):
+        result = plain(begin, batches, weights, **how)
         at.append(1)
         if len(at) in (2, 5):
             first = run.student.weights()[0]
-            object.__setattr__(result, "meta_loss", (first.sum() * 0).sqrt())
+            object.__setattr__(result, "meta_loss", (first.sum()[None] * 0).sqrt())
+            object.__setattr__(result, "imitation_loss", sum(w.sum() for w in weights[0])[None])
         return result
 
-    run._unroll.window = window  # type: ignore[method-assign]
+    unroll.window = window  # type: ignore[method-assign]
     before: list[list[Tensor]] = [[w.clone() for w in run.student.weights()]]
     rows = []
 
@@ -179,7 +181,7 @@ def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
 
 def test_a_window_without_a_usable_step_is_skipped(tmp_path) -> None:
     run = trainer(tmp_path, training=Training(unroll=4, validate_every=0))
-    run.task.loss = lambda out, target: out.sum() * math.nan
+    run.tasks[0].loss = lambda out, target: out.sum() * math.nan
     before = [w.clone() for w in run.student.weights()]
     run.run()
     rows = metrics(tmp_path)
@@ -195,8 +197,8 @@ def test_checkpoint_is_not_a_student(tmp_path) -> None:
     ):
         Student.load(tmp_path / CHECKPOINT)
     tensors, about = weights.read(tmp_path / CHECKPOINT, "checkpoint")
-    assert about["meta_step"] == 7
-    assert "trajectories.params" in tensors
+    assert about["progress"]["meta_step"] == 7
+    assert "trajectories.0.params" in tensors
 
 
 def test_clipping_matches_the_authors() -> None:

@@ -1,0 +1,66 @@
+"""Several processes meta-train as one: what they have to agree on, by ``torch.distributed``.
+
+Every process runs the whole program; where ``torchrun`` started it, they meet in :func:`join`.
+Without one, all of this is the one process's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join() -> None:
+    """Meet the other processes that ``torchrun`` started, if it did and they have not met."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave() -> None:
+    """Part from them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Means over the processes."""
+    if world() == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, at the first one; elsewhere nothing."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.gather_object(value, found if rank() == 0 else None)
+    return found if rank() == 0 else []
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
