@@ -353,6 +353,8 @@ class Unroll:
             ok: Who is to step, (K, R).
             warming: Whether states move and nobody does: updates are zero.
         """
+        if not len(self.pool):
+            return params, state
         how = self.amalgamation
         own = params if how.scale_teachers else params * scale
         updates, states = torch.zeros_like(params), []

@@ -86,7 +86,9 @@ def test_bad_keys_are_named(minimal, override, named) -> None:
 def test_missing_keys_are_named(tmp_path) -> None:
     path = tmp_path / "empty.toml"
     path.write_text("")
-    with pytest.raises(RecipeError, match="task is missing; teachers is missing"):
+    with pytest.raises(
+        RecipeError, match="task or tasks is missing; teachers or choice is missing"
+    ):
         recipes.load(path)
 
 
