@@ -165,16 +165,14 @@ def _preset(strategy: Repeat, settled: tuple[str, ...] = ()) -> _Kind:
     return _Kind(Repeat, given, {name: fields[name] for name in settled})
 
 
-_STRATEGY = _Kinds(
-    "strategy",
-    {
-        "curriculum": _Kind(Curriculum),
-        "repeat": _Kind(Repeat),
-        "simple": _preset(simple(), ("repeat_threshold",)),
-        "choice": _preset(choice_strategy()),
-    },
-    "curriculum",
-)
+_STRATEGIES = {
+    "curriculum": _Kind(Curriculum),
+    "repeat": _Kind(Repeat),
+    "simple": _preset(simple(), ("repeat_threshold",)),
+    "choice": _preset(choice_strategy()),
+}
+_STRATEGY = _Kinds("strategy", _STRATEGIES, "curriculum")
+_CHOICE_STRATEGY = _Kinds("strategy", _STRATEGIES, "choice")
 _PERTURBATION = _Kinds(
     "perturbation",
     {name: _Kind(kind, settled=settled) for name, (kind, settled) in perturbation.KINDS.items()},
@@ -239,6 +237,7 @@ _TEACHER = _Kinds(
 
 AnyPolicy = Annotated[Chosen, PlainValidator(_POLICY), _POLICY]
 AnyStrategy = Annotated[Chosen, PlainValidator(_STRATEGY), _STRATEGY]
+ChoiceStrategy = Annotated[Chosen, PlainValidator(_CHOICE_STRATEGY), _CHOICE_STRATEGY]
 AnyPerturbation = Annotated[Chosen, PlainValidator(_PERTURBATION), _PERTURBATION]
 TeacherChoice = Annotated[Teacher | TorchOptimizer | PolicyFile, PlainValidator(_TEACHER), _TEACHER]
 
@@ -277,7 +276,7 @@ class ChoiceTraining:
     """
 
     policy: ChoiceConfig = field(default_factory=ChoiceConfig)
-    strategy: AnyStrategy = field(default_factory=lambda: Chosen("choice", choice_strategy()))
+    strategy: ChoiceStrategy = field(default_factory=lambda: Chosen("choice", choice_strategy()))
     training: Training | None = None
 
 
