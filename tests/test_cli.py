@@ -72,13 +72,14 @@ warmup_steps = 3
 [training]
 checkpoint_every = 3
 [strategy]
-num_stages = 2
-num_periods = 1
-num_chances = 1
+kind = "repeat"
+num_periods = 3
 unroll = 3
 windows = [1, 2]
 episodes = 3
 imitation_weight = "il_more"
+repeat_threshold = 5.0
+validation = { unroll = 3, windows = 1, episodes = 1, warmup_windows = 1, warmup_lr = 0.05 }
 [evaluation]
 tasks = ["digits-mlp"]
 steps = 4
@@ -115,7 +116,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int:
-    """Kill a run, and each time resume it, when a log has so many lines; how often that came off."""
+    """Kill a run at a log's so many lines, and resume it each time; how often that came off."""
     kills = 0
     resume: list[str] = []
     for name, lines in cuts:
