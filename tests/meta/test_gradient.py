@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from naive import window as naive_window
 from torch import Tensor, nn
 
 from amalgam.meta import Amalgamation, Memory, Unroll
+from amalgam.meta.reference import window as naive_window
 from amalgam.policies import Pool, Student, StudentConfig
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task

@@ -1,0 +1,210 @@
+"""One unroll, run in a process of its own, so that what the process held at its peak can be told.
+
+python bench/unrolls.py '{"task": "mlp", "steps": 100, "order": 2, "budget": "60MB"}'
+
+Prints a line of JSON: seconds of a window's forward and backward, bytes held at the peak beyond
+those held before, and per coordinate and step. ``engine`` is ``eager`` for plain autograd through
+the reference, ``ours``, or ``floor`` for the optimizees' own passes alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import forget_peak, memory
+from torch import Tensor, nn
+
+from amalgam.meta import Amalgamation, Memory, Trajectories, Unroll
+from amalgam.meta.reference import window as eager_window
+from amalgam.policies import Pool, Student
+from amalgam.seeding import generator_for
+from amalgam.tasks import Batch, Task, load
+from amalgam.tasks.digits import glorot
+
+POOL = Pool(["adam", "rmsprop"])
+
+
+def mlp() -> nn.Module:
+    return glorot(nn.Sequential(nn.Linear(784, 20), nn.Sigmoid(), nn.Linear(20, 10)))
+
+
+def cnn() -> nn.Module:
+    """The paper's optimizee, 18,122 parameters."""
+    return glorot(
+        nn.Sequential(
+            nn.Unflatten(1, (1, 28, 28)),
+            nn.Conv2d(1, 16, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+    )
+
+
+def million() -> nn.Module:
+    return glorot(nn.Sequential(nn.Linear(784, 1259), nn.Sigmoid(), nn.Linear(1259, 10)))
+
+
+def ten_million() -> nn.Module:
+    return glorot(nn.Sequential(nn.Linear(784, 12580), nn.Sigmoid(), nn.Linear(12580, 10)))
+
+
+BUILDERS = {"mlp": mlp, "cnn": cnn, "million": million, "ten-million": ten_million}
+
+
+def task_of(name: str) -> Task:
+    """A task on noise at MNIST's size, or one of the package's by its name."""
+    if name not in BUILDERS:
+        return load(name)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(4096, 784, generator=generator), torch.randint(10, (4096,))
+    return Task(name, BUILDERS[name], (x, y), (x[:128], y[:128]))
+
+
+class Rows:
+    """Batches of several rows, gathered when they are asked for."""
+
+    def __init__(self, task: Task, rows: int, steps: int) -> None:
+        self.rows = [task.batches(generator_for(row, "batches"), steps) for row in range(rows)]
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    def __getitem__(self, t: int) -> Batch:
+        batches = [row[t] for row in self.rows]
+        return tuple(torch.stack(tensors) for tensors in zip(*batches, strict=True))
+
+
+class Case:
+    """One window of one engine.
+
+    Args:
+        task: Its task's name.
+        steps: Steps of the window.
+        engine: See the module.
+        order: Of the meta-gradient.
+        replicates: Students side by side.
+        budget: For points and graphs.
+        segment: By hand instead.
+        cells: Dtype of kept cells.
+        pool: Whether there are teachers.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        steps: int,
+        engine: str = "ours",
+        order: int = 2,
+        replicates: int = 1,
+        budget: str | None = None,
+        segment: int | None = None,
+        cells: str = "float32",
+        pool: bool = True,
+    ) -> None:
+        self.task, self.steps, self.engine = task_of(task), steps, engine
+        self.students = [
+            Student(generator=torch.Generator().manual_seed(seed)) for seed in range(replicates)
+        ]
+        backend = "reference" if engine == "eager" else "auto"
+        self.how = Amalgamation(second_order=order == 2, scale_spread=1.0, backend=backend)
+        self.unroll = Unroll(
+            self.task,
+            self.students,
+            POOL if pool else Pool([]),
+            self.how,
+            memory=Memory(budget, segment, cells),
+        )
+        self.begin = self.unroll.begin(
+            *(generator_for(row, "episode") for row in range(replicates))
+        )
+        self.batches = Rows(self.task, replicates, steps)
+        self.coordinates = replicates * self.task.layout.numel
+
+    def run(self) -> None:
+        {"ours": self.ours, "eager": self.eager, "floor": self.floor}[self.engine]()
+
+    def ours(self) -> None:
+        window = self.unroll.window(self.begin, self.batches)
+        self.differentiate((window.meta_loss + 0.1 * window.imitation_loss).sum())
+
+    def eager(self) -> None:
+        total: Any = 0
+        batches = [self.batches[t] for t in range(self.steps)]
+        for row, student in enumerate(self.students):
+            weights = [student.weights()] * self.steps
+            meta, imitation, _ = eager_window(
+                self.task, student, self.unroll.pool, self.how, self.begin, batches, weights, row
+            )
+            total = total + meta + 0.1 * imitation
+        self.differentiate(total)
+
+    def differentiate(self, loss: Tensor) -> None:
+        weights = [w for student in self.students for w in student.weights()]
+        self.gradient = torch.autograd.grad(loss, weights)
+
+    def floor(self) -> None:
+        """The passes that no engine can spare: gradients for all, a Hessian product a step."""
+        begin: Trajectories = self.begin
+        params = begin.params[:, None]
+        teachers = begin.teacher_params.transpose(0, 1)
+        second = self.how.second_order
+        for t in range(self.steps):
+            batch = self.batches[t]
+            _, grads, kept = self.unroll.gradients(params, begin.scale, batch, graph=second)
+            if kept is not None:
+                leaf, slopes = kept
+                torch.autograd.grad(slopes, leaf, grads)
+            self.unroll.gradients(teachers, begin.scale, batch)
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    threads, rounds = asked.pop("threads", 2), asked.pop("rounds", 1)
+    torch.set_num_threads(threads)
+    few = Case(**{**asked, "steps": 2, "budget": None, "segment": None, "cells": "float32"})
+    few.run()
+    del few
+    gc.collect()
+    # glibc would take the peak out of what it holds free, unseen.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    case = Case(**asked)
+    before = memory("VmRSS")
+    forget_peak()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        case.run()
+        seconds.append(time.perf_counter() - start)
+    peak = memory("VmHWM") - before
+    steps = case.coordinates * case.steps
+    print(
+        json.dumps(
+            {
+                **asked,
+                "threads": threads,
+                "coordinates": case.coordinates,
+                "seconds": min(seconds),
+                "milliseconds_per_step": 1e3 * min(seconds) / case.steps,
+                "ns_per_coordinate_and_step": 1e9 * min(seconds) / steps,
+                "peak_bytes": peak,
+                "bytes_per_coordinate_and_step": peak / steps,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
