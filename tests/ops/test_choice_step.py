@@ -638,7 +638,7 @@ def test_triton_kernels_by_interpreter() -> None:
 
 
 TYPES = {
-    **{"ranks": "*i64", "n": "i64", "blocks": "i32", "size": "i32"},
+    **{"ranks": "*i64", "n": "i32", "blocks": "i32", "size": "i32"},
     **{"time": "fp32", "learning_rate": "fp32", "partials": "*fp64"},
 }
 BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_text())
@@ -647,18 +647,24 @@ BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_t
 def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
     """Of a choice of 2 x 20 units among k teachers."""
     from amalgam.kernels import choice_step as kernels
+    from amalgam.kernels import lstm
+    from amalgam.kernels.configurations import configuration
 
     permitted = registry._parse(f"auto:{numerics}")[1]
+    plan = lstm.packing(2, 20, k + 4, k, torch.device("cpu"))
+    operation = {"forward": "choice_step", "backward": "choice_step_backward"}[name]
+    chosen = configuration(operation, 2, 20, permitted.precision)
     return costs_of(
         getattr(kernels, name),
         arch,
         TYPES,
         {
-            **{"K": k, "POOL": 2 if k == 2 else 8, "LAYERS": 2, "HIDDEN": 20, "UNITS": 32},
-            **{"BLOCK": kernels.BLOCK, "PRECISION": permitted.precision, "PTX": True},
-            "APPROXIMATE": permitted.approximate,
+            **{"K": k, "POOL": 2 if k == 2 else 8, "LAYERS": 2, "HIDDEN": 20},
+            **{"UNITS": plan.units, "FOLDED": plan.folded, "BLOCK": chosen.block},
+            **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
+            **{"PTX": True, "WIDE": False},
         },
-        kernels.BACKWARD_OPTIONS if name == "backward" else kernels.OPTIONS,
+        chosen.options,
         divisible=True,
     )
 
