@@ -79,8 +79,8 @@ def sigmoid(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """The hyperbolic tangent; APPROXIMATE: with 11 bits, in one instruction."""
-    if APPROXIMATE:
+    """The hyperbolic tangent; APPROXIMATE: with 11 bits, in one instruction where there is one."""
+    if APPROXIMATE and PTX:
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import assert_within, costs_of
+from machine_code import amd_assembly, assert_within, costs_of
 from torch import Tensor
 
 from amalgam.backends import triton
@@ -1105,6 +1105,19 @@ def test_triton_adds_three_products_up_to_one(device: str) -> None:
 
 @by_triton
 @pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("hidden", [4, 20])
+def test_triton_approximates(device: str, hidden: int) -> None:
+    """Where there is no instruction to approximate by, tanh of half the sum is precise."""
+    bound = 1e-2 if device == "cuda" else 1e-5
+    grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
+    ours = student_step(grad, state, weights, backend="triton:ieee,approximate")
+    theirs = student_step(grad, state, weights, backend="reference")
+    for one, other in zip(flat(ours), flat(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
 def test_triton_passes_nan_and_infinity_on(device: str) -> None:
     grad, state, weights = skewed_inputs(70, 2, 4, torch.float32)
     grad[3], grad[5], state.c[0, 0, 66] = math.nan, math.inf, math.nan
@@ -1202,12 +1215,13 @@ OPERATIONS = {
 }
 
 
-def triton_costs(name: str, arch: int, student: str, cells: str, numerics: str) -> dict[str, int]:
-    """Of a student "LAYERSxHIDDEN", with cells in a dtype; "stochastic" numerics round so."""
+def triton_constants(
+    name: str, student: str, cells: str, numerics: str, ptx: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a student "LAYERSxHIDDEN"; "stochastic" numerics round so."""
     import triton.language as tl
 
     from amalgam.kernels import lstm
-    from amalgam.kernels import student_step as kernels
     from amalgam.kernels.configurations import configuration
 
     stochastic = numerics.endswith(",stochastic")
@@ -1216,21 +1230,15 @@ def triton_costs(name: str, arch: int, student: str, cells: str, numerics: str) 
     plan = lstm.packing(layers, hidden, 2, 1, torch.device("cpu"))
     chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
-    return costs_of(
-        getattr(kernels, name),
-        arch,
-        TYPES,
-        {
-            **{"LAYERS": layers, "HIDDEN": hidden, "FEATURES": 2, "BLOCK": chosen.block},
-            **{"UNITS": plan.units, "FOLDED": plan.folded, "WIDE": False, "PTX": True},
-            **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
-            **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
-            **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
-            **({} if stochastic else {"control": None}),
-        },
-        chosen.options,
-        divisible=name != "in_place",
-    )
+    constants = {
+        **{"LAYERS": layers, "HIDDEN": hidden, "FEATURES": 2, "BLOCK": chosen.block},
+        **{"UNITS": plan.units, "FOLDED": plan.folded, "WIDE": False, "PTX": ptx},
+        **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
+        **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
+        **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
+        **({} if stochastic else {"control": None}),
+    }
+    return constants, chosen.options
 
 
 @pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
@@ -1238,6 +1246,24 @@ def triton_costs(name: str, arch: int, student: str, cells: str, numerics: str) 
 def test_kernels_keep_to_their_budgets(case: str) -> None:
     """No register spilled beyond the table, tensor cores and wide accesses used, no more work."""
     pytest.importorskip("triton")
+    from amalgam.kernels import student_step as kernels
+
     name, arch, student, cells, numerics = case.split()
-    costs = triton_costs(name, int(arch.removeprefix("sm_")), student, cells, numerics)
+    constants, options = triton_constants(name, student, cells, numerics)
+    number = int(arch.removeprefix("sm_"))
+    divisible = name != "in_place"
+    costs = costs_of(getattr(kernels, name), number, TYPES, constants, options, divisible)
     assert_within(costs, BUDGETS[case])
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("student", ["2x20", "1x4"])
+def test_kernels_compile_for_amd(student: str) -> None:
+    """Without PTX, and with matrix instructions where they are meant."""
+    pytest.importorskip("triton.backends.amd")
+    from amalgam.kernels import student_step as kernels
+
+    numerics = "bf16,approximate,stochastic"
+    constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)
+    assembly = amd_assembly(kernels.in_place, "gfx942", TYPES, constants, options)
+    assert ("v_mfma" in assembly) == (student == "2x20")
