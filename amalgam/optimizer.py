@@ -284,8 +284,9 @@ class AmalgamatedOptimizer(_PolicyOptimizer):
     def _step_on_device(self, gradients: list[Tensor]) -> None:
         scale, found = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None:
-            for grad in gradients:
-                grad.div_(scale.to(grad.device, non_blocking=True))
+            for device in {grad.device for grad in gradients}:
+                on_device = [grad for grad in gradients if grad.device == device]
+                torch._foreach_div_(on_device, scale.to(device, non_blocking=True))
         flags = [~_finite(largest) for largest in _largest(gradients)]
         flags += [] if found is None else [found.reshape(()) != 0]
         skip: dict[torch.device, Tensor] = {}

@@ -185,10 +185,11 @@ def student_step_(
     chosen = registry.resolve(f"{_NAME}_", backend, states[0].m)
     m, v, h, c = (list(column) for column in zip(*states, strict=True))
     control, number, decay = None, 0.0, 0.0
-    if steps or skip is not None or isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
+    given = (lr, weight_decay, skip)
+    if steps or seeds or any(isinstance(value, Tensor) for value in given):
         control = _control(lr, weight_decay, warmup_lr, skip, first.m.device)
     else:
-        number, decay = lr, weight_decay
+        number, decay = float(lr), float(weight_decay)
     torch.ops.amalgam.student_step_(
         *(list(params), list(grads), m, v, h, c, list(weights), *settings, number, decay),
         *(control, list(steps or ()), warmup_steps, list(seeds or ()), chosen),

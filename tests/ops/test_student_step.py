@@ -1163,6 +1163,46 @@ def test_triton_opcheck(device: str) -> None:
 @by_triton
 @pytest.mark.usefixtures("triton_works")
 @pytest.mark.parametrize("hidden", [4, 20])
+def test_triton_steps_alike_with_places_of_64_bits(
+    device: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from amalgam.kernels import student_step as kernels
+
+    grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
+    upstream = [torch.ones_like(t) for t in (grad, *state)]
+    arguments = (grad, *state, weights, *SETTINGS, "triton")
+    results = []
+    for wide in (False, True):
+        monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
+        in_place = two_tensors("triton", device, torch.float32, torch.float32, hidden)
+        forward = torch.ops.amalgam.student_step(*arguments)
+        backward = torch.ops.amalgam.student_step_backward(upstream, *arguments)
+        results.append(flat((in_place, forward, backward)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("triton_works")
+def test_triton_steps_where_places_need_64_bits() -> None:
+    """Beyond 2^31 numbers of h: the last coordinates are stepped, and as elsewhere."""
+    n, few = 2**29 + 70, 100
+    weights = moved(make_weights(1, 4, dtype=torch.float32), "cuda")
+    param, grad = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    ends = [draw(few, seed=seed).bfloat16().cuda() for seed in (1, 2)]
+    param[-few:], grad[-few:] = ends
+    state = initial_state(param, weights, torch.bfloat16)
+    parts = initial_state(ends[0], weights, torch.bfloat16)
+    student_step_([param], [grad], [state], weights, backend="triton")
+    student_step_([ends[0]], [ends[1]], [parts], weights, backend="triton")
+    torch.testing.assert_close(param[-few:], ends[0])
+    for whole, part in zip(state, parts, strict=True):
+        torch.testing.assert_close(whole[..., -few:], part)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("hidden", [4, 20])
 def test_triton_rounds_by_seeds_to_the_same_bits(device: str, hidden: int) -> None:
     check_rounding_by_seeds("triton", device, hidden)
 
