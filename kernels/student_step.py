@@ -651,6 +651,12 @@ def _plan(h: Tensor) -> tuple[lstm.Packing, dict[str, int]]:
     }
 
 
+def _precision_of(precision: str | None, h: Tensor) -> str:
+    """Of a step; one without tensor cores wants the weights whole."""
+    few = h.shape[0] * h.shape[1] <= FEW
+    return "ieee" if few else lstm.precision_of(precision)
+
+
 def student_step(
     grad: Tensor,
     m: Tensor,
@@ -681,7 +687,7 @@ def student_step(
     """
     results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c))
     n = grad.numel()
-    precision = lstm.precision_of(precision)
+    precision = _precision_of(precision, h)
     plan, shape = _plan(h)
     chosen = configuration("student_step", *h.shape[:2], precision)
     if n:
@@ -748,7 +754,7 @@ def student_step_in_place(
             )
             kind = param.dtype, grad.dtype, aligned, wide(state[2])
             alike.setdefault(kind, []).append(row)
-    precision = lstm.precision_of(precision)
+    precision = _precision_of(precision, h)
     plan, shape = _plan(h)
     chosen = configuration("student_step_", *h.shape[:2], precision)
     with on_device_of(m):

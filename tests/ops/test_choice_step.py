@@ -613,6 +613,18 @@ def test_triton_mixture_for_any_logits(device: str, shift: float) -> None:
 
 @by_triton
 @pytest.mark.usefixtures("triton_works")
+def test_triton_choice_approximates(device: str) -> None:
+    """Where there is no instruction to approximate by, tanh of half the sum is precise."""
+    bound = 1e-2 if device == "cuda" else 1e-5
+    arguments = moved(skewed_arguments(70, 2, 20, 2, torch.float32)[0], device)
+    ours = torch.ops.amalgam.choice_step(*arguments, "triton:ieee,approximate")
+    theirs = torch.ops.amalgam.choice_step(*arguments, "reference")
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
 def test_triton_choice_passes_nan_on(device: str) -> None:
     arguments, _ = skewed_arguments(70, 2, 4, 6, torch.float32)
     grad, m, v, _, c = arguments[:5]

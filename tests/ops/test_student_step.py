@@ -1091,11 +1091,12 @@ def test_triton_in_place_is_the_references(
 
 @by_triton
 @pytest.mark.usefixtures("triton_works")
-def test_triton_adds_three_products_up_to_one(device: str) -> None:
+@pytest.mark.parametrize(("layers", "hidden"), [(2, 20), (1, 4)])
+def test_triton_adds_three_products_up_to_one(device: str, layers: int, hidden: int) -> None:
     """3xtf32, by default on NVIDIA's GPUs, and not where kernels are interpreted."""
     forward, backward = [], []
-    for seed in range(4):
-        grad, state, weights = skewed_inputs(70, 2, 20, torch.float32, seed)
+    for seed in range(4 if hidden == 20 else 12):
+        grad, state, weights = skewed_inputs(70, layers, hidden, torch.float32, seed)
         upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
         forward.append(moved((grad, *state, weights, *SETTINGS), device))
         backward.append((moved(upstream, device), *forward[-1]))
