@@ -57,7 +57,7 @@ _TABLE = {
     "choice_step": dict.fromkeys(_STEP, Configuration(64, 4)),
 }
 # A backward's, by the most units it is for.
-_BACKWARD = {16: Configuration(64, 4), 32: Configuration(64, 8), 64: Configuration(32, 8)}
+_BACKWARD = {16: Configuration(128, 8), 32: Configuration(64, 8), 64: Configuration(32, 8)}
 
 
 def configuration(operation: str, layers: int, hidden: int, precision: str | None) -> Configuration:
