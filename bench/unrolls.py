@@ -190,7 +190,7 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     threads, rounds = asked.pop("threads", 2), asked.pop("rounds", 1)
     torch.set_num_threads(threads)
-    short = {**asked, "steps": 2, "budget": None, "segment": None, "cells": "float32"}
+    short = {**asked, "steps": 2}
     peak_of(Case(**short), 1)  # loads and compiles what is loaded and compiled once
     few = peak_of(Case(**short), 1)
     case = Case(**asked)

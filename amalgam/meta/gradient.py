@@ -287,7 +287,8 @@ class Recording:
         point = self._stored(Point(begin.params, begin.states))
         point_bytes = _bytes(point)
         # There in any case: the record, the adjoints, the point being stepped, and the last one.
-        budget = memory.bytes(device) - _bytes((self._grads, self._slopes)) - 3 * point_bytes
+        fixed = _bytes((self._grads, self._slopes)) + 3 * point_bytes
+        budget = memory.bytes(device, fixed + point_bytes) - fixed
         graph_bytes = 0
         if self.how.second_order:
             graph_bytes = unroll.graph_bytes(begin.params[:, None], begin.scale, self.batches[0])
