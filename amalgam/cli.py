@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from amalgam import ops, recipes, tasks, weights
+from amalgam.heap import keep_freed_memory
 from amalgam.version import describe
 
 app = typer.Typer(
@@ -183,6 +184,7 @@ def _number(value: float | None) -> float:
 
 def main() -> None:
     """Run the command line; what the user can mend is shown without a traceback."""
+    keep_freed_memory()
     try:
         app()
     except (ValueError, OSError) as error:

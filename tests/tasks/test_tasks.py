@@ -22,7 +22,7 @@ def test_digits(name, numel) -> None:
     params = task.init_params(generator_for(0))
     biases = [v for n, v in task.layout.unflatten(params).items() if n.endswith("bias")]
     assert all((b == 0).all() for b in biases)
-    batch = next(task.batches(generator_for(0), 1))
+    (batch,) = task.batches(generator_for(0), 1)
     assert 1 < task.objective(params, batch).item() < 6
 
 
@@ -49,7 +49,7 @@ def test_flat_objective_is_the_modules() -> None:
     task = tasks.load("digits-cnn", batch_size=16)
     module = task.init_module(generator_for(3))
     flat = task.layout.flatten(dict(module.named_parameters())).detach().requires_grad_()
-    batch = next(task.batches(generator_for(0), 1))
+    (batch,) = task.batches(generator_for(0), 1)
     (grad,) = torch.autograd.grad(task.objective(flat, batch), flat)
     loss = functional.cross_entropy(module(batch[0]), batch[1])
     expected = torch.autograd.grad(loss, list(module.parameters()))
@@ -71,11 +71,24 @@ def test_any_module_and_loss() -> None:
     a, b, y = torch.randn(20, 2), torch.randn(20, 2), torch.randn(20, 1)
     task = Task("two", TwoInputs, (a, b, y), (a, b, y), loss=functional.mse_loss, batch_size=20)
     params = task.init_params(generator_for(0)).requires_grad_()
-    batch = next(task.batches(generator_for(0), 1))
+    (batch,) = task.batches(generator_for(0), 1)
     first = task.objective(params, batch)
     assert torch.equal(first, task.objective(params, batch))
     (grad,) = torch.autograd.grad(first, params, create_graph=True)
     torch.autograd.grad(grad.square().sum(), params)
+
+
+def test_two_run_one_after_another_and_three_as_one() -> None:
+    """Where nobody says how; bits tell which it was."""
+    task = tasks.load("digits-mlp", batch_size=16)
+    flats = torch.stack([task.init_params(generator_for(s)) for s in range(3)])
+    batch = tuple(tensor[None, :16] for tensor in task.train)
+    for count, stack in ((1, False), (2, False), (3, True)):
+        some = flats[None, :count].clone().requires_grad_()
+        found = [task.objectives(some, batch, how) for how in (None, stack)]
+        assert torch.equal(*found)
+        assert torch.equal(*(torch.autograd.grad(f.sum(), some)[0] for f in found))
+    assert torch.allclose(task.objectives(flats[None], batch, False), found[0])
 
 
 @pytest.mark.parametrize(
