@@ -6,7 +6,8 @@ Prints a line of JSON: seconds of a window's forward and backward; bytes held at
 those held before, per coordinate and step, and likewise what the window's steps took beyond those
 of a window of two: not the optimizees' own passes and what else does not grow. ``engine`` is
 ``eager`` for plain autograd through the reference, ``ours``, or ``floor`` for the optimizees' own
-passes alone.
+passes alone. ``python bench/unrolls.py all FILE`` runs every case below, one after the other, and
+writes FILE. With ``keep_freed_memory``, as on the command line of the package, for all engines.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,12 +26,15 @@ import torch
 from harness import forget_peak, memory
 from torch import Tensor, nn
 
+from amalgam.backends import build_info
+from amalgam.heap import keep_freed_memory
 from amalgam.meta import Amalgamation, Memory, Trajectories, Unroll
 from amalgam.meta.reference import window as eager_window
 from amalgam.policies import Pool, Student
 from amalgam.seeding import generator_for
 from amalgam.tasks import Batch, Task, load
 from amalgam.tasks.digits import glorot
+from amalgam.version import describe
 
 POOL = Pool(["adam", "rmsprop"])
 
@@ -186,10 +192,64 @@ def peak_of(case: Case, rounds: int) -> tuple[float, int]:
     return min(seconds), memory("VmHWM") - before
 
 
+ENGINES = ("ours", "eager", "floor")
+CASES: list[dict[str, Any]] = [
+    # Memory.
+    *({"task": "mlp", "steps": steps, "order": 1} for steps in (20, 100, 500)),
+    *(
+        {"task": "mlp", "steps": steps, "budget": budget}
+        for steps, budget in ((20, "40MB"), (100, "60MB"), (100, "100MB"), (500, "220MB"))
+    ),
+    {"task": "mlp", "steps": 100, "budget": "60MB", "cells": "bfloat16"},
+    *({"task": "mlp", "steps": steps} for steps in (20, 100, 500)),
+    *({"task": "mlp", "steps": steps, "engine": "eager"} for steps in (20, 100)),
+    {"task": "ten-million", "steps": 20, "order": 1},
+    {"task": "ten-million", "steps": 5, "budget": "14GB"},
+    # Time.
+    *(
+        {"task": task, "steps": steps, "engine": engine, "rounds": 3, "keep_freed_memory": True}
+        for task, steps in (("mlp", 100), ("million", 5), ("cnn", 20))
+        for engine in ENGINES
+    ),
+    *(
+        {"task": task, "steps": 20, "replicates": count, "rounds": 5, "keep_freed_memory": True}
+        for task in ("digits-mlp", "digits-cnn")
+        for count in (1, 8)
+    ),
+]
+
+
+def run_all(path: Path) -> None:
+    """Every case in a process of its own, and what they gave in one file."""
+    rows = []
+    for case in CASES:
+        command = [sys.executable, __file__, json.dumps(case)]
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(line, end="", flush=True)
+        rows.append(json.loads(line))
+    about = {"torch": torch.__version__, "amalgam": build_info(), **describe()}
+    about |= {"processor": processor(), "threads": 2}
+    path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+
+
+def processor() -> str:
+    """What Linux calls it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def main() -> None:
+    if sys.argv[1] == "all":
+        run_all(Path(sys.argv[2]))
+        return
     asked = json.loads(sys.argv[1])
     threads, rounds = asked.pop("threads", 2), asked.pop("rounds", 1)
     torch.set_num_threads(threads)
+    keeps = asked.pop("keep_freed_memory", False)
+    if keeps:
+        keep_freed_memory()
     short = {**asked, "steps": 2}
     peak_of(Case(**short), 1)  # loads and compiles what is loaded and compiled once
     few = peak_of(Case(**short), 1)
@@ -202,6 +262,7 @@ def main() -> None:
             {
                 **asked,
                 "threads": threads,
+                "keep_freed_memory": keeps,
                 "coordinates": case.coordinates,
                 "seconds": seconds,
                 "milliseconds_per_step": 1e3 * seconds / case.steps,
