@@ -42,47 +42,68 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
+    from amalgam.meta import distributed
+
+    distributed.join()
+    try:
+        _train(recipe, out, seed, override or [], resume)
+    finally:
+        distributed.leave()
+
+
+def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
     from amalgam.evaluation import tables
-    from amalgam.experiment import Experiment, title
+    from amalgam.experiment import Experiment, between_replicates, title
+    from amalgam.meta import distributed
 
     name = Path(recipe).stem
     folder = out or Path("runs") / f"{name}-{seed}"
-    chosen = recipes.load(recipe, override or [])
+    chosen = distributed.by_first(lambda: recipes.load(recipe, override))
     run = Experiment(chosen, folder, name=name, seed=seed, resume=resume)
+    if distributed.rank():
+        run.train()
+        return
     _console.print(f"{name}: {chosen.description}\nrun folder: {folder}", highlight=False)
 
     with Progress(
-        TextColumn("meta-training"),
+        TextColumn("meta-training the {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("meta-loss {task.fields[meta]:+.3f}  imitation {task.fields[imitation]:+.3f}"),
         TimeRemainingColumn(),
         console=_console,
     ) as progress:
-        bar = progress.add_task("", total=run.trainer.meta_steps, meta=0.0, imitation=0.0)
+
+        def begin(what: str, meta_steps: int | None) -> None:
+            progress.add_task(what, total=meta_steps, meta=0.0, imitation=0.0)
 
         def metrics(row: dict[str, Any]) -> None:
             progress.update(
-                bar,
+                progress.task_ids[-1],
                 completed=row["meta_step"],
                 meta=_number(row["meta_loss"]),
                 imitation=_number(row["imitation_loss"]),
             )
 
-        run.train(metrics)
-        progress.update(bar, completed=run.trainer.meta_steps)
+        students = run.train(metrics, begin)
+        for bar, trained in zip(progress.task_ids, run.meta_steps, strict=True):
+            progress.update(bar, total=trained, completed=trained)
 
     with _console.status("evaluating") as status:
         results = run.evaluate(lambda who: status.update(f"evaluating: {who}"))
     for task_results in results:
         _console.print(tables.terminal(title(task_results, chosen.evaluation.steps), task_results))
-    _console.print(f"student: {folder / 'student.safetensors'}\nplots:   {folder / 'plots'}")
+        if len(students) > 1:
+            _console.print(between_replicates(task_results, len(students)), highlight=False)
+    kept = "student.safetensors" if len(students) == 1 else "replicate-*/student.safetensors"
+    _console.print(f"student: {folder / kept}\nplots:   {folder / 'plots'}")
 
 
 @app.command()
 def evaluate(
     students: Annotated[
-        list[str], typer.Argument(help="Students: names of shipped ones, or paths.")
+        list[str],
+        typer.Argument(help="Learned optimizers: names of shipped ones, or paths."),
     ],
     task: Annotated[
         list[str] | None, typer.Option(help="Task; may be given several times.")
@@ -100,10 +121,10 @@ def evaluate(
     from amalgam import experiment
     from amalgam.evaluation import evaluate as compare
     from amalgam.evaluation import tables
-    from amalgam.policies import Pool, Student
+    from amalgam.policies import Pool, load_policy
 
     pool = Pool(teacher or [])
-    loaded = [(Path(name).stem, Student.load(name)) for name in students]
+    loaded = [(Path(name).stem, load_policy(name)) for name in students]
     chosen = [tasks.load(name, batch_size) for name in task or ["digits-cnn"]]
     results = []
     with _console.status("evaluating") as status:
@@ -183,8 +204,24 @@ def _number(value: float | None) -> float:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is shown without a traceback."""
+    """Run the command line; what the user can mend is shown without a traceback.
+
+    Under ``torchrun`` an error goes into its report, once, and not from every process to the
+    terminal.
+    """
     keep_freed_memory()
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        _run()
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        record(_run)()
+    except Exception:
+        sys.exit(1)
+
+
+def _run() -> None:
     try:
         app()
     except (ValueError, OSError) as error:

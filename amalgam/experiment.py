@@ -1,7 +1,8 @@
 """A recipe, run to its end: meta-training, the closing tables, the plots.
 
 The run folder: ``recipe.json`` (all resolved), ``metrics.jsonl``, ``checkpoint.safetensors``,
-``student.safetensors``, ``evaluation.json`` and ``evaluation.md``, ``plots/``.
+``student.safetensors`` (of replicates in ``replicate-0/``, ...), ``evaluation.json`` and
+``evaluation.md``, ``plots/``; and ``choice/``, likewise, where a choice is trained first.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amalgam import files, plots, tasks
-from amalgam.evaluation import Contender, Result, evaluate, tables, tune
-from amalgam.meta import Trainer, optimizer_of
+from amalgam import files, plots, recipes, tasks
+from amalgam.evaluation import Contender, Result, evaluate, spread, tables, tune
+from amalgam.meta import Trainer, distributed, optimizer_of
 from amalgam.meta.trainer import METRICS
 from amalgam.optimizer import TeacherOptimizer
-from amalgam.policies import Policy, Pool, Student
+from amalgam.policies import Choice, Policy, PolicyTeacher, Pool
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
@@ -38,6 +39,9 @@ class Experiment:
         name: The recipe's name, for the student's provenance.
         seed: Decides everything random.
         resume: Go on where the folder's run stopped.
+
+    Attributes:
+        meta_steps: How many each training that is over took: the choice's, the student's.
 
     Raises:
         FileExistsError: The folder holds a run and ``resume`` was not asked for.
@@ -57,27 +61,62 @@ class Experiment:
         self.folder = Path(folder)
         self.seed = seed
         self.resume = resume
-        self._settle(name)
+        self._name = name
+        distributed.by_first(self._settle)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        self.pool = Pool(recipe.teachers)
-        self.task = tasks.load(recipe.task.name, recipe.task.batch_size)
-        self.trainer = Trainer(
-            Student(recipe.student, generator=generator_for(seed, "student")),
-            self.task,
+        self.tasks = [tasks.load(one.name, one.batch_size) for one in recipe.tasks]
+        self._choice: Policy | None = None
+        self.meta_steps: list[int] = []
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The teachers; where a choice is trained first, only after that."""
+        if self.recipe.choice is None:
+            return Pool(self.recipe.pool())
+        if self._choice is None:
+            raise RuntimeError("the pool's choice is yet to be trained; call train() first")
+        return Pool([PolicyTeacher(self._choice)])
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The student's trainer; where a choice is trained first, only after that."""
+        recipe = self.recipe
+        kind, config = recipes.POLICIES[recipe.policy.kind], recipe.policy.settings
+        students = [
+            kind(config, generator=generator_for(self.seed + index, "student"))  # type: ignore[call-arg]
+            for index in range(recipe.replicates)
+        ]
+        return self._trainer(
+            students,
             self.pool,
-            folder=self.folder,
-            amalgamation=recipe.amalgamation,
+            self.folder,
             training=recipe.training,
-            stages=recipe.stages,
-            seed=seed,
-            provenance={"recipe": name, "resolved": recipe.as_dict(), **describe()},
+            strategy=recipe.strategy and recipe.strategy.settings,
+            perturbation=recipe.perturbation and recipe.perturbation.settings,
+            estimator=recipe.estimator,
         )
 
-    def _settle(self, name: str) -> None:
+    def _trainer(self, students: list[Policy], pool: Pool, folder: Path, **how: Any) -> Trainer:
+        recipe = self.recipe
+        return Trainer(
+            students,
+            self.tasks,
+            pool,
+            folder=folder,
+            amalgamation=recipe.amalgamation,
+            stages=recipe.stages,
+            memory=recipe.memory,
+            task_weights=[task.weight for task in recipe.tasks],
+            seed=self.seed,
+            provenance={"recipe": self._name, "resolved": recipe.as_dict(), **describe()},
+            **how,
+        )
+
+    def _settle(self) -> None:
         """Write down what this folder runs, or hold it against what is written there."""
         path = self.folder / RECIPE
-        about = {"recipe": name, "seed": self.seed, "resolved": self.recipe.as_dict()}
+        about = {"recipe": self._name, "seed": self.seed, "resolved": self.recipe.as_dict()}
         if not path.exists():
             _write(path, json.dumps(about, indent=2) + "\n")
             return
@@ -95,22 +134,67 @@ class Experiment:
                     f"resume it as it was begun, or choose another folder"
                 )
 
-    def train(self, report: Callable[[dict[str, Any]], None] | None = None) -> Policy:
-        """Meta-train to the end; ``report`` is called with each meta-step's metrics."""
-        student = self.trainer.run(resume=self.resume, report=report)
-        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
-        plots.training([json.loads(line) for line in lines], self.folder / "plots" / "training.png")
-        return student
+    def train(
+        self,
+        report: Callable[[dict[str, Any]], None] | None = None,
+        begin: Callable[[str, int | None], None] = lambda what, meta_steps: None,
+    ) -> list[Policy]:
+        """Meta-train to the end.
+
+        Args:
+            report: Called with each meta-step's metrics; of replicates, the first one's.
+            begin: Called before a policy is trained, with its name and the meta-steps that takes,
+                ``None`` where a strategy finds out on the way.
+
+        Returns:
+            The student, or all replicates.
+        """
+        choice = self.recipe.choice
+        if choice is not None:
+            generator = generator_for(self.seed, "choice")
+            trainer = self._trainer(
+                [Choice(choice.policy, generator=generator)],
+                Pool([]),
+                self.folder / "choice",
+                training=choice.training or self.recipe.training,
+                strategy=choice.strategy.settings,
+            )
+            begin("choice", trainer.meta_steps)
+            self._choice = self._train(trainer, report)
+        begin("student", self.trainer.meta_steps)
+        self._train(self.trainer, report)
+        return self.trainer.students
+
+    def _train(self, trainer: Trainer, report: Callable[[dict[str, Any]], None] | None) -> Policy:
+        trained = trainer.run(resume=self.resume, report=report)
+        self.meta_steps.append(trainer.meta_step)
+        if distributed.rank() == 0:
+            lines = (trainer.folder / METRICS).read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
+            first = [row for row in rows if not row.get("replicate")]
+            plots.training(first, trainer.folder / "plots" / "training.png")
+        return trained
 
     def evaluate(self, report: Callable[[str], None] = lambda name: None) -> list[list[Result]]:
-        """Train each evaluation task with everybody; results by task, also written and drawn."""
-        how = self.recipe.evaluation
+        """Train each evaluation task with everybody; results by task, also written and drawn.
+
+        The replicates' come first.
+        """
+        how, students = self.recipe.evaluation, self.trainer.students
         results = []
         for name in how.tasks:
-            task = tasks.load(name, self.recipe.task.batch_size)
+            task = tasks.load(name, self.recipe.tasks[0].batch_size)
             everybody = [
-                student_contender("student", self.trainer.student),
+                *(
+                    student_contender(f"student {index}" if len(students) > 1 else "student", one)
+                    for index, one in enumerate(students)
+                ),
                 *teacher_contenders(self.pool),
+                *(
+                    teacher_contenders(Pool(self.recipe.choice.policy.teachers))
+                    if self.recipe.choice is not None
+                    else []
+                ),
                 *torch_contenders(task, steps=how.steps, report=report),
             ]
             results.append(
@@ -123,7 +207,7 @@ class Experiment:
                     report=report,
                 )
             )
-        record(results, self.folder, steps=how.steps)
+        record(results, self.folder, steps=how.steps, replicates=len(students))
         return results
 
 
@@ -134,8 +218,12 @@ def student_contender(name: str, student: Policy) -> Contender:
 
 def teacher_contenders(pool: Pool) -> list[Contender]:
     """A pool's teachers as contenders, each on its own."""
-    named = zip(pool.names, pool.teachers, strict=True)
-    return [Contender(name, partial(TeacherOptimizer, teacher=teacher)) for name, teacher in named]
+    return [
+        student_contender(name, teacher.policy)
+        if isinstance(teacher, PolicyTeacher)
+        else Contender(name, partial(TeacherOptimizer, teacher=teacher))
+        for name, teacher in zip(pool.names, pool.teachers, strict=True)
+    ]
 
 
 def torch_contenders(
@@ -156,11 +244,36 @@ def title(results: Sequence[Result], steps: int) -> str:
     return f"{results[0].task}: validation after {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def record(results: Sequence[Sequence[Result]], folder: Path, *, steps: int) -> None:
-    """Write results, a list a task, as ``evaluation.json``, ``evaluation.md`` and plots."""
-    content = {"steps": steps, **describe(), "results": [r.as_dict() for rs in results for r in rs]}
-    _write(folder / "evaluation.json", json.dumps(content) + "\n")
+def between_replicates(results: Sequence[Result], replicates: int) -> str:
+    """How far a task's first results, the replicates', lie apart, in words."""
+    deviation = spread(results[:replicates])
+    return (
+        f"{results[0].task}: between {replicates} replicates the mean log final loss deviates by "
+        f"{deviation:.4f}"
+    )
+
+
+def record(
+    results: Sequence[Sequence[Result]], folder: Path, *, steps: int, replicates: int = 1
+) -> None:
+    """Write results, a list a task, as ``evaluation.json``, ``evaluation.md`` and plots.
+
+    Args:
+        results: The results.
+        folder: Where to.
+        steps: Steps of each run.
+        replicates: How many of each task's first results are replicates'.
+    """
+    content: dict[str, Any] = {
+        "steps": steps,
+        **describe(),
+        "results": [r.as_dict() for rs in results for r in rs],
+    }
     shown = [tables.markdown(title(rs, steps), rs) for rs in results]
+    if replicates > 1:
+        content["spread"] = {rs[0].task: spread(rs[:replicates]) for rs in results}
+        shown += [between_replicates(rs, replicates) + "\n" for rs in results]
+    _write(folder / "evaluation.json", json.dumps(content) + "\n")
     _write(folder / "evaluation.md", "\n".join(shown))
     for rs in results:
         plots.curves(rs, folder / "plots" / f"{rs[0].task}.png")

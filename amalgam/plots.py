@@ -65,10 +65,19 @@ def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     ax.legend(frameon=False)
 
     ax = axes[1, 0]
-    validated = [(row["meta_step"], row["validation"]) for row in metrics if "validation" in row]
-    if validated:
-        ax.plot(*zip(*validated, strict=True), "o-", color=_COLOURS[0], ms=3, lw=1)
-    ax.set(xlabel="meta-step", title="meta-validation: mean log of the final loss")
+    # A strategy validates by meta-losses, stages by what comes out.
+    key = "meta_validation" if any("meta_validation" in row for row in metrics) else "validation"
+    validated = [row for row in metrics if row.get(key) is not None]
+    ax.plot(
+        [row["meta_step"] for row in validated],
+        [row[key] for row in validated],
+        "o-",
+        color=_COLOURS[0],
+        ms=3,
+        lw=1,
+    )
+    of = "mean log of the final loss" if key == "validation" else "mean meta-loss"
+    ax.set(xlabel="meta-step", title=f"meta-validation: {of}")
 
     ax = axes[1, 1]
     teachers = list(metrics[0].get("followed", ()))

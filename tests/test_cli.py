@@ -1,9 +1,11 @@
 """The command line, as a user runs it."""
 
 import json
+import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 
 from amalgam import Student
+from amalgam.policies import Choice, load_policy
 
 TINY = """
 description = "seconds"
@@ -44,6 +48,45 @@ every = 2
 """
 
 
+TWO_STAGES = """
+description = "seconds"
+threads = 1
+[task]
+name = "digits-mlp"
+batch_size = 64
+[choice.policy]
+teachers = "small"
+hidden = 3
+layers = 1
+warmup_steps = 2
+[choice.strategy]
+num_periods = 3
+unroll = 3
+episodes = 3
+windows = 1
+validation = { unroll = 3, windows = 1, episodes = 1, warmup_windows = 1, warmup_lr = 0.05 }
+[student]
+layers = 1
+hidden = 4
+warmup_steps = 3
+[training]
+checkpoint_every = 3
+[strategy]
+num_stages = 2
+num_periods = 1
+num_chances = 1
+unroll = 3
+windows = [1, 2]
+episodes = 3
+imitation_weight = "il_more"
+[evaluation]
+tasks = ["digits-mlp"]
+steps = 4
+seeds = 1
+every = 2
+"""
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     path = tmp_path / "tiny.toml"
@@ -71,6 +114,29 @@ def metrics(folder: Path) -> list[dict]:
     return rows
 
 
+def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int:
+    """Kill a run, and each time resume it, when a log has so many lines; how often that came off."""
+    kills = 0
+    resume: list[str] = []
+    for name, lines in cuts:
+        process = subprocess.Popen(
+            command(*arguments, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        log = folder / name
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_bytes().count(b"\n") >= lines:
+                time.sleep(random.uniform(0, 0.05))
+                break
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        resume = ["--resume"]
+    return kills
+
+
 def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = run("train", tiny, "--out", whole, "--seed", 3)
@@ -86,27 +152,8 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) ->
     ):
         assert (whole / name).stat().st_size > 0
 
-    kills = 0
-    resume: list[str] = []
-    for lines in (random.randrange(1, 8), random.randrange(9, 20), random.randrange(21, 29)):
-        process = subprocess.Popen(
-            command("train", tiny, "--out", cut, "--seed", 3, *resume),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        log = cut / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if log.exists() and log.read_bytes().count(b"\n") >= lines:
-                time.sleep(random.uniform(0, 0.05))
-                break
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        resume = ["--resume"]
-    assert kills >= 2
+    cuts = [("metrics.jsonl", random.randrange(*lines)) for lines in ((1, 8), (9, 20), (21, 29))]
+    assert killed(cut, cuts, "train", tiny, "--out", cut, "--seed", 3) >= 2
     assert not (cut / "student.safetensors").exists()
     run("train", tiny, "--out", cut, "--seed", 3, "--resume")
 
@@ -139,6 +186,88 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) ->
     )
     assert "rmsprop" in done.stdout
     assert (tmp_path / "compared" / "plots" / "digits-cnn.png").exists()
+
+
+def test_a_two_stage_run_killed_in_both_stages_ends_in_the_same_bytes(tmp_path) -> None:
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(TWO_STAGES)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = run("train", recipe, "--out", whole, "--seed", 2)
+    for expected in ("meta-training the choice", "student", "choice", "rmsprop", "adam"):
+        assert expected in done.stdout
+    cuts = [
+        ("choice/metrics.jsonl", random.randrange(1, 6)),
+        ("metrics.jsonl", random.randrange(1, 6)),
+        ("metrics.jsonl", random.randrange(7, 14)),
+    ]
+    assert killed(cut, cuts, "train", recipe, "--out", cut, "--seed", 2) >= 2
+    run("train", recipe, "--out", cut, "--seed", 2, "--resume")
+    for name in ("choice/student.safetensors", "student.safetensors", "evaluation.json"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    for name in (".", "choice"):
+        assert metrics(whole / name) == metrics(cut / name)
+    choice = load_policy(whole / "choice" / "student.safetensors")
+    assert isinstance(choice, Choice)
+    assert choice.provenance["teachers"] == []
+    assert load_policy(whole / "student.safetensors").provenance["teachers"] == ["choice"]
+
+
+def test_replicates_are_evaluated_and_their_spread_is_told(tiny, tmp_path) -> None:
+    short = ["--set", "stages=[{episodes=2}]", "--set", "replicates=3"]
+    done = run("train", tiny, "--out", tmp_path / "run", *short)
+    for expected in ("student 0", "student 2", "between 3 replicates"):
+        assert expected in done.stdout
+    content = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    finals = [
+        statistics.fmean(math.log(curve["validation_losses"][-1]) for curve in result["curves"])
+        for result in content["results"]
+        if result["name"].startswith("student")
+    ]
+    assert len(finals) == 3
+    assert content["spread"]["digits-mlp"] == pytest.approx(statistics.stdev(finals))
+    assert "between 3 replicates" in (tmp_path / "run" / "evaluation.md").read_text()
+    for index in range(3):
+        Student.load(tmp_path / "run" / f"replicate-{index}" / "student.safetensors")
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="needs torch.distributed with gloo, which this PyTorch lacks",
+)
+def test_torchrun(tiny, tmp_path) -> None:
+    """One process tells, evaluates and writes; an error is told once."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {
+        "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"
+    }  # fmt: skip
+
+    def together(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*launch, "-m", "amalgam.cli", "train", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+        )
+
+    out, short = tmp_path / "run", ["--set", "stages=[{episodes=2}]", "--set", "threads=1"]
+    done = together(tiny, "--out", out, *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("run folder:") == 1
+    assert done.stdout.count("final loss") == 1
+    assert not list(out.rglob(".*"))
+    alone = tmp_path / "alone"
+    run("train", tiny, "--out", alone, *short, "--set", "training.optimizees=2")
+    ours, theirs = (Student.load(d / "student.safetensors").weights() for d in (alone, out))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, atol=2e-5)
+
+    refused = together(tiny, "--out", out, *short)
+    assert refused.returncode != 0
+    assert (refused.stdout + refused.stderr).count("holds a run already") == 1
+    wrong = together(tiny, "--out", tmp_path / "x", "--set", "training.unrol=3")
+    assert (wrong.stdout + wrong.stderr).count("the nearest is 'training.unroll'") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_errors_have_no_traceback(tiny, tmp_path) -> None:

@@ -1,5 +1,5 @@
 """Comparing optimizers: protocol and tables."""
 
-from amalgam.evaluation.protocol import Contender, Curve, Result, evaluate, train, tune
+from amalgam.evaluation.protocol import Contender, Curve, Result, evaluate, spread, train, tune
 
-__all__ = ["Contender", "Curve", "Result", "evaluate", "train", "tune"]
+__all__ = ["Contender", "Curve", "Result", "evaluate", "spread", "train", "tune"]

@@ -102,6 +102,18 @@ class Result:
         }
 
 
+def spread(replicates: Sequence[Result]) -> float:
+    """Standard deviation over replicates of the mean log final validation loss (meta-stability).
+
+    Args:
+        replicates: Results of two or more replicates on one task.
+
+    Raises:
+        statistics.StatisticsError: There are fewer than two.
+    """
+    return stdev(fmean(math.log(c.final + 1e-10) for c in r.curves) for r in replicates)
+
+
 def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int) -> Curve:
     """Train a fresh optimizee and record its validation loss.
 

@@ -6,13 +6,16 @@ Without one, all of this is the one process's own.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def join() -> None:
@@ -64,3 +67,30 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def by_first(do: Callable[[], T]) -> T:
+    """What ``do`` gives the first process, which alone does it.
+
+    Raises:
+        SystemExit: In the others, where it failed; the first one raises the error itself.
+    """
+    if world() == 1:
+        return do()
+    value: T | None = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            value = do()
+        except Exception as raised:
+            error = raised
+    failed, value = from_first((error is not None, value))
+    if error is not None:
+        raise error
+    if failed:
+        # torchrun ends everybody when one ends: the first is to say why before that.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+        raise SystemExit(2)
+    result: T = value
+    return result

@@ -13,13 +13,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.meta import distributed
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.unroll import Trajectories, Unroll, Window
 from amalgam.tasks import Batch
 
 KINDS = ("truncation", "pes")
 
-# A purpose and perhaps a number -> random numbers for it, anew at every call.
+# A student, a purpose and perhaps numbers -> random numbers for it, anew at every call; the same in
+# every process.
 Generators = Callable[..., torch.Generator]
 
 
@@ -95,7 +97,8 @@ def through_window(
     meta, imitation = coefficients
 
     def draws(purpose: str, step: int, row: int) -> torch.Generator:
-        return generators(purpose, step, row)
+        student, index = divmod(row, unroll.optimizees)
+        return generators(student, purpose, step, distributed.rank() * unroll.optimizees + index)
 
     def window_at(
         moved: list[list[Tensor]], noise: Callable[[int], list[list[Tensor]]] | None = None
@@ -112,11 +115,10 @@ def through_window(
             at = _added(weights, psi)
             leaves = [[w.detach().requires_grad_() for w in of] for of in at]
             _, loss = window_at(leaves)
-            grads = _gradients(loss, leaves)
-            if grads is None:
-                break
+            # Where the loss does not reach the weights there is nowhere to climb to.
+            grads = _gradients(loss, leaves) or [[torch.zeros_like(w) for w in of] for of in at]
             psi = [
-                perturbation.ascend(one, of, slopes)
+                perturbation.ascend(one, of, distributed.average(slopes))
                 for one, of, slopes in zip(psi, weights, grads, strict=True)
             ]
         moved = _added(weights, psi)
@@ -124,7 +126,7 @@ def through_window(
 
         def drawn(*purpose: int) -> list[list[Tensor]]:
             return [
-                perturbation.draw(of, generators("perturbation", *purpose, s))
+                perturbation.draw(of, generators(s, "perturbation", *purpose))
                 for s, of in enumerate(weights)
             ]
 
@@ -161,7 +163,7 @@ def by_evolution(
             episode's beginning.
     """
     weights = [w.detach() for w in unroll.students[0].weights()]
-    generator = generators("particles")
+    generator = generators(0, "particles", distributed.rank())
     fresh = [
         how.std * torch.randn((how.pairs, *w.shape), generator=generator, dtype=w.dtype)
         for w in weights

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -278,7 +278,7 @@ class InputNoise:
         return grad + self.std * _normal(grad, generator)
 
 
-_KINDS: dict[str, tuple[Callable[..., Perturbation], dict[str, Any]]] = {
+KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "gaussian": (Gaussian, {"relative": False, "fresh_each_step": True}),
     "gaussian_rel": (Gaussian, {"relative": True, "fresh_each_step": True}),
     "persistent_gaussian": (Gaussian, {"relative": False, "fresh_each_step": False}),
@@ -289,6 +289,8 @@ _KINDS: dict[str, tuple[Callable[..., Perturbation], dict[str, Any]]] = {
     "adaptive_pgd": (AdaptivePGD, {"normalise": True}),
     "cgd": (AdaptivePGD, {"normalise": False}),
 }
+"""What :func:`make` makes of a kind: a class, and the fields that the kind settles."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "gaussian": {"kind": "gaussian", "std": 1e-3},
     "gaussian_rel": {"kind": "gaussian_rel", "std": 5e-4},
@@ -314,11 +316,11 @@ def make(recipe: Mapping[str, Any]) -> Perturbation:
     """
     fields = dict(recipe)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ValueError(
-            f"kind must be one of {list(_KINDS)}, not {kind!r}{did_you_mean(kind, _KINDS)}"
+            f"kind must be one of {list(KINDS)}, not {kind!r}{did_you_mean(kind, KINDS)}"
         )
-    constructor, settled = _KINDS[kind]
+    constructor, settled = KINDS[kind]
     known = [name for name in inspect.signature(constructor).parameters if name not in settled]
     for name in fields:
         if name not in known:
@@ -326,4 +328,5 @@ def make(recipe: Mapping[str, Any]) -> Perturbation:
                 f"a {kind} perturbation has the fields {known}, not {name!r}"
                 f"{did_you_mean(name, known)}"
             )
-    return constructor(**settled, **fields)
+    made: Perturbation = constructor(**settled, **fields)
+    return made

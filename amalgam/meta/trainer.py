@@ -229,7 +229,7 @@ class Trainer:
         perturbation: What moves the weights that the meta-gradient is taken at.
         task_weights: How often each task is taken; all alike where absent.
         seed: Decides everything random; of replicates, the first one's, which the others count on
-            from.
+            from. Which task an episode takes, and ``il_mode="switch"``, the first decides for all.
         folder: Where the run is kept; made where missing.
         provenance: Facts that the saved student is to carry beside those that are known here.
     """
@@ -279,7 +279,7 @@ class Trainer:
             )
             for one in students
         ]
-        self._unrolls = [self._unroll(one, self.pool) for one in self.tasks]
+        self._unrolls = [self._unroll(one) for one in self.tasks]
         self._progress = _Progress()
         self._trajectories: Trajectories | None = None
         self._carried: list[Tensor] = []
@@ -306,12 +306,12 @@ class Trainer:
                 f"not {list(self.task_weights)}"
             )
 
-    def _unroll(self, task: Task, pool: Pool) -> Unroll:
+    def _unroll(self, task: Task) -> Unroll:
         students = [r.student for r in self._replicates] * self.estimator.particles
         return Unroll(
             task,
             students,
-            pool,
+            self.pool,
             self.amalgamation,
             memory=self.memory,
             optimizees=self.training.optimizees,
@@ -364,11 +364,14 @@ class Trainer:
         first = distributed.rank() == 0
         if first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files.clear_leftovers(checkpoint)
+            for path in (checkpoint, *(self.folder / PERIODS).glob("*.safetensors")):
+                files.clear_leftovers(path)
         if distributed.from_first(checkpoint.exists()):
             self._load_checkpoint(checkpoint)
         if first:
             self._trim_metrics()
+            if self.strategy is not None and not self.meta_step:
+                self._save_period(INITIAL)
         # Others' lines go nowhere: all processes take the same steps.
         path = self.folder / METRICS if first else Path(os.devnull)
         with path.open("a", encoding="utf-8") as log:
@@ -412,12 +415,13 @@ class Trainer:
         progress.episodes += period.training.episodes
         progress.done, progress.at, progress.meta_losses = 0, period.name, []
         if self.strategy is not None and distributed.rank() == 0:
-            path = self.folder / PERIODS / f"{period.name}.safetensors"
-            weights_io.write(path, "period", self._learned(), {"period": period.name})
+            self._save_period(period.name)
+
+    def _save_period(self, name: str) -> None:
+        path = self.folder / PERIODS / f"{name}.safetensors"
+        weights_io.write(path, "period", self._learned(), {"period": name})
 
     def _load_period(self, name: str) -> None:
-        if name == INITIAL:
-            raise ValueError("the strategy goes back to the initial weights, which are not kept")
         tensors, _ = weights_io.read(self.folder / PERIODS / f"{name}.safetensors", "period")
         self._restore(tensors)
         self._progress.at = name
@@ -467,7 +471,7 @@ class Trainer:
             if len(self.tasks) > 1:
                 row["task"] = unroll.task.name
             if self._is_time_to_validate():
-                row["validation"] = self._validate(replicate)
+                row["validation"] = self._validate(index)
             row["seconds"] = time.perf_counter() - started
             rows.append(_json(row))
         return rows
@@ -482,10 +486,10 @@ class Trainer:
         self, unroll: Unroll, batches: Sequence[Batch], coefficients: tuple[float, float]
     ) -> Estimate:
         assert self._trajectories is not None
-        step, rank = self._progress.meta_step, distributed.rank()
+        step = self._progress.meta_step
 
-        def generators(*purpose: str | int) -> torch.Generator:
-            return generator_for(self.seed, *purpose, step, *((rank,) if rank else ()))
+        def generators(student: int, *purpose: str | int) -> torch.Generator:
+            return generator_for(self.seed + student, *purpose, step)
 
         if self.estimator.kind == "pes":
             return estimators.by_evolution(
@@ -563,18 +567,19 @@ class Trainer:
             return False
         return self.meta_step % every == 0 or self.meta_step == self.meta_steps
 
-    def _validate(self, replicate: _Replicate) -> float:
-        """Mean log of the final validation loss, the student training optimizees of its own."""
-        how, student = self.training, replicate.student
+    def _validate(self, index: int) -> float:
+        """Mean log of the final validation loss, a student training optimizees of its own."""
+        how, replicate = self.training, self._replicates[index]
+        student, seed = replicate.student, self.seed + index
         steps = student.config.warmup_steps + how.validation_steps
         logs = []
         for task in self.tasks if distributed.rank() == 0 else ():
-            for index in range(how.validation_seeds):
+            for number in range(how.validation_seeds):
                 curve = train_optimizee(
                     task,
                     lambda params: optimizer_of(params, student, self.amalgamation.backend),
                     steps=steps,
-                    seed=int(generator_for(self.seed, "validation", index).initial_seed()),
+                    seed=int(generator_for(seed, "validation", number).initial_seed()),
                     every=steps,
                 )
                 logs.append(math.log(curve.final + 1e-10))
@@ -589,12 +594,12 @@ class Trainer:
         """Mean meta-loss on a strategy's validation unrolls, always of the same episodes."""
         unrolls, losses = period.validation, []
         for task in self.tasks if distributed.rank() == 0 else ():
-            unroll = self._unroll(self._held_out(task), Pool([]))
+            unroll = Unroll(self._held_out(task), self.student, Pool([]), self.amalgamation)
             for episode in range(unrolls.episodes):
                 where = self._begin_validation(unroll, unrolls, episode)
                 for window in range(unrolls.windows):
                     generator = generator_for(self.seed, "validation", episode, window)
-                    batches = _Rows([unroll.task.batches(generator, unrolls.unroll)] * unroll.rows)
+                    batches = _Rows([unroll.task.batches(generator, unrolls.unroll)])
                     with torch.no_grad():
                         result = unroll.window(where, batches)
                     where = result.end
@@ -603,13 +608,11 @@ class Trainer:
         return mean
 
     def _begin_validation(self, unroll: Unroll, unrolls: Unrolls, episode: int) -> Trajectories:
-        def generators() -> list[torch.Generator]:
-            return [generator_for(self.seed, "validation", episode) for _ in range(unroll.rows)]
-
-        begin = unroll.begin(*generators())
+        begin = unroll.begin(generator_for(self.seed, "validation", episode))
         steps, lr = self._warm_up_of(unrolls)
-        rows = [unroll.task.batches(generator, steps) for generator in generators()]
-        return unroll.warm_up(begin, _Rows(rows), lr) if steps else begin
+        generator = generator_for(self.seed, "validation", episode, "warm-up")
+        batches = _Rows([unroll.task.batches(generator, steps)])
+        return unroll.warm_up(begin, batches, lr) if steps else begin
 
     def _held_out(self, task: Task) -> Task:
         """The task to meta-validate on."""
@@ -622,7 +625,7 @@ class Trainer:
 
     def _finish(self, end: Finish) -> None:
         """Keep the best students, and save them."""
-        if self.strategy is not None and end.checkpoint not in (self._progress.at, INITIAL):
+        if self.strategy is not None and end.checkpoint != self._progress.at:
             self._load_period(end.checkpoint)
         several = len(self._replicates) > 1
         for index, replicate in enumerate(self._replicates):
@@ -688,7 +691,9 @@ class Trainer:
 
     def _stand(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :meth:`_standing` gave."""
-        unroll = self._unrolls[0]
+        # Of the tasks one of that size will do: only the states' shape as nests is looked at.
+        size = tensors["params"].shape[1]
+        unroll = next(one for one in self._unrolls if one.task.layout.numel == size)
         blank = tuple(unroll.steps.initial(rows) for rows in unroll.by_student(tensors["params"]))
         stored = _in_order(_under(tensors, "states"))
         filled = with_tensors(_tensors_for_numbers(blank), stored)

@@ -236,7 +236,9 @@ class Unroll:
                 everybody = params.expand(len(self.pool), -1, -1)
                 seen = self.to_teachers(grads, scale).expand_as(everybody)
                 went = ok.expand(len(self.pool), -1)
-                _, teacher_state = self._pool_step(everybody, teacher_state, seen, scale, went)
+                _, teacher_state = self._pool_step(
+                    everybody, teacher_state, seen, scale, went, warming=True
+                )
         teacher_params = params.expand(len(self.pool), -1, -1).clone()
         return Trajectories(scale, params, states, teacher_params, teacher_state)
 
@@ -339,6 +341,7 @@ class Unroll:
         seen: Tensor,
         scale: Tensor,
         ok: Tensor,
+        warming: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Updates (K, R, N) of scaled parameters, and the new state, of those that are ok (K, R).
 
@@ -348,20 +351,22 @@ class Unroll:
             seen: The gradients that they see, (K, R, N).
             scale: The scaling, (R, N).
             ok: Who is to step, (K, R).
+            warming: Whether states move and nobody does: updates are zero.
         """
+        if not len(self.pool):
+            return params, state
         how = self.amalgamation
         own = params if how.scale_teachers else params * scale
-        updates, states = torch.empty_like(params), []
+        updates, states = torch.zeros_like(params), []
         for rows, old in zip(self._pool_rows, state, strict=True):
             k, _, n = params.shape
-            of_rows, new = self.pool.step(
-                seen[:, rows].reshape(k, -1),
-                old,
-                params=own[:, rows].reshape(k, -1),
-                layout=self.task.layout,
-                backend=how.backend,
-            )
-            updates[:, rows] = of_rows.view(k, -1, n)
+            grads, at = seen[:, rows].reshape(k, -1), own[:, rows].reshape(k, -1)
+            told: Any = {"params": at, "layout": self.task.layout, "backend": how.backend}
+            if warming:
+                new = self.pool.warm_up(grads, old, **told)
+            else:
+                of_rows, new = self.pool.step(grads, old, **told)
+                updates[:, rows] = of_rows.view(k, -1, n)
             states.append(self.pool.keep(ok[:, rows], new, old))
         if not how.scale_teachers:
             updates /= scale

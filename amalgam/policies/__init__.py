@@ -19,9 +19,11 @@ from amalgam.policies.baselines import (
 from amalgam.policies.choice import POOLS, Choice, ChoiceConfig
 from amalgam.policies.hierarchical import ScaleHierarchical, ScaleHierarchicalConfig, ScaleState
 from amalgam.policies.policy import LearnedPolicy, Policy, PolicyConfig
+from amalgam.policies.policy_teacher import PolicyTeacher
 from amalgam.policies.student import Student, StudentConfig
 from amalgam.policies.teachers import (
     LEARNING_RATES,
+    AnyTeacher,
     MixedPoolState,
     Pool,
     PoolState,
@@ -64,6 +66,7 @@ __all__ = [
     "POLICIES",
     "POOLS",
     "AdamLR",
+    "AnyTeacher",
     "Choice",
     "ChoiceConfig",
     "DMConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "MixedPoolState",
     "Policy",
     "PolicyConfig",
+    "PolicyTeacher",
     "Pool",
     "PoolState",
     "RMSPropLR",

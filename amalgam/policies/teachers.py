@@ -12,6 +12,7 @@ from torch import Tensor
 from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.policies import torch_teacher
+from amalgam.policies.policy_teacher import PolicyTeacher
 from amalgam.policies.torch_teacher import TorchState, TorchTeacher
 
 LEARNING_RATES = {
@@ -74,7 +75,7 @@ class PoolState(NamedTuple):
 
 
 class MixedPoolState(NamedTuple):
-    """What K teachers carry of which some are :class:`TorchTeacher`.
+    """What K teachers carry of which some are :class:`TorchTeacher` or :class:`PolicyTeacher`.
 
     Attributes:
         m: The analytical teachers' first moments, shape (A, N).
@@ -87,27 +88,32 @@ class MixedPoolState(NamedTuple):
     torch: tuple[TorchState, ...]
 
 
+AnyTeacher = Teacher | TorchTeacher | PolicyTeacher
+
+
 class Pool:
     """Several teachers, each on its own trajectory.
 
-    What they carry is a :class:`PoolState`, or a :class:`MixedPoolState` where one of them is a
-    :class:`TorchTeacher`; :func:`state_tensors` says what of it a file is to keep.
+    What they carry is a :class:`PoolState`, or a :class:`MixedPoolState` where one of them is not
+    analytical; :func:`state_tensors` says what of it a file is to keep.
 
     Args:
-        teachers: The teachers, analytical ones or torch's, or kinds for analytical ones with
-            default settings.
+        teachers: The teachers, analytical ones, torch's, or frozen policies, or kinds for
+            analytical ones with default settings.
 
     Raises:
         TypeError: ``teachers`` is a string.
         ValueError: A kind that does not exist.
     """
 
-    def __init__(self, teachers: Sequence[Teacher | TorchTeacher | str]) -> None:
+    def __init__(self, teachers: Sequence[AnyTeacher | str]) -> None:
         if isinstance(teachers, str):
             raise TypeError(f"teachers must be a sequence, as in [{teachers!r}], not a string")
-        self.teachers = tuple(Teacher(t) if isinstance(t, str) else t for t in teachers)
+        self.teachers: tuple[AnyTeacher, ...] = tuple(
+            Teacher(t) if isinstance(t, str) else t for t in teachers
+        )
         self._analytical = {k: t for k, t in enumerate(self.teachers) if isinstance(t, Teacher)}
-        self._torch = {k: t for k, t in enumerate(self.teachers) if isinstance(t, TorchTeacher)}
+        self._torch = {k: t for k, t in enumerate(self.teachers) if not isinstance(t, Teacher)}
 
     def __len__(self) -> int:
         """How many teachers there are."""
@@ -115,10 +121,10 @@ class Pool:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The teachers' kinds; where one stands twice, with its learning rate."""
+        """The teachers' kinds; where one stands twice, with what tells them apart."""
         kinds = [teacher.kind for teacher in self.teachers]
         return tuple(
-            t.kind if kinds.count(t.kind) == 1 else f"{t.kind}({t.lr:g})" for t in self.teachers
+            t.kind if kinds.count(t.kind) == 1 else f"{t.kind}({_apart(t)})" for t in self.teachers
         )
 
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> Any:
@@ -134,7 +140,8 @@ class Pool:
         """
         if layout is not None:
             for teacher in self._torch.values():
-                teacher.routes(layout, like)
+                if isinstance(teacher, TorchTeacher):
+                    teacher.routes(layout, like)
         shape = (len(self._analytical), *like.shape)
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if not self._torch:
@@ -165,15 +172,27 @@ class Pool:
             analytical teachers' updates, not the others'.
 
         Raises:
-            ValueError: The pool has a :class:`TorchTeacher`, and ``params`` or ``layout`` is
-                absent or does not fit, or that teacher refuses a tensor.
+            ValueError: The pool has a teacher that is not analytical, and ``params`` or ``layout``
+                is absent or does not fit, or that teacher refuses a tensor.
         """
+        return self._step(grads, state, params, layout, backend, warming=False)
+
+    def _step(
+        self,
+        grads: Tensor,
+        state: Any,
+        params: Tensor | None,
+        layout: Layout | None,
+        backend: str,
+        warming: bool,
+    ) -> tuple[Tensor, Any]:
         if isinstance(state, PoolState):
             updates, moments = self._analytical_step(grads, state, backend)
             return updates, moments
         if params is None or layout is None:
             absent = "params" if params is None else "layout"
-            raise ValueError(f"{absent} must be given: {self._first_torch} looks at it")
+            looking = next(iter(self._torch.values()))
+            raise ValueError(f"{absent} must be given: {looking} looks at it")
         if params.shape != grads.shape:
             raise ValueError(
                 f"params must have the shape of grads, {tuple(grads.shape)}, "
@@ -192,7 +211,15 @@ class Pool:
         rows |= dict(zip(chosen, updates, strict=True))
         carried = []
         for (k, teacher), old in zip(self._torch.items(), state.torch, strict=True):
-            rows[k], new = teacher.step(params[k], grads[k], old, layout)
+            if isinstance(teacher, TorchTeacher):
+                rows[k], new = teacher.step(params[k], grads[k], old, layout)
+            elif warming:
+                rows[k], new = (
+                    torch.zeros_like(grads[k]),
+                    teacher.warm_up(grads[k], old, layout),
+                )
+            else:
+                rows[k], new = teacher.step(grads[k], old, layout, backend)
             carried.append(new)
         in_order = torch.stack([rows[k] for k in range(len(self))])
         return in_order, MixedPoolState(moments.m, moments.v, tuple(carried))
@@ -208,9 +235,11 @@ class Pool:
     ) -> Any:
         """The state after a warm-up step's gradients (K, N): what teachers carry moves, they stay.
 
+        Of frozen policies that is what their own warm-up moves: moments, and no LSTM.
+
         Args and Raises: see :meth:`step`.
         """
-        return self.step(grads, state, params=params, layout=layout, backend=backend)[1]
+        return self._step(grads, state, params, layout, backend, warming=True)[1]
 
     @property
     def coordinatewise(self) -> bool:
@@ -236,10 +265,6 @@ class Pool:
         pairs = zip(self._torch, new.torch, old.torch, strict=True)
         return MixedPoolState(m, v, tuple(n if moved[k] else o for k, n, o in pairs))
 
-    @property
-    def _first_torch(self) -> TorchTeacher:
-        return next(iter(self._torch.values()))
-
     def _analytical_step(
         self, grads: Tensor, state: PoolState, backend: str
     ) -> tuple[Tensor, PoolState]:
@@ -257,6 +282,11 @@ class Pool:
 
     def _column(self, name: str) -> list[float]:
         return [getattr(teacher, name) for teacher in self._analytical.values()]
+
+
+def _apart(teacher: AnyTeacher) -> str:
+    """What tells a teacher from others of its kind."""
+    return teacher.digest if isinstance(teacher, PolicyTeacher) else f"{teacher.lr:g}"
 
 
 def state_tensors(state: PoolState | MixedPoolState) -> dict[str, Tensor]:

@@ -1,52 +1,20 @@
 """The trainer: learning, skipping, checkpoints, resuming to the same bits."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from runs import Killed, metrics, trainer
+from torch import Tensor
 
 from amalgam import weights
-from amalgam.meta import Amalgamation, Stage, Trainer, Training, clip_adaptively
+from amalgam.meta import Amalgamation, Stage, Training, clip_adaptively
 from amalgam.meta.trainer import CHECKPOINT, METRICS, STUDENT
-from amalgam.policies import Pool, Student, StudentConfig
-from amalgam.seeding import generator_for
-from amalgam.tasks import Task
+from amalgam.policies import Student
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def linear_task() -> Task:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(64, 4, generator=generator)
-    y = (x[:, 0] > 0).long()
-    return Task(
-        "linear", lambda: nn.Linear(4, 2), (x[:48], y[:48]), (x[48:], y[48:]), batch_size=16
-    )
-
-
-def trainer(folder, **changes) -> Trainer:
-    settings = {
-        "amalgamation": Amalgamation(scale_spread=1.0, backend="reference"),
-        "training": Training(
-            unroll=4, validate_every=3, validation_steps=6, validation_seeds=1, checkpoint_every=2
-        ),
-        "stages": (Stage(3, 1, 0.2), Stage(2, 2, 0.05)),
-        "seed": 7,
-    } | changes
-    config = StudentConfig(hidden=4, layers=1, warmup_steps=2)
-    student = Student(config, generator=generator_for(settings["seed"], "student"))
-    return Trainer(student, linear_task(), Pool(["adam", "sgd"]), folder=folder, **settings)
-
-
-def metrics(folder) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    for row in rows:
-        del row["seconds"]
-    return rows
 
 
 def test_a_run_learns(tmp_path) -> None:
@@ -89,10 +57,6 @@ def test_same_seed_same_bits(tmp_path) -> None:
     assert all(map(torch.equal, one, two))
     assert not all(map(torch.equal, one, other))
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize("at", range(1, 8))

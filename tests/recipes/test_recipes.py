@@ -1,10 +1,22 @@
 """Recipes: what can't be run is refused before it runs, by the key's name."""
 
 import json
+import tomllib
+from dataclasses import replace
 
 import pytest
 
 from amalgam import recipes
+from amalgam.meta import Curriculum, Repeat, Training, perturbation
+from amalgam.meta.strategy import choice_strategy, simple
+from amalgam.policies import (
+    ChoiceConfig,
+    PolicyTeacher,
+    ScaleHierarchicalConfig,
+    Student,
+    Teacher,
+    TorchTeacher,
+)
 from amalgam.recipes import RecipeError
 
 MINIMAL = """
@@ -83,10 +95,161 @@ def test_bad_keys_are_named(minimal, override, named) -> None:
         recipes.load(minimal, [override])
 
 
+KINDS = """
+[[tasks]]
+name = "digits-mlp"
+[[tasks]]
+name = "digits-cnn"
+batch_size = 32
+weight = 0.5
+[[teachers]]
+kind = "adam"
+lr = 0.01
+[[teachers]]
+kind = "torch.optim.Muon"
+arguments = { lr = 0.02 }
+others = { kind = "torch.optim.AdamW", arguments = { lr = 0.01, betas = [0.9, 0.99] } }
+[[teachers]]
+kind = "policy"
+file = "digits"
+[policy]
+kind = "scale"
+param_units = 5
+[strategy]
+kind = "simple"
+unroll = 7
+windows = [1, 2]
+imitation_weight = "il_more"
+[estimator]
+kind = "pes"
+pairs = 3
+[memory]
+budget = "1GiB"
+[perturbation]
+kind = "gaussian_rel"
+std = 2e-3
+"""
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    path = tmp_path / "kinds.toml"
+    path.write_text(KINDS)
+    return path
+
+
+def test_tables_of_a_kind(kinds) -> None:
+    recipe = recipes.load(kinds)
+    assert [(task.name, task.weight) for task in recipe.tasks] == [
+        ("digits-mlp", 1.0),
+        ("digits-cnn", 0.5),
+    ]
+    adam, muon, student = recipe.pool()
+    assert adam == Teacher("adam", 0.01)
+    others = ("torch.optim.AdamW", {"lr": 0.01, "betas": (0.9, 0.99)})
+    assert muon == TorchTeacher("torch.optim.Muon", {"lr": 0.02}, others=others)
+    assert student == PolicyTeacher(Student.load("digits"))
+    assert recipe.policy.settings == ScaleHierarchicalConfig(param_units=5)
+    assert recipe.strategy.settings == simple(
+        unroll=7, windows=(1, 2), imitation_weight=(0.2, 0.1, 0.05, 0.02)
+    )
+    assert recipe.perturbation.settings == perturbation.make({"kind": "gaussian_rel", "std": 2e-3})
+    assert (recipe.estimator.pairs, recipe.memory.budget) == (3, "1GiB")
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+    assert "stages" not in recipe.as_dict()
+
+
+@pytest.mark.parametrize("kind", recipes.POLICIES)
+def test_every_policy_has_a_name(kind, minimal) -> None:
+    recipe = recipes.load(minimal, [f"policy.kind={kind}", "policy.warmup_steps=7"])
+    policy = recipes.POLICIES[kind]
+    assert recipe.policy.settings == policy.config_type(warmup_steps=7)
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+    with pytest.raises(RecipeError, match=r"'policy.warmup_stepz'; the nearest is .*warmup_steps'"):
+        recipes.load(minimal, [f"policy.kind={kind}", "policy.warmup_stepz=7"])
+
+
+@pytest.mark.parametrize("kind", ["curriculum", "repeat", "simple", "choice"])
+def test_every_strategy_has_a_name(kind, minimal) -> None:
+    recipe = recipes.load(minimal, [f"strategy.kind={kind}"])
+    made = {
+        "curriculum": Curriculum(),
+        "repeat": Repeat(),
+        "simple": simple(),
+        "choice": choice_strategy(),
+    }
+    assert recipe.strategy.settings == made[kind]
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+
+
+@pytest.mark.parametrize("preset", perturbation.PRESETS.values(), ids=str)
+def test_every_preset_of_a_perturbation_is_a_table(preset, minimal) -> None:
+    content = tomllib.loads(minimal.read_text()) | {"perturbation": preset}
+    recipe = recipes.from_dict(content)
+    assert recipe.perturbation.settings == perturbation.make(preset)
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("policy.kind=scal", "policy: kind must be one of .* not 'scal'; did you mean 'scale'"),
+        ("policy.hidden=3", "'policy.hidden'; the nearest is"),
+        ("policy.param_units='5'", "policy.param_units: .*valid integer, not '5'"),
+        ("policy.param_units=0", "policy: param_units must be 1 or more, not 0"),
+        ("policy=3", "policy must be a table, not 3"),
+        ("student.hidden=3", "student and policy can't both be given"),
+        ("strategy.kind=curriculun", "did you mean 'curriculum'"),
+        ("strategy.repeat_threshold=1.0", "no key 'strategy.repeat_threshold'"),
+        ("strategy.unrol=1", "'strategy.unrol'; the nearest is 'strategy.unroll'"),
+        ("strategy.unroll=0", "strategy: unroll must be 1 or more"),
+        ("strategy.imitation_weight=il_mor", "did you mean 'il_more'"),
+        ("strategy.validation.unrol=3", "no key 'strategy.validation.unrol'"),
+        ("stages=[{episodes=1}]", "stages and strategy can't both be given"),
+        ("replicates=2", "replicates must be 1 with a strategy, .* not 2"),
+        ("replicates=0", "replicates must be 1 or more, not 0"),
+        ("estimator.kind=es", "estimator.kind: .*'truncation' or 'pes', not 'es'"),
+        ("estimator.std=0.0", "std must be positive"),
+        ("memory.budget=much", "budget must read as in '4GiB'"),
+        ("perturbation.kind=gauss", "did you mean 'gaussian'"),
+        ("perturbation.stdd=1.0", "'perturbation.stdd'; the nearest is 'perturbation.std'"),
+        ("perturbation.relative=true", "no key 'perturbation.relative'"),
+        ("perturbation.std=x", "perturbation.std: .*valid number, not 'x'"),
+        ("tasks.1.weight=0", "weight must be positive and finite, not 0"),
+        ("task.name=digits-mlp", "task and tasks can't both be given"),
+        ("teachers.1.kind=torch.optim.Muom", "teachers.1: optimizer must be a class .*'torch.opti"),
+        ("teachers.1.arguments={lrr=1}", "can't be made"),
+        ("teachers.1.others={knd=1}", "others must hold kind and arguments"),
+        ("teachers.1.argument={}", "'teachers.1.argument'; the nearest is 'teachers.1.arguments'"),
+        ("teachers.2.file=none", "teachers.2: file: 'none' is neither a file nor"),
+        ("choice.policy.hidden=4", "teachers must be none beside a choice"),
+        ("choice.polcy=4", "'choice.polcy'; the nearest is 'choice.policy'"),
+    ],
+)
+def test_bad_keys_of_kinds_are_named(kinds, override, named) -> None:
+    with pytest.raises(RecipeError, match=named):
+        recipes.load(kinds, [override])
+
+
+def test_a_choice_comes_instead_of_teachers(tmp_path) -> None:
+    path = tmp_path / "choice.toml"
+    path.write_text('[task]\nname = "digits-mlp"\n[choice.policy]\nteachers = "large"\n')
+    recipe = recipes.load(path, ["choice.strategy.num_periods=2"])
+    assert recipe.choice.policy == ChoiceConfig("large")
+    assert recipe.choice.strategy.settings == replace(choice_strategy(), num_periods=2)
+    assert recipe.pool() == ()
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+    assert recipes.load(path, ["choice.training.unroll=3"]).choice.training == Training(unroll=3)
+    with pytest.raises(RecipeError, match=r"'choice.policy.teacher'; the nearest is"):
+        recipes.load(path, ["choice.policy.teacher=small"])
+
+
 def test_missing_keys_are_named(tmp_path) -> None:
     path = tmp_path / "empty.toml"
     path.write_text("")
-    with pytest.raises(RecipeError, match="task is missing; teachers is missing"):
+    with pytest.raises(
+        RecipeError, match="task or tasks is missing; teachers or choice is missing"
+    ):
         recipes.load(path)
 
 

@@ -22,7 +22,7 @@ def test_digits(name, numel) -> None:
     params = task.init_params(generator_for(0))
     biases = [v for n, v in task.layout.unflatten(params).items() if n.endswith("bias")]
     assert all((b == 0).all() for b in biases)
-    (batch,) = task.batches(generator_for(0), 1)
+    batch = task.batches(generator_for(0), 1)[0]
     assert 1 < task.objective(params, batch).item() < 6
 
 
@@ -45,11 +45,24 @@ def test_batches_are_epochs() -> None:
     assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:]))
 
 
+def test_batches_are_a_sequence_gathered_when_asked_for() -> None:
+    data = torch.arange(10).float()
+    task = Task("count", lambda: nn.Linear(1, 1), (data, data), (data, data), batch_size=3)
+    batches = task.batches(generator_for(0), 5)
+    assert len(batches) == 5
+    part = batches[1:3]
+    assert len(part) == 2
+    assert torch.equal(part[0][0], batches[1][0])
+    assert torch.equal(batches[-1][0], [*batches][4][0])
+    task.train[0][:] = -1
+    assert (batches[0][0] == -1).all()
+
+
 def test_flat_objective_is_the_modules() -> None:
     task = tasks.load("digits-cnn", batch_size=16)
     module = task.init_module(generator_for(3))
     flat = task.layout.flatten(dict(module.named_parameters())).detach().requires_grad_()
-    (batch,) = task.batches(generator_for(0), 1)
+    batch = task.batches(generator_for(0), 1)[0]
     (grad,) = torch.autograd.grad(task.objective(flat, batch), flat)
     loss = functional.cross_entropy(module(batch[0]), batch[1])
     expected = torch.autograd.grad(loss, list(module.parameters()))
@@ -71,7 +84,7 @@ def test_any_module_and_loss() -> None:
     a, b, y = torch.randn(20, 2), torch.randn(20, 2), torch.randn(20, 1)
     task = Task("two", TwoInputs, (a, b, y), (a, b, y), loss=functional.mse_loss, batch_size=20)
     params = task.init_params(generator_for(0)).requires_grad_()
-    (batch,) = task.batches(generator_for(0), 1)
+    batch = task.batches(generator_for(0), 1)[0]
     first = task.objective(params, batch)
     assert torch.equal(first, task.objective(params, batch))
     (grad,) = torch.autograd.grad(first, params, create_graph=True)

@@ -1,0 +1,91 @@
+"""Small runs of the trainer, and killing them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from amalgam.meta import Amalgamation, Stage, Trainer, Training
+from amalgam.meta.trainer import METRICS
+from amalgam.policies import Policy, Pool, Student, StudentConfig
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+
+
+def linear_task(inputs: int = 4, name: str = "linear") -> Task:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(64, inputs, generator=generator)
+    y = (x[:, 0] > 0).long()
+    return Task(
+        name, lambda: nn.Linear(inputs, 2), (x[:48], y[:48]), (x[48:], y[48:]), batch_size=16
+    )
+
+
+def tiny_student(seed: int, **changes: Any) -> Student:
+    config = StudentConfig(**{"hidden": 4, "layers": 1, "warmup_steps": 2} | changes)
+    return Student(config, generator=generator_for(seed, "student"))
+
+
+def trainer(
+    folder: Path,
+    students: Policy | list[Policy] | None = None,
+    tasks: Task | list[Task] | None = None,
+    pool: Any = ("adam", "sgd"),
+    **changes: Any,
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "amalgamation": Amalgamation(scale_spread=1.0, backend="reference"),
+        "training": Training(
+            unroll=4, validate_every=3, validation_steps=6, validation_seeds=1, checkpoint_every=2
+        ),
+        "stages": (Stage(3, 1, 0.2), Stage(2, 2, 0.05)),
+        "seed": 7,
+    } | changes
+    return Trainer(
+        students or tiny_student(settings["seed"]),
+        tasks or linear_task(),
+        Pool(pool),
+        folder=folder,
+        **settings,
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+class Killed(Exception):
+    pass
+
+
+def killer(at: int) -> Callable[[dict[str, Any]], None]:
+    def kill(row: dict[str, Any]) -> None:
+        if row["meta_step"] == at:
+            raise Killed
+
+    return kill
+
+
+def resumes_to_the_same_bits(make: Callable[[Path], Trainer], folder: Path) -> list[Any]:
+    """Runs it whole, then once for every meta-step at which it is killed; the whole's rows."""
+    whole = make(folder / "whole").run()
+    rows = metrics(folder / "whole")
+    steps = rows[-1]["meta_step"]
+    for at in range(1, steps + 1):
+        cut = folder / f"cut-{at}"
+        with pytest.raises(Killed):
+            make(cut).run(report=killer(at))
+        resumed = make(cut).run(resume=True)
+        assert all(map(torch.equal, whole.weights(), resumed.weights())), at
+        assert metrics(cut) == rows, at
+        assert resumed.provenance == whole.provenance, at
+    return rows

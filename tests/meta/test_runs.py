@@ -1,0 +1,407 @@
+"""What the trainer can be asked to run: every policy, strategy, estimator, perturbation, task."""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import count
+
+import pytest
+import torch
+from runs import linear_task, metrics, resumes_to_the_same_bits, tiny_student, trainer
+from torch import Tensor
+
+from amalgam import weights as weights_io
+from amalgam.meta import Curriculum, Estimator, Repeat, Stage, Training, Unroll
+from amalgam.meta.estimators import by_evolution, through_window
+from amalgam.meta.perturbation import AdaptivePGD, Gaussian, make
+from amalgam.meta.strategy import (
+    INITIAL,
+    Finish,
+    Period,
+    Strategy,
+    Unrolls,
+    choice_strategy,
+    simple,
+)
+from amalgam.meta.trainer import PERIODS, Trainer, _Rows
+from amalgam.meta.unroll import Amalgamation
+from amalgam.policies import (
+    DM,
+    AdamLR,
+    Choice,
+    ChoiceConfig,
+    DMConfig,
+    DynamicRateConfig,
+    Policy,
+    PolicyTeacher,
+    Pool,
+    RMSPropLR,
+    RNNPropExt,
+    RNNPropExtConfig,
+    ScaleHierarchical,
+    ScaleHierarchicalConfig,
+    TorchTeacher,
+)
+from amalgam.seeding import generator_for
+
+SMALL = {"layers": 1, "hidden": 3, "warmup_steps": 2}
+EVERY_STEP = Training(
+    unroll=3, validate_every=2, validation_steps=4, validation_seeds=1, checkpoint_every=1
+)
+
+
+def policies() -> dict[str, Policy]:
+    generator = generator_for(0)
+    units = {"param_units": 3, "tensor_units": 2, "global_units": 2, "warmup_steps": 2}
+    return {
+        "student": tiny_student(7),
+        "choice": Choice(ChoiceConfig("small", **SMALL), generator=generator),
+        "hard-choice": Choice(ChoiceConfig("small", hardness=2.0, **SMALL), generator=generator),
+        "dm": DM(DMConfig(**SMALL), generator=generator),
+        "rnnprop_ext": RNNPropExt(RNNPropExtConfig(**SMALL), generator=generator),
+        "adam_lr": AdamLR(DynamicRateConfig(**SMALL), generator=generator),
+        "rmsprop_lr": RMSPropLR(DynamicRateConfig(**SMALL), generator=generator),
+        "scale": ScaleHierarchical(ScaleHierarchicalConfig(**units), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("kind", policies())
+def test_every_policy_is_trained_and_resumes(kind, tmp_path) -> None:
+    before = policies()[kind].weights()
+
+    def run(folder):
+        return trainer(folder, policies()[kind], training=EVERY_STEP, stages=(Stage(1, 2, 0.1),))
+
+    rows = resumes_to_the_same_bits(run, tmp_path)
+    assert [row["skipped_meta_steps"] for row in rows] == [0, 0]
+    trained = type(policies()[kind]).load(tmp_path / "whole" / "student.safetensors")
+    assert not all(map(torch.equal, before, trained.weights()))
+
+
+def test_teachers_of_all_kinds_resume(tmp_path) -> None:
+    """A choice counts its steps, Muon has a momentum, AdamW a step count for biases alone."""
+    muon = TorchTeacher("torch.optim.Muon", lr=0.02, others=("torch.optim.AdamW", {"lr": 0.01}))
+    pool = ["adam", muon, PolicyTeacher(policies()["choice"])]
+
+    def run(folder):
+        return trainer(folder, pool=pool, training=EVERY_STEP, stages=(Stage(2, 2, 0.1),))
+
+    rows = resumes_to_the_same_bits(run, tmp_path)
+    assert set(rows[0]["loss"]) == {"student", "adam", "Muon", "choice"}
+
+
+# ---- strategies
+
+
+@dataclass(frozen=True)
+class There(Strategy):
+    """Goes back to the period before, and to the initial weights, and keeps the third period."""
+
+    def next(self, records):
+        unrolls = Unrolls(3, 2, 1, 1, 0.05)
+        script = [
+            (0, 0, INITIAL),
+            (1, 0, "stage_0.0.0"),
+            (1, 1, "stage_0.0.0"),
+            (2, 0, INITIAL),
+        ]
+        if len(records) == len(script):
+            return Finish("stage_0.1.1")
+        period, repeat, begin_from = script[len(records)]
+        return Period(0, period, repeat, begin_from, unrolls, 0.1, replace(unrolls, windows=1))
+
+    def _after(self, records):
+        raise NotImplementedError
+
+    def _period(self, place):
+        raise NotImplementedError
+
+
+SHORT = {"unroll": 3, "episodes": 1}
+ONE = Unrolls(3, 1, 1, 1, 0.05)
+STRATEGIES = {
+    "back": There(),
+    "curriculum": Curriculum(
+        **SHORT, num_stages=2, num_periods=1, num_chances=1, windows=(1, 2), imitation_weight=0.1
+    ),
+    "repeat": Repeat(**SHORT, num_periods=2, windows=(1, 2), validation=ONE),
+    "simple": simple(**SHORT, num_periods=2, windows=2, validation=ONE),
+    "choice": replace(choice_strategy(), **SHORT, num_periods=3, validation=ONE),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_resume(name, tmp_path) -> None:
+    def run(folder):
+        return trainer(folder, training=EVERY_STEP, strategy=STRATEGIES[name])
+
+    rows = resumes_to_the_same_bits(run, tmp_path)
+    periods = [row["period"] for row in rows if "period" in row]
+    folder = tmp_path / "whole" / PERIODS
+    assert {path.stem for path in folder.iterdir()} == {*periods, INITIAL}
+    assert all(math.isfinite(row["meta_validation"]) for row in rows if "period" in row)
+
+
+def test_a_strategy_goes_back(tmp_path) -> None:
+    student = trainer(tmp_path, training=EVERY_STEP, strategy=There()).run()
+
+    def kept(name: str) -> dict[str, Tensor]:
+        return weights_io.read(tmp_path / PERIODS / f"{name}.safetensors", "period")[0]
+
+    names = [INITIAL, "stage_0.0.0", "stage_0.1.0", "stage_0.1.1", "stage_0.2.0"]
+    steps = [kept(name).get("optimizer.0.step", torch.zeros(())).item() for name in names]
+    assert steps == [0, 2, 4, 4, 2]
+    head = "student.head.weight"
+    assert not torch.equal(kept("stage_0.1.0")[head], kept("stage_0.1.1")[head])
+    assert torch.equal(student.head.weight, kept("stage_0.1.1")[head])
+    assert student.provenance["kept_meta_step"] == "stage_0.1.1"
+
+
+def test_a_curriculum_that_only_ever_gave_nan_keeps_the_initial_weights(tmp_path) -> None:
+    run = trainer(tmp_path, training=EVERY_STEP, strategy=STRATEGIES["curriculum"])
+    run._meta_validation = lambda period: math.nan
+    before = [w.clone() for w in run.student.weights()]
+    assert all(map(torch.equal, before, run.run().weights()))
+    assert {row["meta_validation"] for row in metrics(tmp_path) if "period" in row} == {None}
+
+
+def test_meta_validation_is_on_the_data_asked_for(tmp_path) -> None:
+    def score(task, data: str) -> float:
+        training = replace(EVERY_STEP, validation_data=data)
+        run = trainer(tmp_path, tasks=task, training=training, strategy=STRATEGIES["curriculum"])
+        return run._meta_validation(run.strategy.next([]))
+
+    task = linear_task()
+    assert score(task, "train") != score(task, "validation")
+    same = replace(task, validation=task.train)
+    assert score(same, "train") == score(same, "validation") == score(task, "train")
+
+
+# ---- replicates
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"perturbation": Gaussian(0.01, relative=True)},
+        {"perturbation": AdaptivePGD(2, 0.01)},
+        {"training": Training(unroll=3, input_noise=0.1, optimizees=2, validate_every=0)},
+    ],
+    ids=["plain", "gaussian", "adversarial", "input-noise"],
+)
+def test_replicates_are_single_runs(changes, tmp_path) -> None:
+    how = {"stages": (Stage(2, 2, 0.1),)} | changes
+    together = trainer(tmp_path / "all", [tiny_student(s) for s in (7, 8, 9)], **how)
+    together.run()
+    rows = metrics(tmp_path / "all")
+    assert [row["replicate"] for row in rows] == [0, 1, 2] * 4
+    for index, seed in enumerate((7, 8, 9)):
+        alone = trainer(tmp_path / str(seed), seed=seed, **how).run()
+        for one, other in zip(together.students[index].weights(), alone.weights(), strict=True):
+            assert torch.allclose(one, other, atol=2e-5)
+        saved = type(alone).load(tmp_path / "all" / f"replicate-{index}" / "student.safetensors")
+        assert saved.provenance["seed"] == seed
+        mine = [row for row in rows if row["replicate"] == index]
+        for row, single in zip(mine, metrics(tmp_path / str(seed)), strict=True):
+            for key in ("meta_loss", "imitation_loss", "grad_norm"):
+                assert row[key] == pytest.approx(single[key], rel=2e-3, abs=1e-4)
+            assert row["loss"] == pytest.approx(single["loss"], rel=1e-4)
+            assert ("validation" in row) == ("validation" in single)
+
+
+def test_replicates_resume(tmp_path) -> None:
+    def run(folder):
+        students = [tiny_student(s) for s in (7, 8)]
+        return trainer(folder, students, training=EVERY_STEP, stages=(Stage(2, 2, 0.1),))
+
+    resumes_to_the_same_bits(run, tmp_path)
+    for cut in (1, 4):
+        for index in (0, 1):
+            name = f"replicate-{index}/student.safetensors"
+            whole = (tmp_path / "whole" / name).read_bytes()
+            assert (tmp_path / f"cut-{cut}" / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"strategy": simple()}, "strategy goes back .* 2 replicates"),
+        ({"estimator": Estimator("pes")}, "'pes' takes one student"),
+        ({"task_weights": (1.0, 2.0)}, "task_weights must be 1 positive"),
+    ],
+)
+def test_what_two_replicates_cannot_do_is_named(changes, named, tmp_path) -> None:
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path, [tiny_student(7), tiny_student(8)], **changes)
+
+
+# ---- losses, tasks
+
+
+def test_il_modes(tmp_path) -> None:
+    number = count()
+
+    def trained(mode: str, weight: float) -> list[Tensor]:
+        return (
+            trainer(
+                tmp_path / f"{mode}-{weight}-{next(number)}",
+                training=Training(unroll=3, validate_every=0, il_mode=mode),
+                stages=(Stage(3, 1, weight),),
+            )
+            .run()
+            .weights()
+        )
+
+    def same(one, other) -> bool:
+        return all(map(torch.equal, one, other))
+
+    meta, imitation = trained("meta", 0.3), trained("imitation", 0.3)
+    assert same(meta, trained("sum", 0.0))
+    assert same(meta, trained("switch", 0.0))
+    assert same(imitation, trained("switch", 1.0))
+    assert not same(meta, imitation)
+    assert not same(trained("sum", 0.3), meta)
+    assert not same(trained("switch", 0.5), meta)
+    assert not same(trained("switch", 0.5), imitation)
+
+
+@pytest.mark.parametrize("kind", ["student", "scale"])
+def test_several_tasks(kind, tmp_path) -> None:
+    """Also of several sizes, for a policy whose state depends on them."""
+
+    def run(folder):
+        return trainer(
+            folder,
+            policies()[kind],
+            tasks=[linear_task(4, "four"), linear_task(3, "three")],
+            task_weights=(1.0, 2.0),
+            training=EVERY_STEP,
+            stages=(Stage(5, 2, 0.1),),
+            seed=8,
+        )
+
+    rows = resumes_to_the_same_bits(run, tmp_path)
+    taken = [row["task"] for row in rows]
+    assert set(taken) == {"four", "three"}
+    assert taken[::2] == taken[1::2]
+    assert sum("validation" in row for row in rows) == 5
+
+
+def test_tasks_are_taken_by_weight(tmp_path) -> None:
+    run = trainer(
+        tmp_path, tasks=[linear_task(4, "a"), linear_task(3, "b")], task_weights=(1.0, 3.0)
+    )
+    taken = [run._task_of(episode) for episode in range(400)]
+    # 300 of 400 in the mean, with a standard deviation of 8.7.
+    assert abs(sum(taken) - 300) < 35
+
+
+# ---- estimators and perturbations
+
+
+def one_window(student, particles: int = 1, pool=("adam",)):
+    """An unroll and what a window of it needs."""
+    unroll = Unroll(
+        linear_task(),
+        [student] * particles,
+        Pool(pool),
+        Amalgamation(scale_spread=0.5, backend="reference"),
+    )
+    begin = unroll.begin(*(generator_for(1) for _ in range(particles)))
+    task = unroll.task
+    batches = _Rows([task.batches(generator_for(2), 4) for _ in range(particles)])
+    return unroll, begin, batches
+
+
+def numbers(student: int, *purpose) -> torch.Generator:
+    return generator_for(student, *purpose)
+
+
+def test_pes_points_where_back_propagation_does() -> None:
+    student = tiny_student(3, hidden=2)
+    how = Estimator("pes", std=0.003, pairs=256)
+    exact = through_window(*one_window(student), (1.0, 0.1), numbers)
+    unroll, begin, batches = one_window(student, how.particles)
+    guess = by_evolution(unroll, begin, batches, (1.0, 0.1), numbers, how, [])
+    one, other = (torch.cat([g.flatten() for g in e.grads[0]]) for e in (exact, guess))
+    # 43 weights, 256 pairs: the estimate's own noise alone leaves sqrt(256 / 299) = 0.93.
+    assert torch.cosine_similarity(one, other, dim=0) > 0.8
+    assert 0.7 < other.norm() / one.norm() < 1.5
+    assert guess.loss.item() == pytest.approx(exact.loss.item(), abs=0.01)
+
+
+def test_pes_sums_an_episodes_perturbations() -> None:
+    student = tiny_student(3, hidden=2)
+    how = Estimator("pes", std=0.01, pairs=2)
+    unroll, begin, batches = one_window(student, how.particles)
+    first = by_evolution(unroll, begin, batches, (1.0, 0.0), numbers, how, [])
+    again = by_evolution(unroll, begin, batches, (1.0, 0.0), numbers, how, first.carried)
+    for once, twice in zip(first.carried, again.carried, strict=True):
+        assert torch.allclose(2 * once, twice)
+
+
+def test_pes_resumes(tmp_path) -> None:
+    def run(folder):
+        return trainer(
+            folder,
+            training=EVERY_STEP,
+            stages=(Stage(2, 2, 0.1),),
+            estimator=Estimator("pes", pairs=2),
+        )
+
+    rows = resumes_to_the_same_bits(run, tmp_path)
+    assert rows[-1]["skipped_meta_steps"] == 0
+
+
+@pytest.mark.parametrize("kind", ["fgsm", "pgd", "pgd_clipped_gradient", "adaptive_pgd", "cgd"])
+def test_adversaries_raise_the_loss(kind) -> None:
+    student = tiny_student(3)
+    steps = {} if kind == "fgsm" else {"steps": 3}
+    plain = through_window(*one_window(student), (1.0, 0.1), numbers)
+    moved = through_window(*one_window(student), (1.0, 0.1), numbers, make({"kind": kind} | steps))
+    assert moved.loss.item() > plain.loss.item() + 1e-5
+    assert not all(map(torch.equal, plain.grads[0], moved.grads[0]))
+
+
+def test_fresh_noise_is_not_persistent_noise() -> None:
+    student = tiny_student(3)
+    plain, fresh, persistent = (
+        through_window(*one_window(student), (1.0, 0.1), numbers, noise).loss.item()
+        for noise in (
+            None,
+            Gaussian(0.05, fresh_each_step=True),
+            Gaussian(0.05, fresh_each_step=False),
+        )
+    )
+    assert len({plain, fresh, persistent}) == 3
+    again = through_window(
+        *one_window(student), (1.0, 0.1), numbers, Gaussian(0.05, fresh_each_step=False)
+    )
+    assert again.loss.item() == persistent
+
+
+@pytest.mark.parametrize("noise", [Gaussian(0.5), AdaptivePGD(1, 0.5)])
+def test_validation_is_without_noise(noise, tmp_path) -> None:
+    noisy = replace(EVERY_STEP, input_noise=1.0)
+
+    def scores(training: Training, perturbation) -> tuple[float, float]:
+        run: Trainer = trainer(
+            tmp_path,
+            training=training,
+            perturbation=perturbation,
+            strategy=STRATEGIES["curriculum"],
+        )
+        return run._meta_validation(run.strategy.next([])), run._validate(0)
+
+    assert scores(EVERY_STEP, None) == scores(noisy, noise)
+
+
+@pytest.mark.parametrize("kind", ["gaussian_rel", "persistent_gaussian", "adaptive_pgd"])
+def test_perturbed_runs_resume(kind, tmp_path) -> None:
+    def run(folder):
+        training = replace(EVERY_STEP, input_noise=0.01)
+        return trainer(
+            folder, training=training, stages=(Stage(2, 2, 0.1),), perturbation=make({"kind": kind})
+        )
+
+    resumes_to_the_same_bits(run, tmp_path)
