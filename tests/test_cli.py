@@ -115,7 +115,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int:
-    """Kill a run, and each time resume it, when a log has so many lines; how often that came off."""
+    """Kill and resume a run whenever a log has so many lines; how often that came off."""
     kills = 0
     resume: list[str] = []
     for name, lines in cuts:
