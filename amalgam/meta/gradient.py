@@ -176,16 +176,19 @@ class Recording:
         # At an episode's first step all stand where the student does.
         together = t == 0 and k > 0 and bool((of_teachers == student).all())
         # With others the student's bits would be others than when its graph is built again.
-        if curved or together or not k:
+        if curved or together or not k or unroll.shared:
             loss, grad, kept = unroll.gradients(student, scale, batch, graph)
             if kept is not None:
                 self._graphs[t] = kept
             if together:
-                shared = grad.expand(-1, k, -1).transpose(0, 1)
-                return loss[:, 0], grad[:, 0], loss.expand(-1, k), shared
+                own = slice(unroll.teacher_rows)
+                shared = grad[own].expand(-1, k, -1).transpose(0, 1)
+                return loss[:, 0], grad[:, 0], loss[own].expand(-1, k), shared
             if not k:
                 return loss[:, 0], grad[:, 0], loss[:, :0], grad[:, :0].transpose(0, 1)
-            losses, grads, _ = unroll.gradients(of_teachers, scale, batch)
+            own = slice(unroll.teacher_rows)
+            batch = tuple(tensor[own] for tensor in batch)
+            losses, grads, _ = unroll.gradients(of_teachers, scale[own], batch)
             return loss[:, 0], grad[:, 0], losses, grads.transpose(0, 1)
         losses, grads, _ = unroll.gradients(torch.cat((student, of_teachers), 1), scale, batch)
         return losses[:, 0], grads[:, 0], losses[:, 1:], grads[:, 1:].transpose(0, 1)
@@ -296,12 +299,12 @@ class Recording:
 
     def _distances(self, t: int, params: Tensor, teachers: Tensor) -> tuple[Tensor, Tensor]:
         """Log distances to the teachers (R, K) and the imitation loss's terms (R,)."""
-        how, rows = self.how, len(params)
+        unroll, how, rows = self.unroll, self.how, len(params)
         if not len(teachers):
             return params.new_empty((rows, 0)), params.new_zeros(rows)
         found = []
         for row in range(rows):
-            those = teachers[:, row]
+            those = teachers[:, row % unroll.teacher_rows]
             distance, total = registry.compute(
                 "teacher_distance", how.backend, params, params[row], those, how.eps,
                 how.huber_delta,

@@ -315,6 +315,7 @@ class Trainer:
             self.amalgamation,
             memory=self.memory,
             optimizees=self.training.optimizees,
+            shared=self.estimator.particles > 1,
         )
 
     @property
