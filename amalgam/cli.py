@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from amalgam import ops, recipes, tasks, weights
+from amalgam.heap import keep_freed_memory
 from amalgam.version import describe
 
 app = typer.Typer(
@@ -208,6 +209,7 @@ def main() -> None:
     Under ``torchrun`` an error goes into its report, once, and not from every process to the
     terminal.
     """
+    keep_freed_memory()
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         _run()
         return

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, overload
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.ops import StudentState
+from amalgam.ops.rounding import ROW
 from amalgam.policies import Policy, Student, Teacher, TorchTeacher, load_policy
 
 DEFAULT_STUDENT = "digits"
@@ -25,16 +26,20 @@ _STATE = StudentState._fields
 
 
 class _PolicyOptimizer(Optimizer):
-    """What the optimizers here share: closures, refusals, and steps that are taken whole or not.
-
-    Attributes:
-        skipped_steps: Steps not taken because a gradient was not finite (or too large to be
-            squared); parameters and state stayed as they were.
-    """
+    """What the optimizers here share: closures, refusals, and steps taken whole or not at all."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self.skipped_steps = 0
+        self._skipped: int | Tensor = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken because a gradient was not finite (or too large to be squared).
+
+        Parameters and state stayed as they were. With ``capturable``, counted on the device: to
+        read it waits for that.
+        """
+        return int(self._skipped)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but hooks; torch's own keeps three attributes, and copies would lack the rest."""
@@ -48,7 +53,7 @@ class _PolicyOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step.
+        """Take one step; with ``capturable``, without waiting for a GPU.
 
         Args:
             closure: Computes the loss anew, with gradients, and returns it.
@@ -57,7 +62,8 @@ class _PolicyOptimizer(Optimizer):
             What the closure returned, or ``None``.
 
         Raises:
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse; or a CUDA graph captures a step that can't be in
+                one, or a first one.
         """
         loss = None
         if closure is not None:
@@ -70,9 +76,14 @@ class _PolicyOptimizer(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
             )
-        if not _finite(gradients):
-            self.skipped_steps += 1
-            if self.skipped_steps == 1:
+        if all(group.get("capturable") for group in self.param_groups):
+            self._step_on_device(gradients)
+            return loss
+        if _capturing():
+            raise RuntimeError("a step in a CUDA graph needs all groups' capturable=True")
+        if not all(map(_finite, _largest(gradients))):
+            self._skipped += 1
+            if self._skipped == 1:
                 warnings.warn(
                     "a gradient was not finite: the step was skipped, parameters and state are "
                     "as they were. Further skips are counted in skipped_steps, without a word.",
@@ -87,19 +98,23 @@ class _PolicyOptimizer(Optimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
 
+    def _step_on_device(self, gradients: list[Tensor]) -> None:
+        raise NotImplementedError
 
-def _finite(gradients: Iterable[Tensor]) -> bool:
-    """Whether all gradients are finite and small enough to be squared in float32."""
+
+def _largest(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The largest magnitude of the gradients of each device and dtype."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in gradients:
         if grad.numel():
             by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-    for (_, dtype), grads in by_kind.items():
-        largest = torch.stack(torch._foreach_norm(grads, math.inf)).max().item()
-        limit = math.sqrt(torch.finfo(_computing(dtype)).max)
-        if not largest < limit:
-            return False
-    return True
+    for grads in by_kind.values():
+        yield torch.stack(torch._foreach_norm(grads, math.inf)).max()
+
+
+def _finite(largest: Tensor) -> Tensor:
+    """Whether a magnitude is finite and small enough to be squared in float32."""
+    return largest < math.sqrt(torch.finfo(_computing(largest.dtype)).max)
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -192,6 +207,14 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
             and not 1e-3, useful values are a thousand times smaller.
         cells_dtype: ``torch.bfloat16`` keeps the LSTM's state of parameters that are computed in
             float32 in half the memory, rounded after every step.
+        rounding: ``"nearest"``, or ``"stochastic"``: the LSTM's state and parameters, where they
+            are bfloat16, are rounded up or down at random and right on average, so that updates
+            below a parameter's last bit are not lost. (To float16, always nearest.)
+        seed: Of that, in [0, 2^32): the same seed, steps and gradients give the same bits.
+        capturable: As PyTorch's optimizers have it: a step waits for no GPU, so that a CUDA graph
+            can hold it. ``lr`` and ``weight_decay`` may be tensors on the device and count when the
+            graph is replayed; steps are counted, warm-up ended and non-finite gradients skipped on
+            the device, without the warning. Take a step before capturing, so that all state exists.
 
     Raises:
         TypeError: A parameter is not floating point.
@@ -212,8 +235,15 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
         weight_decay: float = 0.0,
         *,
         cells_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         ops.check_backend(backend)
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
         if cells_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"cells_dtype must be float32, bfloat16 or None, not {cells_dtype}")
         if not isinstance(student, Student):
@@ -228,50 +258,115 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
             "warmup_steps": self.config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": self.config.warmup_lr if warmup_lr is None else warmup_lr,
             "student": _digest(self._weights[torch.device("cpu")]),
+            "rounding": rounding,
+            "seed": seed,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        trained: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for param in params:
-            state = self._state_of(param)
-            if state["step"] < group["warmup_steps"]:
-                self._warm_up(param, state, lr, lr * float(group["warmup_lr"]), decay)
-            else:
-                key = param.device, _computing(param.dtype)
-                trained.setdefault(key, []).append(param)
-            state["step"] += 1
-        for (device, dtype), batch in trained.items():
-            ops.student_step_(
-                batch,
-                [param.grad for param in batch if param.grad is not None],
-                [StudentState(*(self.state[p][name] for name in _STATE)) for p in batch],
-                self._weights_for(device, dtype),
-                self.config.settings,
-                lr=lr,
-                weight_decay=decay,
-                backend=self.backend,
-            )
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether step() reads its scale and flag, and the host need not."""
+        return all(group["capturable"] for group in self.param_groups)
 
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another's :meth:`state_dict` with the same student."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state:
+                    step = self.state[param]["step"]
+                    self.state[param]["step"] = step.to(_home_of_steps(group, param))
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if group["rounding"] == "stochastic":
+            self._step_with_steps(group, params, {})
+            return
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        trained = []
+        for param in params:
+            state = self._state_of(group, param)
+            if state["step"] < group["warmup_steps"]:
+                rate = lr * float(group["warmup_lr"])
+                ops.warm_up_(
+                    *(param, param.grad, state["m"], state["v"], self.config.settings),  # type: ignore[arg-type]
+                    keep=1 - lr * decay,
+                    rate=rate,
+                )
+            else:
+                trained.append(param)
+            state["step"] += 1
+        for batch in _alike(trained):
+            self._run(batch, lr=lr, weight_decay=decay)
+
+    def _step_on_device(self, gradients: list[Tensor]) -> None:
+        scale, found = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is not None:
+            for device in {grad.device for grad in gradients}:
+                on_device = [grad for grad in gradients if grad.device == device]
+                torch._foreach_div_(on_device, scale.to(device, non_blocking=True))
+        flags = [~_finite(largest) for largest in _largest(gradients)]
+        flags += [] if found is None else [found.reshape(()) != 0]
+        skip: dict[torch.device, Tensor] = {}
+        if flags:
+            home = flags[0].device
+            flag = torch.stack([each.to(home, non_blocking=True) for each in flags]).any()
+            if not isinstance(self._skipped, Tensor):
+                _check_before_capture()
+                self._skipped = torch.full((), self._skipped, device=home)
+            self._skipped += flag.to(self._skipped.device, non_blocking=True)
+            for device in {grad.device for grad in gradients}:
+                skip[device] = flag.to(device, torch.float32, non_blocking=True)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            self._step_with_steps(group, params, skip)
+
+    def _step_with_steps(
+        self, group: dict[str, Any], params: list[Tensor], skip: dict[torch.device, Tensor]
+    ) -> None:
+        """A step by what the devices hold: how many steps were taken, and whether to skip this."""
+        for param in params:
+            self._state_of(group, param)
+        seeds = None
+        if group["rounding"] == "stochastic":
+            every = chain.from_iterable(g["params"] for g in self.param_groups)
+            seeds = {p: _seed_of(group["seed"], number) for number, p in enumerate(every)}
+        for batch in _alike(params):
+            device = batch[0].device
+            steps = [self.state[param]["step"] for param in batch]
+            self._run(
+                batch,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                steps=steps,
+                warmup_steps=group["warmup_steps"],
+                warmup_lr=float(group["warmup_lr"]),
+                skip=skip.get(device),
+                seeds=None if seeds is None else [seeds[param] for param in batch],
+            )
+            torch._foreach_add_(steps, 1 - skip[device] if device in skip else 1)
+
+    def _run(self, batch: list[Tensor], **how: Any) -> None:
+        ops.student_step_(
+            batch,
+            [param.grad for param in batch if param.grad is not None],
+            [StudentState(*(self.state[p][name] for name in _STATE)) for p in batch],
+            self._weights_for(batch[0].device, _computing(batch[0].dtype)),
+            self.config.settings,
+            backend=self.backend,
+            **how,
+        )
+
+    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if not state:
+            _check_before_capture()
             dtype = _computing(param.dtype)
             weights = self._weights_for(param.device, dtype)
             cells = self.cells_dtype if dtype == torch.float32 else None
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=_home_of_steps(group, param))
             state.update(ops.initial_state(param, weights, cells)._asdict())
         return state
-
-    def _warm_up(
-        self, param: Tensor, state: dict[str, Any], lr: float, sgd_lr: float, decay: float
-    ) -> None:
-        grad = param.grad.to(state["m"].dtype)  # type: ignore[union-attr]
-        m, v = ops.update_moments(grad, state["m"], state["v"], self.config.settings)
-        state["m"].copy_(m)
-        state["v"].copy_(v)
-        param.copy_(param.to(grad.dtype) * (1 - lr * decay) - sgd_lr * grad)
 
     def _weights_for(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         if device not in self._weights:
@@ -437,6 +532,38 @@ class PolicyOptimizer(_LearnedOptimizer):
             first = next(iter(self._policies.values()))
             self._policies[key] = copy.deepcopy(first).to(device=key[0], dtype=key[1])
         return self._policies[key]
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_before_capture() -> None:
+    """Refuse to have a graph make state: every replay would make it anew."""
+    if _capturing():
+        raise RuntimeError(
+            "take a step with every parameter's gradient before capturing one in a CUDA graph, "
+            "which would reset at every replay what its first step makes"
+        )
+
+
+def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
+    """Where a parameter's steps are counted: where they are read."""
+    on_device = group["capturable"] or group["rounding"] == "stochastic"
+    return param.device if on_device else torch.device("cpu")
+
+
+def _alike(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Batches that one call can step: on one device, computed in one dtype."""
+    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        batches.setdefault((param.device, _computing(param.dtype)), []).append(param)
+    return batches.values()
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """A parameter's own seed; of neighbours, far apart."""
+    return (seed + number * ROW) % 2**32
 
 
 def _digest(weights: Iterable[Tensor]) -> str:

@@ -67,3 +67,40 @@ def test_choice_step(
         threads=threads,
         flop=n * passes * lstm_flop(k + 4, HIDDEN, LAYERS, k),
     )
+
+
+@pytest.mark.parametrize("n", sizes(10**4, 10**6))
+@pytest.mark.parametrize("backend", ["reference", "triton", "triton:tf32"])
+@pytest.mark.parametrize("k", KINDS_OF)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_choice_step_on_cuda(benchmark: Any, direction: str, k: int, backend: str, n: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA GPU here")
+    name = "choice_step" if direction == "forward" else "choice_step_backward"
+    need(backend.partition(":")[0], name)
+    generator = torch.Generator("cuda").manual_seed(n)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    weights = [weight.cuda() for weight in lstm_weights(k + 4, HIDDEN, LAYERS, k)]
+    of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
+    state = [draw(k, n), draw(k, n).square(), draw(LAYERS, HIDDEN, n), draw(LAYERS, HIDDEN, n)]
+    ranks = torch.arange(n, device="cuda") % 5
+    step: tuple[Any, ...] = (draw(n), *state, weights, ranks, KINDS_OF[k], *of_each, 0.5, 1.0)
+    if direction == "backward":
+        step = ([torch.ones_like(t) for t in (step[0], *state, state[0])], *step)
+    operation = getattr(torch.ops.amalgam, name)
+    bound = 2e-2 if "tf32" in backend else 1e-3
+    assert_close(operation(*step, backend), operation(*step, "reference"), bound, bound)
+    states = (1 if direction == "forward" else 2) * 4 * LAYERS * HIDDEN * 4
+    measure(
+        benchmark,
+        lambda: operation(*step, backend),
+        operation=f"choice_step of {k} teachers, {direction}",
+        backend=backend,
+        n=n,
+        threads=1,
+        device="cuda",
+        moved=n * (states + (16 + 20 * k if direction == "forward" else 24 + 36 * k)),
+    )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -22,6 +24,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["amalgam"] = build_info()
     # PyTorch then asks for pages of 2 MiB: fresh tensors cost it far less.
     machine_info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    if importlib.util.find_spec("triton") is not None:
+        machine_info["triton"] = importlib.metadata.version("triton")
     if torch.cuda.is_available():
         machine_info["gpu"] = torch.cuda.get_device_name()
 

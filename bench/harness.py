@@ -22,6 +22,7 @@ COPY_BYTES = 1 << 28
 MATRIX = 1024 if QUICK else 2048
 ROUND_SECONDS = 0.5  # calls slower than this get few rounds
 STATUS = Path("/proc/self/status")
+PEAKS = Path("/proc/self/clear_refs")
 
 threads_of_each = pytest.mark.parametrize("threads", [1, 2], indirect=True)
 
@@ -125,13 +126,17 @@ def memory(key: str) -> int:
     return 1024 * int(found[1])
 
 
+def forget_peak() -> None:
+    """Set what the process held at most to what it holds now."""
+    PEAKS.write_text("5")
+
+
 def temporary_bytes(call: Callable[[], object]) -> int | None:
     """What this process holds at the peak of a call beyond what it held before; None elsewhere."""
-    peaks = Path("/proc/self/clear_refs")
-    if not peaks.exists():
+    if not PEAKS.exists():
         return None
     before = memory("VmRSS")
-    peaks.write_text("5")  # sets VmHWM to VmRSS
+    forget_peak()
     call()
     return memory("VmHWM") - before
 

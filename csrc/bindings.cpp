@@ -63,7 +63,7 @@ std::vector<T*> all_at(const std::vector<Address>& addresses) {
 }
 
 // A tensor: numel, then the addresses of grad, m, v, h, c, the new m, v, h, c, and out.
-using TensorTuple = std::array<Address, 11>;
+using TensorTuple = std::array<Address, 12>;
 using Constants = std::array<double, 4>;  // alpha, beta1, beta2, eps
 
 amalgam::cpu::StudentConstants student_constants(const Constants& values) {
@@ -77,24 +77,28 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
       ("student_step_" + dtype).c_str(),
       [](const std::vector<TensorTuple>& tuples, const std::vector<Address>& weights, int layers,
          int hidden, const Constants& constants, const std::string& grad, const std::string& cells,
-         const std::string& out, bool in_place, double lr, double weight_decay, int threads) {
+         const std::string& out, bool in_place, double keep, double lr, bool stochastic,
+         int threads) {
         std::vector<amalgam::cpu::StudentTensor> tensors;
         for (const TensorTuple& t : tuples) {
           tensors.push_back({static_cast<int64_t>(t[0]), at<void>(t[1]), at<void>(t[2]),
                              at<void>(t[3]), at<void>(t[4]), at<void>(t[5]), at<void>(t[6]),
-                             at<void>(t[7]), at<void>(t[8]), at<void>(t[9]), at<void>(t[10])});
+                             at<void>(t[7]), at<void>(t[8]), at<void>(t[9]), at<void>(t[10]),
+                             static_cast<uint32_t>(t[11])});
         }
         const amalgam::cpu::StudentStep step{
             layers,         hidden,       student_constants(constants),
             storage(grad),  storage(cells), storage(out),
-            in_place,       lr,           weight_decay};
+            in_place,       keep,         lr,
+            stochastic};
         const std::vector<const T*> pointers = all_at<const T>(weights);
         const py::gil_scoped_release release;
         amalgam::cpu::student_step<T>(step, pointers.data(), tensors.data(),
                                       static_cast<int64_t>(tensors.size()), threads);
       },
       "tensors"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a, "grad"_a,
-      "cells"_a, "out"_a, "in_place"_a, "lr"_a, "weight_decay"_a, "threads"_a);
+      "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a,
+      "threads"_a);
   module.def(
       ("student_step_backward_" + dtype).c_str(),
       [](const std::array<Address, 5>& grads_out, const std::array<Address, 5>& inputs,

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels import lstm
-from amalgam.kernels.launch import on_device_of, on_nvidia, processors
+from amalgam.kernels.configurations import configuration
+from amalgam.kernels.launch import on_device_of, on_nvidia, processors, wide
 from amalgam.kernels.lstm import add, cell, column, recurrent_gradients, rows_of, sizes_of
 from amalgam.kernels.teacher_step import (
     WIDTH,
@@ -25,11 +26,7 @@ from amalgam.kernels.teacher_step import (
 
 RANKS = tl.constexpr(3)  # features that say whether a coordinate's rank is 1, 2 or 3
 IDLE_LOGIT = tl.constexpr(-23.025850929940457)  # log(1e-10), of the option that moves nothing
-BLOCK = 64
 PROGRAMS_PER_PROCESSOR = 2
-# Fusion is named because Triton 3.10 turns it off by default.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-BACKWARD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -85,6 +82,31 @@ def _first_sums(
 
 
 @triton.jit
+def _with_inputs(
+    h,  # (UNITS, BLOCK)
+    updates,  # (POOL, BLOCK)
+    time,
+    rank,  # (BLOCK,)
+    LAYER: tl.constexpr,
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The old h with what FOLDED weights multiply in the rows that are no unit's."""
+    unit = tl.arange(0, UNITS)[:, None]
+    h = tl.where(unit < HIDDEN, h, (unit == HIDDEN).to(tl.float32))
+    if LAYER == 0:
+        for k in tl.static_range(K):
+            h = tl.where(unit == HIDDEN + 1 + k, _row_of(updates, k, POOL)[None, :], h)
+        h = tl.where(unit == HIDDEN + 1 + K, time, h)
+        of_rank = unit - (HIDDEN + 1 + K)
+        is_rank = (of_rank > 0) & (of_rank <= RANKS) & (rank[None, :] == of_rank)
+        h = tl.where(is_rank, 1.0, h)
+    return h
+
+
+@triton.jit
 def _cell(
     packed,
     low,
@@ -98,12 +120,13 @@ def _cell(
     K: tl.constexpr,
     POOL: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates, its new c, and the tanh of that."""
-    if LAYER == 0:
+    if LAYER == 0 and not FOLDED:
         i = _first_sums(packed, updates, time, rank, 0, K, POOL, UNITS)
         f = _first_sums(packed, updates, time, rank, 1, K, POOL, UNITS)
         a = _first_sums(packed, updates, time, rank, 2, K, POOL, UNITS)
@@ -114,8 +137,9 @@ def _cell(
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
     return cell(
-        packed, low, x, h, c, i, f, a, o, LAYER, K + 1 + RANKS, UNITS, PRECISION, PTX, APPROXIMATE
-    )
+        packed, low, x, h, c, i, f, a, o,
+        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -161,13 +185,15 @@ def forward(
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Program p takes the p-th block of coordinates."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=1.0)
     rank = tl.load(ranks + at, mask=inside, other=0)
@@ -190,19 +216,21 @@ def forward(
         rows = rows_of(layer, HIDDEN, UNITS, at, n)
         old_h = tl.load(h + rows, mask=used, other=0.0)
         old_c = tl.load(c + rows, mask=used, other=0.0)
+        if FOLDED:
+            old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
         _i, _f, _a, o, new_cell, squashed = _cell(
             packed, low, x, old_h, old_c, updates, time, rank,
-            layer, K, POOL, UNITS, PRECISION, PTX, APPROXIMATE,
+            layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
         tl.store(new_h + rows, x, mask=used)
         tl.store(new_c + rows, new_cell, mask=used)
 
-    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS)
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS, FOLDED)
     shares = _mixture(packed + HEAD, x, K, POOL, UNITS)
     pool = tl.arange(0, POOL)
     real = (pool < K)[:, None] & inside[None, :]
-    tl.store(mixture + pool.to(tl.int64)[:, None] * n + at[None, :], shares, mask=real)
+    tl.store(mixture + pool.to(at.dtype)[:, None] * n + at[None, :], shares, mask=real)
     tl.store(update + at, learning_rate * tl.sum(shares * updates, 0), mask=inside)
 
 
@@ -221,20 +249,21 @@ def _gate_gradients(
     d_h,  # (UNITS, BLOCK) and in h
     d_updates,  # (POOL, BLOCK) and in the teachers' updates
     later,
-    GATE: tl.constexpr,
+    gate,
     LAYER: tl.constexpr,
     K: tl.constexpr,
     POOL: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
     d_x, d_h = recurrent_gradients(
-        packed, low, partials, d_gate, x, h, d_x, d_h, later, GATE, LAYER, K + 1 + RANKS, UNITS,
-        PRECISION,
+        packed, low, partials, d_gate, x, h, d_x, d_h, later, gate,
+        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION,
     )  # fmt: skip
-    if LAYER == 0:
-        first = GATE * (K + 1 + RANKS) * UNITS
+    if LAYER == 0 and not FOLDED:
+        first = gate * (K + 1 + RANKS) * UNITS
         to = partials + first + tl.arange(0, UNITS)
         add(to + K * UNITS, time * tl.sum(d_gate, 1), later)
         for r in tl.static_range(1, RANKS + 1):
@@ -282,9 +311,11 @@ def backward(
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Program p takes blocks p, p + P, ...: the step again, then its gradients backwards."""
     program = tl.program_id(0)
@@ -292,16 +323,17 @@ def backward(
     unit = tl.arange(0, UNITS)
     here = unit[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     outputs += program.to(tl.int64) * LAYERS * UNITS * BLOCK
-    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS)
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS, FOLDED)
     pool = tl.arange(0, POOL)
     programs = tl.num_programs(0)
     for turn in range(tl.cdiv(blocks - program, programs)):
         later = turn > 0
-        at = (program.to(tl.int64) + turn * programs) * BLOCK + tl.arange(0, BLOCK)
+        block = program.to(tl.int64 if WIDE else tl.int32) + turn * programs
+        at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
         used = (unit < HIDDEN)[:, None] & inside[None, :]
         real = (pool < K)[:, None] & inside[None, :]
-        of_pool = pool.to(tl.int64)[:, None] * n + at[None, :]
+        of_pool = pool.to(at.dtype)[:, None] * n + at[None, :]
         g = tl.load(grad + at, mask=inside, other=1.0)
         rank = tl.load(ranks + at, mask=inside, other=0)
         updates = _updates(table, g, m, v, at, inside, n, K, POOL)
@@ -312,9 +344,11 @@ def backward(
             rows = rows_of(layer, HIDDEN, UNITS, at, n)
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
+            if FOLDED:
+                old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
             _i, _f, _a, o, _c, squashed = _cell(
                 packed, low, x, old_h, old_c, updates, time, rank,
-                layer, K, POOL, UNITS, PRECISION, PTX, False,
+                layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             x = o * squashed
             tl.store(outputs + layer * UNITS * BLOCK + here, x)
@@ -329,9 +363,11 @@ def backward(
             rows = rows_of(layer, HIDDEN, UNITS, at, n)
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
+            if FOLDED:
+                old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
             i, f, a, o, _c, squashed = _cell(
                 packed, low, x, old_h, old_c, updates, time, rank,
-                layer, K, POOL, UNITS, PRECISION, PTX, False,
+                layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
                 top = o * squashed
@@ -358,23 +394,20 @@ def backward(
             d_f = d_cell * old_c * f * (1.0 - f)
             d_a = d_cell * i * (1.0 - a * a)
             d_o = d_out * squashed * o * (1.0 - o)
-            d_x, d_old_h, d_updates = _gate_gradients(
-                packed, low, partials, d_i, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
-                later, 0, layer, K, POOL, UNITS, PRECISION,
-            )  # fmt: skip
-            d_x, d_old_h, d_updates = _gate_gradients(
-                packed, low, partials, d_f, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
-                later, 1, layer, K, POOL, UNITS, PRECISION,
-            )  # fmt: skip
-            d_x, d_old_h, d_updates = _gate_gradients(
-                packed, low, partials, d_a, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
-                later, 2, layer, K, POOL, UNITS, PRECISION,
-            )  # fmt: skip
-            d_x, d_old_h, d_updates = _gate_gradients(
-                packed, low, partials, d_o, x, old_h, updates, time, rank, d_x, d_old_h, d_updates,
-                later, 3, layer, K, POOL, UNITS, PRECISION,
-            )  # fmt: skip
+            for gate in tl.range(4, num_stages=1):
+                d_gate = tl.where(gate == 0, d_i, tl.where(gate == 1, d_f, d_a))
+                d_gate = tl.where(gate == 3, d_o, d_gate)
+                d_x, d_old_h, d_updates = _gate_gradients(
+                    packed, low, partials, d_gate, x, old_h, updates, time, rank,
+                    d_x, d_old_h, d_updates, later, gate,
+                    layer, K, POOL, UNITS, FOLDED, PRECISION,
+                )  # fmt: skip
             tl.store(d_h + rows, d_old_h, mask=used)
+            if FOLDED and layer == 0:
+                for k in tl.static_range(K):
+                    of_k = (unit == HIDDEN + 1 + k)[:, None]
+                    d_row = tl.sum(tl.where(of_k, d_old_h, 0.0), 0)
+                    d_updates = _with_row(d_updates, k, _row_of(d_updates, k, POOL) + d_row, POOL)
         # The next block's layers overwrite what these read.
         tl.debug_barrier()
 
@@ -414,6 +447,7 @@ def _plan(k: int, h: Tensor) -> tuple[lstm.Packing, dict[str, int]]:
         "LAYERS": layers,
         "HIDDEN": hidden,
         "UNITS": plan.units,
+        "FOLDED": plan.folded,
     }
 
 
@@ -447,18 +481,20 @@ def choice_step(
     n = grad.numel()
     precision = lstm.precision_of(precision)
     plan, shape = _plan(len(m), h)
+    chosen = configuration("choice_step", *h.shape[:2], precision)
     if n:
         with on_device_of(grad):
-            forward[(triton.cdiv(n, BLOCK),)](
-                *lstm.pack(weights, plan, precision),
+            forward[(triton.cdiv(n, chosen.block),)](
+                *lstm.pack(weights, plan, precision, approximate),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *results, n, time, learning_rate),
                 **shape,
-                BLOCK=BLOCK,
+                BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
+                WIDE=wide(m, h),
                 APPROXIMATE=approximate,
-                **OPTIONS,
+                **chosen.options,
             )
     return results
 
@@ -492,12 +528,13 @@ def choice_step_backward(
     n = grad.numel()
     precision = lstm.precision_of(precision)
     plan, shape = _plan(len(m), h)
-    blocks = triton.cdiv(n, BLOCK)
+    chosen = configuration("choice_step_backward", *h.shape[:2], precision)
+    blocks = triton.cdiv(n, chosen.block)
     programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
     size = plan.places.numel()
     partials = grad.new_empty((programs, size), dtype=torch.float64)
     if n:
-        outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, BLOCK))
+        outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
             backward[(programs,)](
                 *lstm.pack(weights, plan, precision),
@@ -505,9 +542,10 @@ def choice_step_backward(
                 *(grad, ranks, m, v, h, c, *grads_out, *results, partials, outputs),
                 *(n, blocks, size, time, learning_rate),
                 **shape,
-                BLOCK=BLOCK,
+                BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
-                **BACKWARD_OPTIONS,
+                WIDE=wide(m, h),
+                **chosen.options,
             )
     return *results, lstm.unpack(partials.sum(0), weights, plan)

@@ -28,6 +28,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def stream_of(tensor: Tensor) -> int:
-    """The stream that launches for a tensor go to; 0 where there are none."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def wide(*tensors: Tensor) -> bool:
+    """Whether places in tensors, and the ones after them that are masked, need 64 bits."""
+    return any(tensor.numel() >= 2**31 - 2**20 for tensor in tensors)

@@ -25,17 +25,24 @@ SMALLEST_UNITS = 16  # what tl.dot takes at least
 #   W_hh (4, UNITS, UNITS)
 #   b    (4, UNITS)
 # then the head (OUTPUTS, UNITS) and its bias (OUTPUTS,).
+#
+# FOLDED, where padding leaves the room, as tensor cores would multiply by its zeros: b is W_hh's
+# column HIDDEN, the first layer's W_ih are its columns HIDDEN + 1, ..., neither stands alone, and h
+# gets a row of ones there, and rows of features.
 
 
 @triton.jit
-def sizes_of(LAYER: tl.constexpr, FEATURES: tl.constexpr, UNITS: tl.constexpr):
+def sizes_of(
+    LAYER: tl.constexpr, FEATURES: tl.constexpr, UNITS: tl.constexpr, FOLDED: tl.constexpr
+):
     """Where a layer's W_ih, W_hh and b begin in the packed weights, and what follows them."""
-    FIRST: tl.constexpr = 4 * UNITS * (FEATURES + UNITS + 1)
-    OTHER: tl.constexpr = 4 * UNITS * (2 * UNITS + 1)
+    APART: tl.constexpr = 0 if FOLDED else 4 * UNITS
+    FIRST: tl.constexpr = 4 * UNITS * UNITS + (FEATURES + 1) * APART
+    OTHER: tl.constexpr = 8 * UNITS * UNITS + APART
     W_IH: tl.constexpr = 0 if LAYER == 0 else FIRST + (LAYER - 1) * OTHER
-    W_HH: tl.constexpr = W_IH + 4 * UNITS * (FEATURES if LAYER == 0 else UNITS)
+    W_HH: tl.constexpr = W_IH + (FEATURES * APART if LAYER == 0 else 4 * UNITS * UNITS)
     B: tl.constexpr = W_HH + 4 * UNITS * UNITS
-    return W_IH, W_HH, B, B + 4 * UNITS
+    return W_IH, W_HH, B, B + APART
 
 
 @triton.jit
@@ -63,17 +70,17 @@ def reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """1 / (1 + exp(-x)); APPROXIMATE: with 11 bits."""
+    """1 / (1 + exp(-x)); APPROXIMATE: with 11 bits, and x is half the sum: see pack."""
     if APPROXIMATE:
-        return 0.5 * tanh(0.5 * x, PTX, APPROXIMATE) + 0.5
+        return 0.5 * tanh(x, PTX, APPROXIMATE) + 0.5
     else:
         return reciprocal(1.0 + exp(-x, PTX), PTX)
 
 
 @triton.jit
 def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """The hyperbolic tangent; APPROXIMATE: with 11 bits, in one instruction."""
-    if APPROXIMATE:
+    """The hyperbolic tangent; APPROXIMATE: with 11 bits, in one instruction where there is one."""
+    if APPROXIMATE and PTX:
         return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -138,17 +145,17 @@ def weighed(
     low,  # what TF32 leaves of the packed weights; looked at with 3xtf32 alone
     x,  # (UNITS, BLOCK)
     sums,  # (UNITS, BLOCK)
-    AT: tl.constexpr,
+    at,
     TRANSPOSED: tl.constexpr,
     UNITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sums plus the product of the weights that begin at AT, or of their transpose, with x."""
-    weights = square(packed + AT, UNITS)
+    """The sums plus the product of the weights from `at` on, or of their transpose, with x."""
+    weights = square(packed + at, UNITS)
     if TRANSPOSED:
         weights = tl.trans(weights)
     if PRECISION == "3xtf32":
-        rest = square(low + AT, UNITS)
+        rest = square(low + at, UNITS)
         if TRANSPOSED:
             rest = tl.trans(rest)
         return _three_products(weights, rest, x, sums)
@@ -167,11 +174,13 @@ def gate_sums(
     LAYER: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A gate's sums before its activation, (UNITS, BLOCK)."""
-    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS)
-    sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
+    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
+    if not FOLDED:
+        sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
     if LAYER > 0:
         at = W_IH + GATE * UNITS * UNITS
         sums = weighed(packed, low, x, sums, at, False, UNITS, PRECISION)
@@ -180,8 +189,8 @@ def gate_sums(
 
 @triton.jit
 def rows_of(LAYER: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, at, n):
-    """Where a layer's rows of (LAYERS, HIDDEN, N) lie: (UNITS, BLOCK) offsets."""
-    unit = (LAYER * HIDDEN + tl.arange(0, UNITS)).to(tl.int64)
+    """Where a layer's rows of (LAYERS, HIDDEN, N) lie: (UNITS, BLOCK) offsets, of at's type."""
+    unit = (LAYER * HIDDEN + tl.arange(0, UNITS)).to(at.dtype)
     return unit[:, None] * n + at[None, :]
 
 
@@ -199,22 +208,31 @@ def cell(
     LAYER: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates i, f, a, o, its new c, and the tanh of that."""
     i = sigmoid(
-        gate_sums(packed, low, x, h, i, 0, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+        gate_sums(packed, low, x, h, i, 0, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        PTX,
+        APPROXIMATE,
     )
     f = sigmoid(
-        gate_sums(packed, low, x, h, f, 1, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+        gate_sums(packed, low, x, h, f, 1, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        PTX,
+        APPROXIMATE,
     )
     a = tanh(
-        gate_sums(packed, low, x, h, a, 2, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+        gate_sums(packed, low, x, h, a, 2, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        PTX,
+        APPROXIMATE,
     )
     o = sigmoid(
-        gate_sums(packed, low, x, h, o, 3, LAYER, FEATURES, UNITS, PRECISION), PTX, APPROXIMATE
+        gate_sums(packed, low, x, h, o, 3, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        PTX,
+        APPROXIMATE,
     )
     c = f * c + i * a
     return i, f, a, o, c, tanh(c, PTX, APPROXIMATE)
@@ -240,24 +258,30 @@ def recurrent_gradients(
     d_x,  # (UNITS, BLOCK) gradients in x so far, of layers that have one below
     d_h,  # (UNITS, BLOCK) and in h
     later,
-    GATE: tl.constexpr,
+    gate,
     LAYER: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One gate's part of all gradients but the features'; the weights' go to the program's sums."""
-    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS)
+    """One gate's part of all gradients but the features'; the weights' go to the program's sums.
+
+    The gate is a number at run time, of a loop: written out four times, the compiler moves the
+    gates' loads into each other, and spills.
+    """
+    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
     unit = tl.arange(0, UNITS)
     matrix = unit[:, None] * UNITS + unit[None, :]
     none = tl.zeros((UNITS, UNITS), tl.float32)
 
-    add(partials + B + GATE * UNITS + unit, tl.sum(d_gate, 1), later)
-    w_hh = W_HH + GATE * UNITS * UNITS
+    if not FOLDED:
+        add(partials + B + gate * UNITS + unit, tl.sum(d_gate, 1), later)
+    w_hh = W_HH + gate * UNITS * UNITS
     add(partials + w_hh + matrix, product(d_gate, tl.trans(h), none, PRECISION), later)
     d_h = weighed(packed, low, d_gate, d_h, w_hh, True, UNITS, PRECISION)
     if LAYER > 0:
-        w_ih = W_IH + GATE * UNITS * UNITS
+        w_ih = W_IH + gate * UNITS * UNITS
         add(partials + w_ih + matrix, product(d_gate, tl.trans(x), none, PRECISION), later)
         d_x = weighed(packed, low, d_gate, d_x, w_ih, True, UNITS, PRECISION)
     return d_x, d_h
@@ -273,45 +297,66 @@ class Packing(NamedTuple):
 
     Attributes:
         units: UNITS.
+        folded: FOLDED.
         places: For each packed number its place among all weights, or behind them for a zero.
         back: For each weight its place among the packed ones.
         square: Whether a packed number belongs to a matrix (UNITS, UNITS).
+        logistic: Whether it belongs to one of the gates i, f, o.
     """
 
     units: int
+    folded: bool
     places: Tensor
     back: Tensor
     square: Tensor
+    logistic: Tensor
 
 
 @functools.cache
 def packing(layers: int, hidden: int, features: int, outputs: int, device: torch.device) -> Packing:
     """The packing of an LSTM with a head, built once per architecture and device."""
     units = max(SMALLEST_UNITS, triton.next_power_of_2(hidden))
+    folded = hidden + 1 + features <= units
     shapes: list[tuple[int, ...]] = []
     for layer in range(layers):
         inputs = hidden if layer else features
         shapes += [(4, hidden, inputs), (4, hidden, hidden), (4, hidden)]
     shapes += [(outputs, hidden), (outputs,)]
     counts = [torch.Size(shape).numel() for shape in shapes]
-    places = torch.arange(sum(counts)).split(counts)
     zero = sum(counts)
+    split = torch.arange(zero).split(counts)
+    weights = [place.view(shape) for shape, place in zip(shapes, split, strict=True)]
 
-    parts, squares = [], []
-    for number, (shape, place) in enumerate(zip(shapes, places, strict=True)):
-        part = place.view(shape)
-        if number == 0:  # (4, hidden, features) to (4, features, units)
-            part = _padded(part.transpose(1, 2), {2: units}, zero)
-        elif number < len(shapes) - 1:  # all further dimensions are of units
-            part = _padded(part, dict.fromkeys(range(1, len(shape)), units), zero)
-        parts.append(part.reshape(-1))
-        squares.append(torch.full(parts[-1].shape, part.dim() == 3 and number > 0))
-    all_places = torch.cat(parts)
+    parts = []
+    for layer in range(layers):
+        w_ih, w_hh, b = weights[3 * layer : 3 * layer + 3]
+        square = _padded(w_hh, {1: units, 2: units}, zero)
+        if folded:
+            square[:, :hidden, hidden] = b
+        if folded and layer == 0:
+            square[:, :hidden, hidden + 1 : hidden + 1 + features] = w_ih
+        elif layer == 0:
+            parts.append(_padded(w_ih.transpose(1, 2), {2: units}, zero))
+        else:
+            parts.append(_padded(w_ih, {1: units, 2: units}, zero))
+        parts.append(square)
+        if not folded:
+            parts.append(_padded(b, {1: units}, zero))
+    of_layers = len(parts)
+    parts += [_padded(weights[-2], {1: units}, zero), weights[-1]]
+    squares = [torch.full(part.shape, part.shape[1:] == (units, units)) for part in parts]
+    logistic = [torch.zeros(part.shape, dtype=torch.bool) for part in parts]
+    for flags in logistic[:of_layers]:
+        flags[[0, 1, 3]] = True
+
+    places, square, of_logistic = (
+        torch.cat([each.reshape(-1) for each in column]) for column in (parts, squares, logistic)
+    )
     back = torch.empty(zero, dtype=torch.int64)
-    used = all_places < zero
-    back[all_places[used]] = torch.arange(len(all_places))[used]
-    square = torch.cat(squares)
-    return Packing(units, all_places.to(device), back.to(device), square.to(device))
+    used = places < zero
+    back[places[used]] = torch.arange(len(places))[used]
+    on_device = (tensor.to(device) for tensor in (places, back, square, of_logistic))
+    return Packing(units, folded, *on_device)
 
 
 def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
@@ -321,16 +366,21 @@ def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
     return padded
 
 
-def pack(weights: Sequence[Tensor], plan: Packing, precision: str) -> tuple[Tensor, Tensor]:
+def pack(
+    weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
+) -> tuple[Tensor, Tensor]:
     """The packed weights, and what TF32 leaves of them.
 
     Args:
         weights: As the operation has them, float32.
         plan: Their packing.
         precision: With 3xtf32 matrices are rounded to TF32; with others, nothing is left.
+        approximate: Whether sigmoids will be a tanh of half the sum: halves the weights of theirs.
     """
     flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
     packed = flat.index_select(0, plan.places)
+    if approximate:
+        packed = torch.where(plan.logistic, 0.5 * packed, packed)
     if precision != "3xtf32":
         return packed, packed
     high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels import lstm
-from amalgam.kernels.launch import on_device_of, on_nvidia, processors, stream_of
+from amalgam.kernels.configurations import FEW, configuration
+from amalgam.kernels.launch import on_device_of, on_nvidia, processors, wide
 from amalgam.kernels.lstm import (
     add,
     cell,
@@ -19,17 +20,16 @@ from amalgam.kernels.lstm import (
     exp,
     recurrent_gradients,
     rows_of,
+    sigmoid,
     sizes_of,
     tanh,
 )
+from amalgam.kernels.rounding import key_of, random_bits, rounded_stochastically
 
 FEATURES = 2
-BLOCK = 64
-BACKWARD_BLOCK = 64
+FEW_UNITS = tl.constexpr(FEW)
+COLUMNS = tl.constexpr(9)  # of the table of tensors
 PROGRAMS_PER_PROCESSOR = 2
-# Fusion is named because Triton 3.10 turns it off by default.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-BACKWARD_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -52,23 +52,42 @@ def _first_sums(
 
 
 @triton.jit
+def _with_inputs(
+    h,  # (UNITS, BLOCK)
+    m_feature,  # (BLOCK,)
+    g_feature,  # (BLOCK,)
+    LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The old h with what FOLDED weights multiply in the rows that are no unit's."""
+    unit = tl.arange(0, UNITS)[:, None]
+    rest = (unit == HIDDEN).to(tl.float32)
+    if LAYER == 0:
+        features = tl.where(unit == HIDDEN + 1, m_feature[None, :], g_feature[None, :])
+        rest = tl.where((unit == HIDDEN + 1) | (unit == HIDDEN + 2), features, rest)
+    return tl.where(unit < HIDDEN, h, rest)
+
+
+@triton.jit
 def _cell(
     packed,
     low,
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
-    h,  # (UNITS, BLOCK)
+    h,  # (UNITS, BLOCK); of FOLDED weights, with its inputs
     c,  # (UNITS, BLOCK)
     m_feature,  # (BLOCK,)
     g_feature,  # (BLOCK,)
     LAYER: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates, its new c, and the tanh of that."""
-    if LAYER == 0:
+    if LAYER == 0 and not FOLDED:
         i = _first_sums(packed, m_feature, g_feature, 0, UNITS, FEATURES)
         f = _first_sums(packed, m_feature, g_feature, 1, UNITS, FEATURES)
         a = _first_sums(packed, m_feature, g_feature, 2, UNITS, FEATURES)
@@ -79,8 +98,155 @@ def _cell(
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
     return cell(
-        packed, low, x, h, c, i, f, a, o, LAYER, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE
-    )
+        packed, low, x, h, c, i, f, a, o,
+        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _stored(value, bits, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Float32 as it is stored; to bfloat16 rounded by 16 bits if STOCHASTIC."""
+    if STOCHASTIC and tl.bfloat16 == TYPE:
+        return rounded_stochastically(value, bits)
+    else:
+        return value.to(TYPE)
+
+
+@triton.jit
+def _plain_sum(packed, x, h, m_feature, g_feature, FIRST, LAYER, HIDDEN, UNITS, FEATURES):
+    """A gate's sum of one unit, (BLOCK,); FIRST is where the row of its weights begins."""
+    W_IH, W_HH, _B, _END = sizes_of(LAYER, FEATURES, UNITS, True)
+    row = packed + W_HH + FIRST
+    total = tl.load(row + HIDDEN) + tl.load(row) * h[0]
+    for k in tl.static_range(1, HIDDEN):
+        total += tl.load(row + k) * h[k]
+    if LAYER == 0:
+        total += tl.load(row + HIDDEN + 1) * m_feature
+        total += tl.load(row + HIDDEN + 2) * g_feature
+    else:
+        for k in tl.static_range(HIDDEN):
+            total += tl.load(packed + W_IH + FIRST + k) * x[k]
+    return total
+
+
+@triton.jit
+def _small_layers(
+    packed,
+    inside,
+    at,
+    n,
+    h,
+    c,
+    new_h,
+    new_c,
+    m_feature,
+    g_feature,
+    key,
+    LAYERS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Of few units, without tensor cores: a thread has whole coordinates. Returns the head's sum.
+
+    Padded to the 16 units that tensor cores take, four or eight would cost several times as much.
+    """
+    TYPE: tl.constexpr = new_h.dtype.element_ty
+    x = (m_feature,)  # not looked at by the first layer
+    for layer in tl.static_range(LAYERS):
+        old_h = ()
+        for unit in tl.static_range(HIDDEN):
+            here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
+            old_h = old_h + (tl.load(h + here, mask=inside, other=0.0).to(tl.float32),)
+        outputs = ()
+        for unit in tl.static_range(HIDDEN):
+            here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
+            old_c = tl.load(c + here, mask=inside, other=0.0).to(tl.float32)
+            i = _plain_sum(
+                packed, x, old_h, m_feature, g_feature, unit * UNITS,
+                layer, HIDDEN, UNITS, FEATURES,
+            )  # fmt: skip
+            f = _plain_sum(
+                packed, x, old_h, m_feature, g_feature, (UNITS + unit) * UNITS,
+                layer, HIDDEN, UNITS, FEATURES,
+            )  # fmt: skip
+            a = _plain_sum(
+                packed, x, old_h, m_feature, g_feature, (2 * UNITS + unit) * UNITS,
+                layer, HIDDEN, UNITS, FEATURES,
+            )  # fmt: skip
+            o = _plain_sum(
+                packed, x, old_h, m_feature, g_feature, (3 * UNITS + unit) * UNITS,
+                layer, HIDDEN, UNITS, FEATURES,
+            )  # fmt: skip
+            cell = sigmoid(f, PTX, APPROXIMATE) * old_c
+            cell += sigmoid(i, PTX, APPROXIMATE) * tanh(a, PTX, APPROXIMATE)
+            output = sigmoid(o, PTX, APPROXIMATE) * tanh(cell, PTX, APPROXIMATE)
+            outputs = outputs + (output,)
+            bits = at
+            if STOCHASTIC:
+                bits = random_bits(key, tl.full((), layer * HIDDEN + unit, tl.int32), at)
+            tl.store(new_h + here, _stored(output, bits >> 16, TYPE, STOCHASTIC), mask=inside)
+            tl.store(new_c + here, _stored(cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=inside)
+        x = outputs
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, True)
+    top = tl.load(packed + HEAD + UNITS) + tl.load(packed + HEAD) * x[0]
+    for unit in tl.static_range(1, HIDDEN):
+        top += tl.load(packed + HEAD + unit) * x[unit]
+    return top
+
+
+@triton.jit
+def _layers(
+    packed,
+    low,
+    inside,
+    at,
+    n,
+    h,
+    c,
+    new_h,
+    new_c,
+    m_feature,
+    g_feature,
+    key,
+    LAYERS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Writes the new h and c and returns the head's sum, (BLOCK,)."""
+    TYPE: tl.constexpr = new_h.dtype.element_ty
+    unit = tl.arange(0, UNITS)
+    used = (unit < HIDDEN)[:, None] & inside[None, :]
+    x = tl.zeros((UNITS, BLOCK), tl.float32)
+    for layer in tl.static_range(LAYERS):
+        rows = rows_of(layer, HIDDEN, UNITS, at, n)
+        old_h = tl.load(h + rows, mask=used, other=0.0).to(tl.float32)
+        old_c = tl.load(c + rows, mask=used, other=0.0).to(tl.float32)
+        if FOLDED:
+            old_h = _with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
+        _i, _f, _a, o, new_cell, squashed = _cell(
+            packed, low, x, old_h, old_c, m_feature, g_feature,
+            layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+        )  # fmt: skip
+        x = o * squashed
+        bits = rows
+        if STOCHASTIC:
+            bits = random_bits(key, (layer * HIDDEN + unit)[:, None], at[None, :])
+        tl.store(new_h + rows, _stored(x, bits >> 16, TYPE, STOCHASTIC), mask=used)
+        tl.store(new_c + rows, _stored(new_cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=used)
+
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, FOLDED)
+    return tl.sum(column(packed + HEAD, UNITS)[:, None] * x, 0) + tl.load(packed + HEAD + UNITS)
 
 
 @triton.jit
@@ -99,6 +265,7 @@ def _step(
     new_v,
     new_h,
     new_c,
+    key,  # of random bits, where rounding is STOCHASTIC
     alpha,
     beta1,
     beta2,
@@ -109,10 +276,12 @@ def _step(
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
     """Writes a block's new state and returns its update, (BLOCK,)."""
     old_m = tl.load(m + at, mask=inside, other=0.0)
@@ -124,24 +293,17 @@ def _step(
     tl.store(new_v + at, fresh_v, mask=inside)
     m_feature = fresh_m / one_minus_beta1 * scale
     g_feature = g * scale
-
-    used = (tl.arange(0, UNITS) < HIDDEN)[:, None] & inside[None, :]
-    x = tl.zeros((UNITS, BLOCK), tl.float32)
-    for layer in tl.static_range(LAYERS):
-        rows = rows_of(layer, HIDDEN, UNITS, at, n)
-        old_h = tl.load(h + rows, mask=used, other=0.0).to(tl.float32)
-        old_c = tl.load(c + rows, mask=used, other=0.0).to(tl.float32)
-        _i, _f, _a, o, new_cell, squashed = _cell(
-            packed, low, x, old_h, old_c, m_feature, g_feature,
-            layer, FEATURES, UNITS, PRECISION, PTX, APPROXIMATE,
+    if LAYERS * HIDDEN <= FEW_UNITS:
+        top = _small_layers(
+            packed, inside, at, n, h, c, new_h, new_c, m_feature, g_feature, key,
+            LAYERS, HIDDEN, FEATURES, UNITS, PTX, APPROXIMATE, STOCHASTIC,
         )  # fmt: skip
-        x = o * squashed
-        tl.store(new_h + rows, x.to(new_h.dtype.element_ty), mask=used)
-        tl.store(new_c + rows, new_cell.to(new_c.dtype.element_ty), mask=used)
-
-    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS)
-    top = tl.sum(column(packed + HEAD, UNITS)[:, None] * x, 0)
-    return alpha * tanh(top + tl.load(packed + HEAD + UNITS), PTX, APPROXIMATE)
+    else:
+        top = _layers(
+            packed, low, inside, at, n, h, c, new_h, new_c, m_feature, g_feature, key,
+            LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
+        )  # fmt: skip
+    return alpha * tanh(top, PTX, APPROXIMATE)
 
 
 @triton.jit
@@ -169,19 +331,21 @@ def forward(
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The functional step: program p takes the p-th block of coordinates."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0)
     result = _step(
-        packed, low, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c,
+        packed, low, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c, 0,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
-        LAYERS, HIDDEN, FEATURES, UNITS, BLOCK, PRECISION, PTX, APPROXIMATE,
+        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, False,
     )  # fmt: skip
     tl.store(update + at, result, mask=inside)
 
@@ -190,11 +354,13 @@ def forward(
 def in_place(
     packed,
     low,
-    table,  # (count, 7) int64: addresses of parameter, gradient, m, v, h, c, and how many
+    table,  # (count, COLUMNS) int64, as _table has it
     first_block,  # (count,) int64: the first block of each tensor
     count,
     depth,  # ceil(log2(count)): steps of the search
-    keep,  # 1 - lr * weight_decay
+    control,  # (4,) float64: keep, lr, the learning rate of warm-up, and whether to skip the step
+    warmup_steps,
+    keep,  # 1 - lr weight_decay, and lr, where there is no CONTROL
     lr,
     alpha,
     beta1,
@@ -206,16 +372,25 @@ def in_place(
     GRAD: tl.constexpr,
     CELLS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    CONTROL: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     """One launch for all tensors: program p finds the tensor that its block belongs to."""
+    if CONTROL:
+        keep = tl.load(control).to(tl.float32)
+        lr = tl.load(control + 1).to(tl.float32)
+        if tl.load(control + 3) != 0.0:
+            return
     block = tl.program_id(0).to(tl.int64)
     tensor = tl.zeros((), tl.int32)
     after = tensor + count
@@ -224,7 +399,7 @@ def in_place(
         before = tl.load(first_block + middle) <= block
         tensor = tl.where(before, middle, tensor)
         after = tl.where(before, after, middle)
-    entry = table + tensor.to(tl.int64) * 7
+    entry = table + tensor.to(tl.int64) * COLUMNS
     param = tl.load(entry).to(tl.pointer_type(PARAM))
     grad = tl.load(entry + 1).to(tl.pointer_type(GRAD))
     m = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
@@ -241,16 +416,39 @@ def in_place(
         c = tl.multiple_of(c, 16)
         n = tl.multiple_of(n, 16)
 
-    at = (block - tl.load(first_block + tensor)) * BLOCK + tl.arange(0, BLOCK)
+    first = (block - tl.load(first_block + tensor)) * BLOCK
+    if not WIDE:
+        first = first.to(tl.int32)
+        n = n.to(tl.int32)
+    at = first + tl.arange(0, BLOCK)
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    old = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
+    key = 0
+    bits = at
+    if CONTROL:
+        step = tl.load(tl.load(entry + 7).to(tl.pointer_type(tl.float32)))
+        if STOCHASTIC:
+            key = key_of(tl.load(entry + 8), step)
+            bits = random_bits(key, tl.full((), LAYERS * HIDDEN, tl.int32), at) >> 16
+        if step < warmup_steps:
+            old_m = tl.load(m + at, mask=inside, other=0.0)
+            old_v = tl.load(v + at, mask=inside, other=1.0)
+            fresh_m, fresh_v, _scale = _features(
+                g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            )
+            tl.store(m + at, fresh_m, mask=inside)
+            tl.store(v + at, fresh_v, mask=inside)
+            moved = keep * old - tl.load(control + 2).to(tl.float32) * g
+            tl.store(param + at, _stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
+            return
     update = _step(
-        packed, low, g, inside, at, n, m, v, h, c, m, v, h, c,
+        packed, low, g, inside, at, n, m, v, h, c, m, v, h, c, key,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
-        LAYERS, HIDDEN, FEATURES, UNITS, BLOCK, PRECISION, PTX, APPROXIMATE,
+        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
     )  # fmt: skip
-    moved = keep * tl.load(param + at, mask=inside, other=0.0).to(tl.float32) - lr * update
-    tl.store(param + at, moved.to(PARAM), mask=inside)
+    moved = keep * old - lr * update
+    tl.store(param + at, _stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
 
 
 @triton.jit
@@ -268,32 +466,21 @@ def _gate_gradients(
     d_m_feature,  # (BLOCK,) and in the features
     d_g_feature,  # (BLOCK,)
     later,
-    GATE: tl.constexpr,
+    gate,
     LAYER: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
     d_x, d_h = recurrent_gradients(
-        packed,
-        low,
-        partials,
-        d_gate,
-        x,
-        h,
-        d_x,
-        d_h,
-        later,
-        GATE,
-        LAYER,
-        FEATURES,
-        UNITS,
-        PRECISION,
-    )
-    if LAYER == 0:
+        packed, low, partials, d_gate, x, h, d_x, d_h, later, gate,
+        LAYER, FEATURES, UNITS, FOLDED, PRECISION,
+    )  # fmt: skip
+    if LAYER == 0 and not FOLDED:
         unit = tl.arange(0, UNITS)
-        w_m = GATE * FEATURES * UNITS
+        w_m = gate * FEATURES * UNITS
         w_g = w_m + UNITS
         add(partials + w_m + unit, tl.sum(d_gate * m_feature[None, :], 1), later)
         add(partials + w_g + unit, tl.sum(d_gate * g_feature[None, :], 1), later)
@@ -336,9 +523,11 @@ def backward(
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Program p takes blocks p, p + P, ...: the step again, then its gradients backwards."""
     program = tl.program_id(0)
@@ -346,13 +535,14 @@ def backward(
     unit = tl.arange(0, UNITS)
     here = unit[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     outputs += program.to(tl.int64) * LAYERS * UNITS * BLOCK
-    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS)
+    _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, FOLDED)
     head = column(packed + HEAD, UNITS)
     head_bias = tl.load(packed + HEAD + UNITS)
     programs = tl.num_programs(0)
     for turn in range(tl.cdiv(blocks - program, programs)):
         later = turn > 0
-        at = (program.to(tl.int64) + turn * programs) * BLOCK + tl.arange(0, BLOCK)
+        block = program.to(tl.int64 if WIDE else tl.int32) + turn * programs
+        at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
         used = (unit < HIDDEN)[:, None] & inside[None, :]
         g = tl.load(grad + at, mask=inside, other=0.0)
@@ -371,9 +561,11 @@ def backward(
             rows = rows_of(layer, HIDDEN, UNITS, at, n)
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
+            if FOLDED:
+                old_h = _with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
             _i, _f, _a, o, _c, squashed = _cell(
                 packed, low, x, old_h, old_c, m_feature, g_feature,
-                layer, FEATURES, UNITS, PRECISION, PTX, False,
+                layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             x = o * squashed
             tl.store(outputs + layer * UNITS * BLOCK + here, x)
@@ -389,9 +581,11 @@ def backward(
             rows = rows_of(layer, HIDDEN, UNITS, at, n)
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
+            if FOLDED:
+                old_h = _with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
             i, f, a, o, _c, squashed = _cell(
                 packed, low, x, old_h, old_c, m_feature, g_feature,
-                layer, FEATURES, UNITS, PRECISION, PTX, False,
+                layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
                 top_h = o * squashed
@@ -414,27 +608,19 @@ def backward(
             d_f = d_cell * old_c * f * (1.0 - f)
             d_a = d_cell * i * (1.0 - a * a)
             d_o = d_out * squashed * o * (1.0 - o)
-            d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, low, partials, d_i, x, old_h, m_feature, g_feature,
-                d_x, d_old_h, d_m_feature, d_g_feature, later,
-                0, layer, FEATURES, UNITS, PRECISION,
-            )  # fmt: skip
-            d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, low, partials, d_f, x, old_h, m_feature, g_feature,
-                d_x, d_old_h, d_m_feature, d_g_feature, later,
-                1, layer, FEATURES, UNITS, PRECISION,
-            )  # fmt: skip
-            d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, low, partials, d_a, x, old_h, m_feature, g_feature,
-                d_x, d_old_h, d_m_feature, d_g_feature, later,
-                2, layer, FEATURES, UNITS, PRECISION,
-            )  # fmt: skip
-            d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                packed, low, partials, d_o, x, old_h, m_feature, g_feature,
-                d_x, d_old_h, d_m_feature, d_g_feature, later,
-                3, layer, FEATURES, UNITS, PRECISION,
-            )  # fmt: skip
+            for gate in tl.range(4, num_stages=1):
+                d_gate = tl.where(gate == 0, d_i, tl.where(gate == 1, d_f, d_a))
+                d_gate = tl.where(gate == 3, d_o, d_gate)
+                d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
+                    packed, low, partials, d_gate, x, old_h, m_feature, g_feature,
+                    d_x, d_old_h, d_m_feature, d_g_feature, later, gate,
+                    layer, FEATURES, UNITS, FOLDED, PRECISION,
+                )  # fmt: skip
             tl.store(d_h + rows, d_old_h, mask=used)
+            if FOLDED and layer == 0:
+                of_m, of_g = (unit == HIDDEN + 1)[:, None], (unit == HIDDEN + 2)[:, None]
+                d_m_feature = tl.sum(tl.where(of_m, d_old_h, 0.0), 0)
+                d_g_feature = tl.sum(tl.where(of_g, d_old_h, 0.0), 0)
         # The next block's layers overwrite what these read.
         tl.debug_barrier()
 
@@ -461,7 +647,14 @@ def _plan(h: Tensor) -> tuple[lstm.Packing, dict[str, int]]:
         "HIDDEN": hidden,
         "FEATURES": FEATURES,
         "UNITS": plan.units,
+        "FOLDED": plan.folded,
     }
+
+
+def _precision_of(precision: str | None, h: Tensor) -> str:
+    """Of a step; one without tensor cores wants the weights whole."""
+    few = h.shape[0] * h.shape[1] <= FEW
+    return "ieee" if few else lstm.precision_of(precision)
 
 
 def student_step(
@@ -494,19 +687,21 @@ def student_step(
     """
     results = tuple(torch.empty_like(tensor) for tensor in (grad, m, v, h, c))
     n = grad.numel()
-    precision = lstm.precision_of(precision)
+    precision = _precision_of(precision, h)
     plan, shape = _plan(h)
+    chosen = configuration("student_step", *h.shape[:2], precision)
     if n:
         with on_device_of(grad):
-            forward[(triton.cdiv(n, BLOCK),)](
-                *lstm.pack(weights, plan, precision),
+            forward[(triton.cdiv(n, chosen.block),)](
+                *lstm.pack(weights, plan, precision, approximate),
                 *(grad, m, v, h, c, *results, n, *_constants(*settings)),
                 **shape,
-                BLOCK=BLOCK,
+                BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
                 APPROXIMATE=approximate,
-                **OPTIONS,
+                WIDE=wide(h),
+                **chosen.options,
             )
     return results
 
@@ -517,6 +712,10 @@ def student_step_in_place(
     settings: Sequence[float],
     lr: float,
     weight_decay: float,
+    control: Tensor | None,
+    steps: Sequence[Tensor],
+    warmup_steps: int,
+    seeds: Sequence[int],
     precision: str | None,
     approximate: bool,
 ) -> None:
@@ -530,22 +729,38 @@ def student_step_in_place(
         settings: alpha, beta1, beta2, eps.
         lr: Factor on every update.
         weight_decay: A parameter becomes p (1 - lr weight_decay) - lr update.
+        control: Float64 (4,), on the device: what stands for 1 - lr weight_decay and for lr, the
+            learning rate of warm-up, and whether to skip the step; ``None`` for none of that.
+        steps: How many steps each parameter has taken, float32 of shape (), or none.
+        warmup_steps: How many of them are of warm-up.
+        seeds: In [0, 2^32), one a parameter, to round to bfloat16 at random; or none.
         precision: As in :func:`student_step`.
         approximate: As in :func:`student_step`.
     """
     _, _, m, _, h, _ = tensors[0]
-    alike: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, ...]]] = {}
-    for param, grad, *state in tensors:
+    if control is None and seeds:
+        control = m.new_tensor((1 - lr * weight_decay, lr, 0, 0), dtype=torch.float64)
+    step = None if control is None or steps else m.new_zeros(())
+    alike: dict[tuple[torch.dtype, torch.dtype, bool, bool], list[tuple[int, ...]]] = {}
+    for index, (param, grad, *state) in enumerate(tensors):
         if param.numel():
-            row = (*(t.data_ptr() for t in (param, grad, *state)), param.numel())
-            aligned = all(number % 16 == 0 for number in row)
-            alike.setdefault((param.dtype, grad.dtype, aligned), []).append(row)
-    precision = lstm.precision_of(precision)
+            addresses = [t.data_ptr() for t in (param, grad, *state)]
+            aligned = all(number % 16 == 0 for number in (*addresses, param.numel()))
+            counter = steps[index] if steps else step
+            row = (
+                *(*addresses, param.numel()),
+                0 if counter is None else counter.data_ptr(),
+                seeds[index] if seeds else 0,
+            )
+            kind = param.dtype, grad.dtype, aligned, wide(state[2])
+            alike.setdefault(kind, []).append(row)
+    precision = _precision_of(precision, h)
     plan, shape = _plan(h)
+    chosen = configuration("student_step_", *h.shape[:2], precision)
     with on_device_of(m):
-        packed, low = lstm.pack(weights, plan, precision)
-        for (param_dtype, grad_dtype, aligned), rows in alike.items():
-            table, first_block, blocks = _table(tuple(rows), m.device, stream_of(m))
+        packed, low = lstm.pack(weights, plan, precision, approximate)
+        for (param_dtype, grad_dtype, aligned, is_wide), rows in alike.items():
+            table, first_block, blocks = _table(tuple(rows), chosen.block, m.device)
             in_place[(blocks,)](
                 packed,
                 low,
@@ -553,6 +768,8 @@ def student_step_in_place(
                 first_block,
                 len(rows),
                 (len(rows) - 1).bit_length(),
+                control,
+                warmup_steps,
                 1 - lr * weight_decay,
                 lr,
                 *_constants(*settings),
@@ -560,39 +777,74 @@ def student_step_in_place(
                 GRAD=_TYPES[grad_dtype],
                 CELLS=_TYPES[h.dtype],
                 ALIGNED=aligned,
+                WIDE=is_wide,
+                CONTROL=control is not None,
+                STOCHASTIC=bool(seeds),
                 **shape,
-                BLOCK=BLOCK,
+                BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
                 APPROXIMATE=approximate,
-                **OPTIONS,
+                **chosen.options,
             )
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+# A row a tensor: addresses of param, grad, m, v, h, c; how many; the address of steps; a seed.
+Rows = tuple[tuple[int, ...], ...]
+_NUMEL = 6
 
-@functools.lru_cache(maxsize=32)
-def _table(
-    rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int
-) -> tuple[Tensor, Tensor, int]:
-    """Addresses and sizes on the device, each tensor's first block, and how many blocks there are.
 
-    Kept while tensors stay where they are: a table is a function of its addresses. A stream has its
-    own: another one's copy might not have arrived, and would be freed while this one reads it.
+def _table(rows: Rows, block: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Addresses, sizes, steps and seeds on the device, first blocks, and how many blocks there are.
+
+    Kept while tensors stay where they are. A CUDA graph that captures the step has its own, which
+    every replay copies from the host again.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        values, blocks = _values(rows, block)
+        spares = _spares.get(len(values))
+        held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
+        held.copy_(values)
+        _captured.append(held)
+        return *_split(held.to(device, non_blocking=True), len(rows)), blocks
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _kept_table(rows, block, device, stream)
+
+
+# A stream has its own: another one's copy might not have arrived, and would be freed while this
+# one reads it.
+@functools.lru_cache(maxsize=32)
+def _kept_table(
+    rows: Rows, block: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor, int]:
+    values, blocks = _values(rows, block)
+    if device.type == "cuda":
+        spares = _spares.setdefault(len(values), [])
+        if len(spares) < SPARES:
+            spares.append(torch.empty_like(values, pin_memory=True))
+        values = values.pin_memory().to(device, non_blocking=True)
+    return *_split(values, len(rows)), blocks
+
+
+# Pinned memory by size, as captures can't pin any, and what graphs copy from: how long they live,
+# they do not tell.
+SPARES = 4
+_spares: dict[int, list[Tensor]] = {}
+_captured: list[Tensor] = []
+
+
+def _values(rows: Rows, block: int) -> tuple[Tensor, int]:
     first_block, blocks = [], 0
     for row in rows:
         first_block.append(blocks)
-        blocks += triton.cdiv(row[-1], BLOCK)
+        blocks += triton.cdiv(row[_NUMEL], block)
+    return torch.tensor([*(value for row in rows for value in row), *first_block]), blocks
 
-    def on_device(values: Sequence[object]) -> Tensor:
-        tensor = torch.tensor(values)
-        if device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(device, non_blocking=True)
 
-    return on_device(rows), on_device(first_block), blocks
+def _split(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    return values[: count * COLUMNS.value], values[count * COLUMNS.value :]
 
 
 def student_step_backward(
@@ -627,21 +879,23 @@ def student_step_backward(
     n = grad.numel()
     precision = lstm.precision_of(precision)
     plan, shape = _plan(h)
-    blocks = triton.cdiv(n, BACKWARD_BLOCK)
+    chosen = configuration("student_step_backward", *h.shape[:2], precision)
+    blocks = triton.cdiv(n, chosen.block)
     programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
     size = plan.places.numel()
     partials = grad.new_empty((programs, size), dtype=torch.float64)
     if n:
-        outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, BACKWARD_BLOCK))
+        outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
             backward[(programs,)](
                 *lstm.pack(weights, plan, precision),
                 *(grad, m, v, h, c, *grads_out, *results, partials, outputs, n, blocks, size),
                 *_constants(*settings),
                 **shape,
-                BLOCK=BACKWARD_BLOCK,
+                BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
-                **BACKWARD_OPTIONS,
+                WIDE=wide(h),
+                **chosen.options,
             )
     return *results, lstm.unpack(partials.sum(0), weights, plan)

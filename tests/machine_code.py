@@ -87,20 +87,9 @@ def compile_kernel(
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = function.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
-    }
-    sixteens = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name].startswith("*") or (divisible and name == "n")
-    }
-    own = {name: value for name, value in constants.items() if name in names}
     compiled = triton.compile(
-        ASTSource(function, signature, own, sixteens),
+        _source(function, types, constants, divisible),
         target=GPUTarget("cuda", arch, 32),
         options=dict(options),
     )
@@ -122,3 +111,43 @@ def compile_kernel(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return MachineCode(compiled.asm["ptx"], int(found[1]), int(found[2]), instructions)
+
+
+def amd_assembly(
+    function: Any,
+    arch: str,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> str:
+    """The assembly of a ``triton.jit`` function for one of AMD's GPUs, "gfx942".
+
+    Args: see :func:`compile_kernel`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(
+        _source(function, types, constants, divisible=True),
+        target=GPUTarget("hip", arch, 64),
+        options=dict(options),
+    )
+    return compiled.asm["amdgcn"]
+
+
+def _source(
+    function: Any, types: Mapping[str, str], constants: Mapping[str, Any], divisible: bool
+) -> Any:
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
+    }
+    sixteens = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or (divisible and name == "n")
+    }
+    own = {name: value for name, value in constants.items() if name in names}
+    return ASTSource(function, signature, own, sixteens)

@@ -109,7 +109,8 @@ def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
             states = [state_of(size, layers, hidden, dtype) for size in sizes]
             columns = (list(column) for column in zip(*states, strict=True))
             weights = weights_of(layers, hidden, dtype)
-            yield params, grads, *columns, weights, *SETTINGS, 0.5, 0.1
+            seeds = list(range(len(sizes))) if index % 2 else []
+            yield params, grads, *columns, weights, *SETTINGS, 0.5, 0.1, None, [], 0, seeds
 
 
 def student_unroll_backward(dtype: torch.dtype) -> Iterator[Arguments]:

@@ -116,7 +116,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int:
-    """Kill a run at a log's so many lines, and resume it each time; how often that came off."""
+    """Kill and resume a run whenever a log has so many lines; how often that came off."""
     kills = 0
     resume: list[str] = []
     for name, lines in cuts:

@@ -222,6 +222,8 @@ def test_sparse_gradients_are_refused(student) -> None:
         ({"warmup_steps": -1}, ValueError, "warmup_steps"),
         ({"warmup_lr": math.nan}, ValueError, "warmup_lr"),
         ({"backend": "referense"}, ValueError, "did you mean 'reference'"),
+        ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', not 'up'"),
+        ({"seed": -1}, ValueError, "seed must lie in"),
         ({"student": "no-such-student"}, FileNotFoundError, "no-such-student"),
     ],
 )
@@ -288,3 +290,165 @@ def test_cells_in_half_the_memory(student) -> None:
     assert {s["h"].dtype for s in resumed.state.values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="cells_dtype"):
         AmalgamatedOptimizer(params, student=student, cells_dtype=torch.float16)
+
+
+def settings_of_precision(name: str) -> dict[str, object]:
+    return {"cells_dtype": torch.bfloat16, "rounding": "stochastic"} if name == "narrow" else {}
+
+
+@pytest.mark.parametrize("precision", ["wide", "narrow"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_capturable_is_the_same_optimizer(student, backend, precision) -> None:
+    """Warm-up, a skipped step and a schedule included, to the bit."""
+    how = settings_of_precision(precision) | {"weight_decay": 0.1, "backend": backend}
+    dtype = torch.bfloat16 if precision == "narrow" else torch.float32
+    params, twins = tensors(dtype=dtype), tensors(dtype=dtype)
+    lr = torch.tensor(0.5)
+    usual = AmalgamatedOptimizer(params, 0.5, student, **how)
+    captured = AmalgamatedOptimizer(twins, lr, student, **how, capturable=True)
+    for step in range(7):
+        for those, optimizer in ((params, usual), (twins, captured)):
+            set_grads(those, step)
+            if step == 4:
+                those[0].grad[0, 0] = math.inf
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                optimizer.step()
+        usual.param_groups[0]["lr"] /= 2
+        lr /= 2
+    assert all(map(torch.equal, params, twins))
+    assert usual.skipped_steps == captured.skipped_steps == 1
+    for param, twin in zip(params, twins, strict=True):
+        for name, tensor in usual.state[param].items():
+            assert torch.equal(tensor, captured.state[twin][name]), name
+
+
+def test_capturable_steps_do_not_wait(student, monkeypatch) -> None:
+    """Of the reference, nothing is read on the host."""
+    params = tensors()
+    optimizer = AmalgamatedOptimizer(params, student=student, backend="reference", capturable=True)
+    set_grads(params, 0)
+    optimizer.step()
+
+    def refuse(self: Tensor) -> None:
+        raise AssertionError("a tensor was read on the host")
+
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    set_grads(params, 1)
+    optimizer.step()
+    monkeypatch.undo()
+    assert {int(s["step"]) for s in optimizer.state.values()} == {2}
+
+
+def test_a_scaler_leaves_its_flag_and_scale_to_capturable_steps(student) -> None:
+    params, twins = tensors(), tensors()
+    scaled = AmalgamatedOptimizer(params, student=student, capturable=True)
+    plain = AmalgamatedOptimizer(twins, student=student)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    for step in range(5):
+        set_grads(params, step)
+        set_grads(twins, step)
+        for param in params:
+            param.grad *= scaler.get_scale()
+        if step == 2:
+            params[1].grad.fill_(math.inf)
+        else:
+            plain.step()
+        scaler.step(scaled)
+        scaler.update()
+    assert scaled.skipped_steps == 1
+    assert scaler.get_scale() == 2.0
+    assert all(map(torch.equal, params, twins))
+
+
+def test_stochastic_rounding_resumes_to_the_same_bits(student) -> None:
+    def make(seed: int) -> tuple[list[nn.Parameter], AmalgamatedOptimizer]:
+        params = tensors(dtype=torch.bfloat16)
+        how = settings_of_precision("narrow")
+        return params, AmalgamatedOptimizer(params, student=student, seed=seed, **how)
+
+    params, optimizer = make(7)
+    run(optimizer, params, range(5))
+    twins, resumed = make(8)
+    for twin, param in zip(twins, params, strict=True):
+        twin.data.copy_(param)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, params, range(5, 9))
+    run(resumed, twins, range(5, 9))
+    assert all(map(torch.equal, params, twins))
+    others, other = make(8)
+    run(other, others, range(9))
+    assert not all(map(torch.equal, params, others))
+
+
+def test_stochastic_rounding_keeps_small_updates(student) -> None:
+    """Updates of a thousandth of a bfloat16's last bit: to nearest they vanish, all of them."""
+    moves = {}
+    for rounding in ("nearest", "stochastic"):
+        exact = nn.Parameter(torch.ones(4000))
+        param = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+        for p, how in ((param, rounding), (exact, "nearest")):
+            optimizer = AmalgamatedOptimizer([p], 1e-4, student, warmup_steps=1000, rounding=how)
+            for _ in range(100):
+                p.grad = torch.ones_like(p)
+                optimizer.step()
+        moves[rounding] = (1 - param.double()).mean().item(), (1 - exact.double()).mean().item()
+    assert moves["nearest"][0] == 0
+    ours, theirs = moves["stochastic"]
+    assert ours == pytest.approx(theirs, rel=0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["wide", "narrow"])
+def test_a_step_in_a_cuda_graph(student, precision) -> None:
+    """Replays count steps, end warm-up, skip, and follow the learning rate."""
+    how = settings_of_precision(precision) | {"weight_decay": 0.1}
+    dtype = torch.bfloat16 if precision == "narrow" else torch.float32
+    params, twins = ([p.data.cuda().requires_grad_() for p in tensors(dtype=dtype)] for _ in "ab")
+    lr = torch.tensor(0.5, device="cuda")
+    usual = AmalgamatedOptimizer(params, 0.5, student, **how)
+    captured = AmalgamatedOptimizer(twins, lr, student, **how, capturable=True)
+    grads = []
+    for step in range(8):
+        drawn = tensors(dtype=dtype)
+        set_grads(drawn, step)
+        grads.append([p.grad.cuda() for p in drawn])
+    grads[5][0][0, 0] = math.inf
+    for twin, grad in zip(twins, grads[0], strict=True):
+        twin.grad = grad.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for step, drawn in enumerate(grads):
+        for param, twin, grad in zip(params, twins, drawn, strict=True):
+            param.grad = grad
+            twin.grad.copy_(grad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            usual.step()
+        if step:
+            graph.replay()
+        usual.param_groups[0]["lr"] /= 2
+        lr /= 2
+    assert usual.skipped_steps == captured.skipped_steps == 1
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        assert int(captured.state[twin]["step"]) == 7
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_refused_what_it_would_reset(student) -> None:
+    for capturable in (False, True):
+        param = torch.ones(3, device="cuda", requires_grad=True)
+        param.grad = torch.ones(3, device="cuda")
+        optimizer = AmalgamatedOptimizer([param], student=student, capturable=capturable)
+        with pytest.raises(RuntimeError, match="capturable=True|before capturing"):  # noqa: SIM117
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                optimizer.step()

@@ -20,7 +20,8 @@ from amalgam.backends.arguments import (
 from amalgam.backends.pointers import checked, checked_rows, dtype_name
 from amalgam.ops import lstm
 from amalgam.ops.registry import register_backend
-from amalgam.ops.student_step import FEATURES, OUTPUTS
+from amalgam.ops.rounding import key_of
+from amalgam.ops.student_step import FEATURES, OUTPUTS, StepSettings, warm_up_
 
 NO_HUBER = -1.0
 
@@ -131,15 +132,16 @@ def _student_step_into(
     weights = checked_weights(weights, grad)
     update, *state = written_state(out, inputs)
     _run_student_step(
-        [_addresses(grad.numel(), *inputs, *state, update)],
+        [_addresses(grad.numel(), *inputs, *state, update, 0)],
         weights,
         (alpha, beta1, beta2, eps),
         grad=dtype_name(grad),
         cells=dtype_name(grad),
         out=dtype_name(grad),
         in_place=False,
+        keep=0.0,
         lr=0.0,
-        weight_decay=0.0,
+        stochastic=False,
     )
 
 
@@ -234,24 +236,42 @@ def _student_step_in_place(
     eps: float,
     lr: float,
     weight_decay: float,
+    control: Tensor | None = None,
+    steps: Sequence[Tensor] = (),
+    warmup_steps: int = 0,
+    seeds: Sequence[int] = (),
 ) -> None:
     weights = checked_weights(weights, m[0])
     tensors, put_back = checked_in_place(params, grads, m, v, h, c)
+    keep, warm_rate = 1 - lr * weight_decay, 0.0
+    if control is not None:
+        keep, lr, warm_rate, skip = control.tolist()
+        if skip:
+            return
+    settings, no_step = StepSettings(alpha, beta1, beta2, eps), torch.zeros(())
+    keys = [key_of(seed, steps[i] if steps else no_step) for i, seed in enumerate(seeds)]
     batches: dict[tuple[torch.dtype, ...], list[list[int]]] = {}
-    for param, grad, *state in tensors:
-        addresses = _addresses(param.numel(), grad, *state, *state, param)
+    for index, (param, grad, *state) in enumerate(tensors):
+        key = keys[index] if seeds else None
+        if steps and steps[index] < warmup_steps:
+            row = h[0].shape[0] * h[0].shape[1]
+            warm_up_(param, grad, state[0], state[1], settings, keep, warm_rate, key, row)
+            continue
+        bits = 0 if key is None else int(key)
+        addresses = _addresses(param.numel(), grad, *state, *state, param, bits)
         batches.setdefault((grad.dtype, param.dtype), []).append(addresses)
     for (grad_dtype, param_dtype), batch in batches.items():
         _run_student_step(
             batch,
             weights,
-            (alpha, beta1, beta2, eps),
+            settings,
             grad=dtype_name(grad_dtype),
             cells=dtype_name(h[0]),
             out=dtype_name(param_dtype),
             in_place=True,
+            keep=keep,
             lr=lr,
-            weight_decay=weight_decay,
+            stochastic=bool(seeds),
         )
     put_back()
 

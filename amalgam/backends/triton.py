@@ -196,6 +196,10 @@ def _student_step_in_place(
     eps: float,
     lr: float,
     weight_decay: float,
+    control: Tensor | None = None,
+    steps: Sequence[Tensor] = (),
+    warmup_steps: int = 0,
+    seeds: Sequence[int] = (),
     *,
     numerics: Numerics,
 ) -> None:
@@ -204,7 +208,10 @@ def _student_step_in_place(
     weights = checked_weights(weights, m[0])
     tensors, put_back = checked_in_place(params, grads, m, v, h, c)
     settings = (alpha, beta1, beta2, eps)
-    kernels.student_step_in_place(tensors, weights, settings, lr, weight_decay, *numerics)
+    kernels.student_step_in_place(
+        *(tensors, weights, settings, lr, weight_decay, control, steps, warmup_steps, seeds),
+        *numerics,
+    )
     put_back()
 
 

@@ -34,8 +34,9 @@ from amalgam.tasks import Batch
 if TYPE_CHECKING:
     from amalgam.meta.unroll import Trajectories, Unroll
 
-# Coordinates whose adjoints are made at once: as few as leave them small beside the record.
-_CHUNK = 4096
+# Coordinates whose adjoints are made at once: few enough to be small beside the record, many enough
+# for all cores.
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNKS = 1024, 65536, 16
 
 # A step -> what is added to each student's weights there.
 Noise = Callable[[int], Sequence[Sequence[Tensor]]]
@@ -124,8 +125,11 @@ class Recording:
         like = begin.params
         self._grads = like.new_empty((steps if self.recorded else 0, rows, n))
         self._slopes = like.new_empty((steps if self.recorded and k else 0, rows, n))
-        self._moved: list[Tensor] = []
-        losses, counted, distances, reduced = [], [], [], []
+        # Made whole: small tensors made one by one would keep the heap between them from shrinking.
+        self.losses = like.new_empty((steps, rows, 1 + k))
+        self.distances = like.new_empty((steps, rows, k))
+        self._moved = torch.zeros((steps, rows), dtype=torch.bool, device=like.device)
+        counted, reduced = torch.zeros_like(self._moved), like.new_empty((steps, rows))
         skipped = torch.zeros((rows, 1 + k), dtype=torch.long)
 
         point = Point(begin.params, begin.states)
@@ -136,12 +140,12 @@ class Recording:
         for t, batch in enumerate(self.batches):
             loss, grad, teacher_losses, teacher_grads = self._gradients(t, point, teachers, batch)
             ok = loss.isfinite() & usable(grad)
-            counted.append(ok)
+            counted[t] = ok
             grad = torch.where(ok[:, None], grad, 0)
             if self.recorded:
                 self._grads[t] = grad
             point, moved = self._step(t, point, grad, ok)
-            self._moved.append(moved)
+            self._moved[t] = moved
             skipped[:, 0] += ~moved.cpu()
             self._keep(t + 1, point)
 
@@ -150,13 +154,8 @@ class Recording:
                     teachers, state, teacher_grads, begin.scale
                 )
                 skipped[:, 1:] += ~teachers_ok.T.cpu()
-            losses.append(torch.cat((loss[:, None], teacher_losses), 1))
-            distance, imitation = self._distances(t, point.params, teachers)
-            distances.append(distance)
-            reduced.append(imitation)
-
-        self.losses = torch.stack(losses) if steps else like.new_empty((0, rows, 1 + k))
-        self.distances = torch.stack(distances) if steps else like.new_empty((0, rows, k))
+            self.losses[t, :, :1], self.losses[t, :, 1:] = loss[:, None], teacher_losses
+            self.distances[t], reduced[t] = self._distances(t, point.params, teachers)
         self.skipped = skipped
         self.end = begin._replace(
             params=point.params,
@@ -177,16 +176,19 @@ class Recording:
         # At an episode's first step all stand where the student does.
         together = t == 0 and k > 0 and bool((of_teachers == student).all())
         # With others the student's bits would be others than when its graph is built again.
-        if curved or together or not k:
+        if curved or together or not k or unroll.shared:
             loss, grad, kept = unroll.gradients(student, scale, batch, graph)
             if kept is not None:
                 self._graphs[t] = kept
             if together:
-                shared = grad.expand(-1, k, -1).transpose(0, 1)
-                return loss[:, 0], grad[:, 0], loss.expand(-1, k), shared
+                own = slice(unroll.teacher_rows)
+                shared = grad[own].expand(-1, k, -1).transpose(0, 1)
+                return loss[:, 0], grad[:, 0], loss[own].expand(-1, k), shared
             if not k:
                 return loss[:, 0], grad[:, 0], loss[:, :0], grad[:, :0].transpose(0, 1)
-            losses, grads, _ = unroll.gradients(of_teachers, scale, batch)
+            own = slice(unroll.teacher_rows)
+            batch = tuple(tensor[own] for tensor in batch)
+            losses, grads, _ = unroll.gradients(of_teachers, scale[own], batch)
             return loss[:, 0], grad[:, 0], losses, grads.transpose(0, 1)
         losses, grads, _ = unroll.gradients(torch.cat((student, of_teachers), 1), scale, batch)
         return losses[:, 0], grads[:, 0], losses[:, 1:], grads[:, 1:].transpose(0, 1)
@@ -288,7 +290,8 @@ class Recording:
         point = self._stored(Point(begin.params, begin.states))
         point_bytes = _bytes(point)
         # There in any case: the record, the adjoints, the point being stepped, and the last one.
-        budget = memory.bytes(device) - _bytes((self._grads, self._slopes)) - 3 * point_bytes
+        fixed = _bytes((self._grads, self._slopes)) + 3 * point_bytes
+        budget = memory.bytes(device, fixed + point_bytes) - fixed
         graph_bytes = 0
         if self.how.second_order:
             graph_bytes = unroll.graph_bytes(begin.params[:, None], begin.scale, self.batches[0])
@@ -296,12 +299,12 @@ class Recording:
 
     def _distances(self, t: int, params: Tensor, teachers: Tensor) -> tuple[Tensor, Tensor]:
         """Log distances to the teachers (R, K) and the imitation loss's terms (R,)."""
-        how, rows = self.how, len(params)
+        unroll, how, rows = self.unroll, self.how, len(params)
         if not len(teachers):
             return params.new_empty((rows, 0)), params.new_zeros(rows)
         found = []
         for row in range(rows):
-            those = teachers[:, row]
+            those = teachers[:, row % unroll.teacher_rows]
             distance, total = registry.compute(
                 "teacher_distance", how.backend, params, params[row], those, how.eps,
                 how.huber_delta,
@@ -329,14 +332,14 @@ class Recording:
             shares = largest.to(distance.dtype) / largest.sum()
         return shares if self.how.log_objective else shares * reduced.exp()
 
-    def _sum_up(self, counted: list[Tensor], reduced: list[Tensor]) -> None:
+    def _sum_up(self, ok: Tensor, reduced: Tensor) -> None:
         """The window's losses (S,), and the meta-loss's slopes in the students' losses (T, R)."""
         how, eps, steps = self.how, self.how.eps, len(self.batches)
         students = len(self.unroll.students)
         if not steps:
             self.meta_loss = self.imitation_loss = self.begin.params.new_zeros(students)
             return
-        ok, loss = torch.stack(counted), self.losses[..., 0]
+        loss = self.losses[..., 0]
         start = self._start_losses(ok, loss)
         share = steps * self.unroll.optimizees
         if how.log_objective:
@@ -349,7 +352,7 @@ class Recording:
             return (terms.sum(0) / share).view(students, -1).sum(1)
 
         self.meta_loss = per_student(torch.where(ok, terms, 0))
-        self.imitation_loss = per_student(torch.stack(reduced))
+        self.imitation_loss = per_student(reduced)
 
     def _start_losses(self, ok: Tensor, loss: Tensor) -> Tensor:
         """Losses of the window's first parameters, (R,) of the first batch or (T, R) of every."""
@@ -381,15 +384,15 @@ class Recording:
         """
         settings = self.unroll.students[0].config.settings
         each, (_, n) = self.unroll.optimizees, self.begin.params.shape
-        moved = torch.stack(self._moved)
+        chunk = min(max(n // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
         found = []
         for s, (state, weights) in enumerate(zip(self.begin.states, self._weights, strict=True)):
             total = [torch.zeros_like(w) for w in weights]
             for index in range(each):
                 row = s * each + index
-                went = moved[:, row]
-                for first in range(0, n, _CHUNK):
-                    part = slice(first, min(n, first + _CHUNK))
+                went = self._moved[:, row]
+                for first in range(0, n, chunk):
+                    part = slice(first, min(n, first + chunk))
                     adjoints = self._adjoints(row, part, of_slopes[row], of_grads[:, row])
                     grads = self._grads[:, row, part]
                     if not went.all():
@@ -414,7 +417,7 @@ class Recording:
             sums = -of_slopes * self._slopes[:, row, part]
         else:
             sums = torch.zeros_like(grads)
-        sums[:-1] -= of_grads[1:, None] * grads[1:]
+        sums[:-1].addcmul_(of_grads[1:, None], grads[1:], value=-1)
         for t in range(len(sums) - 2, -1, -1):
             sums[t] += sums[t + 1]
         return sums
@@ -439,7 +442,9 @@ class Recording:
                     self._kept.append((at, self._stored(point)))
             self._back(end - 1, point, adjoint, of_slopes, of_grads[end - 1])
             if self._kept[-1][0] == end - 1 and end > 1:
-                self._kept.pop()
+                _, stored = self._kept.pop()
+                if stored is not point:
+                    self._release(stored)
             self._release(point)
         for state in adjoint.states:
             unroll.steps.release(state)

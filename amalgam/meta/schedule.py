@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SHARE_OF_FREE = 0.5
+_SHARE_OF_FREE, _MOST_OF_FREE = 0.5, 0.9
 
 # Of a kept point: (steps to reverse from it on, points that may be kept beside it) -> how many
 # steps to go to the next point to keep, 1 or more.
@@ -33,8 +33,9 @@ class Memory:
     First-order meta-gradients need none of it: they keep 8 bytes a coordinate and step.
 
     Attributes:
-        budget: Bytes for points and optimizees' graphs, as in ``"4GiB"``; half of what is free
-            when a window begins where ``None``. Whatever it is, the bits are the same.
+        budget: Bytes for points and optimizees' graphs, as in ``"4GiB"``; where ``None``, half of
+            what is free when a window begins, or up to nine tenths where less does not do.
+            Whatever it is, the bits are the same.
         segment: By hand instead: keep every such step, and within a segment all.
         cells: Dtype in which kept points hold the student's h and c. ``"bfloat16"`` halves them
             and rounds them, so what the meta-gradient is then depends on the other two; one of
@@ -61,11 +62,12 @@ class Memory:
         if self.cells == "bfloat16" and self.budget is None and self.segment is None:
             raise ValueError("cells='bfloat16' needs a budget or a segment: they decide the bits")
 
-    def bytes(self, device: torch.device) -> int:
-        """The budget, or half of what is free on a device now."""
+    def bytes(self, device: torch.device, least: int) -> int:
+        """The budget, or half of what is free on a device now; more, where ``least`` needs it."""
         if self.budget is not None:
             return parse_bytes(self.budget)
-        return int(_SHARE_OF_FREE * free_bytes(device))
+        free = free_bytes(device)
+        return max(int(_SHARE_OF_FREE * free), min(least, int(_MOST_OF_FREE * free)))
 
 
 @dataclass(frozen=True)

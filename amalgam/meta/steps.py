@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amalgam.layout import Layout
 from amalgam.meta.values import keep
-from amalgam.ops import StudentState
+from amalgam.ops import StudentState, lstm
 from amalgam.ops.student_step import backward_into, step_into
 from amalgam.policies import Policy, Student
 
@@ -76,11 +76,15 @@ class FusedSteps:
         self._student = student
         self._settings = student.config.settings
         self._backend = backend
-        self._spare: list[StudentState] = []
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[StudentState]] = {}
 
     def initial(self, like: Tensor) -> StudentState:
-        """See :class:`Steps`."""
-        return self._student.initial_state(like.reshape(-1))
+        """See :class:`Steps`; one zero is seen as all of it, for steps make another anyway."""
+        weights = self._student.weights()
+        layers, hidden = lstm.architecture(weights, 1)
+        zero, n = weights[0].new_zeros(()), like.numel()
+        cells = zero.expand(layers, hidden, n)
+        return StudentState(zero.expand(n), zero.expand(n), cells, cells)
 
     def warm_up(self, grads: Tensor, state: StudentState, moved: Tensor) -> StudentState:
         """See :class:`Steps`."""
@@ -99,9 +103,14 @@ class FusedSteps:
     ) -> tuple[Tensor, StudentState]:
         """See :class:`Steps`."""
         flat = grads.reshape(-1)
-        new = state if reuse else self._take(state)
+        new, source = (state if reuse else self._take(state)), state
+        if not state.h.is_contiguous():
+            # The first step's: in the new state's place there is one copy of it and not two.
+            for to, value in zip(new, state, strict=True):
+                to.copy_(value)
+            source = new
         update = torch.empty_like(flat)
-        step_into((update, *new), flat, state, weights, self._settings, self._backend)
+        step_into((update, *new), flat, source, weights, self._settings, self._backend)
         return update.view(grads.shape), keep(new, state, moved, grads.shape[1])
 
     def backward(
@@ -141,18 +150,27 @@ class FusedSteps:
 
     def release(self, state: StudentState) -> None:
         """See :class:`Steps`."""
-        self._spare.append(state)
+        self._spare.setdefault((state.h.shape, state.h.dtype), []).append(state)
 
     def stored(self, state: StudentState, cells: torch.dtype) -> StudentState:
         """See :class:`Steps`."""
-        return state._replace(h=state.h.to(cells), c=state.c.to(cells))
+        stored = self._take(state, cells)
+        for to, value in zip(stored, state, strict=True):
+            to.copy_(value)
+        return stored
 
-    def _take(self, like: StudentState) -> StudentState:
-        while self._spare:
-            spare = self._spare.pop()
-            if spare.h.shape == like.h.shape and spare.h.dtype == like.h.dtype:
-                return spare
-        return StudentState(*(torch.empty_like(tensor) for tensor in like))
+    def _take(self, like: StudentState, cells: torch.dtype | None = None) -> StudentState:
+        cells = cells or like.h.dtype
+        spare = self._spare.get((like.h.shape, cells))
+        if spare:
+            return spare.pop()
+        dtypes = (like.m.dtype, like.v.dtype, cells, cells)
+        return StudentState(
+            *(
+                torch.empty(t.shape, dtype=dtype, device=t.device)
+                for t, dtype in zip(like, dtypes, strict=True)
+            )
+        )
 
 
 class AutogradSteps:

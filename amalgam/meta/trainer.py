@@ -315,6 +315,7 @@ class Trainer:
             self.amalgamation,
             memory=self.memory,
             optimizees=self.training.optimizees,
+            shared=self.estimator.particles > 1,
         )
 
     @property
@@ -683,7 +684,7 @@ class Trainer:
             "teacher_params": where.teacher_params,
         }
         for index, tensor in enumerate(tensors_of(_tensors_for_numbers(where.states))):
-            tensors[f"states.{index}"] = tensor
+            tensors[f"states.{index}"] = tensor.contiguous()
         for index, state in enumerate(where.teacher_state):
             tensors |= {f"teacher_state.{index}.{n}": t for n, t in state_tensors(state).items()}
         tensors |= {f"carried.{index}": t for index, t in enumerate(self._carried)}

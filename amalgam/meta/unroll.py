@@ -86,7 +86,7 @@ class Trajectories(NamedTuple):
         scale: The episode's scaling s, shape (R, N); all parameters here are p / s.
         params: The students' parameters, shape (R, N).
         states: The students' states, one for each, of its rows' coordinates one after another.
-        teacher_params: The teachers' parameters, shape (K, R, N).
+        teacher_params: The teachers' parameters, shape (K, R, N), or (K, 1, N) where rows share.
         teacher_state: The teachers' states: one of R N coordinates, or one a row where some of them
             look at whole tensors.
     """
@@ -132,6 +132,7 @@ class Unroll:
         amalgamation: How the students are held to both.
         memory: What windows may keep for their way back.
         optimizees: B, how many each student trains at once; its losses are their means.
+        shared: Whether all rows have the same optimizee and batches; the teachers then run once.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Unroll:
         *,
         memory: Memory | None = None,
         optimizees: int = 1,
+        shared: bool = False,
     ) -> None:
         self.task = task
         self.students = (student,) if isinstance(student, Policy) else tuple(student)
@@ -154,6 +156,7 @@ class Unroll:
         self.amalgamation = amalgamation
         self.memory = memory or Memory()
         self.optimizees = optimizees
+        self.shared = shared
         self._graph_bytes: int | None = None
         first = self.students[0]
         self.steps: Steps = (
@@ -166,6 +169,11 @@ class Unroll:
     def rows(self) -> int:
         """R, how many optimizees run as one."""
         return len(self.students) * self.optimizees
+
+    @property
+    def teacher_rows(self) -> int:
+        """How many rows the teachers have."""
+        return 1 if self.shared else self.rows
 
     def begin(self, *generators: torch.Generator) -> Trajectories:
         """A new episode: a random optimizee a row for all, zero states, a fresh scaling.
@@ -194,7 +202,7 @@ class Unroll:
                 scale,
                 params,
                 tuple(self.steps.initial(rows) for rows in self.by_student(params)),
-                params.expand(len(self.pool), -1, -1).clone(),
+                params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone(),
                 tuple(
                     self.pool.initial_state(params[rows].reshape(-1), self.task.layout)
                     for rows in self._pool_rows
@@ -233,13 +241,14 @@ class Unroll:
                         self.by_student(grads), states, self.by_student(ok), strict=True
                     )
                 )
-                everybody = params.expand(len(self.pool), -1, -1)
-                seen = self.to_teachers(grads, scale).expand_as(everybody)
-                went = ok.expand(len(self.pool), -1)
+                own = slice(self.teacher_rows)
+                everybody = params[own].expand(len(self.pool), -1, -1)
+                seen = self.to_teachers(grads[own], scale[own]).expand_as(everybody)
+                went = ok[own].expand(len(self.pool), -1)
                 _, teacher_state = self._pool_step(
-                    everybody, teacher_state, seen, scale, went, warming=True
+                    everybody, teacher_state, seen, scale[own], went, warming=True
                 )
-        teacher_params = params.expand(len(self.pool), -1, -1).clone()
+        teacher_params = params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone()
         return Trajectories(scale, params, states, teacher_params, teacher_state)
 
     def window(
@@ -325,6 +334,7 @@ class Unroll:
         self, params: Tensor, state: tuple[Any, ...], grads: Tensor, scale: Tensor
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         """The teachers' new parameters (K, R, N) and state, and who did step (K, R)."""
+        scale = scale[: self.teacher_rows]
         seen = self.to_teachers(grads, scale)
         ok = usable(seen)
         with torch.no_grad():
@@ -376,5 +386,5 @@ class Unroll:
     def _pool_rows(self) -> list[slice]:
         """The rows that teachers step as one: all, or each on its own where they see tensors."""
         if self.pool.coordinatewise:
-            return [slice(0, self.rows)]
-        return [slice(row, row + 1) for row in range(self.rows)]
+            return [slice(0, self.teacher_rows)]
+        return [slice(row, row + 1) for row in range(self.teacher_rows)]

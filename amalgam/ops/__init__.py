@@ -14,6 +14,7 @@ from amalgam.ops.student_step import (
     student_step,
     student_step_,
     update_moments,
+    warm_up_,
 )
 from amalgam.ops.student_unroll_backward import student_unroll_backward
 from amalgam.ops.teacher_distance import teacher_distance
@@ -36,4 +37,5 @@ __all__ = [
     "teacher_distance",
     "teacher_step",
     "update_moments",
+    "warm_up_",
 ]

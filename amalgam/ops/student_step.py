@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from amalgam.ops import lstm, registry
+from amalgam.ops.rounding import key_of, random_bits, rounded_stochastically
 
 _NAME = "student_step"
 FEATURES = 2
@@ -112,13 +113,19 @@ def student_step_(
     weights: Sequence[Tensor],
     settings: StepSettings = DEFAULTS,
     *,
-    lr: float = 1.0,
-    weight_decay: float = 0.0,
+    lr: float | Tensor = 1.0,
+    weight_decay: float | Tensor = 0.0,
+    steps: Sequence[Tensor] | None = None,
+    warmup_steps: int = 0,
+    warmup_lr: float = 0.0,
+    skip: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """One step in place over many tensors, without a graph (for training with a fixed student).
 
-    Every parameter becomes ``p (1 - lr weight_decay) - lr update``.
+    Every parameter becomes ``p (1 - lr weight_decay) - lr update``. What is passed as a tensor
+    stays on its device: a step in a CUDA graph goes by what they hold when it is replayed.
 
     Args:
         params: Parameters of any shape and floating-point dtype.
@@ -128,14 +135,23 @@ def student_step_(
             may be bfloat16 (all of them), to which they are rounded after every step.
         weights: As in :func:`student_step`, float32 or float64.
         settings: The student's constants.
-        lr: Factor on every update.
-        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW.
+        lr: Factor on every update; a number, or a tensor without dimensions.
+        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW; likewise.
+        steps: How many steps each parameter has taken, float32 tensors without dimensions on the
+            parameters' device; not changed.
+        warmup_steps: Parameters that have taken fewer ``steps`` take one of SGD, during which
+            moments follow and h, c wait.
+        warmup_lr: Its learning rate, multiplied by ``lr``.
+        skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
+        seeds: A number in [0, 2^32) a parameter has h, c and the parameter, where they are
+            bfloat16, rounded up or down at random, right on average and by the same bits in every
+            backend: a function of seed, of ``steps`` where given, and of the place.
         backend: ``"auto"``, or a backend's name.
 
     Raises:
         TypeError: A parameter, gradient or state is not a floating-point tensor.
         ValueError: Lists of different lengths; shapes, dtypes or devices that do not fit; a state
-            that is not contiguous.
+            that is not contiguous; warm-up without ``steps``; a seed out of range.
         RuntimeError: The backend asked for can't compute this here.
     """
     if not len(params) == len(grads) == len(states):
@@ -165,11 +181,67 @@ def student_step_(
         for name, tensor in (("grads", grad), ("states", state.m)):
             if tensor.device != param.device:
                 raise ValueError(f"{name} must be on {param.device}, not on {tensor.device}")
+    _check_steps_and_seeds(steps, warmup_steps, seeds, first.m.device, len(params))
     chosen = registry.resolve(f"{_NAME}_", backend, states[0].m)
     m, v, h, c = (list(column) for column in zip(*states, strict=True))
+    control, number, decay = None, 0.0, 0.0
+    given = (lr, weight_decay, skip)
+    if steps or seeds or any(isinstance(value, Tensor) for value in given):
+        control = _control(lr, weight_decay, warmup_lr, skip, first.m.device)
+    else:
+        number, decay = float(lr), float(weight_decay)
     torch.ops.amalgam.student_step_(
-        list(params), list(grads), m, v, h, c, list(weights), *settings, lr, weight_decay, chosen
+        *(list(params), list(grads), m, v, h, c, list(weights), *settings, number, decay),
+        *(control, list(steps or ()), warmup_steps, list(seeds or ()), chosen),
     )
+
+
+def _check_steps_and_seeds(
+    steps: Sequence[Tensor] | None,
+    warmup_steps: int,
+    seeds: Sequence[int] | None,
+    device: torch.device,
+    count: int,
+) -> None:
+    if warmup_steps and steps is None:
+        raise ValueError(f"warmup_steps={warmup_steps} needs steps, to know who has taken as many")
+    for name, values in (("steps", steps), ("seeds", seeds)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name} must be one a parameter, {count}, not {len(values)}")
+    for step in steps or ():
+        if step.dtype != torch.float32 or step.dim() or step.device != device:
+            raise ValueError(
+                f"steps must be float32 tensors of shape () on {device}, "
+                f"not {step.dtype} of {tuple(step.shape)} on {step.device}"
+            )
+    for seed in seeds or ():
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seeds must lie in [0, 2^32), not {seed}")
+
+
+def _control(
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    warmup_lr: float,
+    skip: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Float64 (4,) on the device: 1 - lr weight_decay, lr, warm-up's rate, and the skip flag.
+
+    In float64 as the numbers are that the host computes, so that both round to the same.
+    """
+
+    def on_device(name: str, value: float | Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            # Filled and not copied: a captured graph can't copy what the host holds.
+            return torch.full((), value, dtype=torch.float64, device=device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must hold one number, not {tuple(value.shape)}")
+        return value.reshape(()).to(device, torch.float64, non_blocking=True)
+
+    rate, decay = on_device("lr", lr), on_device("weight_decay", weight_decay)
+    flag = on_device("skip", 0.0 if skip is None else skip)
+    return torch.stack((1 - rate * decay, rate, rate * warmup_lr, flag))
 
 
 def initial_state(
@@ -207,6 +279,51 @@ def update_moments(
     new_m = settings.beta1 * m + (1 - settings.beta1) * grad
     new_v = settings.beta2 * v + (1 - settings.beta2) * grad.square()
     return new_m, new_v
+
+
+def warm_up_(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    settings: StepSettings,
+    keep: float,
+    rate: float,
+    key: Tensor | None = None,
+    row: int = 0,
+) -> None:
+    """A step of SGD in place, during which the moments follow.
+
+    Args:
+        param: Becomes ``keep param - rate grad``; of any floating-point dtype.
+        grad: Of its shape.
+        m: Of its shape, in the dtype to compute in.
+        v: Like ``m``.
+        settings: The student's constants.
+        keep: 1 without weight decay.
+        rate: The learning rate.
+        key: Of the bits that a bfloat16 parameter is rounded with; ``None`` rounds to nearest.
+        row: Which row of bits are its own.
+    """
+    grad = grad.to(m.dtype)
+    new_m, new_v = update_moments(grad, m, v, settings)
+    m.copy_(new_m)
+    v.copy_(new_v)
+    moved = param.to(m.dtype) * keep - rate * grad
+    if key is not None:
+        moved = _stored(moved, param.dtype, key, row, range(param.numel()))
+    param.copy_(moved)
+
+
+def _stored(
+    values: Tensor, dtype: torch.dtype, key: Tensor, row: int, places: range, shift: int = 16
+) -> Tensor:
+    """Values as they are stored with random bits: rounded to bfloat16, for others as they are."""
+    if dtype != torch.bfloat16:
+        return values
+    rows = values.numel() // max(1, len(places))
+    bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
+    return rounded_stochastically(values.float(), bits.view(values.shape))
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -393,6 +510,10 @@ def _reference_in_place(
     eps: float,
     lr: float,
     weight_decay: float,
+    control: Tensor | None = None,
+    steps: Sequence[Tensor] = (),
+    warmup_steps: int = 0,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Runs of at most CHUNK coordinates: the step's temporaries stay in cache, and small."""
     flat_m, flat_v = ([t.view(-1) for t in ts] for ts in (m, v))
@@ -400,21 +521,40 @@ def _reference_in_place(
     flat_p = [p.reshape(-1) for p in params]
     flat_g = [g.reshape(-1) for g in grads]
     dtype = weights[0].dtype
+    keep: float | Tensor = 1 - lr * weight_decay
+    rate: float | Tensor = lr
+    skip = None
+    if control is not None:
+        skip = control[3] != 0
+        keep, rate, warm_rate, _ = control.to(dtype).unbind()
+    no_step = weights[0].new_zeros(())
+    keys = [key_of(seed, steps[i] if steps else no_step) for i, seed in enumerate(seeds)]
+    cell_rows = h[0].shape[0] * h[0].shape[1]
     for run in _runs([p.numel() for p in params], CHUNK):
 
         def gather(tensors: Sequence[Tensor], run: list[tuple[int, slice]] = run) -> Tensor:
             return torch.cat([tensors[i][..., part].to(dtype) for i, part in run], -1)
 
-        update, *state = _reference(
-            gather(flat_g), gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c),
-            weights, alpha, beta1, beta2, eps,
-        )  # fmt: skip
-        moved = gather(flat_p) * (1 - lr * weight_decay) - lr * update
+        param, grad = gather(flat_p), gather(flat_g)
+        old = gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c)
+        update, *new = _reference(grad, *old, weights, alpha, beta1, beta2, eps)
+        moved = param * keep - rate * update
         sizes = [part.stop - part.start for _, part in run]
-        for tensors, values in zip(
-            (flat_p, flat_m, flat_v, flat_h, flat_c), (moved, *state), strict=True
-        ):
+        if steps:
+            flags = [steps[i] < warmup_steps for i, _ in run]
+            warm = torch.cat([f.expand(n) for f, n in zip(flags, sizes, strict=True)])
+            moved = torch.where(warm, param * keep - warm_rate * grad, moved)
+            new[2:] = [torch.where(warm, *both) for both in zip(old[2:], new[2:], strict=True)]
+        if skip is not None:
+            moved = torch.where(skip, param, moved)
+            new = [torch.where(skip, *both) for both in zip(old, new, strict=True)]
+        places = [(flat_p, cell_rows, 16), (flat_m, 0, 0), (flat_v, 0, 0)]
+        places += [(flat_h, 0, 16), (flat_c, 0, 0)]
+        for (tensors, row, shift), values in zip(places, (moved, *new), strict=True):
             for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
+                if seeds:
+                    of = range(part.start, part.stop)
+                    value = _stored(value, tensors[i].dtype, keys[i], row, of, shift)
                 tensors[i][..., part].copy_(value)
     for param, flat in zip(params, flat_p, strict=True):
         if not param.is_contiguous():
@@ -501,6 +641,10 @@ def _in_place_op(
     eps: float,
     lr: float,
     weight_decay: float,
+    control: Tensor | None,
+    steps: Sequence[Tensor],
+    warmup_steps: int,
+    seeds: Sequence[int],
     backend: str,
 ) -> None:
     registry.compute(
@@ -508,6 +652,7 @@ def _in_place_op(
         backend,
         m[0],
         *(params, grads, m, v, h, c, weights, alpha, beta1, beta2, eps, lr, weight_decay),
+        *(control, steps, warmup_steps, seeds),
     )
 
 

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amalgam.layout import Layout
+from amalgam.tasks import convolution
 
 Batch = tuple[Tensor, ...]
+
+# Fewer optimizees run faster one after another.
+_FEWEST = 3
 
 
 class Batches(Sequence[Batch]):
@@ -61,6 +65,10 @@ class Task:
         validation: Data to judge by, likewise; never trained on.
         loss: Loss of output and target.
         batch_size: Samples a step.
+        fast_convolutions: Whether convolutions on a CPU are those of
+            :mod:`amalgam.tasks.convolution`, whose last bits are others than PyTorch's; where
+            ``None``, those in float32 that are large enough to be faster, if a training batch has
+            any.
     """
 
     name: str
@@ -69,8 +77,11 @@ class Task:
     validation: Sequence[Tensor]
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     batch_size: int = 128
+    fast_convolutions: bool | None = None
     layout: Layout = field(init=False)
     _module: nn.Module = field(init=False, repr=False)
+    _convolves: bool = field(init=False, repr=False)
+    _large: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the data, and look at one module's parameters."""
@@ -87,6 +98,10 @@ class Task:
             )
         self._module = self.init_module(torch.Generator().manual_seed(0))
         self.layout = Layout({n: p.shape for n, p in self._module.named_parameters()})
+        # Whatever convolves, in a module of torch's or not, has kernels.
+        self._convolves = any(len(shape) > 2 for shape in self.layout.shapes.values())
+        # Found out now, so that no bits depend on what came first.
+        self._large = self._convolves and self._has_large_convolutions()
 
     def describe(self) -> str:
         """Name, sizes and a fingerprint of the data, for provenance."""
@@ -125,8 +140,9 @@ class Task:
     def stacks(self) -> bool:
         """Whether many optimizees of it run faster as one.
 
-        Products of matrices do. Convolutions with as many kernels do not, and modules with buffers
-        can't.
+        Products of matrices do, from about three on. Convolutions with as many kernels take as long
+        where they are small and up to three times as long where they are not, and modules with
+        buffers can't.
         """
         convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         modules = list(self._module.modules())
@@ -140,19 +156,21 @@ class Task:
         Args:
             flat: Their parameters, shape (R, M, layout.numel).
             batch: R batches, each tensor (R, samples, ...); M optimizees see each.
-            stack: Whether all run as one; :attr:`stacks` where ``None``.
+            stack: Whether all run as one; where ``None``, three or more that :attr:`stacks`.
 
         Returns:
             The losses, shape (R, M).
         """
         rows, each = flat.shape[:2]
-        if rows * each > 1 and (self.stacks if stack is None else stack):
+        if stack is None:
+            stack = rows * each >= _FEWEST and self.stacks
+        if stack:
             of_batch = torch.func.vmap(self.objective, in_dims=(0, None))
             return torch.func.vmap(of_batch)(flat, batch)
         losses = [
-            self.objective(flat[row, index], tuple(tensor[row] for tensor in batch))
-            for row in range(rows)
-            for index in range(each)
+            self.objective(one, tuple(tensor[row] for tensor in batch))
+            for row, of_row in enumerate(flat.unbind())
+            for one in of_row.unbind()
         ]
         return torch.stack(losses).view(rows, each)
 
@@ -160,5 +178,18 @@ class Task:
         """The batch's loss at parameters given as one vector, shape (layout.numel,)."""
         params = self.layout.unflatten(flat)
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-        output = torch.func.functional_call(self._module, (params, buffers), batch[:-1])
+        pays = self._large if self.fast_convolutions is None else self._convolves
+        with convolution.fast(self.fast_convolutions if pays else False):
+            output = torch.func.functional_call(self._module, (params, buffers), batch[:-1])
         return self.loss(output, batch[-1])
+
+    def _has_large_convolutions(self) -> bool:
+        batch = tuple(tensor[: self.batch_size] for tensor in self.train)
+        if any(tensor.device.type != "cpu" for tensor in batch):
+            return False
+        params = {name: p.detach() for name, p in self._module.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        with torch.random.fork_rng(devices=[]):
+            return convolution.pays(
+                lambda: torch.func.functional_call(self._module, (params, buffers), batch[:-1])
+            )

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "storage.h"
 #include "student_network.h"
 #include "tiles.h"
@@ -62,10 +63,12 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
   std::vector<int64_t> ends(count);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) ends[i] = total += tensors[i].numel;
-  const T keep = static_cast<T>(1 - step.lr * step.weight_decay), lr = static_cast<T>(step.lr);
+  const T keep = static_cast<T>(step.keep), lr = static_cast<T>(step.lr);
+  const int64_t rows = int64_t(layers) * hidden;
 
   const auto state_of = [&](const StudentTensor& tensor) {
-    return LstmState{step.cells, tensor.numel, tensor.h, tensor.c, tensor.new_h, tensor.new_c};
+    return LstmState{step.cells,   tensor.numel,    tensor.h,  tensor.c, tensor.new_h,
+                     tensor.new_c, step.stochastic, tensor.key};
   };
   const auto run_tile = [&](int64_t index) {
     StudentTile<T> tile = tile_for<T>(lstm.shapes(), false);
@@ -91,7 +94,12 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
         for (int64_t n = 0; n < piece.count; ++n) moved[n] = keep * moved[n] - lr * values[n];
         values = moved;
       }
-      store_row(step.out, values, piece.count, tensor.out, piece.start);
+      if (step.stochastic && step.out == Storage::bfloat16) {
+        store_row_stochastically(RowOfBits(tensor.key, rows), Half::upper, values, piece.count,
+                                 static_cast<uint16_t*>(tensor.out), piece.start);
+      } else {
+        store_row(step.out, values, piece.count, tensor.out, piece.start);
+      }
     });
   };
   const int64_t tiles = tiles_of(total);

@@ -30,6 +30,7 @@ struct StudentTensor {
   void* new_h;
   void* new_c;
   void* out;           // the update where `in_place` is false, else the parameter to move
+  uint32_t key;        // of its random bits, where rounding is stochastic
 };
 
 struct StudentStep {
@@ -40,8 +41,9 @@ struct StudentStep {
   Storage cells;                // h and c
   Storage out;
   bool in_place;
-  double lr;            // with in_place: p (1 - lr weight_decay) - lr update
-  double weight_decay;
+  double keep;          // with in_place: keep p - lr update
+  double lr;
+  bool stochastic;      // how h, c and parameters are rounded to bfloat16
 };
 
 // weights: three arrays a layer (W_ih, W_hh, b) and two of the head, as PyTorch lays them out.

@@ -13,8 +13,15 @@ namespace amalgam::cpu {
 namespace {
 
 // Of a thread's tile. What was kept of more steps cost, from twice this on, as much as computing
-// them twice: it leaves the core's share of the last cache.
-constexpr int64_t kKeptBytes = 8 << 20;
+// them twice: it leaves the core's share of the last cache. Of small calls, less: beside what they
+// were given it would not be small.
+constexpr int64_t kKeptBytes = 8 << 20, kLeastKeptBytes = 1 << 19, kGivenToKept = 4;
+
+template <typename T>
+int64_t kept_bytes(int64_t n, int64_t steps) {
+  const int64_t given = 2 * n * steps * int64_t(sizeof(T));
+  return std::clamp(given / kGivenToKept, kLeastKeptBytes, kKeptBytes);
+}
 
 // How a tile's steps are cut into segments. The backward pass needs more of a step than the state
 // before it, and keeps that for one segment at a time; steps of a segment but the last are computed
@@ -23,8 +30,8 @@ struct Segments {
   int64_t steps, length, count;
 
   template <typename T>
-  static Segments of(int64_t steps, int64_t rows_of_step, int64_t rows_of_state) {
-    const int64_t kept = kKeptBytes / (rows_of_step * kTile * int64_t(sizeof(T)));
+  static Segments of(int64_t steps, int64_t bytes, int64_t rows_of_step, int64_t rows_of_state) {
+    const int64_t kept = bytes / (rows_of_step * kTile * int64_t(sizeof(T)));
     // Of so many steps that the states of the segments' begins take more, what takes the least.
     const int64_t least = std::llround(std::sqrt(double(steps) * rows_of_state / rows_of_step));
     const int64_t length = std::clamp<int64_t>(std::max(kept, least), 1, steps);
@@ -40,7 +47,7 @@ struct Segments {
 template <typename T>
 class Unroll {
  public:
-  Unroll(const std::vector<LayerShape>& shapes, int64_t steps)
+  Unroll(const std::vector<LayerShape>& shapes, int64_t n, int64_t steps)
       : shapes_(shapes),
         layers_(static_cast<int64_t>(shapes.size())),
         hidden_(shapes[0].hidden),
@@ -53,7 +60,7 @@ class Unroll {
     // in, top, the old c, gates, tanh(c), the head's slope.
     const int64_t rows_of_step = inputs + states_ + hidden_ + states_ + 4 * states_ + states_ + 1;
     rows_of_state_ = 2 + 2 * states_;
-    segments_ = Segments::of<T>(steps, rows_of_step, rows_of_state_);
+    segments_ = Segments::of<T>(steps, kept_bytes<T>(n, steps), rows_of_step, rows_of_state_);
 
     Workspace<T>& rows = Workspace<T>::of_this_thread();
     rows.start(4 + 3 * states_ + inputs + hidden_ + columns + segments_.length * rows_of_step +
@@ -195,7 +202,7 @@ void student_unroll_backward(int layers, int hidden, const StudentConstants& con
   const StudentNetwork<T> network = network_of(lstm, constants, weights + 3 * layers);
 
   const auto run_tile = [&](int64_t index, double* sums) {
-    Unroll<T> tile(lstm.shapes(), steps);
+    Unroll<T> tile(lstm.shapes(), n, steps);
     const Segments& segments = tile.segments();
     const Piece piece = only_piece(index, n);
     tile.load_first_state(state, n, piece);

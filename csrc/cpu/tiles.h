@@ -8,6 +8,7 @@
 
 #include "lstm_layout.h"
 #include "parallel.h"
+#include "rounding.h"
 #include "storage.h"
 
 namespace amalgam::cpu {
@@ -140,6 +141,8 @@ struct LstmState {
   int64_t numel;
   const void *h, *c;
   void *new_h, *new_c;       // null in the backward pass
+  bool stochastic = false;   // how bfloat16 is rounded to, with bits that grow from the key
+  uint32_t key = 0;
 };
 
 // Whole rows of c, and of the new state, need no copy: the inner loops use each once.
@@ -192,9 +195,19 @@ void store_state(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
   for (int row = 0; row < layers * hidden; ++row) {
     const int layer = row / hidden, unit = row % hidden;
     const T* h = (layer + 1 < layers ? tile.in[layer + 1] : tile.top) + unit * kTile;
+    const T* c = tile.new_cells[row] + piece.place;
+    if (state.stochastic && state.storage == Storage::bfloat16) {
+      const RowOfBits bits(state.key, row);
+      const int64_t first = row * state.numel;
+      store_row_stochastically(bits, Half::upper, h + piece.place, piece.count,
+                               static_cast<uint16_t*>(state.new_h) + first, piece.start);
+      store_row_stochastically(bits, Half::lower, c, piece.count,
+                               static_cast<uint16_t*>(state.new_c) + first, piece.start);
+      continue;
+    }
     const int64_t to = row * state.numel + piece.start;
     store_row(state.storage, h + piece.place, piece.count, state.new_h, to);
-    store_row(state.storage, tile.new_cells[row] + piece.place, piece.count, state.new_c, to);
+    store_row(state.storage, c, piece.count, state.new_c, to);
   }
 }
 

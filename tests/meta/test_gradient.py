@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from naive import window as naive_window
 from torch import Tensor, nn
 
 from amalgam.meta import Amalgamation, Memory, Unroll
+from amalgam.meta.reference import window as naive_window
 from amalgam.policies import Pool, Student, StudentConfig
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
@@ -303,3 +303,24 @@ def test_an_update_that_is_not_finite_is_not_taken() -> None:
         assert all(map(torch.equal, window.end.states[0], without.end.states[0]))
         loss = (window.meta_loss + window.imitation_loss).sum()
         assert all(g.isfinite().all() for g in gradients_of(loss, [learner.weights()]))
+
+
+def test_teachers_of_rows_that_share_all_run_once() -> None:
+    """Students apart, on one optimizee and the same batches: as if each had teachers of its own."""
+    learners = students(3)
+    how = Amalgamation(scale_spread=1.0)
+    found = []
+    for shared in (False, True):
+        unroll = Unroll(task_of(Net), learners, POOL, how, shared=shared)
+        begin = unroll.begin(*(generator_for(0, "episode") for _ in learners))
+        batches = [
+            tuple(torch.stack([tensor] * 3) for tensor in batch)
+            for batch in unroll.task.batches(generator_for(0, "batches"), STEPS)
+        ]
+        begin = unroll.warm_up(begin, batches[:2])
+        window = unroll.window(begin, batches)
+        weights = [learner.weights() for learner in learners]
+        grads = gradients_of((window.meta_loss + window.imitation_loss).sum(), weights)
+        found.append([*grads, window.losses, window.distances, window.skipped.double()])
+        assert window.end.teacher_params.shape[1] == (1 if shared else 3)
+    assert_same(found[0], found[1], 1e-12)

@@ -612,6 +612,18 @@ def test_triton_mixture_for_any_logits(device: str, shift: float) -> None:
 
 @by_triton
 @pytest.mark.usefixtures("triton_works")
+def test_triton_choice_approximates(device: str) -> None:
+    """Where there is no instruction to approximate by, tanh of half the sum is precise."""
+    bound = 1e-2 if device == "cuda" else 1e-5
+    arguments = moved(skewed_arguments(70, 2, 20, 2, torch.float32)[0], device)
+    ours = torch.ops.amalgam.choice_step(*arguments, "triton:ieee,approximate")
+    theirs = torch.ops.amalgam.choice_step(*arguments, "reference")
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
 def test_triton_choice_passes_nan_on(device: str) -> None:
     arguments, _ = skewed_arguments(70, 2, 4, 6, torch.float32)
     grad, m, v, _, c = arguments[:5]
@@ -637,7 +649,7 @@ def test_triton_kernels_by_interpreter() -> None:
 
 
 TYPES = {
-    **{"ranks": "*i64", "n": "i64", "blocks": "i32", "size": "i32"},
+    **{"ranks": "*i64", "n": "i32", "blocks": "i32", "size": "i32"},
     **{"time": "fp32", "learning_rate": "fp32", "partials": "*fp64"},
 }
 BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_text())
@@ -646,18 +658,24 @@ BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_t
 def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
     """Of a choice of 2 x 20 units among k teachers."""
     from amalgam.kernels import choice_step as kernels
+    from amalgam.kernels import lstm
+    from amalgam.kernels.configurations import configuration
 
     permitted = registry._parse(f"auto:{numerics}")[1]
+    plan = lstm.packing(2, 20, k + 4, k, torch.device("cpu"))
+    operation = {"forward": "choice_step", "backward": "choice_step_backward"}[name]
+    chosen = configuration(operation, 2, 20, permitted.precision)
     return costs_of(
         getattr(kernels, name),
         arch,
         TYPES,
         {
-            **{"K": k, "POOL": 2 if k == 2 else 8, "LAYERS": 2, "HIDDEN": 20, "UNITS": 32},
-            **{"BLOCK": kernels.BLOCK, "PRECISION": permitted.precision, "PTX": True},
-            "APPROXIMATE": permitted.approximate,
+            **{"K": k, "POOL": 2 if k == 2 else 8, "LAYERS": 2, "HIDDEN": 20},
+            **{"UNITS": plan.units, "FOLDED": plan.folded, "BLOCK": chosen.block},
+            **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
+            **{"PTX": True, "WIDE": False},
         },
-        kernels.BACKWARD_OPTIONS if name == "backward" else kernels.OPTIONS,
+        chosen.options,
         divisible=True,
     )
 

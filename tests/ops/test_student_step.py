@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import assert_within, costs_of
+from machine_code import amd_assembly, assert_within, costs_of
 from torch import Tensor
 
 from amalgam.backends import triton
@@ -24,6 +24,7 @@ from amalgam.ops import (
     student_step_,
     update_moments,
 )
+from amalgam.ops.rounding import key_of, random_bits, rounded_stochastically
 
 # The package's student_step function hides the module of that name.
 module = sys.modules["amalgam.ops.student_step"]
@@ -296,7 +297,20 @@ def in_place_arguments(*shapes: tuple[int, ...]) -> tuple[Any, ...]:
     columns = [list(column) for column in zip(*states, strict=True)]
     params = [draw(*shape, seed=10 + i) for i, shape in enumerate(shapes)]
     grads = [draw(*shape, seed=20 + i) for i, shape in enumerate(shapes)]
-    return (params, grads, *columns, make_weights(1, 2), *SETTINGS, 0.5, 0.1, "reference")
+    return (
+        params,
+        grads,
+        *columns,
+        make_weights(1, 2),
+        *SETTINGS,
+        0.5,
+        0.1,
+        None,
+        [],
+        0,
+        [],
+        "reference",
+    )
 
 
 def test_opcheck_in_place() -> None:
@@ -587,6 +601,12 @@ IN_PLACE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "weights[0] must be torch.float64",
     ),
     ({"backend": "none"}, ValueError, "backend must be one of"),
+    ({"warmup_steps": 2}, ValueError, "warmup_steps=2 needs steps"),
+    ({"steps": []}, ValueError, "steps must be one a parameter, 1, not 0"),
+    ({"steps": [torch.zeros(1)]}, ValueError, "steps must be float32 tensors of shape () on cpu"),
+    ({"seeds": [2**32]}, ValueError, "seeds must lie in [0, 2^32), not 4294967296"),
+    ({"lr": torch.ones(2)}, ValueError, "lr must hold one number, not (2,)"),
+    ({"skip": torch.ones(2, 1)}, ValueError, "skip must hold one number, not (2, 1)"),
 ]
 
 
@@ -849,6 +869,103 @@ def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
     assert " passed" in done.stdout
 
 
+# What rounds at random, and what the device decides, of every backend.
+
+
+def two_tensors(
+    backend: str, device: str, dtype: torch.dtype, cells: torch.dtype, hidden: int, **how: Any
+) -> tuple[list[Tensor], list[StudentState]]:
+    """Parameters and states after one step, in place, of two tensors; the second is strided."""
+    params = [moved(draw(*s, seed=1).bfloat16().to(dtype), device) for s in ((130,), (3, 5))]
+    params[1] = params[1].T.contiguous().T
+    grads = [moved(draw(*p.shape, seed=2).bfloat16().to(dtype), device) for p in params]
+    states = []
+    for param in params:
+        state = moved(make_state(*param.shape, hidden=hidden, dtype=torch.float32), device)
+        h, c = (t.bfloat16().to(cells) for t in (state.h, state.c))
+        states.append(state._replace(h=h, c=c))
+    weights = moved(make_weights(2, hidden, dtype=torch.float32), device)
+    student_step_(params, grads, states, weights, lr=0.5, backend=backend, **how)
+    return params, states
+
+
+def check_rounding_by_seeds(backend: str, device: str, hidden: int) -> None:
+    """What is stored in bfloat16 are the same float32 numbers, rounded by the bits of the seed."""
+    counts = [torch.tensor(float(n), device=device) for n in (0, 7)]
+    for warmup_steps in (0, 3):
+        how = {"steps": counts, "warmup_steps": warmup_steps, "warmup_lr": 0.1}
+        wide, wide_states = two_tensors(
+            backend, device, torch.float32, torch.float32, hidden, **how
+        )
+        how["seeds"] = [11, 12]
+        narrow, states = two_tensors(backend, device, torch.float32, torch.bfloat16, hidden, **how)
+        assert all(map(torch.equal, narrow, wide))
+        for seed, step, state, exact in zip((11, 12), counts, states, wide_states, strict=True):
+            rows, places = 2 * hidden, exact.m.numel()
+            bits = random_bits(key_of(seed, step), range(rows + 1), range(places))
+            for name, shift in (("h", 16), ("c", 0)):
+                values = getattr(exact, name)
+                chosen = (bits[:-1] >> shift & 0xFFFF).view(values.shape)
+                expected = rounded_stochastically(values, chosen)
+                assert torch.equal(getattr(state, name), expected)
+        narrow, _ = two_tensors(backend, device, torch.bfloat16, torch.float32, hidden, **how)
+        for seed, step, param, exact in zip((11, 12), counts, narrow, wide, strict=True):
+            bits = random_bits(key_of(seed, step), range(rows, rows + 1), range(param.numel()))
+            expected = rounded_stochastically(exact, (bits >> 16).view(exact.shape))
+            assert torch.equal(param, expected)
+
+
+def check_control(backend: str, device: str, cells: torch.dtype, hidden: int) -> None:
+    """A step by tensors on the device is the step by numbers, to the bit; or none, or warm-up."""
+
+    def run(**how: Any) -> list[Tensor]:
+        return flat(two_tensors(backend, device, torch.float32, cells, hidden, **how))
+
+    counts = [torch.tensor(4.0, device=device)] * 2
+    flag = torch.zeros((), device=device)
+    plain = run(weight_decay=0.1)
+    decay = torch.tensor(0.1, dtype=torch.float64, device=device)
+    for how in (
+        {"steps": counts, "weight_decay": 0.1, "warmup_steps": 4},
+        {"skip": flag, "weight_decay": decay},
+    ):
+        assert all(map(torch.equal, run(**how), plain))
+    params, states = two_tensors(backend, device, torch.float32, cells, hidden, skip=flag + 1)
+    before = run(skip=flag + 1, steps=counts)
+    assert all(map(torch.equal, flat((params, states)), before))
+    assert torch.equal(params[0].cpu(), draw(130, seed=1).bfloat16().float())
+
+    warm, (state, _) = two_tensors(
+        *(backend, device, torch.float32, cells, hidden),
+        **{"steps": counts, "warmup_steps": 5, "warmup_lr": 0.25, "weight_decay": 0.1},
+    )
+    start = params[0] * (1 - 0.5 * 0.1) - 0.5 * 0.25 * moved(
+        draw(130, seed=2).bfloat16().float(), device
+    )
+    torch.testing.assert_close(warm[0], start)
+    assert torch.equal(state.h, states[0].h)
+    assert torch.equal(state.c, states[0].c)
+    new_m, _ = update_moments(
+        moved(draw(130, seed=2).bfloat16().float(), device),
+        states[0].m,
+        states[0].v,
+        StepSettings(),
+    )
+    torch.testing.assert_close(state.m, new_m)
+
+
+@pytest.mark.parametrize("hidden", [4, 20])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_seeds_round_to_the_same_bits(backend: str, hidden: int) -> None:
+    check_rounding_by_seeds(backend, "cpu", hidden)
+
+
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_device_decides(backend: str, cells: torch.dtype) -> None:
+    check_control(backend, "cpu", cells, 4)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_compiled_cells_may_be_bfloat16(backend: str) -> None:
     """One step from bfloat16 cells is the float32 step from them, rounded once."""
@@ -921,7 +1038,8 @@ def run_interpreted(path: str) -> None:
 )
 def test_triton_step(device: str, size: int, layers: int, hidden: int) -> None:
     forward, backward = [], []
-    for seed in range(6 if size > 1 else 30):
+    draws = 30 if size <= 1 else 12 if layers * hidden * size < 1000 else 6
+    for seed in range(draws):
         grad, state, weights = skewed_inputs(size, layers, hidden, torch.float32, seed)
         upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
         forward.append(moved((grad, *state, weights, *SETTINGS), device))
@@ -973,16 +1091,30 @@ def test_triton_in_place_is_the_references(
 
 @by_triton
 @pytest.mark.usefixtures("triton_works")
-def test_triton_adds_three_products_up_to_one(device: str) -> None:
+@pytest.mark.parametrize(("layers", "hidden"), [(2, 20), (1, 4)])
+def test_triton_adds_three_products_up_to_one(device: str, layers: int, hidden: int) -> None:
     """3xtf32, by default on NVIDIA's GPUs, and not where kernels are interpreted."""
     forward, backward = [], []
-    for seed in range(4):
-        grad, state, weights = skewed_inputs(70, 2, 20, torch.float32, seed)
+    for seed in range(4 if hidden == 20 else 12):
+        grad, state, weights = skewed_inputs(70, layers, hidden, torch.float32, seed)
         upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
         forward.append(moved((grad, *state, weights, *SETTINGS), device))
         backward.append((moved(upstream, device), *forward[-1]))
     assert_as_accurate(torch.ops.amalgam.student_step, forward, "triton:3xtf32")
     assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, "triton:3xtf32")
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("hidden", [4, 20])
+def test_triton_approximates(device: str, hidden: int) -> None:
+    """Where there is no instruction to approximate by, tanh of half the sum is precise."""
+    bound = 1e-2 if device == "cuda" else 1e-5
+    grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
+    ours = student_step(grad, state, weights, backend="triton:ieee,approximate")
+    theirs = student_step(grad, state, weights, backend="reference")
+    for one, other in zip(flat(ours), flat(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
 @by_triton
@@ -1022,10 +1154,65 @@ def test_triton_opcheck(device: str) -> None:
     torch.library.opcheck(
         torch.ops.amalgam.student_step.default, (*inputs[:5], inputs[5:], *SETTINGS, "triton")
     )
-    lists = [[t] for t in (grad.clone(), grad, *state)]
+    lists, none = [[t] for t in (grad.clone(), grad, *state)], (None, [], 0, [])
     torch.library.opcheck(
-        torch.ops.amalgam.student_step_.default, (*lists, weights, *SETTINGS, 1.0, 0.0, "triton")
+        torch.ops.amalgam.student_step_.default,
+        (*lists, weights, *SETTINGS, 1.0, 0.0, *none, "triton"),
     )
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("hidden", [4, 20])
+def test_triton_steps_alike_with_places_of_64_bits(
+    device: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from amalgam.kernels import student_step as kernels
+
+    grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
+    upstream = [torch.ones_like(t) for t in (grad, *state)]
+    arguments = (grad, *state, weights, *SETTINGS, "triton")
+    results = []
+    for wide in (False, True):
+        monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
+        in_place = two_tensors("triton", device, torch.float32, torch.float32, hidden)
+        forward = torch.ops.amalgam.student_step(*arguments)
+        backward = torch.ops.amalgam.student_step_backward(upstream, *arguments)
+        results.append(flat((in_place, forward, backward)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("triton_works")
+def test_triton_steps_where_places_need_64_bits() -> None:
+    """Beyond 2^31 numbers of h: the last coordinates are stepped, and as elsewhere."""
+    n, few = 2**29 + 70, 100
+    weights = moved(make_weights(1, 4, dtype=torch.float32), "cuda")
+    param, grad = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    ends = [draw(few, seed=seed).bfloat16().cuda() for seed in (1, 2)]
+    param[-few:], grad[-few:] = ends
+    state = initial_state(param, weights, torch.bfloat16)
+    parts = initial_state(ends[0], weights, torch.bfloat16)
+    student_step_([param], [grad], [state], weights, backend="triton")
+    student_step_([ends[0]], [ends[1]], [parts], weights, backend="triton")
+    torch.testing.assert_close(param[-few:], ends[0])
+    for whole, part in zip(state, parts, strict=True):
+        torch.testing.assert_close(whole[..., -few:], part)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("hidden", [4, 20])
+def test_triton_rounds_by_seeds_to_the_same_bits(device: str, hidden: int) -> None:
+    check_rounding_by_seeds("triton", device, hidden)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize(("hidden", "cells"), [(4, torch.float32), (20, torch.bfloat16)])
+def test_triton_lets_the_device_decide(device: str, hidden: int, cells: torch.dtype) -> None:
+    check_control("triton", device, cells, hidden)
 
 
 @needs_gpu
@@ -1058,34 +1245,41 @@ def test_triton_kernels_by_interpreter() -> None:
 FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "keep", "lr")
 TYPES = {
     **dict.fromkeys(FLOATS, "fp32"),
-    **{"n": "i64", "blocks": "i32", "size": "i32", "count": "i32", "depth": "i32"},
-    **{"table": "*i64", "first_block": "*i64", "partials": "*fp64"},
+    **dict.fromkeys(("n", "blocks", "size", "count", "depth", "warmup_steps"), "i32"),
+    **{"table": "*i64", "first_block": "*i64", "partials": "*fp64", "control": "*fp64"},
 }
 BUDGETS = json.loads((Path(__file__).parent / "budgets_student_step.json").read_text())
+OPERATIONS = {
+    "forward": "student_step",
+    "in_place": "student_step_",
+    "backward": "student_step_backward",
+}
 
 
-def triton_costs(name: str, arch: int, cells: str, numerics: str) -> dict[str, int]:
-    """Of the 2 x 20 student."""
+def triton_constants(
+    name: str, student: str, cells: str, numerics: str, ptx: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a student "LAYERSxHIDDEN"; "stochastic" numerics round so."""
     import triton.language as tl
 
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import lstm
+    from amalgam.kernels.configurations import configuration
 
+    stochastic = numerics.endswith(",stochastic")
+    permitted = registry._parse(f"auto:{numerics.removesuffix(',stochastic')}")[1]
+    layers, hidden = map(int, student.split("x"))
+    plan = lstm.packing(layers, hidden, 2, 1, torch.device("cpu"))
+    chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
-    block = kernels.BACKWARD_BLOCK if name == "backward" else kernels.BLOCK
-    options = kernels.BACKWARD_OPTIONS if name == "backward" else kernels.OPTIONS
-    permitted = registry._parse(f"auto:{numerics}")[1]
-    return costs_of(
-        getattr(kernels, name),
-        arch,
-        TYPES,
-        {
-            **{"LAYERS": 2, "HIDDEN": 20, "FEATURES": 2, "UNITS": 32, "BLOCK": block},
-            **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
-            **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate, "PTX": True},
-        },
-        options,
-        divisible=name != "in_place",
-    )
+    constants = {
+        **{"LAYERS": layers, "HIDDEN": hidden, "FEATURES": 2, "BLOCK": chosen.block},
+        **{"UNITS": plan.units, "FOLDED": plan.folded, "WIDE": False, "PTX": ptx},
+        **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
+        **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
+        **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
+        **({} if stochastic else {"control": None}),
+    }
+    return constants, chosen.options
 
 
 @pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
@@ -1093,6 +1287,24 @@ def triton_costs(name: str, arch: int, cells: str, numerics: str) -> dict[str, i
 def test_kernels_keep_to_their_budgets(case: str) -> None:
     """No register spilled beyond the table, tensor cores and wide accesses used, no more work."""
     pytest.importorskip("triton")
-    name, arch, cells, numerics = case.split()
-    costs = triton_costs(name, int(arch.removeprefix("sm_")), cells, numerics)
+    from amalgam.kernels import student_step as kernels
+
+    name, arch, student, cells, numerics = case.split()
+    constants, options = triton_constants(name, student, cells, numerics)
+    number = int(arch.removeprefix("sm_"))
+    divisible = name != "in_place"
+    costs = costs_of(getattr(kernels, name), number, TYPES, constants, options, divisible)
     assert_within(costs, BUDGETS[case])
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("student", ["2x20", "1x4"])
+def test_kernels_compile_for_amd(student: str) -> None:
+    """Without PTX, and with matrix instructions where they are meant."""
+    pytest.importorskip("triton.backends.amd")
+    from amalgam.kernels import student_step as kernels
+
+    numerics = "bf16,approximate,stochastic"
+    constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)
+    assembly = amd_assembly(kernels.in_place, "gfx942", TYPES, constants, options)
+    assert ("v_mfma" in assembly) == (student == "2x20")

@@ -91,6 +91,19 @@ def test_any_module_and_loss() -> None:
     torch.autograd.grad(grad.square().sum(), params)
 
 
+def test_two_run_one_after_another_and_three_as_one() -> None:
+    """Where nobody says how; bits tell which it was."""
+    task = tasks.load("digits-mlp", batch_size=16)
+    flats = torch.stack([task.init_params(generator_for(s)) for s in range(3)])
+    batch = tuple(tensor[None, :16] for tensor in task.train)
+    for count, stack in ((1, False), (2, False), (3, True)):
+        some = flats[None, :count].clone().requires_grad_()
+        found = [task.objectives(some, batch, how) for how in (None, stack)]
+        assert torch.equal(*found)
+        assert torch.equal(*(torch.autograd.grad(f.sum(), some)[0] for f in found))
+    assert torch.allclose(task.objectives(flats[None], batch, False), found[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -1,13 +1,17 @@
-"""The window as anybody would write it, by plain autograd: the truth for the unroll engine."""
+"""A window as anybody would write it, by plain autograd: the truth for the unroll engine.
+
+Slow, and its memory grows with every step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amalgam.meta import Amalgamation, Trajectories
+from amalgam.meta.unroll import Amalgamation, Trajectories
 from amalgam.ops import teacher_distance
 from amalgam.policies import Pool, Student
 from amalgam.tasks import Batch, Task
@@ -19,8 +23,8 @@ def window(
     pool: Pool,
     how: Amalgamation,
     begin: Trajectories,
-    batches: list[Batch],
-    weights: list[list[Tensor]],
+    batches: Sequence[Batch],
+    weights: Sequence[Sequence[Tensor]],
     row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One row's meta-loss, imitation loss and final parameters.
@@ -34,6 +38,9 @@ def window(
         batches: One a step, each tensor (R, samples, ...).
         weights: What the student steps with at each step.
         row: Which row.
+
+    Returns:
+        Two scalars in the weights' graph, and parameters of shape (N,).
     """
     scale, n = begin.scale[row], begin.scale.shape[1]
     params = begin.params[row].detach().requires_grad_()

@@ -1,0 +1,220 @@
+"""Convolutions of which every derivative is again a convolution that PyTorch has a fast path for.
+
+PyTorch's own second derivative makes the kernels' gradient by a convolution with kernels as large
+as the images, and the input's whether anybody wants it or not. Here ``aten::convolution`` and
+``aten::convolution_backward`` do it all, images channels-last: pooling and convolutions are faster
+so, and what stands between them keeps the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+# Numbers in an output. Of smaller ones neither order nor second derivatives are worth the Python.
+_SMALLEST = 2**17
+_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def fast(wanted: bool | None) -> AbstractContextManager[Any]:
+    """Inside, ``conv1d``, ``conv2d`` and ``conv3d`` on a CPU are this module's.
+
+    Under ``torch.func``'s transforms, forward-mode differentiation and autocast, and of tensor
+    subclasses, they stay PyTorch's.
+
+    Args:
+        wanted: All of them, none, or, where ``None``, those in float32 that are large enough to be
+            faster.
+    """
+    return nullcontext() if wanted is False else _Fast(bool(wanted))
+
+
+def pays(call: Callable[[], object]) -> bool:
+    """Whether anything that is called is faster here: what intercepts calls costs each of them."""
+    with torch.no_grad(), _Fast(every=False) as mode:
+        call()
+    return mode.taken > 0
+
+
+class _How(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def rest(self) -> tuple[Any, ...]:
+        """Arguments as both of PyTorch's functions take them, not transposed."""
+        return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+
+
+class _Fast(TorchFunctionMode):
+    def __init__(self, every: bool) -> None:
+        super().__init__()
+        self._every = every
+        self.taken = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONVOLUTIONS and not types and not _elsewhere():
+            x, weight, bias, how = _bind(_CONVOLUTIONS[func], *args, **kwargs)
+            if how is not None and self._takes(x, weight, bias, how):
+                self.taken += 1
+                return _Convolution.apply(_ordered(x), _ordered(weight), bias, how)
+        if func is torch.Tensor.view:
+            return _view(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _takes(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
+        tensors = [x, weight] if bias is None else [x, weight, bias]
+        # PyTorch has the words for shapes that do not fit.
+        if (
+            any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors)
+            or not x.is_floating_point()
+            or {x.dim() - 2, weight.dim() - 2} != set(map(len, how[:3]))
+        ):
+            return False
+        if self._every:
+            return x.numel() > 0
+        return x.dtype == torch.float32 and _out(x, weight, how) >= _SMALLEST
+
+
+def _elsewhere() -> bool:
+    """Whether something is at work that a function with derivatives of its own does not suit."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _bind(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, _How | None]:
+    """A call's tensors and settings; none where padding is not the same on both sides."""
+
+    def each(value: int | Sequence[int]) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * dims if len(values) == 1 else values
+
+    dilations = each(dilation)
+    if isinstance(padding, str):
+        sides = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=False)]
+        if padding == "valid":
+            padding = 0
+        elif padding == "same" and set(each(stride)) == {1} and not any(s % 2 for s in sides):
+            padding = [side // 2 for side in sides]
+        else:
+            return input, weight, bias, None
+    return input, weight, bias, _How(each(stride), each(padding), dilations, groups)
+
+
+def _out(x: Tensor, weight: Tensor, how: _How) -> int:
+    """How many numbers a convolution has for a result."""
+    sizes = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], how.stride, how.padding, how.dilation, strict=True
+        )
+    )
+    return len(x) * len(weight) * math.prod(sizes)
+
+
+def _ordered(tensor: Tensor) -> Tensor:
+    """Images or their kernels channels-last; of anything else PyTorch has no faster order."""
+    if tensor.dim() != 4:
+        return tensor
+    n, channels, height, width = tensor.shape
+    if channels == 1:
+        # Both orders are the same in memory, and PyTorch takes it for the other one.
+        return tensor.reshape(n, height, width, 1).permute(0, 3, 1, 2)
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _view(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A view as a module asks for it that expects an order that ours is not."""
+    try:
+        return tensor.view(*args, **kwargs)
+    except RuntimeError:
+        return tensor.contiguous().view(*args, **kwargs)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.how = how
+        out: Tensor = torch.ops.aten.convolution(x, weight, bias, *how.rest)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return *_backward(d_out, x, weight, ctx.how, ctx.needs_input_grad[:3]), None
+
+
+class _Backward(torch.autograd.Function):
+    """From an output's gradient to those in images, kernels and biases, linear in each argument."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, d_out: Tensor, x: Tensor, weight: Tensor, how: _How, wanted: Sequence[bool]
+    ) -> _Grads:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_out, x, weight)
+        ctx.how = how
+        grads: _Grads = torch.ops.aten.convolution_backward(
+            _ordered(d_out), x, weight, [len(weight)], *how.rest, wanted
+        )
+        return grads
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        d_out, x, weight = ctx.saved_tensors
+        how, (need_out, need_x, need_weight) = ctx.how, ctx.needs_input_grad[:3]
+        in_out = in_x = in_weight = None
+        if need_out:
+            parts = []
+            if of_x is not None:
+                parts.append(_Convolution.apply(of_x, weight, None, how))
+            if of_weight is not None:
+                parts.append(_Convolution.apply(x, of_weight, of_bias, how))
+            elif of_bias is not None:
+                parts.append(of_bias.view(-1, *[1] * len(how.stride)).expand_as(d_out))
+            in_out = sum(parts[1:], parts[0]) if parts else None
+        if need_x and of_weight is not None:
+            in_x, _, _ = _backward(d_out, x, of_weight, how, (True, False, False))
+        if need_weight and of_x is not None:
+            _, in_weight, _ = _backward(d_out, of_x, weight, how, (False, True, False))
+        return in_out, in_x, in_weight, None, None
+
+
+def _backward(
+    d_out: Tensor, x: Tensor, weight: Tensor, how: _How, wanted: Sequence[bool]
+) -> _Grads:
+    grads: _Grads = _Backward.apply(d_out, x, weight, how, wanted)
+    return grads

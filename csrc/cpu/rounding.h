@@ -1,0 +1,48 @@
+// Stochastic rounding to bfloat16; amalgam/ops/rounding.py has the arithmetic.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "storage.h"
+
+namespace amalgam::cpu {
+
+inline uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x85ebca6bu;
+  x ^= x >> 13;
+  x *= 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// Where a row's rounding gets its bits: 32 a place, of which a use takes the upper or lower half.
+class RowOfBits {
+ public:
+  RowOfBits(uint32_t tensor_key, int64_t row)
+      : key_(mix(tensor_key + static_cast<uint32_t>(row) * 0x9e3779b1u)) {}
+
+  uint32_t at(int64_t place) const {
+    const uint64_t wide = static_cast<uint64_t>(place);
+    const uint32_t low = static_cast<uint32_t>(wide), high = static_cast<uint32_t>(wide >> 32);
+    return mix((low * 0x85ebca77u + high * 0xc2b2ae3du) ^ key_);
+  }
+
+ private:
+  uint32_t key_;
+};
+
+enum class Half { lower = 0, upper = 16 };
+
+template <typename T>
+void store_row_stochastically(const RowOfBits& bits, Half half, const T* from, int64_t count,
+                              uint16_t* to, int64_t at) {
+  for (int64_t n = 0; n < count; ++n) {
+    const float value = static_cast<float>(from[n]);
+    const uint32_t random = (bits.at(at + n) >> static_cast<int>(half)) & 0xffff;
+    to[at + n] = std::isfinite(value) ? static_cast<uint16_t>((to_bits(value) + random) >> 16)
+                                      : to_bfloat16(value);
+  }
+}
+
+}  // namespace amalgam::cpu

@@ -1,0 +1,257 @@
+"""Convolutions with derivatives of their own: PyTorch's numbers, wherever they are used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from amalgam import tasks
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task, convolution
+
+CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+SETTINGS = {
+    "plain": {},
+    "stride": {"stride": 2},
+    "padding": {"padding": 1},
+    "dilation": {"dilation": 2},
+    "same": {"padding": "same"},
+    "valid": {"padding": "valid"},
+    "same-dilated": {"padding": "same", "dilation": 2},
+    "groups": {"groups": 2},
+    "depthwise": {"groups": 4},
+    "all": {"stride": (2,), "padding": (1,), "dilation": [2], "groups": 2},
+}
+
+
+def paper_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+def paper_task(dtype: torch.dtype = torch.float32, fast: bool | None = None) -> Task:
+    generator = generator_for(0)
+    x = torch.rand(64, 1, 28, 28, generator=generator).to(dtype)
+    y = torch.randint(10, (64,), generator=generator)
+    return Task(
+        "paper", lambda: paper_cnn().to(dtype), (x, y), (x, y),
+        batch_size=64, fast_convolutions=fast,
+    )  # fmt: skip
+
+
+def draw(dims: int, channels: int, groups: int = 1, dtype=torch.float64) -> tuple[Tensor, ...]:
+    generator = generator_for(dims)
+    sizes = (
+        (2, channels, *(7, 6, 5)[:dims]),
+        (4, channels // groups, *(3, 2, 3)[:dims]),
+        (4,),
+    )
+    return tuple(
+        torch.randn(size, generator=generator, dtype=dtype).requires_grad_() for size in sizes
+    )
+
+
+def derivatives(task: Task, flat: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient, and the Hessian's product with a vector."""
+    leaf = flat.detach().requires_grad_()
+    loss = task.objective(leaf, tuple(tensor[: task.batch_size] for tensor in task.train))
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (product,) = torch.autograd.grad(grad, leaf, vector)
+    return loss.detach(), grad.detach(), product
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_two_derivatives_are_pytorchs(dims: int, setting: str, channels: int, biased: bool) -> None:
+    how = SETTINGS[setting]
+    groups = how.get("groups", 1)
+    if channels < groups:
+        pytest.skip("no groups of one channel")
+    x, weight, bias = draw(dims, channels, groups)
+    inputs = [x, weight, bias] if biased else [x, weight]
+    found = []
+    for wanted in (True, False):
+        with convolution.fast(wanted):
+            out = CONVOLUTIONS[dims - 1](*inputs, **how)
+        grads = torch.autograd.grad(out.tanh().square().sum(), inputs, create_graph=True)
+        twice = torch.autograd.grad(sum((g.sin() * g).sum() for g in grads), inputs)
+        found.append((out, *grads, *twice))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("kept", ["x", "weight", "bias"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_whatever_needs_a_gradient(dims: int, kept: str) -> None:
+    """Each input alone, and a linear function's second derivative that is none."""
+    inputs = dict(zip(("x", "weight", "bias"), draw(dims, 4), strict=True))
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name == kept)
+
+    def function(tensor: Tensor) -> Tensor:
+        with convolution.fast(True):
+            out = CONVOLUTIONS[dims - 1](*(inputs | {kept: tensor}).values(), stride=2)
+        return out.square()
+
+    assert torch.autograd.gradcheck(function, inputs[kept])
+    assert torch.autograd.gradgradcheck(function, inputs[kept])
+
+
+def test_derivatives_of_any_order() -> None:
+    x, weight, bias = draw(2, 2)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with convolution.fast(True):
+            out = functional.conv2d(x, weight, bias, padding=1)
+        grads = torch.autograd.grad(out.sin().sum(), (x, weight, bias), create_graph=True)
+        return sum((g * g).sum() for g in grads)
+
+    small = tuple(t.detach()[:1, ..., :3].requires_grad_() for t in (x, weight))
+    assert torch.autograd.gradgradcheck(function, (*small, bias.detach()[:1].requires_grad_()))
+
+
+def test_double_precision_is_pytorchs() -> None:
+    ours, plain = (paper_task(torch.float64, fast) for fast in (True, False))
+    flat = ours.init_params(generator_for(1))
+    vector = torch.randn(flat.shape, generator=generator_for(2), dtype=flat.dtype)
+    for mine, theirs in zip(
+        derivatives(ours, flat, vector), derivatives(plain, flat, vector), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * theirs.abs().max().item())
+
+
+def test_single_precision_is_as_exact_as_pytorchs() -> None:
+    flat = paper_task().init_params(generator_for(1))
+    vector = torch.randn(flat.shape, generator=generator_for(2))
+    exact = derivatives(paper_task(torch.float64, False), flat.double(), vector.double())
+    ours = derivatives(paper_task(fast=None), flat, vector)
+    plain = derivatives(paper_task(fast=False), flat, vector)
+    assert not torch.equal(ours[2], plain[2])
+    for mine, theirs, true in zip(ours[1:], plain[1:], exact[1:], strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+
+
+def test_bits_repeat() -> None:
+    task = paper_task()
+    flat = task.init_params(generator_for(1))
+    vector = torch.randn(flat.shape, generator=generator_for(2))
+    first = derivatives(task, flat, vector)
+    for _ in range(3):
+        assert all(map(torch.equal, first, derivatives(task, flat, vector)))
+    with torch.no_grad():
+        assert torch.equal(task.objective(flat, task.train), first[0])
+
+
+@pytest.mark.parametrize(("name", "fast"), [("digits-mlp", True), ("digits-cnn", None)])
+def test_what_is_no_faster_keeps_its_bits(name: str, fast: bool | None) -> None:
+    task = tasks.load(name)
+    flat = task.init_params(generator_for(1))
+    vector = torch.randn(flat.shape, generator=generator_for(2))
+    task.fast_convolutions = False
+    plain = derivatives(task, flat, vector)
+    task.fast_convolutions = fast
+    assert all(map(torch.equal, plain, derivatives(task, flat, vector)))
+
+
+def test_modules_that_ask_for_views() -> None:
+    """As half the world's do, of a convolution's output; also by its method's keywords."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.kernels(x)
+            return out.view(len(x), -1) + out.view(size=(len(x), -1))
+
+    x, y = torch.rand(5, 3, 6, 6), torch.randint(64, (5,))
+    losses = []
+    for fast in (True, False):
+        task = Task("view", Viewing, (x, y), (x, y), batch_size=5, fast_convolutions=fast)
+        losses.append(task.objective(task.init_params(generator_for(0)), (x, y)))
+    torch.testing.assert_close(*losses)
+    with convolution.fast(True), pytest.raises(RuntimeError, match="invalid for input of size"):
+        x.view(7)
+
+
+def test_transforms_are_pytorchs() -> None:
+    """vmap, a gradient by torch.func, and forward over reverse: as without."""
+    task = paper_task()
+    flats = torch.stack([task.init_params(generator_for(s)) for s in (1, 2)])
+    batch = tuple(tensor[:32] for tensor in task.train)
+    vector = torch.randn(flats[0].shape, generator=generator_for(3))
+
+    def objective(flat: Tensor) -> Tensor:
+        return task.objective(flat, batch)
+
+    def product() -> Tensor:
+        return torch.func.jvp(torch.func.grad(objective), (flats[0],), (vector,))[1]
+
+    def forward_mode() -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(flats[0], vector)
+            return torch.autograd.forward_ad.unpack_dual(objective(dual)).tangent
+
+    found = []
+    for task.fast_convolutions in (True, False):
+        found.append((torch.func.vmap(objective)(flats), product(), forward_mode()))
+    assert all(map(torch.equal, *found))
+
+
+def test_autocast_is_pytorchs() -> None:
+    x, weight, bias = draw(2, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), convolution.fast(True):
+        assert functional.conv2d(x, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(4, 3, 3, 2)}, "expected input"),
+        ({"weight": torch.ones(4, 4, 3)}, "expected"),
+        ({"weight": torch.ones(4, 4, 9, 9)}, "Kernel size can't be greater"),
+        ({"bias": torch.ones(4).double()}, "type"),
+        ({"padding": "other"}, "padding"),
+        ({"stride": (1, 1, 1)}, "stride"),
+    ],
+)
+@pytest.mark.parametrize("wanted", [True, None])
+def test_pytorch_refuses(wanted: bool | None, changes: dict, message: str) -> None:
+    x, weight, _ = draw(2, 4, dtype=torch.float32)
+    with convolution.fast(wanted), pytest.raises(RuntimeError, match=message):
+        functional.conv2d(**({"input": x, "weight": weight} | changes))
+
+
+@pytest.mark.parametrize("wanted", [True, None])
+def test_what_is_left_to_pytorch(wanted: bool | None) -> None:
+    """One image without a batch, no images, padding that is not the same on both sides."""
+    x, weight, bias = draw(2, 4, dtype=torch.float32)
+    for images, how in ((x[0], {}), (x[:0], {}), (x, {"padding": "same", "dilation": (2, 3)})):
+        with convolution.fast(wanted):
+            ours = functional.conv2d(images, weight, bias, **how)
+        assert torch.equal(ours, functional.conv2d(images, weight, bias, **how))
+
+
+def test_large_ones_are_fast_by_default() -> None:
+    generator = generator_for(0)
+    x, weight = (torch.rand(size, generator=generator) for size in ((64, 1, 28, 28), (16, 1, 3, 3)))
+    orders = []
+    for images in (x, x[:2], x.double()):
+        with convolution.fast(None):
+            out = functional.conv2d(images, weight.to(images))
+        orders.append(out.is_contiguous(memory_format=torch.channels_last))
+    assert orders == [True, False, False]
