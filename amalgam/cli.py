@@ -45,10 +45,7 @@ def train(
     from amalgam.meta import distributed
 
     distributed.join()
-    try:
-        _train(recipe, out, seed, override or [], resume)
-    finally:
-        distributed.leave()
+    _train(recipe, out, seed, override or [], resume)
 
 
 def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
@@ -62,6 +59,7 @@ def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume
     run = Experiment(chosen, folder, name=name, seed=seed, resume=resume)
     if distributed.rank():
         run.train()
+        distributed.leave()
         return
     _console.print(f"{name}: {chosen.description}\nrun folder: {folder}", highlight=False)
 
@@ -88,6 +86,7 @@ def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume
         students = run.train(metrics, begin)
         for bar, trained in zip(progress.task_ids, run.meta_steps, strict=True):
             progress.update(bar, total=trained, completed=trained)
+    distributed.leave()
 
     with _console.status("evaluating") as status:
         results = run.evaluate(lambda who: status.update(f"evaluating: {who}"))

@@ -25,8 +25,9 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from them."""
+    """Part from them, when all are there: who goes while others still talk may abort."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
