@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from amalgam import tasks
@@ -123,3 +123,21 @@ def test_bad_tasks_are_named(changes, named) -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match="did you mean 'digits-mlp'"):
         tasks.load("digit-mlp")
+
+
+def test_a_parameter_with_two_names_is_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    x, y = torch.randn(6, 3), torch.randn(6, 3)
+    task = Task("tied", Tied, (x, y), (x, y), loss=functional.mse_loss, batch_size=6)
+    flat = torch.randn(9)
+    weight = flat.view(3, 3)
+    expected = functional.mse_loss(x @ weight.T @ weight.T, y)
+    assert torch.allclose(task.objective(flat, (x, y)), expected)
