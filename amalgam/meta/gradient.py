@@ -199,7 +199,7 @@ class Recording:
         moved = ok & updates_ok
         if not torch.equal(moved, ok):
             # Known only after the step, which may have been taken in place: again, up to here.
-            point = self._replayed(t)
+            point = self._replayed(t) if self.recorded else point
             after, _ = self._advance(t, point, grad, moved)
         return after, moved
 
@@ -243,8 +243,8 @@ class Recording:
     def _may_go(self, point: Point) -> bool:
         """Whether nobody needs a point's state any more once it is stepped from.
 
-        A step that turns out unusable is taken again from the last kept point, by its gradients:
-        without a record, steps stay out of place.
+        A step that turns out unusable takes those before it again, by their gradients: without a
+        record, steps stay out of place.
         """
         held = (self.begin.states, *(kept.states for _, kept in self._kept))
         return self.recorded and all(point.states[0] is not states[0] for states in held)
