@@ -72,13 +72,14 @@ warmup_steps = 3
 [training]
 checkpoint_every = 3
 [strategy]
-num_stages = 2
-num_periods = 1
-num_chances = 1
+kind = "repeat"
+num_periods = 3
 unroll = 3
 windows = [1, 2]
 episodes = 3
 imitation_weight = "il_more"
+repeat_threshold = 5.0
+validation = { unroll = 3, windows = 1, episodes = 1, warmup_windows = 1, warmup_lr = 0.05 }
 [evaluation]
 tasks = ["digits-mlp"]
 steps = 4
@@ -230,28 +231,33 @@ def test_replicates_are_evaluated_and_their_spread_is_told(tiny, tmp_path) -> No
         Student.load(tmp_path / "run" / f"replicate-{index}" / "student.safetensors")
 
 
-@pytest.mark.skipif(
+needs_gloo = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="needs torch.distributed with gloo, which this PyTorch lacks",
 )
-def test_torchrun(tiny, tmp_path) -> None:
-    """One process tells, evaluates and writes; an error is told once."""
+
+
+def together(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Two processes, by torchrun."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {
         "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"
     }  # fmt: skip
+    return subprocess.run(
+        [*launch, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
 
-    def together(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*launch, "-m", "amalgam.cli", "train", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=120,
-        )
 
+@needs_gloo
+def test_torchrun(tiny, tmp_path) -> None:
+    """One process tells, evaluates and writes; an error is told once."""
     out, short = tmp_path / "run", ["--set", "stages=[{episodes=2}]", "--set", "threads=1"]
-    done = together(tiny, "--out", out, *short)
+    train = ["-m", "amalgam.cli", "train", tiny]
+    done = together(*train, "--out", out, *short)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("run folder:") == 1
     assert done.stdout.count("final loss") == 1
@@ -262,12 +268,39 @@ def test_torchrun(tiny, tmp_path) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=2e-5)
 
-    refused = together(tiny, "--out", out, *short)
+    refused = together(*train, "--out", out, *short)
     assert refused.returncode != 0
     assert (refused.stdout + refused.stderr).count("holds a run already") == 1
-    wrong = together(tiny, "--out", tmp_path / "x", "--set", "training.unrol=3")
+    wrong = together(*train, "--out", tmp_path / "x", "--set", "training.unrol=3")
     assert (wrong.stdout + wrong.stderr).count("the nearest is 'training.unroll'") == 1
     assert not (tmp_path / "x").exists()
+
+
+DYING = """
+import os
+import time
+
+from amalgam import cli, experiment
+
+
+def train(self, *arguments):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("rank one " + "is dead")
+    time.sleep(60)
+
+
+experiment.Experiment.train = train
+cli.main()
+"""
+
+
+@needs_gloo
+def test_a_dead_processs_traceback_shows_once(tiny, tmp_path) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    done = together(script, "train", tiny, "--out", tmp_path / "run")
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("rank one is dead") == 1
 
 
 def test_errors_have_no_traceback(tiny, tmp_path) -> None:

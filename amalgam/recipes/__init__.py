@@ -91,6 +91,8 @@ class _Kinds:
         known: The kinds.
         default: The kind where none is given.
         other: Reads a kind of another name, or nothing.
+        bare: Whether its settings, which have a ``kind`` themselves, are all that it gives, and
+            not a :class:`Chosen`.
     """
 
     def __init__(
@@ -99,11 +101,13 @@ class _Kinds:
         known: Mapping[str, _Kind],
         default: str | None = None,
         other: Callable[[str], _Kind | None] = lambda name: None,
+        bare: bool = False,
     ) -> None:
         self._what = what
         self._known = known
         self._default = default
         self._other = other
+        self._bare = bare
 
     def of(self, content: Mapping[str, Any]) -> tuple[str, _Kind]:
         """A table's kind."""
@@ -123,18 +127,22 @@ class _Kinds:
         return kind.type, ["kind", *(n for n in own if n not in (*kind.settled, "kind"))]
 
     def __call__(self, content: Any) -> Any:
-        """A table, checked."""
+        """A table, checked.
+
+        Raises:
+            ValueError: It is no table, or there is no such kind, or one of its keys is wrong.
+        """
         if not isinstance(content, Mapping):
             raise ValueError(f"{self._what} must be a table, not {content!r}")
         name, kind = self.of(content)
         fields = {**kind.defaults, **content, **kind.settled}
-        if "kind" not in (f.name for f in dataclasses.fields(kind.type)):
+        if not self._bare:
             fields.pop("kind", None)
         try:
             found = TypeAdapter(kind.type).validate_json(json.dumps(fields), strict=True)
         except ValidationError as error:
             raise _Nested(error.errors()) from None
-        return found if self._what == "teachers" else Chosen(name, found)
+        return found if self._bare else Chosen(name, found)
 
     def as_table(self, chosen: Chosen) -> dict[str, Any]:
         """What :meth:`__call__` reads, everything spelled out."""
@@ -233,6 +241,7 @@ _TEACHER = _Kinds(
     "teachers",
     {**{kind: _Kind(Teacher) for kind in ops.KINDS}, "policy": _Kind(PolicyFile)},
     other=lambda name: _Kind(TorchOptimizer) if "." in name else None,
+    bare=True,
 )
 
 AnyPolicy = Annotated[Chosen, PlainValidator(_POLICY), _POLICY]
