@@ -18,21 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam import ops
 from amalgam.meta.perturbation import InputNoise
+from amalgam.meta.rows import Rows, Trajectories
 from amalgam.meta.schedule import Plan, plan
 from amalgam.meta.steps import FusedSteps
 from amalgam.meta.values import usable
 from amalgam.ops import StudentState, registry
 from amalgam.tasks import Batch
-
-if TYPE_CHECKING:
-    from amalgam.meta.unroll import Trajectories, Unroll
 
 # Coordinates whose adjoints are made at once: few enough to be small beside the record, many enough
 # for all cores.
@@ -76,7 +74,7 @@ class Recording:
     """Runs a window and keeps what its way back needs.
 
     Args:
-        unroll: Whose window.
+        unroll: Whose window it is.
         begin: Where everybody stands.
         batches: One a step.
         weights: Each student's weights.
@@ -87,7 +85,7 @@ class Recording:
 
     def __init__(
         self,
-        unroll: Unroll,
+        unroll: Rows,
         begin: Trajectories,
         batches: Sequence[Batch],
         weights: Sequence[Sequence[Tensor]],
@@ -199,7 +197,7 @@ class Recording:
         moved = ok & updates_ok
         if not torch.equal(moved, ok):
             # Known only after the step, which may have been taken in place: again, up to here.
-            point = self._replayed(t)
+            point = self._replayed(t) if self.recorded else point
             after, _ = self._advance(t, point, grad, moved)
         return after, moved
 
@@ -243,8 +241,8 @@ class Recording:
     def _may_go(self, point: Point) -> bool:
         """Whether nobody needs a point's state any more once it is stepped from.
 
-        A step that turns out unusable is taken again from the last kept point, by its gradients:
-        without a record, steps stay out of place.
+        A step that turns out unusable takes those before it again, by their gradients: without a
+        record, steps stay out of place.
         """
         held = (self.begin.states, *(kept.states for _, kept in self._kept))
         return self.recorded and all(point.states[0] is not states[0] for states in held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -174,13 +175,21 @@ class Task:
         ]
         return torch.stack(losses).view(rows, each)
 
+    @functools.cached_property
+    def _tied(self) -> bool:
+        """Whether a parameter has several names, which costs every call a search for them."""
+        named = self._module.named_parameters(remove_duplicate=False)
+        return len(list(named)) > len(self.layout.shapes)
+
     def objective(self, flat: Tensor, batch: Batch) -> Tensor:
         """The batch's loss at parameters given as one vector, shape (layout.numel,)."""
         params = self.layout.unflatten(flat)
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         pays = self._large if self.fast_convolutions is None else self._convolves
         with convolution.fast(self.fast_convolutions if pays else False):
-            output = torch.func.functional_call(self._module, (params, buffers), batch[:-1])
+            output = torch.func.functional_call(
+                self._module, (params, buffers), batch[:-1], tie_weights=self._tied
+            )
         return self.loss(output, batch[-1])
 
     def _has_large_convolutions(self) -> bool:

@@ -300,6 +300,9 @@ def test_an_update_that_is_not_finite_is_not_taken() -> None:
         assert window.skipped.tolist() == [[1, 0, 0, 0]]
         without = unroll.window(begin, batches[:5] + batches[6:])
         assert torch.equal(window.end.params, without.end.params)
+        with torch.no_grad():
+            again = unroll.window(begin, batches, noise=lambda t: [poison if t == 5 else nothing])
+        assert torch.equal(window.end.params, again.end.params)
         assert all(map(torch.equal, window.end.states[0], without.end.states[0]))
         loss = (window.meta_loss + window.imitation_loss).sum()
         assert all(g.isfinite().all() for g in gradients_of(loss, [learner.weights()]))

@@ -25,6 +25,8 @@ from amalgam.ops import (
     update_moments,
 )
 from amalgam.ops.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.ops.student_step import backward_into, step_into
+from amalgam.policies import Student, StudentConfig
 
 # The package's student_step function hides the module of that name.
 module = sys.modules["amalgam.ops.student_step"]
@@ -1308,3 +1310,47 @@ def test_kernels_compile_for_amd(student: str) -> None:
     constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)
     assembly = amd_assembly(kernels.in_place, "gfx942", TYPES, constants, options)
     assert ("v_mfma" in assembly) == (student == "2x20")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_steps_into_memory_that_is_there(backend: str) -> None:
+    """As the functional form, out of place, in the old state's place, and backwards in place."""
+    generator = torch.Generator().manual_seed(5)
+    n, settings = 130, StepSettings()
+    weights = [w.detach() for w in Student(StudentConfig(hidden=6)).double().weights()]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    grad = draw(n)
+    state = StudentState(draw(n), draw(n).square(), draw(2, 6, n).tanh(), draw(2, 6, n))
+    update, new = student_step(grad, state, weights, settings, backend=backend)
+    apart = StudentState(*(t * math.nan for t in state))
+    same = StudentState(*(t.clone() for t in state))
+    for target, source in ((apart, state), (same, same)):
+        moved = torch.empty_like(grad)
+        step_into((moved, *target), grad, source, weights, settings, backend)
+        assert torch.equal(moved, update)
+        assert all(map(torch.equal, target, new))
+
+    leaves = [t.clone().requires_grad_() for t in (grad, *state, *weights)]
+    outs = student_step(
+        leaves[0], StudentState(*leaves[1:5]), leaves[5:], settings, backend=backend
+    )
+    d_update, d_state = draw(n), StudentState(draw(n), draw(n), draw(2, 6, n), draw(2, 6, n))
+    expected = torch.autograd.grad([outs[0], *outs[1]], leaves, [d_update, *d_state])
+    d_old = StudentState(*(t.clone() for t in d_state))
+    d_grad, d_weights = backward_into(d_update, d_old, grad, state, weights, settings, backend)
+    for ours, theirs in zip((d_grad, *d_old, *d_weights), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_to_write_to_is_checked() -> None:
+    weights = [w.detach() for w in Student(StudentConfig(hidden=6)).weights()]
+    grad = torch.zeros(8)
+    state = initial_state(grad, weights)
+    twice = state._replace(v=state.m)
+    with pytest.raises(ValueError, match="share memory"):
+        step_into((torch.empty(8), *twice), grad, state, weights, StepSettings(), "cpu")
+    with pytest.raises(ValueError, match="must have shape"):
+        step_into((torch.empty(9), *state), grad, state, weights, StepSettings(), "cpu")

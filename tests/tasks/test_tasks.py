@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from amalgam import tasks
@@ -123,3 +123,49 @@ def test_bad_tasks_are_named(changes, named) -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match="did you mean 'digits-mlp'"):
         tasks.load("digit-mlp")
+
+
+def test_a_parameter_with_two_names_is_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    x, y = torch.randn(6, 3), torch.randn(6, 3)
+    task = Task("tied", Tied, (x, y), (x, y), loss=functional.mse_loss, batch_size=6)
+    flat = torch.randn(9)
+    weight = flat.view(3, 3)
+    expected = functional.mse_loss(x @ weight.T @ weight.T, y)
+    assert torch.allclose(task.objective(flat, (x, y)), expected)
+
+
+def test_batches_are_gathered_when_asked_for() -> None:
+    task = tasks.load("digits-mlp")
+    batches = task.batches(generator_for(1), 25)
+    assert len(batches) == len(list(batches)) == 25
+    for ours, theirs in zip(batches[3:7], list(batches)[3:7], strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    with pytest.raises(IndexError):
+        batches[25]
+    epoch = len(task.train[0]) // 128
+    images = torch.cat([batches[t][0] for t in range(epoch)])
+    assert len(images.unique(dim=0)) > 0.95 * len(images)
+
+
+@pytest.mark.parametrize("name", ["digits-mlp", "digits-cnn"])
+@pytest.mark.parametrize("stack", [None, True, False])
+def test_many_optimizees_are_each_alone(name: str, stack: bool | None) -> None:
+    task = tasks.load(name, batch_size=8)
+    rows, each = 2, 3
+    generator = generator_for(2)
+    flat = torch.stack([task.init_params(generator) for _ in range(rows * each)])
+    flat = flat.view(rows, each, -1).double().float()
+    batches = [task.batches(generator_for(row), 1)[0] for row in range(rows)]
+    batch = tuple(torch.stack(parts) for parts in zip(*batches, strict=True))
+    losses = task.objectives(flat, batch, stack)
+    alone = [[task.objective(flat[r, m], batches[r]) for m in range(each)] for r in range(rows)]
+    assert torch.allclose(losses, torch.tensor(alone), rtol=1e-5)
