@@ -99,6 +99,17 @@ def student_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
             yield *inputs, *settings
 
 
+def student_step_into(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
+    """Into other memory, and into that of the state, whose gradients are always replaced."""
+    for index, arguments in enumerate(student_step(dtype, False)):
+        grad, *state = arguments[:5]
+        own = index % 2 == 0
+        if backward:
+            yield tensor(len(grad), dtype=dtype), [torch.randn_like(t) for t in state], *arguments
+        else:
+            yield [torch.empty_like(grad), *(s if own else s.clone() for s in state)], *arguments
+
+
 def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
     for index, (n, layers, hidden) in enumerate(students()):
         sizes = [n // 3, 0, n - n // 3 - n // 5, n // 5]
@@ -147,6 +158,8 @@ MAKERS: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "teacher_step_backward": lambda dtype: teacher_step(dtype, True),
     "student_step": lambda dtype: student_step(dtype, False),
     "student_step_backward": lambda dtype: student_step(dtype, True),
+    "student_step_into": lambda dtype: student_step_into(dtype, False),
+    "student_step_backward_into": lambda dtype: student_step_into(dtype, True),
     "student_step_": student_step_in_place,
     "student_unroll_backward": student_unroll_backward,
     "choice_step": lambda dtype: choice_step(dtype, False),
