@@ -45,9 +45,10 @@ void for_each_piece(const std::vector<int64_t>& ends, int64_t first, const Body&
 template <typename T>
 void clear_tile_after(int64_t count, const std::vector<LayerShape>& shapes,
                       const StudentTile<T>& tile) {
-  for (T* row : {tile.grad, tile.m}) clear_after(count, 1, row);
-  // Not zeros: with eps = 0 their features would be NaN, and so would the weights' gradients.
-  fill_after(count, 1, T(1), tile.v);
+  clear_after(count, 1, tile.m);
+  // Not zeros: with eps = 0 their features would be NaN, and so would the weights' gradients; with
+  // beta2 = 0 the new v is the gradient's alone.
+  for (T* row : {tile.grad, tile.v}) fill_after(count, 1, T(1), row);
   clear_state_after(count, shapes, tile.lstm);
 }
 
