@@ -545,7 +545,7 @@ def backward(
         at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
         used = (unit < HIDDEN)[:, None] & inside[None, :]
-        g = tl.load(grad + at, mask=inside, other=0.0)
+        g = tl.load(grad + at, mask=inside, other=1.0)
         old_m = tl.load(m + at, mask=inside, other=0.0)
         old_v = tl.load(v + at, mask=inside, other=1.0)
         fresh_m, _fresh_v, scale = _features(

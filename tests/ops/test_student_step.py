@@ -1134,6 +1134,20 @@ def test_triton_passes_nan_and_infinity_on(device: str) -> None:
 
 @by_triton
 @pytest.mark.usefixtures("triton_works")
+def test_triton_without_eps(device: str) -> None:
+    """Places behind the last coordinate once had v = 0: no test had beta2 = eps = 0."""
+    grad, state, weights = skewed_inputs(5, 2, 4, torch.float32)
+    grad = grad + (grad == 0)
+    upstream = [draw(*t.shape, seed=9, dtype=torch.float32) for t in (grad, *state)]
+    arguments = moved((upstream, grad, list(state), weights), device)
+    upstream, grad, state, weights = arguments
+    operation = torch.ops.amalgam.student_step_backward
+    found = flat(operation(upstream, grad, *state, weights, 0.1, 0.9, 0.0, 0.0, "triton"))
+    assert all(tensor.isfinite().all() for tensor in found)
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
 def test_triton_takes_strided_inputs_and_repeats_bits(device: str) -> None:
     grad, state, weights = moved(skewed_inputs(300, 2, 4, torch.float32), device)
     spread = [torch.stack((t, t), -1)[..., 0] for t in (grad, *state)]
