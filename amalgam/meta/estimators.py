@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -179,13 +179,10 @@ def by_evolution(
     losses = coefficients[0] * window.meta_loss + coefficients[1] * window.imitation_loss
     slopes = (losses[::2] - losses[1::2]) / (2 * how.pairs * how.std**2)
     grads = [torch.tensordot(slopes, xi, 1) for xi in total]
-    window = Window(
-        window.meta_loss.mean(0, keepdim=True),
-        window.imitation_loss.mean(0, keepdim=True),
-        window.end,
-        window.losses,
-        window.distances,
-        window.skipped,
+    window = replace(
+        window,
+        meta_loss=window.meta_loss.mean(0, keepdim=True),
+        imitation_loss=window.imitation_loss.mean(0, keepdim=True),
     )
     return Estimate(window, losses.mean(0, keepdim=True), [grads], total)
 

@@ -285,13 +285,17 @@ class Recording:
     def _make_plan(self) -> Plan:
         unroll, begin, steps = self.unroll, self.begin, len(self.batches)
         memory, device = unroll.memory, begin.params.device
-        point = self._stored(Point(begin.params, begin.states))
-        point_bytes = _bytes(point)
+        first = Point(begin.params, begin.states)
+        stored = self._stored(first)
+        point_bytes = _bytes(stored)
+        if stored is not first:
+            for mine in stored.states:
+                unroll.steps.release(mine)
         # There in any case: the record, the adjoints, the point being stepped, and the last one.
         fixed = _bytes((self._grads, self._slopes)) + 3 * point_bytes
         budget = memory.bytes(device, fixed + point_bytes) - fixed
         graph_bytes = 0
-        if self.how.second_order:
+        if self.how.second_order and memory.segment is None:  # by hand, no graph is kept
             graph_bytes = unroll.graph_bytes(begin.params[:, None], begin.scale, self.batches[0])
         return plan(steps, memory, budget, point_bytes, graph_bytes)
 
