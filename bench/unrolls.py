@@ -107,6 +107,8 @@ class Case:
         segment: By hand instead.
         cells: Dtype of kept cells.
         pool: Whether there are teachers.
+        device: Where.
+        backend: Of ``ours``.
     """
 
     def __init__(
@@ -120,12 +122,15 @@ class Case:
         segment: int | None = None,
         cells: str = "float32",
         pool: bool = True,
+        device: str = "cpu",
+        backend: str = "auto",
     ) -> None:
-        self.task, self.steps, self.engine = task_of(task), steps, engine
+        self.task, self.steps, self.engine = task_of(task).to(device), steps, engine
         self.students = [
-            Student(generator=torch.Generator().manual_seed(seed)) for seed in range(replicates)
+            Student(generator=torch.Generator().manual_seed(seed)).to(device)
+            for seed in range(replicates)
         ]
-        backend = "reference" if engine == "eager" else "auto"
+        backend = "reference" if engine == "eager" else backend
         self.how = Amalgamation(second_order=order == 2, scale_spread=1.0, backend=backend)
         self.unroll = Unroll(
             self.task,

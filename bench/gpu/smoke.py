@@ -1,0 +1,308 @@
+"""Every operation, precision and dtype once, against float64, on numbers drawn anew in every run.
+
+A row has, over all outputs, the largest error relative to the output's norm and the largest ratio
+to the error that plain PyTorch makes in float32; ``ok`` says whether that is what the precision
+claims. Nothing here stops anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from gpu.place import Case, Place, Row, start
+from harness import lstm_weights
+from torch import Tensor
+
+from amalgam import AmalgamatedOptimizer
+from amalgam.ops import StepSettings, StudentState, initial_state
+from amalgam.ops import student_step_ as in_place
+from amalgam.policies import Student, StudentConfig
+
+SETTINGS = StepSettings(0.1, 0.9, 0.99, 1e-6)
+# What a precision claims: as float32 where None, or an error relative to the norm.
+CLAIMS = {
+    "": None,
+    ":ieee": None,
+    ":3xtf32": None,
+    ":tf32": 5e-3,
+    ":bf16": 5e-2,
+    ":tf32,approximate": 1e-2,
+    ":bf16,approximate": 5e-2,
+}
+STUDENTS = [(2, 20, 4099), (2, 20, 64), (1, 20, 1000), (1, 8, 513), (1, 4, 63), (3, 5, 65)]
+STUDENTS += [(1, 33, 1000), (2, 40, 257)]
+SEED = int.from_bytes(os.urandom(3), "little")
+
+
+def flat(value: Any) -> list[Tensor]:
+    """The tensors of a nest of them."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in flat(part)]
+
+
+def doubled(value: Any) -> Any:
+    """The nest with its float32 tensors in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return [doubled(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def compare(name: str, arguments: Sequence[Any], backend: str, claim: float | None) -> Row:
+    """One operation's errors against float64, beside those of plain PyTorch in float32."""
+    operation = getattr(torch.ops.amalgam, name)
+    truth = flat(operation(*doubled(arguments), "reference"))
+    plain = flat(operation(*arguments, "reference"))
+    ours = flat(operation(*arguments, backend))
+    relative, ratios, ok = [0.0], [0.0], True
+    for our, their, true in zip(ours, plain, truth, strict=True):
+        if not true.numel():
+            continue
+        scale = true.abs().max().item()
+        unit = torch.finfo(our.dtype).eps * scale
+        errors = [(each.double() - true).abs().max().item() for each in (our, their)]
+        relative.append((our.double() - true).norm().item() / max(true.norm().item(), 1e-30))
+        ratios.append((errors[0] + unit) / (errors[1] + unit) if scale else float(errors[0] > 0))
+        # One draw's largest error is one number: over many draws the rule's bound is 2.
+        as_plain = ratios[-1] <= 4
+        ok &= as_plain or (claim is not None and relative[-1] <= claim)
+    worst, ratio = max(relative), max(ratios)
+    ok &= all(map(math.isfinite, (*relative, *ratios)))
+    return {"relative": float(f"{worst:.3g}"), "ratio": round(ratio, 2), "ok": ok}
+
+
+def student_inputs(place: Place, layers: int, hidden: int, n: int, seed: int) -> tuple[Any, ...]:
+    """A gradient, state and weights of scales that vary by coordinate."""
+    weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+    scale = torch.exp(2 * place.draw(n, seed=seed + 7))
+    grad = place.draw(n, seed=seed) * scale
+    state = StudentState(
+        0.5 * place.draw(n, seed=seed + 1) * scale,
+        (place.draw(n, seed=seed + 2) * scale).square(),
+        place.draw(layers, hidden, n, seed=seed + 3).tanh(),
+        place.draw(layers, hidden, n, seed=seed + 4),
+    )
+    return grad, *state, weights, *SETTINGS
+
+
+def student_case(
+    place: Place, direction: str, shape: tuple[int, int, int], words: str, claim: float | None
+) -> Row:
+    layers, hidden, n = shape
+    arguments = student_inputs(place, layers, hidden, n, SEED)
+    if direction == "forward":
+        return compare("student_step", arguments, f"triton{words}", claim)
+    upstream = [place.draw(*t.shape, seed=SEED + 9 + i) for i, t in enumerate(arguments[:5])]
+    return compare("student_step_backward", (upstream, *arguments), f"triton{words}", claim)
+
+
+def choice_case(place: Place, direction: str, k: int, words: str, claim: float | None) -> Row:
+    n, layers, hidden = 1029, 2, 20
+    weights = [w.to(place.device) for w in lstm_weights(k + 4, hidden, layers, k)]
+    of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
+    draw = functools.partial(place.draw, seed=SEED + k)
+    state = [draw(k, n), draw(k, n).square(), draw(layers, hidden, n).tanh(), draw(layers, hidden, n)]
+    ranks = torch.arange(n, device=place.device) % 5
+    kinds = [2, 3] if k == 2 else list(range(k))
+    arguments: tuple[Any, ...] = (draw(n), *state, weights, ranks, kinds, *of_each, 0.5, 1.0)
+    if direction == "forward":
+        return compare("choice_step", arguments, f"triton{words}", claim)
+    like = (arguments[0], *state, state[0])
+    upstream = [place.draw(*t.shape, seed=SEED + 20 + i) for i, t in enumerate(like)]
+    return compare("choice_step_backward", (upstream, *arguments), f"triton{words}", claim)
+
+
+def teachers_case(place: Place, name: str, backend: str, direction: str) -> Row:
+    k, n = 6, 10_007
+    rows = [place.draw(k, n, seed=SEED + i) for i in range(6)]
+    if name == "teacher_step":
+        of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
+        arguments: tuple[Any, ...] = (rows[0], rows[1], rows[2].square(), list(range(k)), *of_each)
+        if direction == "backward":
+            arguments = (rows[3:], *arguments)
+    else:
+        arguments = (place.draw(n, seed=SEED + 8), rows[0], 1e-10, None)
+        if direction == "backward":
+            total = torch.ops.amalgam.teacher_distance(*arguments, "reference")[1]
+            ones = torch.ones(k, device=place.device)
+            arguments = (ones, *arguments[:2], total, *arguments[2:], True)
+    suffix = "" if direction == "forward" else "_backward"
+    return compare(name + suffix, arguments, backend, None)
+
+
+def in_place_case(
+    place: Place,
+    shape: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    cells: torch.dtype,
+    kind: str,
+) -> Row:
+    """Two steps over tensors of odd sizes, beside the reference's; bits where rounded by seeds."""
+    layers, hidden = shape
+    weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+    results = []
+    for backend in ("triton", "reference"):
+        params, grads, states = [], [], []
+        for i, count in enumerate((1000, 1, 33, 4099)):
+            params.append(place.draw(count, seed=SEED + i, dtype=dtypes[0]))
+            grads.append(place.draw(count, seed=SEED + 50 + i, dtype=dtypes[1]))
+            states.append(initial_state(params[-1], weights, cells))
+        how: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01, "backend": backend}
+        if kind != "plain":
+            how["lr"] = torch.tensor(0.5, device=place.device)
+            how["steps"] = [torch.full((), 3.0, device=place.device) for _ in params]
+            how["skip"] = torch.zeros((), device=place.device)
+        if kind == "stochastic":
+            how["seeds"] = [7, 8, 9, 10]
+        for _ in range(2):
+            in_place(params, grads, states, weights, SETTINGS, **how)
+        results.append((params, states))
+    ours, theirs = (flat(result) for result in results)
+    eps = max(torch.finfo(dtypes[0]).eps, torch.finfo(cells).eps)
+    worst = 0.0
+    for our, their in zip(ours, theirs, strict=True):
+        scale = their.double().abs().max().clamp(min=1e-30)
+        worst = max(worst, ((our.double() - their.double()).abs().max() / scale).item())
+    # Rounded at random, a last bit of float32 moves a value by a whole unit of bfloat16 at most.
+    bound = 2 * eps if eps > 1e-4 else 2e-5
+    return {"relative": float(f"{worst:.3g}"), "ok": math.isfinite(worst) and worst <= bound}
+
+
+def poisoned(place: Place, words: str, value: float, where: str) -> Row:
+    """A bad number in one coordinate comes out there and nowhere else."""
+    arguments = list(student_inputs(place, 2, 20, 200, SEED))
+    spot = {"grad": arguments[0], "m": arguments[1], "h": arguments[3][0, 3], "c": arguments[4][0, 3]}
+    spot[where][77] = value
+    update, m, v, h, c = torch.ops.amalgam.student_step(*arguments, f"triton{words}")
+    theirs = flat(torch.ops.amalgam.student_step(*arguments, "reference"))
+    same = [
+        torch.equal(our.isnan(), their.isnan())
+        for our, their in zip((update, m, v, h, c), theirs, strict=True)
+    ]
+    return {"ok": all(same), "as_reference": same}
+
+
+def of_weights(place: Place, words: str) -> Row:
+    """NaN in one weight reaches every coordinate's update."""
+    arguments = student_inputs(place, 2, 20, 200, SEED)
+    arguments[5][1][3, 3] = math.nan
+    update = torch.ops.amalgam.student_step(*arguments, f"triton{words}")[0]
+    arguments[5][1][3, 3] = 0.0
+    return {"ok": bool(update.isnan().all())}
+
+
+def into_case(place: Place, direction: str) -> Row:
+    """Steps into memory that is there, as the unrolls take them, beside the functional form."""
+    from amalgam.ops.student_step import backward_into, step_into
+
+    grad, *state, weights = student_inputs(place, 2, 20, 1000, SEED)[:6]
+    old = StudentState(*state)
+    if direction == "forward":
+        out = [torch.full_like(t, math.nan) for t in (grad, *old)]
+        step_into(out, grad, old, weights, SETTINGS, "triton")
+        expected = torch.ops.amalgam.student_step(grad, *old, weights, *SETTINGS, "triton")
+    else:
+        ones = [torch.ones_like(t) for t in (grad, *old)]
+        d_state = StudentState(*(t.clone() for t in ones[1:]))
+        d_grad, d_weights = backward_into(ones[0], d_state, grad, old, weights, SETTINGS, "triton")
+        out = [d_grad, *d_state, *d_weights]
+        expected = torch.ops.amalgam.student_step_backward(
+            ones, grad, *old, weights, *SETTINGS, "triton"
+        )
+    return {"ok": all(map(torch.equal, out, flat(expected)))}
+
+
+def unroll_case(place: Place, words: str, claim: float | None) -> Row:
+    steps = 6
+    grad, *state, weights = student_inputs(place, 2, 20, 1000, SEED)[:6]
+    grads = torch.stack([place.draw(1000, seed=SEED + t) for t in range(steps)])
+    adjoints = torch.stack([place.draw(1000, seed=SEED + 99 + t) for t in range(steps)])
+    arguments = (grads, adjoints, *state, weights, *SETTINGS)
+    return compare("student_unroll_backward", arguments, f"triton{words}", claim)
+
+
+def graph_case(place: Place) -> Row:
+    """Replays of a captured optimizer step, beside steps that are not captured."""
+    if not place.real:
+        return {"ok": True, "left_out": "a graph needs a GPU"}
+    student = Student(StudentConfig(), generator=torch.Generator().manual_seed(1))
+    results = []
+    for captured in (False, True):
+        params = [place.draw(n, seed=SEED + n).requires_grad_() for n in (1000, 33)]
+        for param in params:
+            param.grad = place.draw(len(param), seed=SEED + 5)
+        optimizer = AmalgamatedOptimizer(params, student=student, capturable=True, warmup_steps=2)
+        optimizer.step()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for _ in range(6):
+            if captured:
+                graph.replay()
+            else:
+                optimizer.step()
+        results.append([p.detach().clone() for p in params])
+    return {"ok": all(map(torch.equal, *results))}
+
+
+def cases(place: Place) -> Iterator[tuple[str, Case]]:
+    part = functools.partial
+    for direction in ("forward", "backward"):
+        for (words, claim), shape in ((i, s) for s in STUDENTS for i in CLAIMS.items()):
+            if shape[2] != 4099 and words not in ("", ":tf32"):
+                continue
+            if direction == "backward" and "approximate" in words:
+                continue
+            label = "{}x{} n={}".format(*shape)
+            name = f"student_step {direction} {label} {words[1:] or 'default'}"
+            yield name, part(student_case, place, direction, shape, words, claim)
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    for shape in ((2, 20), (1, 4)):
+        for kind, dtypes, cells in (
+            ("plain", (f32, f32), f32),
+            ("plain", (bf16, bf16), bf16),
+            ("plain", (f16, f32), f32),
+            ("control", (f32, f32), f32),
+            ("stochastic", (bf16, f32), bf16),
+        ):
+            label = f"{shape[0]}x{shape[1]} {kind} " + "/".join(
+                str(d).removeprefix("torch.") for d in (*dtypes, cells)
+            )
+            yield f"student_step_ {label}", part(in_place_case, place, shape, dtypes, cells, kind)
+    for words in ("", ":tf32", ":bf16"):
+        for where, value in (("grad", math.nan), ("grad", math.inf), ("h", math.nan), ("c", math.nan)):
+            name = f"poisoned {where} {value} {words[1:] or 'default'}"
+            yield name, part(poisoned, place, words, value, where)
+        yield f"poisoned weight {words[1:] or 'default'}", part(of_weights, place, words)
+    for direction in ("forward", "backward"):
+        for k, (words, claim) in ((k, i) for k in (1, 2, 6) for i in list(CLAIMS.items())[:1] + [(":tf32", 5e-3)]):
+            name = f"choice_step {direction} k={k} {words[1:] or 'default'}"
+            yield name, part(choice_case, place, direction, k, words, claim)
+        for name, backend in (
+            ("teacher_step", "triton"),
+            ("teacher_distance", "triton"),
+            ("teacher_distance", "cuda"),
+        ):
+            if backend == "triton" or place.real:
+                label = f"{name} {direction} {backend}"
+                yield label, part(teachers_case, place, name, backend, direction)
+        yield f"into {direction}", part(into_case, place, direction)
+    yield "student_unroll_backward default", part(unroll_case, place, "", None)
+    yield "student_unroll_backward tf32", part(unroll_case, place, ":tf32", 5e-3)
+    yield "an optimizer's step in a graph", part(graph_case, place)
+
+
+def main() -> None:
+    place = start("smoke")
+    place.write({"seed": SEED})
+    place.run_cases(cases(place))
+
+
+if __name__ == "__main__":
+    main()

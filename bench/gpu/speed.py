@@ -1,0 +1,394 @@
+"""Each operation's time on the device, beside a copy of the bytes that it has to move.
+
+In the order of what is wanted most, as time may end. ``share_of_copy`` counts what has to be read
+and written once, over what a copy of 2 GiB reaches; ``graph_us`` is a call inside a CUDA graph,
+which leaves out what the host does. Compiling is not timed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from gpu.place import (
+    Case,
+    Place,
+    Row,
+    copy_rate,
+    default_configurations,
+    replayed,
+    set_configuration,
+    start,
+    timed,
+    traffic,
+)
+from harness import lstm_weights
+from torch import Tensor
+
+from amalgam.ops import StepSettings, StudentState, initial_state
+from amalgam.ops import student_step_ as in_place
+
+SETTINGS = StepSettings()
+PAPERS = (2, 20)
+F32, BF16 = torch.float32, torch.bfloat16
+SHORT = {F32: "float32", BF16: "bfloat16"}
+# What the kernels may do, and the dtype of h and c.
+WAYS = [
+    ("triton", F32),
+    ("triton:tf32", F32),
+    ("triton:tf32,approximate", F32),
+    ("triton:bf16,approximate", F32),
+    ("triton:bf16,approximate", BF16),
+    ("triton:tf32,approximate", BF16),
+    ("triton", BF16),
+]
+GRAPHED = 10**6  # of more coordinates, the host's part does not show
+
+
+def weights_of(place: Place, student: tuple[int, int]) -> list[Tensor]:
+    layers, hidden = student
+    return [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+
+
+def begun(place: Place, like: Tensor, weights: list[Tensor], cells: torch.dtype) -> StudentState:
+    """A state that is not zero: zeros can be faster than what is trained on."""
+    state = initial_state(like, weights, cells)
+    state.v.fill_(1.0)
+    for cell in (state.h, state.c):
+        cell.uniform_(-0.9, 0.9)
+    return state
+
+
+def asks_for_64_bits(
+    place: Place, student: tuple[int, int], n: int, call: Callable[[], object]
+) -> None:
+    """On the stand-in, have the kernel for so many coordinates compiled too."""
+    from amalgam.kernels import student_step as kernels
+
+    if place.real or student[0] * student[1] * n < 2**31 - 2**20:
+        return
+    narrow = kernels.wide
+    kernels.wide = lambda *tensors: True
+    try:
+        call()
+    finally:
+        kernels.wide = narrow
+
+
+def copy_case(place: Place) -> Row:
+    return {"gb_per_s": round(copy_rate(place) / 1e9, 1)}
+
+
+def adamw_case(place: Place, n: int, kind: str) -> Row:
+    size = place.size(n)
+    param = place.draw(size, seed=1).requires_grad_()
+    param.grad = place.draw(size, seed=2)
+    optimizer = torch.optim.AdamW([param], capturable=place.real, **{kind: True})
+    times = timed(place, optimizer.step)
+    row = {"operation": f"AdamW {kind}", "n": size, **times.row()}
+    row["ns_per_coordinate"] = round(1e9 * times.median / size, 4)
+    if n <= GRAPHED:
+        row |= replayed(place, optimizer.step).row("graph_")
+    return row | traffic(place, times, 28 * size)
+
+
+def in_place_case(
+    place: Place,
+    way: tuple[str, torch.dtype],
+    student: tuple[int, int],
+    n: int,
+    kind: str = "plain",
+    configuration: tuple[int, int] | None = None,
+) -> Row:
+    """A step in place of one tensor; with bfloat16 cells and "stochastic", its parameter too."""
+    (backend, cells), size = way, place.size(n)
+    weights = weights_of(place, student)
+    dtype = BF16 if kind == "stochastic" else F32
+    param, grad = place.draw(size, seed=1, dtype=dtype), place.draw(size, seed=2)
+    state = begun(place, param, weights, cells)
+    how: dict[str, Any] = {"lr": 1e-3, "backend": backend}
+    if kind == "stochastic":
+        how["seeds"] = [3]
+    if kind in ("stochastic", "capturable"):
+        how["steps"] = [torch.full((), 5.0, device=place.device)]
+        how["lr"] = torch.tensor(1e-3, device=place.device)
+
+    def call() -> None:
+        in_place([param], [grad], [state], weights, SETTINGS, **how)
+
+    if configuration:
+        set_configuration("student_step_", *configuration)
+    try:
+        asks_for_64_bits(place, student, n, call)
+        times = timed(place, call)
+        row = {
+            "operation": "student_step_",
+            "backend": backend,
+            "student": "x".join(map(str, student)),
+            "cells": SHORT[cells],
+            "kind": kind,
+            "n": size,
+            **times.row(),
+            "ns_per_coordinate": round(1e9 * times.median / size, 4),
+        }
+        if configuration:
+            row["configuration"] = "x".join(map(str, configuration))
+        elif n <= GRAPHED:
+            row |= replayed(place, call).row("graph_")
+    finally:
+        default_configurations()
+    units = student[0] * student[1]
+    moved = size * (16 + 4 * units * cells.itemsize + grad.itemsize + 2 * param.itemsize)
+    return row | traffic(place, times, moved)
+
+
+def functional_case(
+    place: Place,
+    direction: str,
+    words: str,
+    student: tuple[int, int],
+    n: int,
+    configuration: tuple[int, int] | None = None,
+) -> Row:
+    size = place.size(n)
+    name = "student_step" if direction == "forward" else "student_step_backward"
+    weights = weights_of(place, student)
+    grad = place.draw(size, seed=2)
+    state = begun(place, grad, weights, F32)
+    step = (grad, *state, weights, *SETTINGS)
+    arguments: tuple[Any, ...] = step
+    if direction == "backward":
+        arguments = ([torch.ones_like(t) for t in (grad, *state)], *step)
+    operation = getattr(torch.ops.amalgam, name)
+
+    def call() -> None:
+        operation(*arguments, words)
+
+    if configuration:
+        set_configuration(name, *configuration)
+    try:
+        times = timed(place, call)
+        row = {
+            "operation": name,
+            "backend": words,
+            "student": "x".join(map(str, student)),
+            "n": size,
+            **times.row(),
+            "ns_per_coordinate": round(1e9 * times.median / size, 4),
+        }
+        if configuration:
+            row["configuration"] = "x".join(map(str, configuration))
+        elif n <= GRAPHED:
+            row |= replayed(place, call).row("graph_")
+    finally:
+        default_configurations()
+    states = (1 if direction == "forward" else 2) * 4 * student[0] * student[1] * 4
+    moved = size * (states + (24 if direction == "forward" else 44))
+    return row | traffic(place, times, moved)
+
+
+def choice_case(place: Place, direction: str, words: str, k: int, n: int) -> Row:
+    size, (layers, hidden) = place.size(n), PAPERS
+    weights = [w.to(place.device) for w in lstm_weights(k + 4, hidden, layers, k)]
+    of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
+    draw = place.draw
+    state = [
+        draw(k, size, seed=1),
+        draw(k, size, seed=2).square(),
+        draw(layers, hidden, size, seed=3).tanh(),
+        draw(layers, hidden, size, seed=4),
+    ]
+    ranks = torch.arange(size, device=place.device) % 5
+    kinds = [2, 3] if k == 2 else list(range(k))
+    grad = draw(size, seed=5)
+    step: tuple[Any, ...] = (grad, *state, weights, ranks, kinds, *of_each, 0.5, 1.0)
+    if direction == "backward":
+        step = ([torch.ones_like(t) for t in (grad, *state, state[0])], *step)
+    name = "choice_step" if direction == "forward" else "choice_step_backward"
+    operation = getattr(torch.ops.amalgam, name)
+    times = timed(place, lambda: operation(*step, words))
+    states = (1 if direction == "forward" else 2) * 4 * layers * hidden * 4
+    moved = size * (states + (16 + 20 * k if direction == "forward" else 24 + 36 * k))
+    row = {"operation": name, "backend": words, "teachers": k, "n": size, **times.row()}
+    row["ns_per_coordinate"] = round(1e9 * times.median / size, 4)
+    return row | traffic(place, times, moved)
+
+
+def teachers_case(place: Place, name: str, direction: str, backend: str, n: int) -> Row:
+    k, size = 6, place.size(n)
+    rows = [place.draw(k, size, seed=i) for i in range(6)]
+    nbytes = rows[0].nbytes
+    if name == "teacher_step":
+        of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
+        arguments: tuple[Any, ...] = (rows[0], rows[1], rows[2].square(), list(range(k)), *of_each)
+        moved = 6 * nbytes
+        if direction == "backward":
+            arguments, moved = (rows[3:], *arguments), 9 * nbytes
+    else:
+        student = place.draw(size, seed=9)
+        arguments, moved = (student, rows[0], 1e-10, None), nbytes + student.nbytes
+        if direction == "backward":
+            total = torch.ops.amalgam.teacher_distance(*arguments, "reference")[1]
+            ones = torch.ones(k, device=place.device)
+            arguments = (ones, student, rows[0], total, 1e-10, None, True)
+            moved *= 2
+    if direction == "backward":
+        name += "_backward"
+    operation = getattr(torch.ops.amalgam, name)
+    times = timed(place, lambda: operation(*arguments, backend))
+    row = {"operation": name, "backend": backend, "teachers": k, "n": size, **times.row()}
+    if n <= GRAPHED:
+        row |= replayed(place, lambda: operation(*arguments, backend)).row("graph_")
+    return row | traffic(place, times, moved)
+
+
+def unroll_case(place: Place, words: str, n: int, steps: int) -> Row:
+    size = place.size(n)
+    weights = weights_of(place, PAPERS)
+    grads, adjoints = (place.draw(steps, size, seed=i) for i in (1, 2))
+    state = begun(place, grads[0], weights, F32)
+    arguments = (grads, adjoints, *state, weights, *SETTINGS, words)
+    times = timed(place, lambda: torch.ops.amalgam.student_unroll_backward(*arguments))
+    each = round(1e9 * times.median / size / steps, 4)
+    row: Row = {"operation": "student_unroll_backward", "backend": words, "n": size, "steps": steps}
+    return row | times.row() | {"ns_per_coordinate_and_step": each}
+
+
+def many_case(place: Place, rival: str) -> Row:
+    """A step of 1,000 parameters of 100 elements: what each tensor costs."""
+    count, each = 1000 if place.real else 20, 100
+    values, slopes = place.draw(count * each, seed=1), place.draw(count * each, seed=2)
+    params = [part.clone().requires_grad_() for part in values.split(each)]
+    grads = [part.clone() for part in slopes.split(each)]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    if rival.startswith("AdamW"):
+        kind = rival.split()[1]
+        step: Callable[[], object] = torch.optim.AdamW(
+            params, capturable=place.real, **{kind: True}
+        ).step
+    else:
+        from amalgam import AmalgamatedOptimizer
+
+        step = AmalgamatedOptimizer(
+            params, backend=rival, capturable=True, warmup_steps=0, lr=1e-3
+        ).step
+    row: Row = {"operation": "step of 1,000 tensors of 100", "backend": rival, "n": count * each}
+    row |= timed(place, step).row()
+    return row | replayed(place, step, 1).row("graph_")
+
+
+def rival_case(place: Place, kind: str, n: int) -> Row:
+    """The step as plain PyTorch has it, eager or through torch.compile."""
+    from harness import kernel
+
+    size = place.size(n)
+    weights = weights_of(place, PAPERS)
+    param, grad = place.draw(size, seed=1), place.draw(size, seed=2)
+    state = begun(place, param, weights, F32)
+    function = kernel("student_step", "reference" if kind == "eager" else "compiled")
+
+    def call() -> None:
+        with torch.no_grad():
+            update, *new = function(grad, *state, weights, *SETTINGS)
+            param.sub_(update)
+            for old, value in zip(state, new, strict=True):
+                old.copy_(value)
+
+    times = timed(place, call)
+    row = {"operation": "student_step_", "backend": kind, "student": "2x20", "n": size}
+    row |= times.row() | {"ns_per_coordinate": round(1e9 * times.median / size, 4)}
+    return row | traffic(place, times, 668 * size)
+
+
+def cases(place: Place) -> Iterator[tuple[str, Case]]:
+    part = functools.partial
+
+    def ours(way: Any, student: tuple[int, int], n: int, kind: str = "plain") -> tuple[str, Case]:
+        label = f"{way[0]} {student[0]}x{student[1]} {SHORT[way[1]]} {kind} n={n}"
+        return f"in place {label}", part(in_place_case, place, way, student, n, kind)
+
+    yield "copy", part(copy_case, place)
+    yield "AdamW fused n=10000000", part(adamw_case, place, 10**7, "fused")
+    for way in WAYS:
+        yield ours(way, PAPERS, 10**7)
+    for student in ((1, 4), (1, 8), (1, 16), (1, 20)):
+        yield ours(("triton:bf16,approximate", BF16), student, 10**7)
+        yield ours(("triton", F32), student, 10**7)
+    yield "AdamW fused n=100000000", part(adamw_case, place, 10**8, "fused")
+    for way in WAYS:
+        yield ours(way, PAPERS, 10**8)
+    for kind in ("capturable", "stochastic"):
+        yield ours(("triton:bf16,approximate", BF16), PAPERS, 10**7, kind)
+        yield ours(("triton:bf16,approximate", BF16), (1, 4), 10**7, kind)
+    for n in (10**6, 10**7):
+        for direction in ("forward", "backward"):
+            for words in ("triton", "triton:tf32", "triton:bf16"):
+                label = f"{direction} {words} 2x20 n={n}"
+                yield label, part(functional_case, place, direction, words, PAPERS, n)
+    for n in (10**4, 10**5, 10**6):
+        for kind in ("fused", "foreach"):
+            yield f"AdamW {kind} n={n}", part(adamw_case, place, n, kind)
+        for way in (WAYS[0], WAYS[2], WAYS[4]):
+            yield ours(way, PAPERS, n)
+    for direction in ("forward", "backward"):
+        yield (
+            f"{direction} triton 2x20 n=10000",
+            part(functional_case, place, direction, "triton", PAPERS, 10**4),
+        )
+    for rival in ("triton", "AdamW fused", "AdamW foreach"):
+        yield f"1,000 tensors {rival}", part(many_case, place, rival)
+    # How many coordinates a program takes, and by how many warps.
+    for way, blocks in (
+        (WAYS[0], (32, 64, 128)),
+        (WAYS[2], (32, 64, 128)),
+        (WAYS[4], (64, 128, 256)),
+    ):
+        for block in blocks:
+            for warps in (4, 8):
+                name = f"configuration in place {way[0]} {SHORT[way[1]]} {block}x{warps}"
+                case = part(in_place_case, place, way, PAPERS, 10**7, "plain", (block, warps))
+                yield name, case
+    for student in ((1, 4), (1, 8)):
+        for block in (256, 512, 1024):
+            name = f"configuration in place 1x{student[1]} {block}x4"
+            way = ("triton:bf16,approximate", BF16)
+            yield name, part(in_place_case, place, way, student, 10**7, "plain", (block, 4))
+    for block, warps in ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
+        name = f"configuration backward {block}x{warps}"
+        case = part(
+            functional_case, place, "backward", "triton", PAPERS, 10**6, (block, warps)
+        )
+        yield name, case
+    for direction in ("forward", "backward"):
+        for k in (2, 6):
+            for words in ("triton", "triton:tf32"):
+                name = f"choice {direction} {words} k={k}"
+                yield name, part(choice_case, place, direction, words, k, 10**6)
+    for n in (10**4, 10**7):
+        for direction in ("forward", "backward"):
+            for name, backend in (
+                ("teacher_step", "triton"),
+                ("teacher_distance", "triton"),
+                ("teacher_distance", "cuda"),
+                ("teacher_distance", "reference"),
+            ):
+                if place.real or backend != "cuda":
+                    label = f"{name} {direction} {backend} n={n}"
+                    yield label, part(teachers_case, place, name, direction, backend, n)
+    for n, steps in ((10**5, 20), (10**6, 20)):
+        yield f"unroll n={n} T={steps}", part(unroll_case, place, "triton", n, steps)
+    yield "eager n=1000000", part(rival_case, place, "eager", 10**6)
+    if place.real:  # elsewhere it would time the compiler of another machine
+        yield "torch.compile n=1000000", part(rival_case, place, "compiled", 10**6)
+
+
+def main() -> None:
+    place = start("speed")
+    place.run_cases(cases(place))
+
+
+if __name__ == "__main__":
+    main()
