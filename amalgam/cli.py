@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from amalgam import ops, recipes, tasks, weights
+from amalgam.device import resolve
 from amalgam.heap import keep_freed_memory
 from amalgam.version import describe
 
@@ -40,12 +41,16 @@ def train(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.unroll=20"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:1 [default: the recipe's]")
+    ] = None,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
     from amalgam.meta import distributed
 
     distributed.join()
-    _train(recipe, out, seed, override or [], resume)
+    overrides = [*(override or []), *([f"device={device}"] if device is not None else [])]
+    _train(recipe, out, seed, overrides, resume)
 
 
 def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
@@ -114,6 +119,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
     every: Annotated[int, typer.Option(min=1, help="Steps between readings.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for results and plots.")] = None,
 ) -> None:
     """Train tasks with students and with torch's Adam and AdamW at their tuned rates."""
@@ -124,7 +130,8 @@ def evaluate(
 
     pool = Pool(teacher or [])
     loaded = [(Path(name).stem, load_policy(name)) for name in students]
-    chosen = [tasks.load(name, batch_size) for name in task or ["digits-cnn"]]
+    where = resolve(device)
+    chosen = [tasks.load(name, batch_size).to(where) for name in task or ["digits-cnn"]]
     results = []
     with _console.status("evaluating") as status:
 

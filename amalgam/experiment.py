@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from amalgam import files, plots, recipes, tasks
+from amalgam.device import resolve
 from amalgam.evaluation import Contender, Result, evaluate, spread, tables, tune
 from amalgam.meta import Trainer, distributed, optimizer_of
 from amalgam.meta.trainer import METRICS
@@ -38,7 +39,7 @@ class Experiment:
         folder: Where; made where missing.
         name: The recipe's name, for the student's provenance.
         seed: Decides everything random.
-        resume: Go on where the folder's run stopped.
+        resume: Go on where the folder's run stopped, which may have been on another device.
 
     Attributes:
         meta_steps: How many each training that is over took: the choice's, the student's.
@@ -65,6 +66,7 @@ class Experiment:
         distributed.by_first(self._settle)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
+        self.device = resolve(recipe.device)
         self.tasks = [tasks.load(one.name, one.batch_size) for one in recipe.tasks]
         self._choice: Policy | None = None
         self.meta_steps: list[int] = []
@@ -109,6 +111,7 @@ class Experiment:
             memory=recipe.memory,
             task_weights=[task.weight for task in recipe.tasks],
             seed=self.seed,
+            device=self.device,
             provenance={"recipe": self._name, "resolved": recipe.as_dict(), **describe()},
             **how,
         )
@@ -126,6 +129,7 @@ class Experiment:
                 f"or choose another folder (--out)"
             )
         stored = json.loads(path.read_text(encoding="utf-8"))
+        stored["resolved"]["device"] = self.recipe.device  # The one key that may change.
         for key in ("seed", "resolved"):
             difference = _difference(stored[key], about[key], key.replace("resolved", "recipe"))
             if difference:
@@ -183,7 +187,7 @@ class Experiment:
         how, students = self.recipe.evaluation, self.trainer.students
         results = []
         for name in how.tasks:
-            task = tasks.load(name, self.recipe.tasks[0].batch_size)
+            task = tasks.load(name, self.recipe.tasks[0].batch_size).to(self.device)
             everybody = [
                 *(
                     student_contender(f"student {index}" if len(students) > 1 else "student", one)

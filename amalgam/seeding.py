@@ -7,11 +7,32 @@ generator's state ever has to be saved.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def generator_for(seed: int, *path: str | int) -> torch.Generator:
     """A CPU generator for the purpose that ``path`` names, such as ``("episode", 3)``."""
     digest = hashlib.blake2b(repr((seed, *path)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def normal_like(
+    like: Tensor, generator: torch.Generator, shape: Sequence[int] | None = None
+) -> Tensor:
+    """Standard normal numbers, the same on every device: drawn where the generator is, and moved.
+
+    Args:
+        like: Whose dtype and device they are of.
+        generator: Where they come from.
+        shape: Their shape; ``like``'s where absent.
+    """
+    drawn = torch.randn(
+        like.shape if shape is None else shape,
+        generator=generator,
+        dtype=like.dtype,
+        device=generator.device,
+    )
+    return drawn.to(like.device)

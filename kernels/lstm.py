@@ -97,21 +97,36 @@ def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
 
 @triton.jit
 def _rounded(x):
-    """Rounded to TF32's 11 bits: tensor cores would truncate."""
+    """Rounded to TF32's 11 bits. NaN may become zero, and the largest numbers infinity.
+
+    x - _rounded(x) is NaN in either case, and of infinity.
+    """
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _to_truncate(x):
+    """What tensor cores, which truncate to TF32, make the rounded x of; NaN stays.
+
+    That of hardware is 0x7fffffff, to which nothing can be added.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits + 0x1000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _three_products(a, low_a, b, sums):
     """A a b of float32 from what TF32 holds of a and of b and what it leaves of each.
 
-    The product of both rests lies below float32's rounding. Triton's own tf32x3 guards infinities,
-    at twice the price.
+    The product of both rests lies below float32's rounding. What is left of NaN and of infinity is
+    NaN, which thus comes out. Triton's own tf32x3 guards infinities, at twice the price.
     """
     high_b = _rounded(b)
-    sums = tl.dot(low_a, high_b, sums, input_precision="tf32")
-    sums = tl.dot(a, _rounded(b - high_b), sums, input_precision="tf32")
-    return tl.dot(a, high_b, sums, input_precision="tf32")
+    # From zero, as tensor cores truncate where they add: beside large sums small products are lost.
+    total = tl.dot(low_a, high_b, input_precision="tf32")
+    # What is left has 12 bits at most: rounding it would err as truncation does.
+    total = tl.dot(a, b - high_b, total, input_precision="tf32")
+    return sums + tl.dot(a, high_b, total, input_precision="tf32")
 
 
 @triton.jit
@@ -121,7 +136,9 @@ def product(a, b, sums, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     elif PRECISION == "3xtf32":
         high_a = _rounded(a)
-        return _three_products(high_a, _rounded(a - high_a), b, sums)
+        return _three_products(high_a, a - high_a, b, sums)
+    elif PRECISION == "tf32":
+        return tl.dot(_to_truncate(a), _to_truncate(b), sums, input_precision="tf32")
     else:
         return tl.dot(a, b, sums, input_precision=PRECISION)
 
@@ -159,6 +176,8 @@ def weighed(
         if TRANSPOSED:
             rest = tl.trans(rest)
         return _three_products(weights, rest, x, sums)
+    elif PRECISION == "tf32":
+        return tl.dot(weights, _to_truncate(x), sums, input_precision="tf32")
     else:
         return product(weights, x, sums, PRECISION)
 
@@ -374,17 +393,19 @@ def pack(
     Args:
         weights: As the operation has them, float32.
         plan: Their packing.
-        precision: With 3xtf32 matrices are rounded to TF32; with others, nothing is left.
+        precision: With tf32 and 3xtf32 matrices are rounded to TF32, and NaN stays; what that
+            leaves is looked at with 3xtf32 alone.
         approximate: Whether sigmoids will be a tanh of half the sum: halves the weights of theirs.
     """
     flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
     packed = flat.index_select(0, plan.places)
     if approximate:
         packed = torch.where(plan.logistic, 0.5 * packed, packed)
-    if precision != "3xtf32":
+    if precision not in ("tf32", "3xtf32"):
         return packed, packed
     high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return torch.where(plan.square, high, packed), packed - high
+    high = torch.where(plan.square & ~packed.isnan(), high, packed)
+    return high, packed - high
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:

@@ -118,7 +118,7 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
     """Train a fresh optimizee and record its validation loss.
 
     Args:
-        task: Optimizee and data.
+        task: Optimizee and data, on the device to train on.
         make: Makes the optimizer for its parameters.
         steps: Steps to take.
         seed: Decides initial parameters and batches, and nothing else does.
@@ -170,7 +170,7 @@ def evaluate(
     """Every contender on a task, over the same seeds.
 
     Args:
-        task: Optimizee and data.
+        task: Optimizee and data, on the device to train on.
         contenders: The optimizers.
         steps: Steps of each run.
         seeds: Runs of each.

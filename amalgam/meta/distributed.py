@@ -19,9 +19,20 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the other processes that ``torchrun`` started, if it did and they have not met."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """Meet the other processes that ``torchrun`` started, if it did and they have not met.
+
+    Tensors on the CPU travel by gloo, those on GPUs by NCCL; a process's own GPU becomes the one
+    that its ``LOCAL_RANK`` counts, where there are that many.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl")
 
 
 def leave() -> None:

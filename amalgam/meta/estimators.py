@@ -16,6 +16,7 @@ from torch import Tensor
 from amalgam.meta import distributed
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.unroll import Trajectories, Unroll, Window
+from amalgam.seeding import normal_like
 from amalgam.tasks import Batch
 
 KINDS = ("truncation", "pes")
@@ -164,10 +165,7 @@ def by_evolution(
     """
     weights = [w.detach() for w in unroll.students[0].weights()]
     generator = generators(0, "particles", distributed.rank())
-    fresh = [
-        how.std * torch.randn((how.pairs, *w.shape), generator=generator, dtype=w.dtype)
-        for w in weights
-    ]
+    fresh = [how.std * normal_like(w, generator, (how.pairs, *w.shape)) for w in weights]
     total = [old + new for old, new in zip(carried, fresh, strict=True)] if carried else fresh
     particles = [
         [w + sign * xi[pair] for w, xi in zip(weights, fresh, strict=True)]

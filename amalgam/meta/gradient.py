@@ -128,7 +128,7 @@ class Recording:
         self.distances = like.new_empty((steps, rows, k))
         self._moved = torch.zeros((steps, rows), dtype=torch.bool, device=like.device)
         counted, reduced = torch.zeros_like(self._moved), like.new_empty((steps, rows))
-        skipped = torch.zeros((rows, 1 + k), dtype=torch.long)
+        skipped = torch.zeros((rows, 1 + k), dtype=torch.long, device=like.device)
 
         point = Point(begin.params, begin.states)
         self._kept = [(0, point)]
@@ -144,14 +144,14 @@ class Recording:
                 self._grads[t] = grad
             point, moved = self._step(t, point, grad, ok)
             self._moved[t] = moved
-            skipped[:, 0] += ~moved.cpu()
+            skipped[:, 0] += ~moved
             self._keep(t + 1, point)
 
             if k:
                 teachers, state, teachers_ok = unroll.teachers_step(
                     teachers, state, teacher_grads, begin.scale
                 )
-                skipped[:, 1:] += ~teachers_ok.T.cpu()
+                skipped[:, 1:] += ~teachers_ok.T
             self.losses[t, :, :1], self.losses[t, :, 1:] = loss[:, None], teacher_losses
             self.distances[t], reduced[t] = self._distances(t, point.params, teachers)
         self.skipped = skipped

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from amalgam.hints import did_you_mean
+from amalgam.seeding import normal_like
 
 NORMS = ("l2", "scale", "inf")
 
@@ -86,11 +87,6 @@ def _check_steps(of: Any) -> None:
         raise ValueError(f"steps must be 1 or more, not {of.steps}")
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device)
-    return drawn.to(like.device)
-
-
 @dataclass(frozen=True)
 class Gaussian:
     """Independent Gaussian noise on every weight.
@@ -126,7 +122,7 @@ class Gaussian:
             std: float | Tensor = self.std
             if self.relative:
                 std = self.std * (weight.square().mean() + self.floor).sqrt()
-            drawn.append(std * _normal(weight, generator))
+            drawn.append(std * normal_like(weight, generator))
         return drawn
 
 
@@ -275,7 +271,7 @@ class InputNoise:
 
     def add(self, grad: Tensor, generator: torch.Generator) -> Tensor:
         """A gradient of any shape, in its graph, with noise drawn from ``generator``."""
-        return grad + self.std * _normal(grad, generator)
+        return grad + self.std * normal_like(grad, generator)
 
 
 KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {

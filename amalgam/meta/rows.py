@@ -101,7 +101,7 @@ class Rows:
     """Optimizees of one task that run as one, each with its student and its teachers.
 
     Args:
-        task: The optimizee and its data.
+        task: The optimizee and its data; its device is everybody's.
         student: The learned optimizer, or several of one kind and configuration: replicates, which
             share nothing but the machine.
         pool: The teachers; may be empty.
@@ -126,6 +126,12 @@ class Rows:
         self.students = (student,) if isinstance(student, Policy) else tuple(student)
         if len({(type(one), str(one.config)) for one in self.students}) != 1:
             raise ValueError("student must be one, or several of one kind and configuration")
+        elsewhere = {w.device for one in self.students for w in one.weights()} - {task.device}
+        if elsewhere:
+            raise ValueError(
+                f"student must be on the task's device, {task.device}, not on "
+                f"{', '.join(map(str, elsewhere))}; move either with .to()"
+            )
         if optimizees < 1:
             raise ValueError(f"optimizees must be 1 or more, not {optimizees}")
         self.pool = pool
@@ -157,13 +163,17 @@ class Rows:
         Args:
             *generators: One a row.
         """
-        params = [self.task.init_params(generator) for generator in generators]
+        params = torch.stack([self.task.init_params(generator) for generator in generators])
         spread = self.amalgamation.scale_spread
-        uniform = [
-            torch.rand(one.shape, generator=generator, dtype=one.dtype)
-            for one, generator in zip(params, generators, strict=True)
-        ]
-        return self.start_from(torch.stack(params), ((2 * torch.stack(uniform) - 1) * spread).exp())
+        # Up to the exponential where they are drawn: its last bits are the device's own.
+        uniform = torch.stack(
+            [
+                torch.rand(params.shape[1:], generator=each, dtype=params.dtype, device=each.device)
+                for each in generators
+            ]
+        )
+        scale = ((2 * uniform - 1) * spread).exp()
+        return self.start_from(params, scale.to(params.device))
 
     def start_from(self, params: Tensor, scale: Tensor) -> Trajectories:
         """An episode from given parameters (R, N), not yet scaled, and their scaling (R, N)."""

@@ -149,7 +149,9 @@ def parse_bytes(amount: str | int) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that a device has free, within what this process's control group leaves it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch's allocator holds of it and nobody uses is free for this process, too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     report = Path("/proc/meminfo")
     if report.exists():

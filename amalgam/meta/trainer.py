@@ -25,6 +25,7 @@ from torch import Tensor
 
 from amalgam import files
 from amalgam import weights as weights_io
+from amalgam.device import resolve
 from amalgam.evaluation.protocol import train as train_optimizee
 from amalgam.meta import distributed, estimators
 from amalgam.meta.clipping import clip_adaptively
@@ -217,7 +218,8 @@ class Trainer:
     """Meta-trains a student, or several replicates of one side by side.
 
     Args:
-        student: The student, or the replicates; weights are trained in place.
+        student: The student, or the replicates; weights are moved to ``device`` and trained there,
+            in place.
         task: The optimizee and data to train it on, or several, of which every episode takes one.
         pool: The teachers.
         amalgamation: How the student is held to task and teachers.
@@ -230,6 +232,9 @@ class Trainer:
         task_weights: How often each task is taken; all alike where absent.
         seed: Decides everything random; of replicates, the first one's, which the others count on
             from. Which task an episode takes, and ``il_mode="switch"``, the first decides for all.
+        device: Where it all is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a GPU
+            where there is one. All that is random is drawn on the CPU, and so the same anywhere;
+            files hold tensors of the CPU, and a run begun on one device goes on on another.
         folder: Where the run is kept; made where missing.
         provenance: Facts that the saved student is to carry beside those that are known here.
     """
@@ -250,10 +255,14 @@ class Trainer:
         perturbation: Perturbation | None = None,
         task_weights: Sequence[float] | None = None,
         seed: int = 0,
+        device: str | torch.device = "auto",
         provenance: dict[str, Any] | None = None,
     ) -> None:
+        self.device = resolve(device)
         students = [student] if isinstance(student, Policy) else list(student)
-        self.tasks = (task,) if isinstance(task, Task) else tuple(task)
+        students = [one.to(self.device) for one in students]
+        tasks = [task] if isinstance(task, Task) else task
+        self.tasks = tuple(one.to(self.device) for one in tasks)
         self.task_weights = tuple(task_weights or [1.0] * len(self.tasks))
         self.pool = pool
         self.amalgamation = amalgamation or Amalgamation()
@@ -543,14 +552,15 @@ class Trainer:
             # A window in which the student took no step does not reach its weights.
             moved = bool((skipped < len(estimate.window.losses)).any())
             found = estimate.grads[index] if estimate.grads is not None else None
-            told = torch.stack((estimate.loss[index], torch.tensor(float(moved))))
+            loss = estimate.loss[index]
+            told = torch.stack((loss, torch.full_like(loss, float(moved))))
             *grads, told = distributed.average(
                 [*(found or [torch.zeros_like(w) for w in weights]), told]
             )
-            loss, share_moved = told.tolist()
+            mean_loss, share_moved = told.tolist()
             norm = torch.nn.utils.get_total_norm(grads).item() if share_moved else math.nan
             norms.append(norm)
-            if not math.isfinite(norm) or not math.isfinite(loss):
+            if not math.isfinite(norm) or not math.isfinite(mean_loss):
                 replicate.skipped_meta_steps += 1
                 continue
             clipped = clip_adaptively(weights, grads, ratio=how.clip_ratio, floor=how.clip_floor)
@@ -643,6 +653,7 @@ class Trainer:
                 "mechanism": self.amalgamation.mechanism,
                 "meta_steps": self.meta_step,
                 "kept_meta_step": kept,
+                "device": str(self.device),
                 **self.provenance,
             }
             if distributed.rank() == 0:
@@ -675,7 +686,7 @@ class Trainer:
             replicate.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _standing(self) -> dict[str, Tensor]:
-        """Where this process's trajectories stand."""
+        """Where this process's trajectories stand, on the CPU: another process is to read it."""
         assert self._trajectories is not None
         where = self._trajectories
         tensors = {
@@ -688,28 +699,31 @@ class Trainer:
         for index, state in enumerate(where.teacher_state):
             tensors |= {f"teacher_state.{index}.{n}": t for n, t in state_tensors(state).items()}
         tensors |= {f"carried.{index}": t for index, t in enumerate(self._carried)}
-        return tensors
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _stand(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :meth:`_standing` gave."""
         # Of the tasks one of that size will do: only the states' shape as nests is looked at.
-        size = tensors["params"].shape[1]
+        scale, params, teacher_params = (
+            tensors[name].to(self.device) for name in ("scale", "params", "teacher_params")
+        )
+        size = params.shape[1]
         unroll = next(one for one in self._unrolls if one.task.layout.numel == size)
-        blank = tuple(unroll.steps.initial(rows) for rows in unroll.by_student(tensors["params"]))
-        stored = _in_order(_under(tensors, "states"))
+        blank = tuple(unroll.steps.initial(rows) for rows in unroll.by_student(params))
+        stored = [tensor.to(self.device) for tensor in _in_order(_under(tensors, "states"))]
         filled = with_tensors(_tensors_for_numbers(blank), stored)
         pools: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _under(tensors, "teacher_state").items():
             index, _, leaf = name.partition(".")
             pools.setdefault(index, {})[leaf] = tensor
         self._trajectories = Trajectories(
-            tensors["scale"],
-            tensors["params"],
+            scale,
+            params,
             _numbers_back(filled, blank),
-            tensors["teacher_params"],
-            tuple(state_from_tensors(pools[str(index)]) for index in range(len(pools))),
+            teacher_params,
+            tuple(state_from_tensors(pools[str(i)], self.device) for i in range(len(pools))),
         )
-        self._carried = _in_order(_under(tensors, "carried"))
+        self._carried = [t.to(self.device) for t in _in_order(_under(tensors, "carried"))]
 
     def _save_checkpoint(self, path: Path) -> None:
         everywhere = distributed.gather(self._standing())

@@ -33,6 +33,7 @@ class PolicyTeacher:
         for weight in self.policy.weights():
             digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
         self.digest = digest.hexdigest()
+        self._policies: dict[torch.device, Policy] = {}
 
     @property
     def kind(self) -> str:
@@ -45,8 +46,8 @@ class PolicyTeacher:
         """One step, outside any graph.
 
         Args:
-            grad: The gradient, shape (N,).
-            state: The carried state; not changed.
+            grad: The gradient, shape (N,), on any device.
+            state: The carried state, on any device; not changed.
             layout: Which tensors the coordinates are.
             backend: What computes it; see :meth:`amalgam.policies.LearnedPolicy.step`.
 
@@ -58,7 +59,7 @@ class PolicyTeacher:
             RuntimeError: The backend asked for can't compute this policy here.
         """
         with torch.no_grad():
-            update, new = self.policy.step(
+            update, new = self._policy_for(grad).step(
                 grad, self._filled(grad, state, layout), layout=layout, backend=backend
             )
         return update, new._asdict()
@@ -66,13 +67,27 @@ class PolicyTeacher:
     def warm_up(self, grad: Tensor, state: TorchState, layout: Layout) -> TorchState:
         """The state after a warm-up step's gradient (N,), on which the policy does not act."""
         with torch.no_grad():
-            warmed = self.policy.warm_up(grad, self._filled(grad, state, layout), layout=layout)
+            warmed = self._policy_for(grad).warm_up(
+                grad, self._filled(grad, state, layout), layout=layout
+            )
         carried: TorchState = warmed._asdict()
         return carried
 
     def _filled(self, grad: Tensor, state: TorchState, layout: Layout) -> object:
-        begin = self.policy.initial_state(grad, layout)
-        return begin._replace(**state)
+        begin = self._policy_for(grad).initial_state(grad, layout)
+        carried = {
+            name: value.to(grad.device) if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+        return begin._replace(**carried)
+
+    def _policy_for(self, grad: Tensor) -> Policy:
+        """The policy on a gradient's device."""
+        device = grad.device
+        if device not in self._policies:
+            here = self.policy.weights()[0].device == device
+            self._policies[device] = self.policy if here else copy.deepcopy(self.policy).to(device)
+        return self._policies[device]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PolicyTeacher) and repr(self) == repr(other)

@@ -300,18 +300,26 @@ def state_tensors(state: PoolState | MixedPoolState) -> dict[str, Tensor]:
     return tensors
 
 
-def state_from_tensors(tensors: Mapping[str, Tensor]) -> PoolState | MixedPoolState:
+def state_from_tensors(
+    tensors: Mapping[str, Tensor], device: torch.device | None = None
+) -> PoolState | MixedPoolState:
     """The state whose :func:`state_tensors` these are, to the same bits.
+
+    Args:
+        tensors: The tensors.
+        device: Where the pool is to step; where the tensors are where absent. Teachers that are
+            not analytical take theirs from anywhere, and know what they want where.
 
     Raises:
         KeyError: ``m`` or ``v`` is absent.
     """
+    m, v = (tensors[name].to(device=device) for name in PoolState._fields)
     if "torch" not in tensors:
-        return PoolState(tensors["m"], tensors["v"])
+        return PoolState(m, v)
     carried: list[dict[str, Tensor]] = [{} for _ in range(int(tensors["torch"]))]
     for name, tensor in tensors.items():
         if name.startswith("torch."):
             index, _, rest = name.removeprefix("torch.").partition(".")
             carried[int(index)][rest] = tensor
     states = tuple(torch_teacher.from_tensors(entries) for entries in carried)
-    return MixedPoolState(tensors["m"], tensors["v"], states)
+    return MixedPoolState(m, v, states)

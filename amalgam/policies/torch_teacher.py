@@ -158,7 +158,7 @@ class TorchTeacher:
         Args:
             params: Its parameters, shape (N,); not changed.
             grad: Their gradient, shape (N,).
-            state: The carried state, ``{}`` at first; not changed.
+            state: The carried state, ``{}`` at first, on any device; not changed.
             layout: Which tensors the coordinates are.
 
         Returns:
@@ -185,7 +185,9 @@ class TorchTeacher:
                 stored = _under(state, str(index))
                 if stored:
                     optimizer.state[scratch[index]] = {
-                        key: value.clone() if isinstance(value, Tensor) else value
+                        key: value.to(_home(group, key, value, params.device), copy=True)
+                        if isinstance(value, Tensor)
+                        else value
                         for key, value in stored.items()
                     }
             optimizer.step()
@@ -216,6 +218,12 @@ def _under(state: TorchState, head: str) -> TorchState:
         for key, value in state.items()
         if key.startswith(f"{head}/")
     }
+
+
+def _home(group: Mapping[str, Any], key: str, value: Tensor, device: torch.device) -> torch.device:
+    """Where an optimizer wants a tensor of its state, as Optimizer.load_state_dict has it."""
+    on_host = key == "step" and not group.get("capturable") and not group.get("fused")
+    return value.device if on_host else device
 
 
 def _storable(made: _Made, key: str, value: Any) -> Any:

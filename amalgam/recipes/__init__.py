@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic import PlainValidator, TypeAdapter, ValidationError
 
 from amalgam import ops, policies, tasks
+from amalgam.device import resolve
 from amalgam.hints import did_you_mean
 from amalgam.meta import (
     Amalgamation,
@@ -337,6 +338,8 @@ class Recipe:
         threads: PyTorch's intra-op threads, which decide the last bits of its sums; those that the
             process has where absent. One is as fast as many for optimizees of a few thousand
             parameters, and gives the same numbers on machines of any size.
+        device: Where it all is computed, as in :func:`amalgam.device.resolve`. What is drawn at
+            random is the same anywhere, the last bits of sums are not.
     """
 
     tasks: tuple[TaskChoice, ...]
@@ -354,6 +357,7 @@ class Recipe:
     replicates: int = 1
     evaluation: Evaluation = field(default_factory=Evaluation)
     threads: int | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
@@ -361,6 +365,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
+        resolve(self.device)
         for name in ("stages", "tasks"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one {name.removesuffix('s')}")

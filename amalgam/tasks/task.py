@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import torch
@@ -59,9 +60,12 @@ class Task:
     ``loss(module(*batch[:-1]), batch[-1])``, a mean over the batch. Buffers (such as batch norm's
     running statistics) are constants of an unroll.
 
+    A task is on the device that its data are on, modules included; see :meth:`to`. All that is
+    random is drawn on the CPU and moved there, so that it is the same on every device.
+
     Attributes:
         name: For tables and files.
-        build: Makes a freshly initialised module.
+        build: Makes a freshly initialised module, on the CPU.
         train: Training data, each tensor (samples, ...).
         validation: Data to judge by, likewise; never trained on.
         loss: Loss of output and target.
@@ -92,6 +96,11 @@ class Task:
                 raise ValueError(
                     f"{name} must hold tensors of one length, at least 1, not of {sorted(lengths)}"
                 )
+        devices = {tensor.device for tensor in (*self.train, *self.validation)}
+        if len(devices) != 1:
+            raise ValueError(
+                f"train and validation must be on one device, not on {sorted(map(str, devices))}"
+            )
         if not 1 <= self.batch_size <= len(self.train[0]):
             raise ValueError(
                 f"batch_size must be between 1 and the {len(self.train[0])} training samples, "
@@ -103,6 +112,26 @@ class Task:
         self._convolves = any(len(shape) > 2 for shape in self.layout.shapes.values())
         # Found out now, so that no bits depend on what came first.
         self._large = self._convolves and self._has_large_convolutions()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its data are, and its modules."""
+        return self.train[0].device
+
+    def to(self, device: str | torch.device) -> Task:
+        """The task on a device: itself where it is there, else one with copies of its data.
+
+        A loss that is a module moves along.
+        """
+        train, validation = (
+            tuple(tensor.to(device) for tensor in data) for data in (self.train, self.validation)
+        )
+        if train[0].device == self.device:
+            return self
+        loss = self.loss
+        if isinstance(loss, nn.Module):
+            loss = copy.deepcopy(loss).to(device)
+        return replace(self, train=train, validation=validation, loss=loss)
 
     def describe(self) -> str:
         """Name, sizes and a fingerprint of the data, for provenance."""
@@ -116,15 +145,20 @@ class Task:
 
     def init_module(self, generator: torch.Generator) -> nn.Module:
         """A module initialised from ``generator`` alone; torch's global state stays untouched."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.build()
+        return self._built(generator).to(self.device)
 
     def init_params(self, generator: torch.Generator) -> Tensor:
         """Initial parameters as one vector, shape (layout.numel,)."""
-        module = self.init_module(generator)
-        return self.layout.flatten(dict(module.named_parameters())).detach()
+        module = self._built(generator)
+        return self.layout.flatten(dict(module.named_parameters())).detach().to(self.device)
+
+    def _built(self, generator: torch.Generator) -> nn.Module:
+        """An initialised module where it is built."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed every GPU, too.
+            torch.default_generator.manual_seed(seed)
+            return self.build()
 
     def batches(self, generator: torch.Generator, steps: int) -> Batches:
         """Batches for so many steps: shuffled epochs, whole batches only."""
@@ -132,7 +166,7 @@ class Task:
         per_epoch = samples // self.batch_size
         chosen: list[Tensor] = []
         while len(chosen) < steps:
-            order = torch.randperm(samples, generator=generator)
+            order = torch.randperm(samples, generator=generator).to(self.device)
             whole = order[: per_epoch * self.batch_size].split(self.batch_size)
             chosen += whole[: steps - len(chosen)]
         return Batches(self.train, chosen)

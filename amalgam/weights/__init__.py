@@ -54,7 +54,7 @@ def write(
     Args:
         path: Where to; missing folders are made.
         kind: What the file holds, for :func:`read` to check, such as ``"student"``.
-        tensors: Tensors by name.
+        tensors: Tensors by name, on any device.
         about: JSON-serialisable facts that travel in the file's metadata.
     """
     # Imported here, so that `import amalgam` works on a bare machine with a GPU to test.
@@ -62,7 +62,7 @@ def write(
 
     # One key: safetensors writes several in an order that changes from run to run.
     metadata = {_KEY: json.dumps({"kind": kind, "about": about}, sort_keys=True)}
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with files.whole(path) as beside:
         beside.write_bytes(save(contiguous, metadata))
 
