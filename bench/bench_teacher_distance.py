@@ -9,17 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import kernel, measure, need, sizes
+from harness import kernel, measure, need, sizes, threads_of_each
 from torch import Tensor
 
 K = 6
 EPS = 1e-10
-ON_CPU = ["reference", "compiled", "cpu"]
-ON_GPU = ["reference", "compiled", "triton", "cuda"]
-CASES = [
-    *((backend, "cpu", threads) for backend in ON_CPU for threads in (1, 2)),
-    *((backend, "cuda", 1) for backend in ON_GPU),
-]
 
 
 def _forward(student: Tensor, teachers: Tensor) -> tuple[list[Any], int]:
@@ -33,20 +27,17 @@ def _backward(student: Tensor, teachers: Tensor) -> tuple[list[Any], int]:
 
 
 @pytest.mark.parametrize("n", sizes(10**3, 10**4, 10**5, 10**6, 10**7))
-@pytest.mark.parametrize(
-    ("backend", "device", "threads"), CASES, ids=lambda v: str(v), indirect=["threads"]
-)
+@threads_of_each
+@pytest.mark.parametrize("backend", ["reference", "compiled", "cpu"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_teacher_distance(
-    benchmark: Any, direction: str, backend: str, device: str, threads: int, n: int
+    benchmark: Any, direction: str, backend: str, threads: int, n: int
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA GPU here")
     name = "teacher_distance" if direction == "forward" else "teacher_distance_backward"
     need(backend, name)
     generator = torch.Generator().manual_seed(n)
-    student = torch.randn(n, generator=generator).to(device)
-    teachers = torch.randn(K, n, generator=generator).to(device)
+    student = torch.randn(n, generator=generator)
+    teachers = torch.randn(K, n, generator=generator)
     arguments, moved = (_forward if direction == "forward" else _backward)(student, teachers)
 
     function = kernel(name, backend)
@@ -61,6 +52,5 @@ def test_teacher_distance(
         backend=backend,
         n=n,
         threads=threads,
-        device=device,
         moved=moved,
     )

@@ -42,33 +42,3 @@ def test_teacher_step(benchmark: Any, direction: str, backend: str, threads: int
         threads=threads,
         moved=(6 if direction == "forward" else 9) * grads.nbytes,
     )
-
-
-@pytest.mark.parametrize("n", sizes(10**4, 10**6))
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_teacher_step_on_cuda(benchmark: Any, direction: str, backend: str, n: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("PyTorch sees no CUDA GPU here")
-    name = "teacher_step" if direction == "forward" else "teacher_step_backward"
-    need(backend, name)
-    generator = torch.Generator("cuda").manual_seed(n)
-    grads, m, v, *grads_out = (
-        torch.randn(K, n, generator=generator, device="cuda") for _ in range(6)
-    )
-    of_each = [[value] * K for value in (0.1, 0.9, 0.999, 1e-10)]
-    inputs = grads, m, v.square(), list(range(K)), *of_each
-    arguments = inputs if direction == "forward" else (grads_out, *inputs)
-    operation = getattr(torch.ops.amalgam, name)
-    expected = operation(*arguments, "reference")
-    assert_close(operation(*arguments, backend), expected, rtol=1e-3, of_scale=1e-5)
-    measure(
-        benchmark,
-        lambda: operation(*arguments, backend),
-        operation=f"teacher_step of {K} teachers, {direction}",
-        backend=backend,
-        n=n,
-        threads=1,
-        device="cuda",
-        moved=(6 if direction == "forward" else 9) * grads.nbytes,
-    )
