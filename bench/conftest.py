@@ -26,8 +26,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
     if importlib.util.find_spec("triton") is not None:
         machine_info["triton"] = importlib.metadata.version("triton")
-    if torch.cuda.is_available():
-        machine_info["gpu"] = torch.cuda.get_device_name()
 
 
 def pytest_benchmark_update_json(

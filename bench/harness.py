@@ -89,34 +89,32 @@ def assert_close(ours: Any, theirs: Any, rtol: float, of_scale: float) -> None:
         torch.testing.assert_close(our, their, rtol=rtol, atol=atol)
 
 
-def seconds(call: Callable[[], object], device: str = "cpu", repeats: int = 7) -> float:
-    """Median time of a call; on a GPU until its work is done."""
+def seconds(call: Callable[[], object], repeats: int = 7) -> float:
+    """Median time of a call."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
 # Cached by threads: what a machine reaches depends on them.
 @functools.cache
-def copy_rate(device: str, threads: int) -> float:
+def copy_rate(threads: int) -> float:
     """Bytes per second that a copy reads and writes here, now."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    source = torch.ones(COPY_BYTES // 4)
     target = torch.zeros_like(source)
     target.copy_(source)
-    return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
+    return 2 * COPY_BYTES / seconds(lambda: target.copy_(source))
 
 
 @functools.cache
-def sgemm_rate(device: str, threads: int) -> float:
+def sgemm_rate(threads: int) -> float:
     """FLOP per second of a float32 matrix product here, now."""
-    a, b = torch.randn(MATRIX, MATRIX, device=device), torch.randn(MATRIX, MATRIX, device=device)
+    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
     torch.mm(a, b)
-    return 2 * MATRIX**3 / seconds(lambda: torch.mm(a, b), device)
+    return 2 * MATRIX**3 / seconds(lambda: torch.mm(a, b))
 
 
 def memory(key: str) -> int:
@@ -149,7 +147,6 @@ def measure(
     backend: str,
     n: int,
     threads: int,
-    device: str = "cpu",
     flop: float = 0,
     moved: float = 0,
     **facts: Any,
@@ -158,38 +155,32 @@ def measure(
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        call: What is timed; on a GPU until its work is done.
+        call: What is timed.
         operation: What the call computes; operations share a plot's title.
         backend: Which rival computes it; rivals share a plot.
         n: Coordinates.
         threads: How many PyTorch uses.
-        device: Where.
         flop: Floating-point operations of the call, a multiply-add as two; 0 where they are not
             what it costs.
         moved: Bytes that the call has to read and write; 0 where they are not what it costs.
         facts: What else to write down.
     """
-    benchmark.group = f"{operation} {device} threads={threads} n={n}"
-
-    def complete() -> None:
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    benchmark.group = f"{operation} cpu threads={threads} n={n}"
 
     start = time.perf_counter()
-    complete()
+    call()
     slow = time.perf_counter() - start > ROUND_SECONDS
     rounds = 1 if QUICK and slow else 3 if slow else max(11, min(200, 10**7 // n))
-    benchmark.pedantic(complete, rounds=rounds, warmup_rounds=0 if slow else 2, iterations=1)
+    benchmark.pedantic(call, rounds=rounds, warmup_rounds=0 if slow else 2, iterations=1)
     if benchmark.stats is None:  # --benchmark-disable
         return
     median = benchmark.stats.stats.median
-    facts.update(operation=operation, backend=backend, device=device, threads=threads, n=n)
+    facts.update(operation=operation, backend=backend, device="cpu", threads=threads, n=n)
     facts["ns_per_coordinate"] = round(1e9 * median / n, 3)
     if flop:
         facts["gflop_per_second"] = round(flop / median / 1e9, 3)
-        facts["share_of_sgemm"] = round(flop / median / sgemm_rate(device, threads), 3)
+        facts["share_of_sgemm"] = round(flop / median / sgemm_rate(threads), 3)
     if moved:
         facts["gigabytes_per_second"] = round(moved / median / 1e9, 3)
-        facts["share_of_a_copy"] = round(moved / median / copy_rate(device, threads), 3)
+        facts["share_of_a_copy"] = round(moved / median / copy_rate(threads), 3)
     benchmark.extra_info.update(facts)

@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -93,11 +94,20 @@ class Run:
         lines = self.rows.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
+    def failed(self) -> bool:
+        """Whether a phase was killed or had to end, or a row says that something raised."""
+        ended = all(status == "ended" or seconds == 0 for _, seconds, status in self.ended)
+        return not ended or any(
+            "error" in row or row.get("outcome") in ("failed", "error") for row in self.read()
+        )
+
     def environment(self) -> dict[str, str]:
-        """Of every phase."""
+        """Of every phase; the stand-in's tensors are too small for several threads."""
+        single = {"OMP_NUM_THREADS": "1"} if self.stand_in else {}
         paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench"), os.environ.get("PYTHONPATH")]
         return {
             **os.environ,
+            **single,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
             "TRITON_CACHE_DIR": str(CACHE),
@@ -132,9 +142,7 @@ class Run:
             status += f", {tries} processes"
         self.ended.append((phase.name, time.monotonic() - begin, status))
 
-    def _together(
-        self, name: str, commands: list[list[str]], until: float
-    ) -> list[int | None]:
+    def _together(self, name: str, commands: list[list[str]], until: float) -> list[int | None]:
         """Run commands at once and log their lines; ``None`` for one that had to be killed."""
         running = [
             subprocess.Popen(
@@ -183,22 +191,7 @@ class Run:
 
 
 def machine_phase(run: Run) -> list[list[str]]:
-    code = (
-        "import json, sys, platform, os, torch, numpy\n"
-        "from amalgam.backends import build_info\n"
-        "from amalgam.version import describe\n"
-        "row = {'phase': 'machine', 'python': platform.python_version(), 'numpy': numpy.__version__,"
-        " 'torch': torch.__version__, 'cores': os.cpu_count(), 'amalgam': build_info(),"
-        " **describe()}\n"
-        "try:\n import triton; row['triton'] = triton.__version__\n"
-        "except ImportError: pass\n"
-        "if torch.cuda.is_available():\n"
-        " p = torch.cuda.get_device_properties(0)\n"
-        " row |= {'gpu': p.name, 'processors': p.multi_processor_count, 'bytes': p.total_memory,"
-        " 'l2': p.L2_cache_size}\n"
-        "print(json.dumps(row)); open(sys.argv[1], 'a').write(json.dumps(row) + '\\n')"
-    )
-    commands = [[sys.executable, "-c", code, str(run.rows)]]
+    commands = [run.script("machine")]
     if shutil.which("nvidia-smi"):
         query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.max.mem"
         commands.append(["nvidia-smi", f"--query-gpu={query}", "--format=csv"])
@@ -276,23 +269,23 @@ def summary(run: Run) -> str:
         counts += [f"{count} {outcome}" for outcome, count in sorted(outcomes.items())]
         lines.append(f"{name:9s} {seconds:6.1f} s  {status}: {', '.join(counts)}")
     compiled = [row["compiled"] for row in rows if "compiled" in row]
-    lines.append(f"compiled there: {len(compiled)} kernels, {sum(c['seconds'] for c in compiled):.0f} s")
+    spent = sum(each["seconds"] for each in compiled)
+    lines.append(f"compiled there: {len(compiled)} kernels, {spent:.0f} s")
     for row in rows:
-        if "error" in row or row.get("ok") is False or row.get("outcome") in ("failed", "error"):
+        outcome = row.get("outcome", "")
+        if "error" in row or row.get("ok") is False or outcome in ("failed", "error"):
             told = row.get("error") or {k: row[k] for k in ("relative", "ratio") if k in row}
-            lines.append(f"! {row['phase']} {row.get('case')}: {row.get('outcome', '')} {told}"[:220])
-    for row in rows:
+            lines.append(f"! {row['phase']} {row.get('case')}: {outcome} {told}"[:220])
+    for row in rows if run.stand_in is None else ():
         if "share_of_copy" in row:
             graph = f" graph {row['graph_us']:.1f}" if "graph_us" in row else ""
-            lines.append(
-                f"{row['case']}: {row['us']:.1f} us{graph}, {row['share_of_copy']:.0%} of a copy"
-            )
+            share = f"{row['share_of_copy']:.0%} of a copy"
+            lines.append(f"{row['case']}: {row['us']:.1f} us{graph}, {share}")
         elif row.get("phase") == "windows" and "ms_per_step" in row:
             lines.append(f"{row['case']}: {row['ms_per_step']} ms a step")
         elif row.get("phase") == "model" and "us" in row:
-            lines.append(
-                f"{row['case']}: {row['us'] / 1e3:.2f} ms, optimizer {row['optimizer_us'] / 1e3:.2f}"
-            )
+            step, alone = row["us"] / 1e3, row["optimizer_us"] / 1e3
+            lines.append(f"{row['case']}: {step:.2f} ms a step, optimizer alone {alone:.2f}")
     return "\n".join(lines)
 
 
@@ -329,14 +322,17 @@ def go(run: Run, limit: float) -> str:
     """Run the phases that were asked for, within a limit, and say what came out."""
     settle(run)
     until = run.begin + limit
-    for phase in PHASES:
+    wanted = [phase for phase in PHASES if not run.only or phase.name in run.only]
+    if run.stand_in == "compile":  # nothing is timed
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda phase: run.phase(phase, limit), wanted))
+        wanted = []
+    for phase in wanted:
         left = until - time.monotonic()
-        if run.only and phase.name not in run.only:
-            continue
-        if left <= 1:
+        if left > 1:
+            run.phase(phase, min(phase.seconds, left))
+        else:
             run.ended.append((phase.name, 0.0, "no time was left"))
-            continue
-        run.phase(phase, min(phase.seconds, left))
     text = summary(run)
     (run.out / "summary.txt").write_text(text + "\n", encoding="utf-8")
     return text
@@ -386,7 +382,10 @@ def main() -> None:
     unknown = sorted(set(only) - {phase.name for phase in PHASES})
     if unknown:
         parser.error(f"--only names {unknown}; there are {[phase.name for phase in PHASES]}")
-    print(go(Run(asked.out, getattr(asked, "stand_in", None), only), asked.limit))
+    run = Run(asked.out, getattr(asked, "stand_in", None), only)
+    print(go(run, asked.limit))
+    if run.stand_in and run.failed():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

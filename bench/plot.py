@@ -23,9 +23,7 @@ COLUMNS = 3
 Lines = dict[tuple[str, int], dict[int, float]]  # (backend, threads) -> N -> ns per coordinate
 
 
-def machine_of(info: dict[str, Any], device: str) -> str:
-    if device == "cuda":
-        return str(info.get("gpu", "unknown GPU"))
+def machine_of(info: dict[str, Any]) -> str:
     cpu = info["cpu"]
     name = f"{cpu.get('brand_raw') or info['machine']}, {cpu['count']} cores"
     return f"{name}, huge pages" if info["huge_pages"] else name
@@ -38,7 +36,7 @@ def read(folder: Path) -> dict[str, dict[str, Lines]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows["benchmarks"]:
             facts = row["extra_info"]
-            machine = machine_of(rows["machine_info"], facts["device"])
+            machine = machine_of(rows["machine_info"])
             line = machines[machine][facts["operation"]][facts["backend"], facts["threads"]]
             line[facts["n"]] = 1e9 * row["stats"]["median"] / facts["n"]
     return {

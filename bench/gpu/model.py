@@ -41,9 +41,7 @@ class GPT(nn.Module):
 
 def build(place: Place) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    width, layers, context, batch = (
-        (WIDTH, LAYERS, CONTEXT, BATCH) if place.real else (48, 1, 8, 2)
-    )
+    width, layers, context, batch = (WIDTH, LAYERS, CONTEXT, BATCH) if place.real else (48, 1, 8, 2)
     model = GPT(width, layers, context).to(place.device)
     x, y = (torch.randint(VOCABULARY, (batch, context), device=place.device) for _ in "xy")
     return model, x, y

@@ -77,7 +77,8 @@ class Place:
 
     def write(self, row: Row) -> None:
         """Append a row to the file, whole, and say it."""
-        line = json.dumps({"phase": self.phase, **row})
+        told = {} if self.real else {"stand_in": True}
+        line = json.dumps({"phase": self.phase, **row, **told})
         with self.rows.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)

@@ -106,7 +106,12 @@ def choice_case(place: Place, direction: str, k: int, words: str, claim: float |
     weights = [w.to(place.device) for w in lstm_weights(k + 4, hidden, layers, k)]
     of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
     draw = functools.partial(place.draw, seed=SEED + k)
-    state = [draw(k, n), draw(k, n).square(), draw(layers, hidden, n).tanh(), draw(layers, hidden, n)]
+    state = [
+        draw(k, n),
+        draw(k, n).square(),
+        draw(layers, hidden, n).tanh(),
+        draw(layers, hidden, n),
+    ]
     ranks = torch.arange(n, device=place.device) % 5
     kinds = [2, 3] if k == 2 else list(range(k))
     arguments: tuple[Any, ...] = (draw(n), *state, weights, ranks, kinds, *of_each, 0.5, 1.0)
@@ -176,7 +181,12 @@ def in_place_case(
 def poisoned(place: Place, words: str, value: float, where: str) -> Row:
     """A bad number in one coordinate comes out there and nowhere else."""
     arguments = list(student_inputs(place, 2, 20, 200, SEED))
-    spot = {"grad": arguments[0], "m": arguments[1], "h": arguments[3][0, 3], "c": arguments[4][0, 3]}
+    spot = {
+        "grad": arguments[0],
+        "m": arguments[1],
+        "h": arguments[3][0, 3],
+        "c": arguments[4][0, 3],
+    }
     spot[where][77] = value
     update, m, v, h, c = torch.ops.amalgam.student_step(*arguments, f"triton{words}")
     theirs = flat(torch.ops.amalgam.student_step(*arguments, "reference"))
@@ -219,7 +229,7 @@ def into_case(place: Place, direction: str) -> Row:
 
 def unroll_case(place: Place, words: str, claim: float | None) -> Row:
     steps = 6
-    grad, *state, weights = student_inputs(place, 2, 20, 1000, SEED)[:6]
+    _grad, *state, weights = student_inputs(place, 2, 20, 1000, SEED)[:6]
     grads = torch.stack([place.draw(1000, seed=SEED + t) for t in range(steps)])
     adjoints = torch.stack([place.draw(1000, seed=SEED + 99 + t) for t in range(steps)])
     arguments = (grads, adjoints, *state, weights, *SETTINGS)
@@ -276,12 +286,19 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             )
             yield f"student_step_ {label}", part(in_place_case, place, shape, dtypes, cells, kind)
     for words in ("", ":tf32", ":bf16"):
-        for where, value in (("grad", math.nan), ("grad", math.inf), ("h", math.nan), ("c", math.nan)):
+        for where, value in (
+            ("grad", math.nan),
+            ("grad", math.inf),
+            ("h", math.nan),
+            ("c", math.nan),
+        ):
             name = f"poisoned {where} {value} {words[1:] or 'default'}"
             yield name, part(poisoned, place, words, value, where)
         yield f"poisoned weight {words[1:] or 'default'}", part(of_weights, place, words)
     for direction in ("forward", "backward"):
-        for k, (words, claim) in ((k, i) for k in (1, 2, 6) for i in list(CLAIMS.items())[:1] + [(":tf32", 5e-3)]):
+        for k, (words, claim) in (
+            (k, i) for k in (1, 2, 6) for i in list(CLAIMS.items())[:1] + [(":tf32", 5e-3)]
+        ):
             name = f"choice_step {direction} k={k} {words[1:] or 'default'}"
             yield name, part(choice_case, place, direction, k, words, claim)
         for name, backend in (

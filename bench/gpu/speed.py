@@ -358,9 +358,7 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             yield name, part(in_place_case, place, way, student, 10**7, "plain", (block, 4))
     for block, warps in ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
         name = f"configuration backward {block}x{warps}"
-        case = part(
-            functional_case, place, "backward", "triton", PAPERS, 10**6, (block, warps)
-        )
+        case = part(functional_case, place, "backward", "triton", PAPERS, 10**6, (block, warps))
         yield name, case
     for direction in ("forward", "backward"):
         for k in (2, 6):
