@@ -277,7 +277,7 @@ def _gate_gradients(
     return d_x, d_h, d_updates
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "size"])
 def backward(
     packed,
     low,

@@ -350,7 +350,10 @@ def forward(
     tl.store(update + at, result, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["count", "depth", "warmup_steps"],
+    do_not_specialize_on_alignment=["table", "first_block", "control"],
+)
 def in_place(
     packed,
     low,
@@ -489,7 +492,7 @@ def _gate_gradients(
     return d_x, d_h, d_m_feature, d_g_feature
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "size"])
 def backward(
     packed,
     low,

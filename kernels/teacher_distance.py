@@ -24,7 +24,7 @@ def _penalty(difference, delta, HUBER: tl.constexpr):
     return penalty
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def sum_blocks(
     student,  # (N,)
     teachers,  # (K, N)
@@ -50,7 +50,7 @@ def sum_blocks(
         out += tl.num_programs(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish(
     partials,  # (K, P) float64
     distances,  # (K,) out
@@ -72,7 +72,7 @@ def finish(
     tl.store(distances + teacher, distance.to(distances.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def gradients(
     grad,  # (K,)
     student,  # (N,)
