@@ -485,7 +485,7 @@ def choice_step(
     if n:
         with on_device_of(grad):
             forward[(triton.cdiv(n, chosen.block),)](
-                *lstm.pack(weights, plan, precision, approximate),
+                *lstm.packed(weights, plan, precision, approximate),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *results, n, time, learning_rate),
                 **shape,
@@ -537,7 +537,7 @@ def choice_step_backward(
         outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
             backward[(programs,)](
-                *lstm.pack(weights, plan, precision),
+                *lstm.packed(weights, plan, precision),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *grads_out, *results, partials, outputs),
                 *(n, blocks, size, time, learning_rate),

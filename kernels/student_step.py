@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -696,7 +697,7 @@ def student_step(
     if n:
         with on_device_of(grad):
             forward[(triton.cdiv(n, chosen.block),)](
-                *lstm.pack(weights, plan, precision, approximate),
+                *lstm.packed(weights, plan, precision, approximate),
                 *(grad, m, v, h, c, *results, n, *_constants(*settings)),
                 **shape,
                 BLOCK=chosen.block,
@@ -745,23 +746,20 @@ def student_step_in_place(
         control = m.new_tensor((1 - lr * weight_decay, lr, 0, 0), dtype=torch.float64)
     step = None if control is None or steps else m.new_zeros(())
     alike: dict[tuple[torch.dtype, torch.dtype, bool, bool], list[tuple[int, ...]]] = {}
-    for index, (param, grad, *state) in enumerate(tensors):
-        if param.numel():
-            addresses = [t.data_ptr() for t in (param, grad, *state)]
-            aligned = all(number % 16 == 0 for number in (*addresses, param.numel()))
+    for index, group in enumerate(tensors):
+        if n := group[0].numel():
+            numbers = (*map(Tensor.data_ptr, group), n)
+            aligned = functools.reduce(operator.or_, numbers) % 16 == 0
             counter = steps[index] if steps else step
-            row = (
-                *(*addresses, param.numel()),
-                0 if counter is None else counter.data_ptr(),
-                seeds[index] if seeds else 0,
-            )
-            kind = param.dtype, grad.dtype, aligned, wide(state[2])
+            address = 0 if counter is None else counter.data_ptr()
+            kind = group[0].dtype, group[1].dtype, aligned, wide(group[4])
+            row = (*numbers, address, seeds[index] if seeds else 0)
             alike.setdefault(kind, []).append(row)
     precision = _precision_of(precision, h)
     plan, shape = _plan(h)
     chosen = configuration("student_step_", *h.shape[:2], precision)
     with on_device_of(m):
-        packed, low = lstm.pack(weights, plan, precision, approximate)
+        packed, low = lstm.packed(weights, plan, precision, approximate)
         for (param_dtype, grad_dtype, aligned, is_wide), rows in alike.items():
             table, first_block, blocks = _table(tuple(rows), chosen.block, m.device)
             in_place[(blocks,)](
@@ -891,7 +889,7 @@ def student_step_backward(
         outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
             backward[(programs,)](
-                *lstm.pack(weights, plan, precision),
+                *lstm.packed(weights, plan, precision),
                 *(grad, m, v, h, c, *grads_out, *results, partials, outputs, n, blocks, size),
                 *_constants(*settings),
                 **shape,
