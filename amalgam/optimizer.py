@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.ops import StudentState
+from amalgam.ops.kept import Kept
 from amalgam.ops.rounding import ROW
 from amalgam.policies import Policy, Student, Teacher, TorchTeacher, load_policy
 
@@ -251,13 +252,17 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
         self.backend = backend
         self.cells_dtype = cells_dtype
         self.config = student.config
-        self._weights = {torch.device("cpu"): [w.detach().clone().cpu() for w in student.weights()]}
+        own = [
+            w.detach().cpu().clone(memory_format=torch.contiguous_format) for w in student.weights()
+        ]
+        self._weights = {(torch.device("cpu"), own[0].dtype): own}
+        self._kept = Kept()
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "warmup_steps": self.config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": self.config.warmup_lr if warmup_lr is None else warmup_lr,
-            "student": _digest(self._weights[torch.device("cpu")]),
+            "student": _digest(own),
             "rounding": rounding,
             "seed": seed,
             "capturable": capturable,
@@ -347,15 +352,16 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
             torch._foreach_add_(steps, 1 - skip[device] if device in skip else 1)
 
     def _run(self, batch: list[Tensor], **how: Any) -> None:
-        ops.student_step_(
-            batch,
-            [param.grad for param in batch if param.grad is not None],
-            [StudentState(*(self.state[p][name] for name in _STATE)) for p in batch],
-            self._weights_for(batch[0].device, _computing(batch[0].dtype)),
-            self.config.settings,
-            backend=self.backend,
-            **how,
-        )
+        with self._kept:
+            ops.student_step_(
+                batch,
+                [param.grad for param in batch if param.grad is not None],
+                [StudentState(*(self.state[p][name] for name in _STATE)) for p in batch],
+                self._weights_for(batch[0].device, _computing(batch[0].dtype)),
+                self.config.settings,
+                backend=self.backend,
+                **how,
+            )
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -369,10 +375,10 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
         return state
 
     def _weights_for(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        if device not in self._weights:
-            self._weights[device] = [w.to(device) for w in self._weights[torch.device("cpu")]]
-        weights = self._weights[device]
-        return weights if weights[0].dtype == dtype else [w.to(dtype) for w in weights]
+        if (device, dtype) not in self._weights:
+            own = next(iter(self._weights.values()))
+            self._weights[device, dtype] = [w.to(device, dtype) for w in own]
+        return self._weights[device, dtype]
 
 
 class PolicyOptimizer(_LearnedOptimizer):

@@ -30,4 +30,4 @@ def processors(device: torch.device) -> int:
 
 def wide(*tensors: Tensor) -> bool:
     """Whether places in tensors, and the ones after them that are masked, need 64 bits."""
-    return any(tensor.numel() >= 2**31 - 2**20 for tensor in tensors)
+    return max(map(Tensor.numel, tensors)) >= 2**31 - 2**20

@@ -2,7 +2,7 @@
 
 A block is a matrix (UNITS, BLOCK): units down, coordinates along, so that rows of the state fill
 whole sectors and a layer is four matrix products. UNITS is the power of two that tensor cores take;
-weights are packed once per call with zeros in the units that do not exist.
+weights are packed with zeros in the units that do not exist, once for a call or for their owner.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels.launch import on_nvidia
+from amalgam.ops.kept import kept
 
 SMALLEST_UNITS = 16  # what tl.dot takes at least
 
@@ -406,6 +407,14 @@ def pack(
     high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     high = torch.where(plan.square & ~packed.isnan(), high, packed)
     return high, packed - high
+
+
+def packed(
+    weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
+) -> tuple[Tensor, ...]:
+    """As :func:`pack`, from before where the weights' owner keeps it."""
+    key = "lstm", weights[0].device, precision, approximate
+    return kept(key, weights, lambda: pack(weights, plan, precision, approximate))
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:

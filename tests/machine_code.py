@@ -145,9 +145,10 @@ def _source(
         name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names
     }
     sixteens = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name].startswith("*") or (divisible and name == "n")
+        (param.num,): [["tt.divisibility", 16]]
+        for param in function.params
+        if not param.do_not_specialize_on_alignment
+        and (signature[param.name].startswith("*") or (divisible and param.name == "n"))
     }
     own = {name: value for name, value in constants.items() if name in names}
     return ASTSource(function, signature, own, sixteens)

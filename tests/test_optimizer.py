@@ -452,3 +452,17 @@ def test_a_cuda_graph_is_refused_what_it_would_reset(student) -> None:
         with pytest.raises(RuntimeError, match="capturable=True|before capturing"):  # noqa: SIM117
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 optimizer.step()
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_packs_no_weights(student, monkeypatch) -> None:
+    """It reads what the steps before it have packed."""
+    from amalgam.kernels import lstm
+
+    param = torch.ones(3, device="cuda", requires_grad=True)
+    param.grad = torch.ones(3, device="cuda")
+    optimizer = AmalgamatedOptimizer([param], student=student, capturable=True)
+    optimizer.step()
+    monkeypatch.setattr(lstm, "pack", None)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

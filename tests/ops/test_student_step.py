@@ -24,6 +24,7 @@ from amalgam.ops import (
     student_step_,
     update_moments,
 )
+from amalgam.ops.kept import Kept
 from amalgam.ops.rounding import key_of, random_bits, rounded_stochastically
 from amalgam.ops.student_step import backward_into, step_into
 from amalgam.policies import Student, StudentConfig
@@ -1161,6 +1162,27 @@ def test_triton_takes_strided_inputs_and_repeats_bits(device: str) -> None:
         loss = sum(t.square().sum() for t in (update, *new))
         results.append([update, *new, *torch.autograd.grad(loss, start)])
     assert all(map(torch.equal, *results))
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+def test_triton_packs_kept_weights_once_and_when_they_change(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from amalgam.kernels import lstm
+
+    packs, pack = [], lstm.pack
+    monkeypatch.setattr(lstm, "pack", lambda *how: packs.append(how) or pack(*how))
+    grad, state, weights = moved(skewed_inputs(70, 2, 4, torch.float32), device)
+    owner = Kept()
+    for change in (0.0, 0.0, 0.5):
+        if change:
+            weights[0].add_(change)
+        with owner:
+            ours = student_step(grad, state, weights, backend="triton")
+        theirs = student_step(grad, state, weights, backend="reference")
+        torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-5, atol=1e-5)
+    assert len(packs) == 2
 
 
 @by_triton
