@@ -269,20 +269,15 @@ def _let_triton_compute(results: bool) -> None:
 def _launched_and_computed(
     ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any, **numerics: Any
 ) -> Any:
-    # Kernels that allocate have their results, which are anything here, copied over arguments.
-    before = [tensor.clone() for tensor in _tensors(args)]
+    # Of what is read and written, the kernel's results, which are anything here, are not to stay.
+    read = args[1] if ours.__name__ == "back_into" else ()
+    before = [tensor.clone() for tensor in read]
     nothing = ours(*args, **numerics)
     if _coordinates(args[0]) > MOST_COMPUTED:
         return nothing
-    for tensor, value in zip(_tensors(args), before, strict=True):
+    for tensor, value in zip(read, before, strict=True):
         tensor.copy_(value)
     return theirs(*args)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
 def _coordinates(first: Any) -> int:
