@@ -136,9 +136,10 @@ def _cell(
         f = tl.zeros_like(h)
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
+    # Teachers' updates have no bound.
     return cell(
         packed, low, x, h, c, i, f, a, o,
-        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, LAYER == 0 and FOLDED,
     )  # fmt: skip
 
 
