@@ -158,7 +158,8 @@ def _mixture(
         logits = _with_row(logits, k, logit + tl.load(packed_head + K * UNITS + k), POOL)
     largest = tl.maximum(tl.max(logits, 0), IDLE_LOGIT)
     terms = tl.exp(logits - largest[None, :])
-    return terms / (tl.sum(terms, 0) + tl.exp(-largest + IDLE_LOGIT))[None, :]
+    # Rounded correctly, as gradients in logits cancel; / approximates.
+    return tl.div_rn(terms, (tl.sum(terms, 0) + tl.exp(-largest + IDLE_LOGIT))[None, :])
 
 
 @triton.jit
