@@ -80,6 +80,7 @@ def trainer(
         ),
         "stages": (Stage(3, 1, 0.2), Stage(2, 2, 0.05)),
         "seed": 7,
+        "device": "cpu",
     } | changes
     return Trainer(
         students or tiny_student(settings["seed"]),
