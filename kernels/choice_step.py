@@ -136,9 +136,10 @@ def _cell(
         f = tl.zeros_like(h)
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
+    # Teachers' updates have no bound.
     return cell(
         packed, low, x, h, c, i, f, a, o,
-        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, LAYER == 0 and FOLDED,
     )  # fmt: skip
 
 
@@ -157,7 +158,8 @@ def _mixture(
         logits = _with_row(logits, k, logit + tl.load(packed_head + K * UNITS + k), POOL)
     largest = tl.maximum(tl.max(logits, 0), IDLE_LOGIT)
     terms = tl.exp(logits - largest[None, :])
-    return terms / (tl.sum(terms, 0) + tl.exp(-largest + IDLE_LOGIT))[None, :]
+    # Rounded correctly, as gradients in logits cancel; / approximates.
+    return tl.div_rn(terms, (tl.sum(terms, 0) + tl.exp(-largest + IDLE_LOGIT))[None, :])
 
 
 @triton.jit

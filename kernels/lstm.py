@@ -116,17 +116,21 @@ def _to_truncate(x):
 
 
 @triton.jit
-def _three_products(a, low_a, b, sums):
+def _split_products(a, low_a, b, sums, RESTS: tl.constexpr):
     """A a b of float32 from what TF32 holds of a and of b and what it leaves of each.
 
-    The product of both rests lies below float32's rounding. What is left of NaN and of infinity is
+    The product of what both leave counts with RESTS alone. What is left of NaN and of infinity is
     NaN, which thus comes out. Triton's own tf32x3 guards infinities, at twice the price.
     """
     high_b = _rounded(b)
-    # From zero, as tensor cores truncate where they add: beside large sums small products are lost.
-    total = tl.dot(low_a, high_b, input_precision="tf32")
     # What is left has 12 bits at most: rounding it would err as truncation does.
-    total = tl.dot(a, b - high_b, total, input_precision="tf32")
+    low_b = b - high_b
+    # From zero, as tensor cores truncate where they add: beside large sums small products are lost.
+    total = tl.zeros_like(sums)
+    if RESTS:
+        total = tl.dot(low_a, low_b, total, input_precision="tf32")
+    total = tl.dot(a, low_b, total, input_precision="tf32")
+    total = tl.dot(low_a, high_b, total, input_precision="tf32")
     return sums + tl.dot(a, high_b, total, input_precision="tf32")
 
 
@@ -137,7 +141,8 @@ def product(a, b, sums, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     elif PRECISION == "3xtf32":
         high_a = _rounded(a)
-        return _three_products(high_a, a - high_a, b, sums)
+        # Of a gradient's coordinates one may outweigh the others, and its product's error all else.
+        return _split_products(high_a, a - high_a, b, sums, True)
     elif PRECISION == "tf32":
         return tl.dot(_to_truncate(a), _to_truncate(b), sums, input_precision="tf32")
     else:
@@ -167,6 +172,7 @@ def weighed(
     TRANSPOSED: tl.constexpr,
     UNITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESTS: tl.constexpr,
 ):
     """The sums plus the product of the weights from `at` on, or of their transpose, with x."""
     weights = square(packed + at, UNITS)
@@ -176,7 +182,7 @@ def weighed(
         rest = square(low + at, UNITS)
         if TRANSPOSED:
             rest = tl.trans(rest)
-        return _three_products(weights, rest, x, sums)
+        return _split_products(weights, rest, x, sums, RESTS)
     elif PRECISION == "tf32":
         return tl.dot(weights, _to_truncate(x), sums, input_precision="tf32")
     else:
@@ -196,6 +202,7 @@ def gate_sums(
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESTS: tl.constexpr,
 ):
     """A gate's sums before its activation, (UNITS, BLOCK)."""
     W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
@@ -203,8 +210,9 @@ def gate_sums(
         sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
     if LAYER > 0:
         at = W_IH + GATE * UNITS * UNITS
-        sums = weighed(packed, low, x, sums, at, False, UNITS, PRECISION)
-    return weighed(packed, low, h, sums, W_HH + GATE * UNITS * UNITS, False, UNITS, PRECISION)
+        sums = weighed(packed, low, x, sums, at, False, UNITS, PRECISION, False)
+    at = W_HH + GATE * UNITS * UNITS
+    return weighed(packed, low, h, sums, at, False, UNITS, PRECISION, RESTS)
 
 
 @triton.jit
@@ -232,25 +240,26 @@ def cell(
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    RESTS: tl.constexpr,  # whether h has rows so large that what TF32 leaves of both factors counts
 ):
     """A layer's gates i, f, a, o, its new c, and the tanh of that."""
     i = sigmoid(
-        gate_sums(packed, low, x, h, i, 0, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        gate_sums(packed, low, x, h, i, 0, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
         PTX,
         APPROXIMATE,
     )
     f = sigmoid(
-        gate_sums(packed, low, x, h, f, 1, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        gate_sums(packed, low, x, h, f, 1, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
         PTX,
         APPROXIMATE,
     )
     a = tanh(
-        gate_sums(packed, low, x, h, a, 2, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        gate_sums(packed, low, x, h, a, 2, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
         PTX,
         APPROXIMATE,
     )
     o = sigmoid(
-        gate_sums(packed, low, x, h, o, 3, LAYER, FEATURES, UNITS, FOLDED, PRECISION),
+        gate_sums(packed, low, x, h, o, 3, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
         PTX,
         APPROXIMATE,
     )
@@ -299,11 +308,11 @@ def recurrent_gradients(
         add(partials + B + gate * UNITS + unit, tl.sum(d_gate, 1), later)
     w_hh = W_HH + gate * UNITS * UNITS
     add(partials + w_hh + matrix, product(d_gate, tl.trans(h), none, PRECISION), later)
-    d_h = weighed(packed, low, d_gate, d_h, w_hh, True, UNITS, PRECISION)
+    d_h = weighed(packed, low, d_gate, d_h, w_hh, True, UNITS, PRECISION, False)
     if LAYER > 0:
         w_ih = W_IH + gate * UNITS * UNITS
         add(partials + w_ih + matrix, product(d_gate, tl.trans(x), none, PRECISION), later)
-        d_x = weighed(packed, low, d_gate, d_x, w_ih, True, UNITS, PRECISION)
+        d_x = weighed(packed, low, d_gate, d_x, w_ih, True, UNITS, PRECISION, False)
     return d_x, d_h
 
 

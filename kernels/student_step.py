@@ -100,7 +100,7 @@ def _cell(
         o = tl.zeros_like(h)
     return cell(
         packed, low, x, h, c, i, f, a, o,
-        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, False,
     )  # fmt: skip
 
 

@@ -88,6 +88,12 @@ every = 2
 """
 
 
+@pytest.fixture(autouse=True)
+def without_gpus(monkeypatch) -> None:
+    """The same bits on all machines."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     path = tmp_path / "tiny.toml"
@@ -184,10 +190,17 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) ->
     assert "recipe.training.unroll is 4 there and 5 here" in refused.stderr
     refused = run("train", tiny, "--out", cut, "--seed", 4, "--resume", fails=True)
     assert "seed is 3 there and 4 here" in refused.stderr
+    refused = run(
+        "train", tiny, "--out", cut, "--seed", 3, "--resume", "--device", "cuda:7", fails=True
+    )
+    assert "device must be one of 'auto', 'cpu', not 'cuda:7'" in refused.stderr
+    run("train", tiny, "--out", cut, "--seed", 3, "--resume", "--device", "cpu")
+    assert metrics(whole) == metrics(cut)
 
     done = run(
         *("evaluate", whole / "student.safetensors", "--task", "digits-cnn", "--steps", 5),
         *("--seeds", 1, "--teacher", "rmsprop", "--out", tmp_path / "compared"),
+        *("--device", "cpu"),
     )
     assert "rmsprop" in done.stdout
     assert (tmp_path / "compared" / "plots" / "digits-cnn.png").exists()

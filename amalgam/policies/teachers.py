@@ -204,11 +204,10 @@ class Pool:
                 f"not {layout.numel}"
             )
         rows: dict[int, Tensor] = {}
-        chosen = list(self._analytical)
         updates, moments = self._analytical_step(
-            grads[chosen], PoolState(state.m, state.v), backend
+            self._of_analytical(grads), PoolState(state.m, state.v), backend
         )
-        rows |= dict(zip(chosen, updates, strict=True))
+        rows |= dict(zip(self._analytical, updates, strict=True))
         carried = []
         for (k, teacher), old in zip(self._torch.items(), state.torch, strict=True):
             if isinstance(teacher, TorchTeacher):
@@ -257,13 +256,18 @@ class Pool:
         """
         if moved.all():
             return new
-        rows = moved.reshape(len(self), -1)[list(self._analytical)]
+        rows = self._of_analytical(moved.reshape(len(self), -1))
         rows = rows.repeat_interleave(new.m.shape[1] // max(rows.shape[1], 1), 1)
         m, v = torch.where(rows, new.m, old.m), torch.where(rows, new.v, old.v)
         if isinstance(new, PoolState) or isinstance(old, PoolState):
             return PoolState(m, v)
         pairs = zip(self._torch, new.torch, old.torch, strict=True)
         return MixedPoolState(m, v, tuple(n if moved[k] else o for k, n, o in pairs))
+
+    def _of_analytical(self, rows: Tensor) -> Tensor:
+        """The analytical teachers' rows, of (K, ...)."""
+        # An index would be a list of the host's, for whose copy to a GPU every step waits.
+        return torch.stack([rows[k] for k in self._analytical]) if self._analytical else rows[:0]
 
     def _analytical_step(
         self, grads: Tensor, state: PoolState, backend: str

@@ -13,7 +13,23 @@ from torch import nn
 
 from amalgam.meta import Amalgamation, Stage, Trainer, Training
 from amalgam.meta.trainer import METRICS
-from amalgam.policies import Policy, Pool, Student, StudentConfig
+from amalgam.policies import (
+    DM,
+    AdamLR,
+    Choice,
+    ChoiceConfig,
+    DMConfig,
+    DynamicRateConfig,
+    Policy,
+    Pool,
+    RMSPropLR,
+    RNNPropExt,
+    RNNPropExtConfig,
+    ScaleHierarchical,
+    ScaleHierarchicalConfig,
+    Student,
+    StudentConfig,
+)
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
@@ -32,6 +48,24 @@ def tiny_student(seed: int, **changes: Any) -> Student:
     return Student(config, generator=generator_for(seed, "student"))
 
 
+SMALL = {"layers": 1, "hidden": 3, "warmup_steps": 2}
+
+
+def policies() -> dict[str, Policy]:
+    generator = generator_for(0)
+    units = {"param_units": 3, "tensor_units": 2, "global_units": 2, "warmup_steps": 2}
+    return {
+        "student": tiny_student(7),
+        "choice": Choice(ChoiceConfig("small", **SMALL), generator=generator),
+        "hard-choice": Choice(ChoiceConfig("small", hardness=2.0, **SMALL), generator=generator),
+        "dm": DM(DMConfig(**SMALL), generator=generator),
+        "rnnprop_ext": RNNPropExt(RNNPropExtConfig(**SMALL), generator=generator),
+        "adam_lr": AdamLR(DynamicRateConfig(**SMALL), generator=generator),
+        "rmsprop_lr": RMSPropLR(DynamicRateConfig(**SMALL), generator=generator),
+        "scale": ScaleHierarchical(ScaleHierarchicalConfig(**units), generator=generator),
+    }
+
+
 def trainer(
     folder: Path,
     students: Policy | list[Policy] | None = None,
@@ -46,6 +80,7 @@ def trainer(
         ),
         "stages": (Stage(3, 1, 0.2), Stage(2, 2, 0.05)),
         "seed": 7,
+        "device": "cpu",
     } | changes
     return Trainer(
         students or tiny_student(settings["seed"]),

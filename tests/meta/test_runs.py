@@ -6,7 +6,14 @@ from itertools import count
 
 import pytest
 import torch
-from runs import linear_task, metrics, resumes_to_the_same_bits, tiny_student, trainer
+from runs import (
+    linear_task,
+    metrics,
+    policies,
+    resumes_to_the_same_bits,
+    tiny_student,
+    trainer,
+)
 from torch import Tensor
 
 from amalgam import weights as weights_io
@@ -25,43 +32,15 @@ from amalgam.meta.strategy import (
 from amalgam.meta.trainer import PERIODS, Trainer, _Rows
 from amalgam.meta.unroll import Amalgamation
 from amalgam.policies import (
-    DM,
-    AdamLR,
-    Choice,
-    ChoiceConfig,
-    DMConfig,
-    DynamicRateConfig,
-    Policy,
     PolicyTeacher,
     Pool,
-    RMSPropLR,
-    RNNPropExt,
-    RNNPropExtConfig,
-    ScaleHierarchical,
-    ScaleHierarchicalConfig,
     TorchTeacher,
 )
 from amalgam.seeding import generator_for
 
-SMALL = {"layers": 1, "hidden": 3, "warmup_steps": 2}
 EVERY_STEP = Training(
     unroll=3, validate_every=2, validation_steps=4, validation_seeds=1, checkpoint_every=1
 )
-
-
-def policies() -> dict[str, Policy]:
-    generator = generator_for(0)
-    units = {"param_units": 3, "tensor_units": 2, "global_units": 2, "warmup_steps": 2}
-    return {
-        "student": tiny_student(7),
-        "choice": Choice(ChoiceConfig("small", **SMALL), generator=generator),
-        "hard-choice": Choice(ChoiceConfig("small", hardness=2.0, **SMALL), generator=generator),
-        "dm": DM(DMConfig(**SMALL), generator=generator),
-        "rnnprop_ext": RNNPropExt(RNNPropExtConfig(**SMALL), generator=generator),
-        "adam_lr": AdamLR(DynamicRateConfig(**SMALL), generator=generator),
-        "rmsprop_lr": RMSPropLR(DynamicRateConfig(**SMALL), generator=generator),
-        "scale": ScaleHierarchical(ScaleHierarchicalConfig(**units), generator=generator),
-    }
 
 
 @pytest.mark.parametrize("kind", policies())

@@ -36,6 +36,35 @@ def test_the_generator_decides_everything() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_no_gpus_generator_is_seeded(monkeypatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    tasks.load("digits-mlp").init_params(generator_for(0))
+    assert seeds == []
+
+
+def test_a_task_moves_with_all_it_has() -> None:
+    data = torch.arange(10).float()[:, None]
+    loss = nn.HuberLoss()
+    loss.register_buffer("weight", torch.ones(()))
+    task = Task("count", lambda: nn.BatchNorm1d(1), (data, data), (data, data), loss, 5)
+    assert task.to("cpu") is task
+    moved = task.to("meta")
+    assert moved.device == moved.loss.weight.device == torch.device("meta")
+    assert task.loss.weight.device == torch.device("cpu")
+    module = moved.init_module(generator_for(0))
+    of_module = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    batch = moved.batches(generator_for(0), 1)[0]
+    assert of_module | {t.device for t in batch} == {torch.device("meta")}
+    assert moved.init_params(generator_for(0)).device == torch.device("meta")
+
+
+def test_data_on_two_devices_is_named() -> None:
+    data = torch.arange(10).float()[:, None]
+    with pytest.raises(ValueError, match=r"must be on one device, not on \['cpu', 'meta'\]"):
+        Task("count", lambda: nn.Linear(1, 1), (data, data), (data, data.to("meta")), batch_size=5)
+
+
 def test_batches_are_epochs() -> None:
     data = torch.arange(10).float()
     task = Task("count", lambda: nn.Linear(1, 1), (data, data), (data, data), batch_size=3)
