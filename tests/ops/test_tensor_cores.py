@@ -51,7 +51,7 @@ def test_triton_student_errs_as_float32_does(
     arithmetic: str, size: int, layers: int, hidden: int
 ) -> None:
     forward, backward, moving = [], [], []
-    for seed in range(6):
+    for seed in range(4):
         grad, state, weights = skewed_inputs(size, layers, hidden, torch.float32, seed)
         upstream = [draw(*t.shape, seed=seed + 9, dtype=torch.float32) for t in (grad, *state)]
         forward.append(moved((grad, *state, weights, *SETTINGS), arithmetic))
@@ -65,13 +65,13 @@ def test_triton_student_errs_as_float32_does(
 
 @by_triton
 @pytest.mark.parametrize(
-    ("layers", "hidden", "k", "size"), [(2, 20, 2, 70), (2, 20, 6, 129), (1, 4, 1, 33)]
+    ("layers", "hidden", "k", "size"), [(2, 20, 2, 70), (2, 20, 6, 65), (1, 4, 1, 33)]
 )
 def test_triton_choice_errs_as_float32_does(
     arithmetic: str, size: int, layers: int, hidden: int, k: int
 ) -> None:
     forward, backward = [], []
-    for seed in range(4):
+    for seed in range(8 if k == 6 else 4):
         drawn = skewed_arguments(size, layers, hidden, k, torch.float32, seed)
         arguments, upstream = moved(drawn, arithmetic)
         forward.append(arguments)
@@ -87,7 +87,7 @@ def test_triton_choice_errs_as_float32_does(
 )
 def test_triton_errs_no_more_than_permitted(arithmetic: str, permitted: str, bound: float) -> None:
     """Of states and updates in [-1, 1], after ten steps."""
-    drawn = skewed_inputs(256, 2, 20, torch.float32, seed=1)
+    drawn = skewed_inputs(64, 2, 20, torch.float32)
     grad, state, weights = moved(drawn, arithmetic)
     exact = doubled([grad, *state])
     for _ in range(10):
