@@ -21,6 +21,7 @@ import pytest
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from amalgam.kernels import choice_step, lstm, student_step
@@ -97,6 +98,15 @@ def install(monkeypatch: pytest.MonkeyPatch, cores: TensorCores = H100) -> None:
         ("create_inline_asm", _with_one_nan(_inline_assembly)),
     ):
         monkeypatch.setattr(InterpreterBuilder, name, function)
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        # Triton 3.6's own takes int() of arrays of one element, which NumPy 2.5 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
     for module in (lstm, student_step, choice_step):
         monkeypatch.setattr(module, "on_nvidia", lambda: True)
 
