@@ -248,6 +248,7 @@ def ncu_phase(run: Run) -> list[list[str]] | str:
 
 PHASES = (
     Phase("machine", 45, machine_phase),
+    Phase("arithmetic", 20, script_phase("arithmetic")),
     Phase("smoke", 60, script_phase("smoke")),
     Phase("speed", 150, script_phase("speed")),
     Phase("tests", 90, tests_phase),
