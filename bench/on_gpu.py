@@ -341,18 +341,29 @@ def go(run: Run, limit: float) -> str:
     return text
 
 
-def prepare(python: str) -> None:
-    """Build the core, and compile every kernel that the phases launch, for that Python."""
-    PREPARED.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(CACHE, ignore_errors=True)
-    library = PREPARED.parent / "core"
-    build = [python, "setup.py", "--quiet", "build_ext", "--build-lib", str(library)]
-    build += ["--build-temp", str(PREPARED.parent / "objects")]
-    subprocess.run(build, cwd=ROOT, env={**os.environ, "AMALGAM_CUDA": "1"}, check=True)
-    core = next((library / "amalgam").glob("_core*"))
+def prepare(python: str, again: bool) -> None:
+    """Build the core, and compile every kernel that the phases launch, for that Python.
+
+    Args:
+        python: The interpreter.
+        again: Whether to forget what was built and compiled before.
+    """
+    folder = PREPARED.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if again:
+        shutil.rmtree(CACHE, ignore_errors=True)
+        shutil.rmtree(folder / "core", ignore_errors=True)
+    if not list(folder.glob("core/amalgam/_core*")):
+        build = [python, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder / "core")]
+        build += ["--build-temp", str(folder / "objects")]
+        subprocess.run(build, cwd=ROOT, env={**os.environ, "AMALGAM_CUDA": "1"}, check=True)
+    core = next(folder.glob("core/amalgam/_core*"))
     shutil.copy(core, ROOT / "amalgam")
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
     command = [python, __file__, "dry", "--stand-in", "compile", "--limit", "3600"]
-    subprocess.run([*command, "--out", str(PREPARED.parent / "out")], cwd=ROOT, check=True)
+    if subprocess.run([*command, "--out", str(out)], cwd=ROOT).returncode:
+        print(f"a phase failed on the stand-in: {out / 'log.txt'} says why", file=sys.stderr)
     with tarfile.open(PREPARED, "w:gz") as archive:
         archive.add(core, f"core/{core.name}")
         for file in sorted(CACHE.rglob("*")):
@@ -367,6 +378,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare")
     preparing.add_argument("--python", default=sys.executable)
+    preparing.add_argument("--again", action="store_true", help="build and compile all anew")
     for name in ("run", "dry"):
         each = commands.add_parser(name)
         each.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu")))
@@ -377,7 +389,7 @@ def main() -> None:
             each.add_argument("--stand-in", choices=["compile", "keys"], default="keys")
     asked = parser.parse_args()
     if asked.command == "prepare":
-        prepare(asked.python)
+        prepare(asked.python, asked.again)
         return
     only: dict[str, list[str]] = {}
     for text in asked.only:
