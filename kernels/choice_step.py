@@ -109,7 +109,7 @@ def _with_inputs(
 @triton.jit
 def _cell(
     packed,
-    low,
+    other,
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
     h,  # (UNITS, BLOCK)
     c,  # (UNITS, BLOCK)
@@ -138,7 +138,7 @@ def _cell(
         o = tl.zeros_like(h)
     # Teachers' updates have no bound.
     return cell(
-        packed, low, x, h, c, i, f, a, o,
+        packed, other, x, h, c, i, f, a, o,
         LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, LAYER == 0 and FOLDED,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def _mixture(
 @triton.jit
 def forward(
     packed,
-    low,
+    other,
     table,  # (K, WIDTH)
     grad,  # (N,)
     ranks,  # (N,) int64
@@ -221,7 +221,7 @@ def forward(
         if FOLDED:
             old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
         _i, _f, _a, o, new_cell, squashed = _cell(
-            packed, low, x, old_h, old_c, updates, time, rank,
+            packed, other, x, old_h, old_c, updates, time, rank,
             layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
@@ -239,7 +239,7 @@ def forward(
 @triton.jit
 def _gate_gradients(
     packed,
-    low,
+    other,
     partials,  # this program's sums, as the packed weights
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
@@ -261,7 +261,7 @@ def _gate_gradients(
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
     d_x, d_h = recurrent_gradients(
-        packed, low, partials, d_gate, x, h, d_x, d_h, later, gate,
+        packed, other, partials, d_gate, x, h, d_x, d_h, later, gate,
         LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION,
     )  # fmt: skip
     if LAYER == 0 and not FOLDED:
@@ -282,7 +282,7 @@ def _gate_gradients(
 @triton.jit(do_not_specialize=["blocks", "size"])
 def backward(
     packed,
-    low,
+    other,
     table,  # (K, WIDTH)
     grad,  # (N,)
     ranks,  # (N,) int64
@@ -349,7 +349,7 @@ def backward(
             if FOLDED:
                 old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
             _i, _f, _a, o, _c, squashed = _cell(
-                packed, low, x, old_h, old_c, updates, time, rank,
+                packed, other, x, old_h, old_c, updates, time, rank,
                 layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             x = o * squashed
@@ -368,7 +368,7 @@ def backward(
             if FOLDED:
                 old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
             i, f, a, o, _c, squashed = _cell(
-                packed, low, x, old_h, old_c, updates, time, rank,
+                packed, other, x, old_h, old_c, updates, time, rank,
                 layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
@@ -400,7 +400,7 @@ def backward(
                 d_gate = tl.where(gate == 0, d_i, tl.where(gate == 1, d_f, d_a))
                 d_gate = tl.where(gate == 3, d_o, d_gate)
                 d_x, d_old_h, d_updates = _gate_gradients(
-                    packed, low, partials, d_gate, x, old_h, updates, time, rank,
+                    packed, other, partials, d_gate, x, old_h, updates, time, rank,
                     d_x, d_old_h, d_updates, later, gate,
                     layer, K, POOL, UNITS, FOLDED, PRECISION,
                 )  # fmt: skip

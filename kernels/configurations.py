@@ -5,7 +5,8 @@ never timed on hardware. A first call compiles the one configuration it uses, in
 and Triton keeps it on disk.
 
 ``AMALGAM_TRITON="student_step_=128x8,choice_step=32x4"`` in the environment overrides the table for
-operations it names, with BLOCK x num_warps for every architecture of theirs.
+operations it names, with BLOCK x num_warps for every architecture of theirs, and perhaps, of
+``student_step_``, blocks to ask for ahead: ``128x4+2``.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class Configuration(NamedTuple):
     Attributes:
         block: BLOCK, coordinates of a program at a time; a power of two.
         num_warps: Warps of 32 threads that compute them; a power of two.
+        ahead: For how many blocks a multiprocessor memory is asked for ahead, by a step in place.
     """
 
     block: int
     num_warps: int
+    ahead: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -87,12 +90,14 @@ def _overrides(text: str) -> dict[str, Configuration]:
     found = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
+        value, _, ahead = value.partition("+")
         numbers = value.split("x")
         powers = [int(n) for n in numbers if n.isdecimal() and int(n) and not int(n) & int(n) - 1]
-        if name not in OPERATIONS or len(numbers) != 2 or len(powers) != 2 or powers[0] < 16:
+        fits = len(numbers) == len(powers) == 2 and powers[0] >= 16
+        if name not in OPERATIONS or not fits or not (ahead.isdecimal() or not ahead):
             raise ValueError(
-                f"{VARIABLE} must be OPERATION=BLOCKxWARPS,... with operations of {OPERATIONS} "
-                f"and powers of two, BLOCK at least 16, not {part!r}"
+                f"{VARIABLE} must be OPERATION=BLOCKxWARPS[+AHEAD],... with operations of "
+                f"{OPERATIONS} and powers of two, BLOCK at least 16, not {part!r}"
             )
-        found[name] = Configuration(*powers)
+        found[name] = Configuration(*powers, int(ahead or 0))
     return found

@@ -163,26 +163,28 @@ def square(packed, UNITS: tl.constexpr):
 
 
 @triton.jit
+def weights_at(packed, other, UNITS: tl.constexpr, PRECISION: tl.constexpr):
+    """A matrix of packed weights, and what TF32 leaves of it, which only 3xtf32 looks at."""
+    if PRECISION == "bf16":
+        weights = square(other, UNITS)
+        return weights, weights
+    else:
+        weights = square(packed, UNITS)
+        return weights, square(other, UNITS) if PRECISION == "3xtf32" else weights
+
+
+@triton.jit
 def weighed(
-    packed,
-    low,  # what TF32 leaves of the packed weights; looked at with 3xtf32 alone
+    weights,  # (UNITS, UNITS), with what TF32 leaves of them, as weights_at gives them
+    low,
     x,  # (UNITS, BLOCK)
     sums,  # (UNITS, BLOCK)
-    at,
-    TRANSPOSED: tl.constexpr,
-    UNITS: tl.constexpr,
     PRECISION: tl.constexpr,
     RESTS: tl.constexpr,
 ):
-    """The sums plus the product of the weights from `at` on, or of their transpose, with x."""
-    weights = square(packed + at, UNITS)
-    if TRANSPOSED:
-        weights = tl.trans(weights)
+    """The sums plus the product of the weights with x."""
     if PRECISION == "3xtf32":
-        rest = square(low + at, UNITS)
-        if TRANSPOSED:
-            rest = tl.trans(rest)
-        return _split_products(weights, rest, x, sums, RESTS)
+        return _split_products(weights, low, x, sums, RESTS)
     elif PRECISION == "tf32":
         return tl.dot(weights, _to_truncate(x), sums, input_precision="tf32")
     else:
@@ -190,29 +192,30 @@ def weighed(
 
 
 @triton.jit
-def gate_sums(
-    packed,  # the packed weights
-    low,  # what TF32 leaves of them
-    x,  # (UNITS, BLOCK) what the layer below gave; of the first layer, whose sums begin with `sums`
-    h,  # (UNITS, BLOCK) the layer's own h of before
-    sums,  # (UNITS, BLOCK) the features' part, of the first layer
-    GATE: tl.constexpr,
-    LAYER: tl.constexpr,
-    FEATURES: tl.constexpr,
+def gates_weighed(
+    packed,  # the packed weights, from where the four gates' matrices begin
+    other,
+    x,  # (UNITS, BLOCK)
+    i,  # (UNITS, BLOCK) the gates' sums so far
+    f,
+    a,
+    o,
     UNITS: tl.constexpr,
-    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     RESTS: tl.constexpr,
 ):
-    """A gate's sums before its activation, (UNITS, BLOCK)."""
-    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
-    if not FOLDED:
-        sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
-    if LAYER > 0:
-        at = W_IH + GATE * UNITS * UNITS
-        sums = weighed(packed, low, x, sums, at, False, UNITS, PRECISION, False)
-    at = W_HH + GATE * UNITS * UNITS
-    return weighed(packed, low, h, sums, at, False, UNITS, PRECISION, RESTS)
+    """The gates' sums plus the products of their weights with x."""
+    # All are asked for before the first is waited for: a program has too few warps to hide it.
+    SIZE: tl.constexpr = UNITS * UNITS
+    to_i, low_i = weights_at(packed, other, UNITS, PRECISION)
+    to_f, low_f = weights_at(packed + SIZE, other + SIZE, UNITS, PRECISION)
+    to_a, low_a = weights_at(packed + 2 * SIZE, other + 2 * SIZE, UNITS, PRECISION)
+    to_o, low_o = weights_at(packed + 3 * SIZE, other + 3 * SIZE, UNITS, PRECISION)
+    i = weighed(to_i, low_i, x, i, PRECISION, RESTS)
+    f = weighed(to_f, low_f, x, f, PRECISION, RESTS)
+    a = weighed(to_a, low_a, x, a, PRECISION, RESTS)
+    o = weighed(to_o, low_o, x, o, PRECISION, RESTS)
+    return i, f, a, o
 
 
 @triton.jit
@@ -225,7 +228,7 @@ def rows_of(LAYER: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, at, 
 @triton.jit
 def cell(
     packed,  # the packed weights
-    low,  # what TF32 leaves of them
+    other,
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
     h,  # (UNITS, BLOCK) the layer's own h of before
     c,  # (UNITS, BLOCK) and its c
@@ -243,26 +246,21 @@ def cell(
     RESTS: tl.constexpr,  # whether h has rows so large that what TF32 leaves of both factors counts
 ):
     """A layer's gates i, f, a, o, its new c, and the tanh of that."""
-    i = sigmoid(
-        gate_sums(packed, low, x, h, i, 0, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
-        PTX,
-        APPROXIMATE,
-    )
-    f = sigmoid(
-        gate_sums(packed, low, x, h, f, 1, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
-        PTX,
-        APPROXIMATE,
-    )
-    a = tanh(
-        gate_sums(packed, low, x, h, a, 2, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
-        PTX,
-        APPROXIMATE,
-    )
-    o = sigmoid(
-        gate_sums(packed, low, x, h, o, 3, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS),
-        PTX,
-        APPROXIMATE,
-    )
+    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
+    if not FOLDED:
+        i += column(packed + B, UNITS)[:, None]
+        f += column(packed + B + UNITS, UNITS)[:, None]
+        a += column(packed + B + 2 * UNITS, UNITS)[:, None]
+        o += column(packed + B + 3 * UNITS, UNITS)[:, None]
+    if LAYER > 0:
+        i, f, a, o = gates_weighed(
+            packed + W_IH, other + W_IH, x, i, f, a, o, UNITS, PRECISION, False
+        )
+    i, f, a, o = gates_weighed(packed + W_HH, other + W_HH, h, i, f, a, o, UNITS, PRECISION, RESTS)
+    i = sigmoid(i, PTX, APPROXIMATE)
+    f = sigmoid(f, PTX, APPROXIMATE)
+    a = tanh(a, PTX, APPROXIMATE)
+    o = sigmoid(o, PTX, APPROXIMATE)
     c = f * c + i * a
     return i, f, a, o, c, tanh(c, PTX, APPROXIMATE)
 
@@ -279,7 +277,7 @@ def add(partial, value, later):
 @triton.jit
 def recurrent_gradients(
     packed,
-    low,  # what TF32 leaves of them
+    other,
     partials,  # this program's sums, as the packed weights
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
@@ -308,11 +306,13 @@ def recurrent_gradients(
         add(partials + B + gate * UNITS + unit, tl.sum(d_gate, 1), later)
     w_hh = W_HH + gate * UNITS * UNITS
     add(partials + w_hh + matrix, product(d_gate, tl.trans(h), none, PRECISION), later)
-    d_h = weighed(packed, low, d_gate, d_h, w_hh, True, UNITS, PRECISION, False)
+    weights, low = weights_at(packed + w_hh, other + w_hh, UNITS, PRECISION)
+    d_h = weighed(tl.trans(weights), tl.trans(low), d_gate, d_h, PRECISION, False)
     if LAYER > 0:
         w_ih = W_IH + gate * UNITS * UNITS
         add(partials + w_ih + matrix, product(d_gate, tl.trans(x), none, PRECISION), later)
-        d_x = weighed(packed, low, d_gate, d_x, w_ih, True, UNITS, PRECISION, False)
+        weights, low = weights_at(packed + w_ih, other + w_ih, UNITS, PRECISION)
+        d_x = weighed(tl.trans(weights), tl.trans(low), d_gate, d_x, PRECISION, False)
     return d_x, d_h
 
 
@@ -398,24 +398,26 @@ def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
 def pack(
     weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The packed weights, and what TF32 leaves of them.
+    """The packed weights, float32, and the other form that kernels read of them.
 
     Args:
         weights: As the operation has them, float32.
         plan: Their packing.
-        precision: With tf32 and 3xtf32 matrices are rounded to TF32, and NaN stays; what that
-            leaves is looked at with 3xtf32 alone.
+        precision: With tf32 and 3xtf32 matrices are rounded to TF32, and NaN stays. The other form
+            is what that leaves, with 3xtf32; with bf16, all in bfloat16; else the same.
         approximate: Whether sigmoids will be a tanh of half the sum: halves the weights of theirs.
     """
     flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
     packed = flat.index_select(0, plan.places)
     if approximate:
         packed = torch.where(plan.logistic, 0.5 * packed, packed)
-    if precision not in ("tf32", "3xtf32"):
+    if precision == "bf16":
+        return packed, packed.bfloat16()
+    if precision == "ieee":
         return packed, packed
     high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     high = torch.where(plan.square & ~packed.isnan(), high, packed)
-    return high, packed - high
+    return high, packed - high if precision == "3xtf32" else high
 
 
 def packed(

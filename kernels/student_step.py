@@ -73,7 +73,7 @@ def _with_inputs(
 @triton.jit
 def _cell(
     packed,
-    low,
+    other,
     x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
     h,  # (UNITS, BLOCK); of FOLDED weights, with its inputs
     c,  # (UNITS, BLOCK)
@@ -99,7 +99,7 @@ def _cell(
         a = tl.zeros_like(h)
         o = tl.zeros_like(h)
     return cell(
-        packed, low, x, h, c, i, f, a, o,
+        packed, other, x, h, c, i, f, a, o,
         LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, False,
     )  # fmt: skip
 
@@ -168,13 +168,15 @@ def _small_layers(
     x = (m_feature,)  # not looked at by the first layer
     for layer in tl.static_range(LAYERS):
         old_h = ()
+        old_c = ()
+        # All before the first store, behind which no load may move forward.
         for unit in tl.static_range(HIDDEN):
             here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
             old_h = old_h + (tl.load(h + here, mask=inside, other=0.0).to(tl.float32),)
+            old_c = old_c + (tl.load(c + here, mask=inside, other=0.0).to(tl.float32),)
         outputs = ()
         for unit in tl.static_range(HIDDEN):
             here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
-            old_c = tl.load(c + here, mask=inside, other=0.0).to(tl.float32)
             i = _plain_sum(
                 packed, x, old_h, m_feature, g_feature, unit * UNITS,
                 layer, HIDDEN, UNITS, FEATURES,
@@ -191,7 +193,7 @@ def _small_layers(
                 packed, x, old_h, m_feature, g_feature, (3 * UNITS + unit) * UNITS,
                 layer, HIDDEN, UNITS, FEATURES,
             )  # fmt: skip
-            cell = sigmoid(f, PTX, APPROXIMATE) * old_c
+            cell = sigmoid(f, PTX, APPROXIMATE) * old_c[unit]
             cell += sigmoid(i, PTX, APPROXIMATE) * tanh(a, PTX, APPROXIMATE)
             output = sigmoid(o, PTX, APPROXIMATE) * tanh(cell, PTX, APPROXIMATE)
             outputs = outputs + (output,)
@@ -211,7 +213,7 @@ def _small_layers(
 @triton.jit
 def _layers(
     packed,
-    low,
+    other,
     inside,
     at,
     n,
@@ -245,7 +247,7 @@ def _layers(
         if FOLDED:
             old_h = _with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
         _i, _f, _a, o, new_cell, squashed = _cell(
-            packed, low, x, old_h, old_c, m_feature, g_feature,
+            packed, other, x, old_h, old_c, m_feature, g_feature,
             layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
@@ -263,7 +265,7 @@ def _layers(
 @triton.jit
 def _step(
     packed,
-    low,
+    other,
     g,  # (BLOCK,) float32
     inside,  # (BLOCK,) whether there is such a coordinate
     at,  # (BLOCK,) its place in rows of n
@@ -313,7 +315,7 @@ def _step(
         )  # fmt: skip
     else:
         top = _layers(
-            packed, low, inside, at, n, h, c, new_h, new_c, m_feature, g_feature, key,
+            packed, other, inside, at, n, h, c, new_h, new_c, m_feature, g_feature, key,
             LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
         )  # fmt: skip
     return alpha * tanh(top, PTX, APPROXIMATE)
@@ -322,7 +324,7 @@ def _step(
 @triton.jit
 def forward(
     packed,
-    low,
+    other,
     grad,  # (N,)
     m,  # (N,)
     v,  # (N,)
@@ -356,11 +358,26 @@ def forward(
     inside = at < n
     g = tl.load(grad + at, mask=inside, other=0.0)
     result = _step(
-        packed, low, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c, 0,
+        packed, other, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c, 0,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, False,
     )  # fmt: skip
     tl.store(update + at, result, mask=inside)
+
+
+@triton.jit
+def _ask_for(base, n, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Has a block's lines of rows of n brought into the second cache; waits for none."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = BLOCK // LINE if BLOCK > LINE else 1
+    PADDED: tl.constexpr = triton.next_power_of_2(ROWS)
+    row = tl.minimum(tl.arange(0, PADDED), ROWS - 1).to(first.dtype)
+    at = tl.minimum(first + tl.arange(0, LINES) * LINE, n - 1)
+    address = (base + (row[:, None] * n + at[None, :])).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [address], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -369,7 +386,7 @@ def forward(
 )
 def in_place(
     packed,
-    low,
+    other,
     table,  # (count, COLUMNS) int64, as _table has it
     first_block,  # (count,) int64: the first block of each tensor
     count,
@@ -400,6 +417,7 @@ def in_place(
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    AHEAD: tl.constexpr,  # how many blocks ahead memory is asked for; 0 for none
 ):
     """One launch for all tensors: program p finds the tensor that its block belongs to."""
     if CONTROL:
@@ -438,6 +456,15 @@ def in_place(
         n = n.to(tl.int32)
     at = first + tl.arange(0, BLOCK)
     inside = at < n
+    if AHEAD > 0 and PTX:
+        later = first + AHEAD * BLOCK
+        if later < n:
+            _ask_for(param, n, later, 1, BLOCK)
+            _ask_for(grad, n, later, 1, BLOCK)
+            _ask_for(m, n, later, 1, BLOCK)
+            _ask_for(v, n, later, 1, BLOCK)
+            _ask_for(h, n, later, LAYERS * HIDDEN, BLOCK)
+            _ask_for(c, n, later, LAYERS * HIDDEN, BLOCK)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     old = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
     key = 0
@@ -459,7 +486,7 @@ def in_place(
             tl.store(param + at, _stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
             return
     update = _step(
-        packed, low, g, inside, at, n, m, v, h, c, m, v, h, c, key,
+        packed, other, g, inside, at, n, m, v, h, c, m, v, h, c, key,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
     )  # fmt: skip
@@ -470,7 +497,7 @@ def in_place(
 @triton.jit
 def _gate_gradients(
     packed,
-    low,
+    other,
     partials,  # this program's sums, as the packed weights
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
@@ -491,7 +518,7 @@ def _gate_gradients(
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
     d_x, d_h = recurrent_gradients(
-        packed, low, partials, d_gate, x, h, d_x, d_h, later, gate,
+        packed, other, partials, d_gate, x, h, d_x, d_h, later, gate,
         LAYER, FEATURES, UNITS, FOLDED, PRECISION,
     )  # fmt: skip
     if LAYER == 0 and not FOLDED:
@@ -508,7 +535,7 @@ def _gate_gradients(
 @triton.jit(do_not_specialize=["blocks", "size"])
 def backward(
     packed,
-    low,
+    other,
     grad,  # (N,)
     m,  # (N,)
     v,  # (N,)
@@ -580,7 +607,7 @@ def backward(
             if FOLDED:
                 old_h = _with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
             _i, _f, _a, o, _c, squashed = _cell(
-                packed, low, x, old_h, old_c, m_feature, g_feature,
+                packed, other, x, old_h, old_c, m_feature, g_feature,
                 layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             x = o * squashed
@@ -600,7 +627,7 @@ def backward(
             if FOLDED:
                 old_h = _with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
             i, f, a, o, _c, squashed = _cell(
-                packed, low, x, old_h, old_c, m_feature, g_feature,
+                packed, other, x, old_h, old_c, m_feature, g_feature,
                 layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
@@ -628,7 +655,7 @@ def backward(
                 d_gate = tl.where(gate == 0, d_i, tl.where(gate == 1, d_f, d_a))
                 d_gate = tl.where(gate == 3, d_o, d_gate)
                 d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                    packed, low, partials, d_gate, x, old_h, m_feature, g_feature,
+                    packed, other, partials, d_gate, x, old_h, m_feature, g_feature,
                     d_x, d_old_h, d_m_feature, d_g_feature, later, gate,
                     layer, FEATURES, UNITS, FOLDED, PRECISION,
                 )  # fmt: skip
@@ -771,12 +798,12 @@ def student_step_in_place(
     plan, shape = _plan(h)
     chosen = configuration("student_step_", *h.shape[:2], precision)
     with on_device_of(m):
-        packed, low = lstm.packed(weights, plan, precision, approximate)
+        packed, other = lstm.packed(weights, plan, precision, approximate)
         for (param_dtype, grad_dtype, aligned, is_wide), rows in alike.items():
             table, first_block, blocks = _table(tuple(rows), chosen.block, m.device)
             in_place[(blocks,)](
                 packed,
-                low,
+                other,
                 table,
                 first_block,
                 len(rows),
@@ -798,6 +825,7 @@ def student_step_in_place(
                 PRECISION=precision,
                 PTX=on_nvidia(),
                 APPROXIMATE=approximate,
+                AHEAD=chosen.ahead * processors(m.device),
                 **chosen.options,
             )
 

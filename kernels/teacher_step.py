@@ -183,11 +183,15 @@ def settings_of(teacher):
 
 @triton.jit
 def moments(kind, g, m, v, beta1, beta2, rest1, rest2):
-    """The moments that have seen g; those that the kind lacks are the old ones."""
+    """The moments that have seen g; those that the kind lacks are the old ones.
+
+    Which of two products is not rounded is said, here and below: a compiler takes one or the other,
+    and a coordinate's bits would depend on how it is loaded.
+    """
     if has_m(kind):
-        m = beta1 * m + rest1 * g
+        m = tl.fma(beta1, m, rest1 * g)
     if has_v(kind):
-        v = beta2 * v + rest2 * (g * g)
+        v = tl.fma(beta2, v, rest2 * (g * g))
     return m, v
 
 
@@ -247,8 +251,8 @@ def update_gradients(kind, d, g, m, v, lr, eps, inverse1, inverse2):
             d_agreement = d_agreement * bracket
         d_scaled_g = d_agreement * tanh_m * slope_g
         d_scaled_m = d_agreement * tanh_g * slope_m
-        d_scale += d_scaled_g * g + d_scaled_m * m
-        in_g = d * bracket + d_scaled_g * scale
+        d_scale += tl.fma(d_scaled_g, g, d_scaled_m * m)
+        in_g = tl.fma(d, bracket, d_scaled_g * scale)
         in_m = d_scaled_m * scale
         in_v = -0.5 * (d_scale * scale) * (scale * scale)
     return in_g, in_m, in_v
@@ -312,10 +316,10 @@ def gradients(
     of_m += tl.load(d_m + at, mask=inside, other=0.0)
     of_v += tl.load(d_v + at, mask=inside, other=0.0)
     if has_m(kind):
-        of_g += rest1 * of_m
+        of_g = tl.fma(rest1, of_m, of_g)
         of_m = beta1 * of_m
     if has_v(kind):
-        of_g += 2.0 * rest2 * g * of_v
+        of_g = tl.fma(2.0 * rest2 * g, of_v, of_g)
         of_v = beta2 * of_v
     tl.store(in_grads + at, of_g, mask=inside)
     tl.store(in_m + at, of_m, mask=inside)

@@ -293,8 +293,9 @@ class _CPUForCUDA(TorchFunctionMode):
 
 
 def _at_home(value: Any) -> Any:
-    is_cuda = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
-    return torch.device("cpu") if is_cuda else value
+    if isinstance(value, (str, torch.device)) and str(value).startswith("cuda"):
+        return "cpu" if isinstance(value, str) else torch.device("cpu")
+    return value
 
 
 _mode = _CPUForCUDA()  # kept: it stays entered
@@ -303,7 +304,10 @@ _mode = _CPUForCUDA()  # kept: it stays entered
 def _redirect() -> None:
     cuda: Any = torch.cuda
     cuda.synchronize = lambda *_: None
+    cuda.empty_cache = lambda: None
     cuda.mem_get_info = lambda *_: (0, 0)
+    for name in ("current_device", "memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *_: 0)
     cuda.stream = cuda.graph = lambda *_, **__: contextlib.nullcontext()
     for name in ("Stream", "CUDAGraph", "Event", "current_stream"):
         setattr(cuda, name, MagicMock())

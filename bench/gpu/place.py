@@ -9,10 +9,10 @@ nothing: it shows that every case runs, and what it is given to compile.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import statistics
@@ -111,6 +111,8 @@ class Place:
             except Exception as error:
                 traceback.print_exc()
                 self.write({"case": name, "error": f"{type(error).__name__}: {error}"[:600]})
+                if "captur" in str(error):  # generators still believe that a graph is captured
+                    sys.exit(LOST)
                 self._stop_if_lost()
                 continue
             spent = round(time.perf_counter() - begin, 2)
@@ -204,6 +206,22 @@ def copy_rate(place: Place) -> float:
     return 2 * 4 * count / timed(place, lambda: target.copy_(source)).median
 
 
+def timed_both(place: Place, call: Callable[[], object], n: int, moved: float) -> Row:
+    """Columns for a call of its own and one in a graph, and the latter's share of a copy.
+
+    Args:
+        place: Where.
+        call: What to time.
+        n: Its coordinates.
+        moved: Bytes that it has to read and write.
+    """
+    alone = timed(place, call)
+    graphed = replayed(place, call, 10 if n <= 10**6 else 2)
+    row = alone.row() | graphed.row("graph_")
+    row["ns_per_coordinate"] = round(1e9 * graphed.median / n, 4)
+    return row | traffic(place, graphed, moved)
+
+
 def traffic(place: Place, times: Times, moved: float) -> Row:
     """Columns for what a call moves, as a share of a copy."""
     rate = moved / times.median
@@ -225,16 +243,12 @@ def start(phase: str) -> Place:
     return Place(asked.phase, asked.rows, asked.stand_in, asked.only)
 
 
-def set_configuration(operation: str, block: int, warps: int) -> None:
-    """Have an operation's kernels compiled so, whatever the table says."""
-    os.environ["AMALGAM_TRITON"] = f"{operation}={block}x{warps}"
-
-
-def default_configurations() -> None:
-    """Take configurations from the table again."""
-    os.environ.pop("AMALGAM_TRITON", None)
-
-
-def product(*columns: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
-    """Every combination, the last column fastest."""
-    return itertools.product(*columns)
+@contextlib.contextmanager
+def configured(operation: str, how: str | None) -> Iterator[None]:
+    """Has an operation's kernels compiled so, whatever the table says; by the table where None."""
+    if how is not None:
+        os.environ["AMALGAM_TRITON"] = f"{operation}={how}"
+    try:
+        yield
+    finally:
+        os.environ.pop("AMALGAM_TRITON", None)

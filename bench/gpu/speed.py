@@ -1,8 +1,8 @@
 """Each operation's time on the device, beside a copy of the bytes that it has to move.
 
-In the order of what is wanted most, as time may end. ``share_of_copy`` counts what has to be read
-and written once, over what a copy of 2 GiB reaches; ``graph_us`` is a call inside a CUDA graph,
-which leaves out what the host does. Compiling is not timed.
+In the order of what is wanted most, as time may end. ``us`` is a call of its own, host and all, and
+``graph_us`` one inside a CUDA graph, without the host; ``share_of_copy`` is what has to be read and
+written once, in the latter time, over what a copy of 2 GiB reaches. Compiling is not timed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gpu.place import (
     Case,
     Place,
     Row,
+    configured,
     copy_rate,
-    default_configurations,
     replayed,
-    set_configuration,
     start,
     timed,
+    timed_both,
     traffic,
 )
 from harness import lstm_weights
@@ -43,6 +43,25 @@ WAYS = [
     ("triton:bf16,approximate", BF16),
     ("triton:tf32,approximate", BF16),
     ("triton", BF16),
+]
+SWEEP = [
+    (WAYS[0], PAPERS, ("64x4", "64x4+2", "128x8+1")),
+    (WAYS[1], PAPERS, ("128x4", "128x4+2", "256x8+1")),
+    (WAYS[2], PAPERS, ("64x4+2", "64x4+3", "128x4", "128x4+2", "128x4+4", "256x8", "256x8+1")),
+    (WAYS[3], PAPERS, ("128x4+2", "256x8+1")),
+    (WAYS[4], PAPERS, ("64x4", "64x4+3", "128x4+2", "128x4+4", "256x4", "256x8", "256x8+1")),
+    *(
+        (way, student, ("256x4", "512x4+4", "1024x4", "1024x8", "1024x8+2"))
+        for way in (WAYS[0], WAYS[4])
+        for student in ((1, 4), (1, 8))
+    ),
+]
+FUNCTIONAL_SWEEP = [
+    ("forward", "triton", ("64x4",)),
+    ("forward", "triton:tf32", ("128x4", "128x8", "256x8")),
+    ("forward", "triton:bf16", ("128x4", "128x8", "256x8")),
+    ("backward", "triton", ("64x4", "128x8")),
+    ("backward", "triton:tf32", ("64x4", "128x8")),
 ]
 GRAPHED = 10**6  # of more coordinates, the host's part does not show
 
@@ -86,12 +105,8 @@ def adamw_case(place: Place, n: int, kind: str) -> Row:
     param = place.draw(size, seed=1).requires_grad_()
     param.grad = place.draw(size, seed=2)
     optimizer = torch.optim.AdamW([param], capturable=place.real, **{kind: True})
-    times = timed(place, optimizer.step)
-    row = {"operation": f"AdamW {kind}", "n": size, **times.row()}
-    row["ns_per_coordinate"] = round(1e9 * times.median / size, 4)
-    if n <= GRAPHED:
-        row |= replayed(place, optimizer.step).row("graph_")
-    return row | traffic(place, times, 28 * size)
+    row: Row = {"operation": f"AdamW {kind}", "n": size}
+    return row | timed_both(place, optimizer.step, size, 28 * size)
 
 
 def in_place_case(
@@ -100,7 +115,7 @@ def in_place_case(
     student: tuple[int, int],
     n: int,
     kind: str = "plain",
-    configuration: tuple[int, int] | None = None,
+    configuration: str | None = None,
 ) -> Row:
     """A step in place of one tensor; with bfloat16 cells and "stochastic", its parameter too."""
     (backend, cells), size = way, place.size(n)
@@ -118,30 +133,20 @@ def in_place_case(
     def call() -> None:
         in_place([param], [grad], [state], weights, SETTINGS, **how)
 
-    if configuration:
-        set_configuration("student_step_", *configuration)
-    try:
-        asks_for_64_bits(place, student, n, call)
-        times = timed(place, call)
-        row = {
-            "operation": "student_step_",
-            "backend": backend,
-            "student": "x".join(map(str, student)),
-            "cells": SHORT[cells],
-            "kind": kind,
-            "n": size,
-            **times.row(),
-            "ns_per_coordinate": round(1e9 * times.median / size, 4),
-        }
-        if configuration:
-            row["configuration"] = "x".join(map(str, configuration))
-        elif n <= GRAPHED:
-            row |= replayed(place, call).row("graph_")
-    finally:
-        default_configurations()
     units = student[0] * student[1]
     moved = size * (16 + 4 * units * cells.itemsize + grad.itemsize + 2 * param.itemsize)
-    return row | traffic(place, times, moved)
+    row: Row = {
+        "operation": "student_step_",
+        "backend": backend,
+        "student": "x".join(map(str, student)),
+        "cells": SHORT[cells],
+        "kind": kind,
+        "n": size,
+        "configuration": configuration,
+    }
+    with configured("student_step_", configuration):
+        asks_for_64_bits(place, student, n, call)
+        return row | timed_both(place, call, size, moved)
 
 
 def functional_case(
@@ -150,7 +155,7 @@ def functional_case(
     words: str,
     student: tuple[int, int],
     n: int,
-    configuration: tuple[int, int] | None = None,
+    configuration: str | None = None,
 ) -> Row:
     size = place.size(n)
     name = "student_step" if direction == "forward" else "student_step_backward"
@@ -166,27 +171,17 @@ def functional_case(
     def call() -> None:
         operation(*arguments, words)
 
-    if configuration:
-        set_configuration(name, *configuration)
-    try:
-        times = timed(place, call)
-        row = {
-            "operation": name,
-            "backend": words,
-            "student": "x".join(map(str, student)),
-            "n": size,
-            **times.row(),
-            "ns_per_coordinate": round(1e9 * times.median / size, 4),
-        }
-        if configuration:
-            row["configuration"] = "x".join(map(str, configuration))
-        elif n <= GRAPHED:
-            row |= replayed(place, call).row("graph_")
-    finally:
-        default_configurations()
     states = (1 if direction == "forward" else 2) * 4 * student[0] * student[1] * 4
     moved = size * (states + (24 if direction == "forward" else 44))
-    return row | traffic(place, times, moved)
+    row: Row = {
+        "operation": name,
+        "backend": words,
+        "student": "x".join(map(str, student)),
+        "n": size,
+        "configuration": configuration,
+    }
+    with configured(name, configuration):
+        return row | timed_both(place, call, size, moved)
 
 
 def choice_case(place: Place, direction: str, words: str, k: int, n: int) -> Row:
@@ -340,26 +335,16 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
         )
     for rival in ("triton", "AdamW fused", "AdamW foreach"):
         yield f"1,000 tensors {rival}", part(many_case, place, rival)
-    # How many coordinates a program takes, and by how many warps.
-    for way, blocks in (
-        (WAYS[0], (32, 64, 128)),
-        (WAYS[2], (32, 64, 128)),
-        (WAYS[4], (64, 128, 256)),
-    ):
-        for block in blocks:
-            for warps in (4, 8):
-                name = f"configuration in place {way[0]} {SHORT[way[1]]} {block}x{warps}"
-                case = part(in_place_case, place, way, PAPERS, 10**7, "plain", (block, warps))
-                yield name, case
-    for student in ((1, 4), (1, 8)):
-        for block in (256, 512, 1024):
-            name = f"configuration in place 1x{student[1]} {block}x4"
-            way = ("triton:bf16,approximate", BF16)
-            yield name, part(in_place_case, place, way, student, 10**7, "plain", (block, 4))
-    for block, warps in ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
-        name = f"configuration backward {block}x{warps}"
-        case = part(functional_case, place, "backward", "triton", PAPERS, 10**6, (block, warps))
-        yield name, case
+    # How many coordinates a program takes, by how many warps, and how far ahead it asks.
+    for way, student, configurations in SWEEP:
+        for how in configurations:
+            label = f"{way[0]} {student[0]}x{student[1]} {SHORT[way[1]]} {how}"
+            case = part(in_place_case, place, way, student, 10**7, "plain", how)
+            yield f"configuration in place {label}", case
+    for direction, words, configurations in FUNCTIONAL_SWEEP:
+        for how in configurations:
+            case = part(functional_case, place, direction, words, PAPERS, 10**6, how)
+            yield f"configuration {direction} {words} {how}", case
     for direction in ("forward", "backward"):
         for k in (2, 6):
             for words in ("triton", "triton:tf32"):
