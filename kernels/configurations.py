@@ -1,12 +1,12 @@
 """How many coordinates a program takes and by how many warps: one fixed table, no trial runs.
 
 Found by compiling for sm_80, sm_90 and sm_100 and comparing spills, registers and instructions;
-never timed on hardware. A first call compiles the one configuration it uses, in one to ten seconds,
+those of two layers of 20 units are among the fastest that an H200 was given (bench/results/gpu). A
+first call compiles the one configuration it uses, in one to ten seconds,
 and Triton keeps it on disk.
 
 ``AMALGAM_TRITON="student_step_=128x8,choice_step=32x4"`` in the environment overrides the table for
-operations it names, with BLOCK x num_warps for every architecture of theirs, and perhaps, of
-``student_step_``, blocks to ask for ahead: ``128x4+2``.
+operations it names, with BLOCK x num_warps for every architecture of theirs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ class Configuration(NamedTuple):
     Attributes:
         block: BLOCK, coordinates of a program at a time; a power of two.
         num_warps: Warps of 32 threads that compute them; a power of two.
-        ahead: For how many blocks a multiprocessor memory is asked for ahead, by a step in place.
     """
 
     block: int
     num_warps: int
-    ahead: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -56,7 +54,7 @@ _STEP = {
 }
 _TABLE = {
     "student_step": _STEP,
-    "student_step_": _STEP | {"bf16": Configuration(128, 4)},
+    "student_step_": _STEP | {"tf32": Configuration(128, 4), "bf16": Configuration(128, 4)},
     "choice_step": dict.fromkeys(_STEP, Configuration(64, 4)),
 }
 # A backward's, by the most units it is for.
@@ -90,14 +88,12 @@ def _overrides(text: str) -> dict[str, Configuration]:
     found = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        value, _, ahead = value.partition("+")
         numbers = value.split("x")
         powers = [int(n) for n in numbers if n.isdecimal() and int(n) and not int(n) & int(n) - 1]
-        fits = len(numbers) == len(powers) == 2 and powers[0] >= 16
-        if name not in OPERATIONS or not fits or not (ahead.isdecimal() or not ahead):
+        if name not in OPERATIONS or len(numbers) != 2 or len(powers) != 2 or powers[0] < 16:
             raise ValueError(
-                f"{VARIABLE} must be OPERATION=BLOCKxWARPS[+AHEAD],... with operations of "
+                f"{VARIABLE} must be OPERATION=BLOCKxWARPS,... with operations of "
                 f"{OPERATIONS} and powers of two, BLOCK at least 16, not {part!r}"
             )
-        found[name] = Configuration(*powers, int(ahead or 0))
+        found[name] = Configuration(*powers)
     return found

@@ -192,30 +192,53 @@ def weighed(
 
 
 @triton.jit
-def gates_weighed(
-    packed,  # the packed weights, from where the four gates' matrices begin
+def gate_sums(
+    packed,  # the packed weights
     other,
+    x,  # (UNITS, BLOCK) what the layer below gave; not looked at by the first layer
+    h,  # (UNITS, BLOCK) the layer's own h of before
+    sums,  # (UNITS, BLOCK) the gate's sums so far
+    GATE: tl.constexpr,
+    LAYER: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RESTS: tl.constexpr,
+):
+    """A gate's sums before its activation, (UNITS, BLOCK)."""
+    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
+    FROM: tl.constexpr = GATE * UNITS * UNITS
+    if not FOLDED:
+        sums += column(packed + B + GATE * UNITS, UNITS)[:, None]
+    if LAYER > 0:
+        weights, low = weights_at(packed + W_IH + FROM, other + W_IH + FROM, UNITS, PRECISION)
+        sums = weighed(weights, low, x, sums, PRECISION, False)
+    weights, low = weights_at(packed + W_HH + FROM, other + W_HH + FROM, UNITS, PRECISION)
+    return weighed(weights, low, h, sums, PRECISION, RESTS)
+
+
+@triton.jit
+def gates_weighed(
+    weights,  # in bfloat16, from where the four gates' matrices begin
     x,  # (UNITS, BLOCK)
     i,  # (UNITS, BLOCK) the gates' sums so far
     f,
     a,
     o,
     UNITS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RESTS: tl.constexpr,
 ):
-    """The gates' sums plus the products of their weights with x."""
-    # All are asked for before the first is waited for: a program has too few warps to hide it.
-    SIZE: tl.constexpr = UNITS * UNITS
-    to_i, low_i = weights_at(packed, other, UNITS, PRECISION)
-    to_f, low_f = weights_at(packed + SIZE, other + SIZE, UNITS, PRECISION)
-    to_a, low_a = weights_at(packed + 2 * SIZE, other + 2 * SIZE, UNITS, PRECISION)
-    to_o, low_o = weights_at(packed + 3 * SIZE, other + 3 * SIZE, UNITS, PRECISION)
-    i = weighed(to_i, low_i, x, i, PRECISION, RESTS)
-    f = weighed(to_f, low_f, x, f, PRECISION, RESTS)
-    a = weighed(to_a, low_a, x, a, PRECISION, RESTS)
-    o = weighed(to_o, low_o, x, o, PRECISION, RESTS)
-    return i, f, a, o
+    """The gates' sums plus the products of their weights with x.
+
+    All weights are asked for before the first is waited for, as a program has few warps to hide
+    that. Those of other precisions take so many registers that it does not pay.
+    """
+    to_i = square(weights, UNITS)
+    to_f = square(weights + UNITS * UNITS, UNITS)
+    to_a = square(weights + 2 * UNITS * UNITS, UNITS)
+    to_o = square(weights + 3 * UNITS * UNITS, UNITS)
+    x = x.to(tl.bfloat16)
+    return tl.dot(to_i, x, i), tl.dot(to_f, x, f), tl.dot(to_a, x, a), tl.dot(to_o, x, o)
 
 
 @triton.jit
@@ -246,22 +269,21 @@ def cell(
     RESTS: tl.constexpr,  # whether h has rows so large that what TF32 leaves of both factors counts
 ):
     """A layer's gates i, f, a, o, its new c, and the tanh of that."""
-    W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
-    if not FOLDED:
-        i += column(packed + B, UNITS)[:, None]
-        f += column(packed + B + UNITS, UNITS)[:, None]
-        a += column(packed + B + 2 * UNITS, UNITS)[:, None]
-        o += column(packed + B + 3 * UNITS, UNITS)[:, None]
-    if LAYER > 0:
-        i, f, a, o = gates_weighed(
-            packed + W_IH, other + W_IH, x, i, f, a, o, UNITS, PRECISION, False
-        )
-    i, f, a, o = gates_weighed(packed + W_HH, other + W_HH, h, i, f, a, o, UNITS, PRECISION, RESTS)
+    if PRECISION == "bf16" and FOLDED:
+        W_IH, W_HH, _B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
+        if LAYER > 0:
+            i, f, a, o = gates_weighed(other + W_IH, x, i, f, a, o, UNITS)
+        i, f, a, o = gates_weighed(other + W_HH, h, i, f, a, o, UNITS)
+    else:
+        i = gate_sums(packed, other, x, h, i, 0, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS)
+        f = gate_sums(packed, other, x, h, f, 1, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS)
+        a = gate_sums(packed, other, x, h, a, 2, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS)
+        o = gate_sums(packed, other, x, h, o, 3, LAYER, FEATURES, UNITS, FOLDED, PRECISION, RESTS)
     i = sigmoid(i, PTX, APPROXIMATE)
     f = sigmoid(f, PTX, APPROXIMATE)
     a = tanh(a, PTX, APPROXIMATE)
     o = sigmoid(o, PTX, APPROXIMATE)
-    c = f * c + i * a
+    c = tl.fma(f, c, i * a)
     return i, f, a, o, c, tanh(c, PTX, APPROXIMATE)
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import amd_assembly, assert_within, compile_kernel, costs_of
+from machine_code import (
+    amd_assembly,
+    assert_within,
+    compile_kernel,
+    costs_of,
+    resource_usage,
+)
 from torch import Tensor
 
 from amalgam.backends import triton
@@ -893,6 +899,42 @@ def two_tensors(
     return params, states
 
 
+def check_in_place(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    cells: torch.dtype,
+    layers: int,
+    hidden: int,
+) -> None:
+    """Two steps of empty, strided and many tensors are the reference's."""
+    # Triton's interpreter truncates to bfloat16, in each of the two steps, where GPUs round.
+    units = 4 if device == "cpu" and torch.bfloat16 in (dtype, cells) else 1
+    weights = moved(make_weights(layers, hidden, dtype=torch.float32), device)
+    shapes = [(0,), (7, 9), (), (0, 3), (130,), (2, 3, 4, 2), *[(5,)] * 9, (0, 1), (8, 16)]
+    both = []
+    for name in ("reference", backend):
+        params = [moved(draw(*s, seed=1).to(dtype), device) for s in shapes]
+        params[5] = params[5].to(memory_format=torch.channels_last)
+        grads = [moved(draw(*s, seed=2).to(grad_dtype), device) for s in shapes]
+        states = []
+        for s in shapes:
+            state = make_state(*s, layers=layers, hidden=hidden, dtype=torch.float32)
+            state = moved(state, device)
+            states.append(state._replace(h=state.h.to(cells), c=state.c.to(cells)))
+        for _ in range(2):
+            student_step_(params, grads, states, weights, lr=0.5, weight_decay=0.01, backend=name)
+        both.append((params, flat(states)))
+    rounding = torch.finfo(cells).eps if cells != torch.float32 else 1e-5
+    for ours, expected in zip(both[1][0], both[0][0], strict=True):
+        unit = torch.finfo(dtype).eps * expected.float().abs().clamp_min(1e-4)
+        assert ((ours.float() - expected.float()).abs() <= units * unit + rounding / 10).all()
+    for ours, expected in zip(both[1][1], both[0][1], strict=True):
+        bounds = {"rtol": 2 * units * rounding, "atol": units * rounding}
+        torch.testing.assert_close(ours.float(), expected.float(), **bounds)
+
+
 def check_rounding_by_seeds(backend: str, device: str, hidden: int) -> None:
     """What is stored in bfloat16 are the same float32 numbers, rounded by the bits of the seed."""
     counts = [torch.tensor(float(n), device=device) for n in (0, 7)]
@@ -1052,10 +1094,7 @@ def test_triton_step(device: str, size: int, layers: int, hidden: int) -> None:
     assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, "triton")
 
 
-@by_triton
-@pytest.mark.usefixtures("triton_works")
-@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
+of_dtypes = pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
     [
         (torch.float32, torch.float32),
@@ -1064,33 +1103,16 @@ def test_triton_step(device: str, size: int, layers: int, hidden: int) -> None:
         (torch.float32, torch.bfloat16),
     ],
 )
+
+
+@by_triton
+@pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+@of_dtypes
 def test_triton_in_place_is_the_references(
     device: str, dtype: torch.dtype, grad_dtype: torch.dtype, cells: torch.dtype
 ) -> None:
-    """Empty, strided and many tensors."""
-    # The interpreter truncates to bfloat16, in each of the two steps, where GPUs round.
-    units = 4 if device == "cpu" and torch.bfloat16 in (dtype, cells) else 1
-    weights = moved(make_weights(2, 20, dtype=torch.float32), device)
-    shapes = [(0,), (7, 9), (), (0, 3), (130,), (2, 3, 4, 2), *[(5,)] * 9, (0, 1), (8, 16)]
-    both = []
-    for name in ("reference", "triton"):
-        params = [moved(draw(*s, seed=1).to(dtype), device) for s in shapes]
-        params[5] = params[5].to(memory_format=torch.channels_last)
-        grads = [moved(draw(*s, seed=2).to(grad_dtype), device) for s in shapes]
-        states = []
-        for s in shapes:
-            state = moved(make_state(*s, hidden=20, dtype=torch.float32), device)
-            states.append(state._replace(h=state.h.to(cells), c=state.c.to(cells)))
-        for _ in range(2):
-            student_step_(params, grads, states, weights, lr=0.5, weight_decay=0.01, backend=name)
-        both.append((params, flat(states)))
-    rounding = torch.finfo(cells).eps if cells != torch.float32 else 1e-5
-    for ours, expected in zip(both[1][0], both[0][0], strict=True):
-        unit = torch.finfo(dtype).eps * expected.float().abs().clamp_min(1e-4)
-        assert ((ours.float() - expected.float()).abs() <= units * unit + rounding / 10).all()
-    for ours, expected in zip(both[1][1], both[0][1], strict=True):
-        bounds = {"rtol": 2 * units * rounding, "atol": units * rounding}
-        torch.testing.assert_close(ours.float(), expected.float(), **bounds)
+    check_in_place("triton", device, dtype, grad_dtype, cells, 2, 20)
 
 
 @by_triton
@@ -1242,8 +1264,9 @@ def test_triton_steps_many_aligned_coordinates_to_the_same_bits(numerics: str) -
 
 
 @needs_gpu
-@pytest.mark.usefixtures("triton_works")
-def test_triton_steps_where_places_need_64_bits() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.usefixtures("triton_works", "cuda_works")
+def test_steps_where_places_need_64_bits(backend: str) -> None:
     """Beyond 2^31 numbers of h: the last coordinates are stepped, and as elsewhere."""
     n, few = 2**29 + 70, 100
     weights = moved(make_weights(1, 4, dtype=torch.float32), "cuda")
@@ -1252,8 +1275,8 @@ def test_triton_steps_where_places_need_64_bits() -> None:
     param[-few:], grad[-few:] = ends
     state = initial_state(param, weights, torch.bfloat16)
     parts = initial_state(ends[0], weights, torch.bfloat16)
-    student_step_([param], [grad], [state], weights, backend="triton")
-    student_step_([ends[0]], [ends[1]], [parts], weights, backend="triton")
+    student_step_([param], [grad], [state], weights, backend=backend)
+    student_step_([ends[0]], [ends[1]], [parts], weights, backend=backend)
     torch.testing.assert_close(param[-few:], ends[0])
     for whole, part in zip(state, parts, strict=True):
         torch.testing.assert_close(whole[..., -few:], part)
@@ -1298,6 +1321,140 @@ def test_triton_kernels_by_interpreter() -> None:
     run_interpreted(__file__)
 
 
+# The CUDA kernels: in place, float32, of the students that are compiled in.
+
+CUDA_SIZES = [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8)]
+
+
+def by_cuda(test: Any) -> Any:
+    return needs_gpu(pytest.mark.usefixtures("cuda_works")(test))
+
+
+@by_cuda
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+@of_dtypes
+@pytest.mark.parametrize(("layers", "hidden"), CUDA_SIZES)
+def test_cuda_in_place_is_the_references(
+    layers: int,
+    hidden: int,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    cells: torch.dtype,
+) -> None:
+    check_in_place("cuda", "cuda", dtype, grad_dtype, cells, layers, hidden)
+
+
+@by_cuda
+@pytest.mark.parametrize("size", [1, 64, 1000, 4099])
+@pytest.mark.parametrize(("layers", "hidden"), CUDA_SIZES)
+def test_cuda_errs_as_the_reference(layers: int, hidden: int, size: int) -> None:
+    draws = []
+    for seed in range(60 if size == 1 else 8):
+        inputs = skewed_inputs(size, layers, hidden, torch.float32, seed)
+        draws.append(moved((inputs[0], *inputs[1], inputs[2]), "cuda"))
+    assert_as_accurate(step_in_place, draws, "cuda")
+
+
+@by_cuda
+@pytest.mark.parametrize(("layers", "hidden"), CUDA_SIZES)
+def test_cuda_approximates(layers: int, hidden: int) -> None:
+    grad, state, weights = moved(skewed_inputs(1000, layers, hidden, torch.float32), "cuda")
+    ours, theirs = (
+        step_in_place(grad, *state, weights, name) for name in ("cuda:approximate", "reference")
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    assert not torch.equal(ours[3], theirs[3])
+
+
+@by_cuda
+@pytest.mark.parametrize("hidden", [4, 8])
+def test_cuda_rounds_by_seeds_to_the_same_bits(hidden: int) -> None:
+    check_rounding_by_seeds("cuda", "cuda", hidden)
+
+
+@by_cuda
+@pytest.mark.parametrize("hidden", [4, 8])
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+def test_cuda_lets_the_device_decide(hidden: int, cells: torch.dtype) -> None:
+    check_control("cuda", "cuda", cells, hidden)
+
+
+@by_cuda
+@pytest.mark.parametrize("narrow", [False, True])
+def test_cuda_alike_wherever_tensors_begin(narrow: bool) -> None:
+    """A number at a time where accesses of 16 bytes are not aligned, and to the same bits."""
+    dtype = torch.bfloat16 if narrow else torch.float32
+    weights = moved(make_weights(1, 8, dtype=torch.float32), "cuda")
+    results = []
+    for shift in (0, 1):
+        size = 4096 - 3 * shift  # which isn't a multiple of what a thread takes either
+        tensors = [draw(4099, seed=seed).to(dtype).cuda()[shift:] for seed in (1, 2)]
+        param, grad = (tensor[:size] for tensor in tensors)
+        state = moved(make_state(4099, layers=1, hidden=8, dtype=torch.float32), "cuda")
+        state = StudentState(*(t[..., shift : shift + size].contiguous() for t in state))
+        state = state._replace(h=state.h.to(dtype), c=state.c.to(dtype))
+        student_step_([param], [grad], [state], weights, backend="cuda")
+        results.append([t[..., 1 - shift :][..., :4000] for t in (param, *state)])
+    assert all(map(torch.equal, *results))
+
+
+@by_cuda
+def test_cuda_passes_nan_and_infinity_on() -> None:
+    grad, state, weights = skewed_inputs(70, 2, 4, torch.float32)
+    grad[3], grad[5], state.c[0, 0, 66] = math.nan, math.inf, math.nan
+    grad, state, weights = moved((grad, state, weights), "cuda")
+    ours, plain = (step_in_place(grad, *state, weights, name) for name in ("cuda", "reference"))
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@by_cuda
+def test_cuda_opcheck() -> None:
+    grad, state, weights = moved(skewed_inputs(5, 2, 4, torch.float32), "cuda")
+    lists, none = [[t] for t in (grad.clone(), grad, *state)], (None, [], 0, [])
+    torch.library.opcheck(
+        torch.ops.amalgam.student_step_.default,
+        (*lists, weights, *SETTINGS, 1.0, 0.0, *none, "cuda"),
+    )
+
+
+@by_cuda
+def test_cuda_auto_takes_what_is_compiled_in_and_triton_the_rest() -> None:
+    for hidden, expected in ((4, "cuda"), (5, "triton")):
+        grad, state, weights = moved(skewed_inputs(5, 2, hidden, torch.float32), "cuda")
+        tensors = ([grad], [grad], *([t] for t in state), weights)
+        assert registry.resolve("student_step_", "auto", state.m, *tensors) == expected
+        student_step_([grad.clone()], [grad], [state], weights)
+    with pytest.raises(RuntimeError, match=r"1x4.*, this one is 2x5; backend='triton'"):
+        student_step_([grad.clone()], [grad], [state], weights, backend="cuda")
+
+
+def step_in_place(
+    grad: Tensor, m: Tensor, v: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], backend: str
+) -> tuple[Tensor, ...]:
+    """A step of parameters that are zero: they become the update, negated."""
+    param, state = torch.zeros_like(grad), StudentState(m.clone(), v.clone(), h.clone(), c.clone())
+    student_step_([param], [grad], [state], weights, SETTINGS, backend=backend)
+    return param, *state
+
+
+def test_cuda_kernels_keep_to_registers() -> None:
+    """A few bytes of stack at most, and so many warps a processor as their launches want."""
+    pytest.importorskip("triton")
+    from amalgam.backends import core
+
+    module, _ = core.load()
+    if module is None or module.cuda is None:
+        pytest.skip("the core here has no CUDA kernels")
+    usage = resource_usage(Path(module.__file__))
+    kernels = {name: costs for name, costs in usage.items() if "student_threads" in name[1]}
+    assert len(kernels) == 30 * len(module.cuda.archs.split(";"))
+    for name, (registers, stack) in kernels.items():
+        assert registers <= 168, (name, registers)
+        assert stack <= 24, (name, stack)
+
+
 # Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
 
 FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "keep", "lr")
@@ -1307,6 +1464,13 @@ TYPES = {
     **{"table": "*i64", "first_block": "*i64", "partials": "*fp64", "control": "*fp64"},
 }
 BUDGETS = json.loads((Path(__file__).parent / "budgets_student_step.json").read_text())
+
+
+def types_of(numerics: str) -> dict[str, str]:
+    """Arguments' types; with bfloat16 products, the weights' other form is in it."""
+    return TYPES | ({"other": "*bf16"} if numerics.startswith("bf16") else {})
+
+
 OPERATIONS = {
     "forward": "student_step",
     "in_place": "student_step_",
@@ -1351,7 +1515,7 @@ def test_kernels_keep_to_their_budgets(case: str) -> None:
     constants, options = triton_constants(name, student, cells, numerics)
     number = int(arch.removeprefix("sm_"))
     divisible = name != "in_place"
-    costs = costs_of(getattr(kernels, name), number, TYPES, constants, options, divisible)
+    costs = costs_of(getattr(kernels, name), number, types_of(numerics), constants, options, divisible)
     assert_within(costs, BUDGETS[case])
 
 
@@ -1363,7 +1527,7 @@ def test_what_a_step_overwrites_all_threads_have_read(numerics: str) -> None:
     from amalgam.kernels import student_step as kernels
 
     constants, options = triton_constants("in_place", "2x20", "float32", numerics)
-    code = compile_kernel(kernels.in_place, 90, TYPES, constants, False, options)
+    code = compile_kernel(kernels.in_place, 90, types_of(numerics), constants, False, options)
     assert code.stores_behind_loads() == 0
 
 
@@ -1376,7 +1540,7 @@ def test_kernels_compile_for_amd(student: str) -> None:
 
     numerics = "bf16,approximate,stochastic"
     constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)
-    assembly = amd_assembly(kernels.in_place, "gfx942", TYPES, constants, options)
+    assembly = amd_assembly(kernels.in_place, "gfx942", types_of(numerics), constants, options)
     assert ("v_mfma" in assembly) == (student == "2x20")
 
 
