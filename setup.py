@@ -293,7 +293,7 @@ def arguments() -> dict[str, Any]:
             Extension(
                 "amalgam._core",
                 sources=sorted(str(source) for source in sources),
-                depends=sorted(str(header) for header in CSRC.glob("**/*.h")),
+                depends=sorted(str(header) for header in CSRC.glob("**/*.*h")),
                 language="c++",
             )
         ],

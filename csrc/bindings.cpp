@@ -7,8 +7,10 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/activation_sweep.h"
@@ -21,6 +23,7 @@
 #include "cpu/teacher_step.h"
 #ifdef AMALGAM_WITH_CUDA
 #include "cuda/runtime.h"
+#include "cuda/student_step.h"
 #include "cuda/teacher_distance.h"
 #endif
 
@@ -287,6 +290,62 @@ void bind_cpu(py::module_& module, const std::string& dtype) {
 }
 
 #ifdef AMALGAM_WITH_CUDA
+amalgam::cuda::Stored stored(const std::string& dtype) {
+  using amalgam::cuda::Stored;
+  if (dtype == "float32") return Stored::float32;
+  if (dtype == "bfloat16") return Stored::bfloat16;
+  if (dtype == "float16") return Stored::float16;
+  throw std::invalid_argument("no storage on GPUs is called " + dtype);
+}
+
+void bind_cuda_student_step(py::module_& module) {
+  using namespace py::literals;
+  // (layers, hidden): how many coordinates a block takes.
+  module.def("student_step_blocks", [] {
+    std::map<std::pair<int, int>, int> blocks;
+    for (const auto& size : amalgam::cuda::student_sizes()) {
+      blocks[{size.layers, size.hidden}] = size.block;
+    }
+    return blocks;
+  });
+  module.def(
+      "student_step_in_place",
+      [](Address weights, Address table, Address first_block, Address control, int count,
+         int64_t blocks, int layers, int hidden, const Constants& constants,
+         const std::string& param, const std::string& grad, const std::string& cells, double keep,
+         double lr, int warmup_steps, bool stochastic, bool approximate, int device,
+         Address stream) {
+        const auto [alpha, beta1, beta2, eps] = constants;
+        amalgam::cuda::StudentCall call{};
+        call.weights = at<const float>(weights);
+        call.table = at<const int64_t>(table);
+        call.first_block = at<const int64_t>(first_block);
+        call.control = at<const double>(control);
+        call.count = count;
+        call.warmup_steps = warmup_steps;
+        call.param = stored(param);
+        call.grad = stored(grad);
+        call.stochastic = stochastic;
+        call.keep = static_cast<float>(keep);
+        call.lr = static_cast<float>(lr);
+        call.alpha = static_cast<float>(alpha);
+        call.beta1 = static_cast<float>(beta1);
+        call.beta2 = static_cast<float>(beta2);
+        call.of_grad = static_cast<float>(1 - beta1);
+        call.of_square = static_cast<float>(1 - beta2);
+        call.per_m = static_cast<float>(1 / (1 - beta1));
+        call.per_v = static_cast<float>(1 / (1 - beta2));
+        call.eps = static_cast<float>(eps);
+        const amalgam::cuda::Stored of_cells = stored(cells);
+        const py::gil_scoped_release release;
+        amalgam::cuda::student_step_in_place(call, layers, hidden, of_cells, approximate, blocks,
+                                             device, at<void>(stream));
+      },
+      py::kw_only(), "weights"_a, "table"_a, "first_block"_a, "control"_a, "count"_a, "blocks"_a,
+      "layers"_a, "hidden"_a, "constants"_a, "param"_a, "grad"_a, "cells"_a, "keep"_a, "lr"_a,
+      "warmup_steps"_a, "stochastic"_a, "approximate"_a, "device"_a, "stream"_a);
+}
+
 template <typename T>
 void bind_cuda(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
@@ -346,6 +405,7 @@ PYBIND11_MODULE(_core, module) {
   cuda.def("device_count", &amalgam::cuda::device_count);
   bind_cuda<float>(cuda, "float32");
   bind_cuda<double>(cuda, "float64");
+  bind_cuda_student_step(cuda);
 #else
   module.attr("cuda") = py::none();
 #endif

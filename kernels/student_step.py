@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amalgam.backends import table
 from amalgam.kernels import lstm
 from amalgam.kernels.configurations import FEW, configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, processors, wide
@@ -29,7 +30,7 @@ from amalgam.kernels.rounding import key_of, random_bits, rounded_stochastically
 
 FEATURES = 2
 FEW_UNITS = tl.constexpr(FEW)
-COLUMNS = tl.constexpr(9)  # of the table of tensors
+COLUMNS = tl.constexpr(table.COLUMNS)
 PROGRAMS_PER_PROCESSOR = 2
 
 
@@ -358,7 +359,7 @@ def forward(
 def in_place(
     packed,
     low,
-    table,  # (count, COLUMNS) int64, as _table has it
+    table,  # (count, COLUMNS) int64, as amalgam/backends/table.py has it
     first_block,  # (count,) int64: the first block of each tensor
     count,
     depth,  # ceil(log2(count)): steps of the search
@@ -744,28 +745,20 @@ def student_step_in_place(
     _, _, m, _, h, _ = tensors[0]
     if control is None and seeds:
         control = m.new_tensor((1 - lr * weight_decay, lr, 0, 0), dtype=torch.float64)
-    step = None if control is None or steps else m.new_zeros(())
-    alike: dict[tuple[torch.dtype, torch.dtype, bool, bool], list[tuple[int, ...]]] = {}
-    for index, group in enumerate(tensors):
-        if n := group[0].numel():
-            numbers = (*map(Tensor.data_ptr, group), n)
-            aligned = functools.reduce(operator.or_, numbers) % 16 == 0
-            counter = steps[index] if steps else step
-            address = 0 if counter is None else counter.data_ptr()
-            kind = group[0].dtype, group[1].dtype, aligned, wide(group[4])
-            row = (*numbers, address, seeds[index] if seeds else 0)
-            alike.setdefault(kind, []).append(row)
+    if control is not None and not steps:
+        steps = [m.new_zeros(())] * len(tensors)
+    alike = table.alike(tensors, steps, seeds, _kind)
     precision = _precision_of(precision, h)
     plan, shape = _plan(h)
     chosen = configuration("student_step_", *h.shape[:2], precision)
     with on_device_of(m):
         packed, low = lstm.packed(weights, plan, precision, approximate)
         for (param_dtype, grad_dtype, aligned, is_wide), rows in alike.items():
-            table, first_block, blocks = _table(tuple(rows), chosen.block, m.device)
+            entries, first_block, blocks = table.table(tuple(rows), chosen.block, m.device)
             in_place[(blocks,)](
                 packed,
                 low,
-                table,
+                entries,
                 first_block,
                 len(rows),
                 (len(rows) - 1).bit_length(),
@@ -790,62 +783,14 @@ def student_step_in_place(
             )
 
 
+def _kind(row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool, bool]:
+    """What tensors of one launch have in common: two dtypes, alignment, and whether WIDE."""
+    numbers = (*map(Tensor.data_ptr, row), row[0].numel())
+    aligned = functools.reduce(operator.or_, numbers) % 16 == 0
+    return row[0].dtype, row[1].dtype, aligned, wide(row[4])
+
+
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-# A row a tensor: addresses of param, grad, m, v, h, c; how many; the address of steps; a seed.
-Rows = tuple[tuple[int, ...], ...]
-_NUMEL = 6
-
-
-def _table(rows: Rows, block: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Addresses, sizes, steps and seeds on the device, first blocks, and how many blocks there are.
-
-    Kept while tensors stay where they are. A CUDA graph that captures the step has its own, which
-    every replay copies from the host again.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        values, blocks = _values(rows, block)
-        spares = _spares.get(len(values))
-        held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
-        held.copy_(values)
-        _captured.append(held)
-        return *_split(held.to(device, non_blocking=True), len(rows)), blocks
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _kept_table(rows, block, device, stream)
-
-
-# A stream has its own: another one's copy might not have arrived, and would be freed while this
-# one reads it.
-@functools.lru_cache(maxsize=32)
-def _kept_table(
-    rows: Rows, block: int, device: torch.device, stream: int
-) -> tuple[Tensor, Tensor, int]:
-    values, blocks = _values(rows, block)
-    if device.type == "cuda":
-        spares = _spares.setdefault(len(values), [])
-        if len(spares) < SPARES:
-            spares.append(torch.empty_like(values, pin_memory=True))
-        values = values.pin_memory().to(device, non_blocking=True)
-    return *_split(values, len(rows)), blocks
-
-
-# Pinned memory by size, as captures can't pin any, and what graphs copy from: how long they live,
-# they do not tell.
-SPARES = 4
-_spares: dict[int, list[Tensor]] = {}
-_captured: list[Tensor] = []
-
-
-def _values(rows: Rows, block: int) -> tuple[Tensor, int]:
-    first_block, blocks = [], 0
-    for row in rows:
-        first_block.append(blocks)
-        blocks += triton.cdiv(row[_NUMEL], block)
-    return torch.tensor([*(value for row in rows for value in row), *first_block]), blocks
-
-
-def _split(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    return values[: count * COLUMNS.value], values[count * COLUMNS.value :]
 
 
 def student_step_backward(

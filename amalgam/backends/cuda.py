@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from amalgam.backends import core
+from amalgam.backends.arguments import checked_in_place, checked_weights
 from amalgam.backends.pointers import checked, dtype_name
-from amalgam.ops.registry import register_backend
+from amalgam.backends.table import alike, table
+from amalgam.ops.kept import kept
+from amalgam.ops.registry import Numerics, register_backend
 
 NO_HUBER = -1.0
+STORED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @functools.cache
@@ -114,3 +120,106 @@ def _teacher_distance_backward(
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return in_student, in_teachers
+
+
+@functools.cache
+def _blocks() -> dict[tuple[int, int], int]:
+    """How many coordinates a block takes, by layers and units of the students compiled in."""
+    blocks: dict[tuple[int, int], int] = core.core().cuda.student_step_blocks()
+    return blocks
+
+
+def _accepts(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    *_: object,
+) -> str | None:
+    layers, hidden = h[0].shape[:2]
+    if (layers, hidden) not in _blocks():
+        sizes = ", ".join(f"{layers}x{hidden}" for layers, hidden in sorted(_blocks()))
+        return (
+            f"it has kernels for students of {sizes} (layers x units), this one is "
+            f"{layers}x{hidden}; backend='triton' computes any"
+        )
+    if strange := {tensor.dtype for tensor in (*params, *grads)} - STORED:
+        return f"it reads and writes float32, bfloat16 and float16, not {strange.pop()}"
+    return None
+
+
+@backend.kernel(
+    "student_step_", dtypes=frozenset({torch.float32}), takes_numerics=True, accepts=_accepts
+)
+def _student_step_in_place(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    c: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    alpha: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    lr: float,
+    weight_decay: float,
+    control: Tensor | None = None,
+    steps: Sequence[Tensor] = (),
+    warmup_steps: int = 0,
+    seeds: Sequence[int] = (),
+    *,
+    numerics: Numerics,
+) -> None:
+    weights = checked_weights(weights, m[0])
+    tensors, put_back = checked_in_place(params, grads, m, v, h, c)
+    layers, hidden = h[0].shape[:2]
+    device = m[0].device
+    with torch.cuda.device(device):
+        packed = _packed(weights, numerics.approximate)
+        kinds = alike(tensors, steps, seeds, lambda row: (row[0].dtype, row[1].dtype))
+        for (param, grad), rows in kinds.items():
+            entries, first_block, blocks = table(tuple(rows), _blocks()[layers, hidden], device)
+            core.core().cuda.student_step_in_place(
+                weights=packed.data_ptr(),
+                table=entries.data_ptr(),
+                first_block=first_block.data_ptr(),
+                control=0 if control is None else control.data_ptr(),
+                count=len(rows),
+                blocks=blocks,
+                layers=layers,
+                hidden=hidden,
+                constants=(alpha, beta1, beta2, eps),
+                param=dtype_name(param),
+                grad=dtype_name(grad),
+                cells=dtype_name(h[0]),
+                keep=1 - lr * weight_decay,
+                lr=lr,
+                warmup_steps=warmup_steps,
+                stochastic=bool(seeds),
+                approximate=numerics.approximate,
+                device=m[0].get_device(),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+    put_back()
+
+
+def _packed(weights: Sequence[Tensor], approximate: bool) -> Tensor:
+    """The weights as csrc/cuda/student_step.h has them, from before where their owner keeps it."""
+    key = "student_threads", weights[0].device, approximate
+    return kept(key, weights, lambda: (_pack(weights, approximate),))[0]
+
+
+def _pack(weights: Sequence[Tensor], approximate: bool) -> Tensor:
+    # What activations would multiply their sums by: see csrc/cuda/activations.cuh.
+    of_sigmoid, of_tanh = (0.5, 1.0) if approximate else (-math.log2(math.e), 2 * math.log2(math.e))
+    parts = []
+    for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True):
+        gates = torch.cat((b[:, None], w_ih, w_hh), 1).double().chunk(4)
+        scales = (of_sigmoid, of_sigmoid, of_tanh, of_sigmoid)
+        scaled = [scale * gate for scale, gate in zip(scales, gates, strict=True)]
+        parts.append(torch.stack(scaled, -1).flatten())  # (hidden, 1 + inputs + hidden, 4)
+    flat = torch.cat([*parts, *(part.double().flatten() for part in weights[-2:])])
+    return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()

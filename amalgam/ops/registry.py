@@ -26,6 +26,7 @@ APPROXIMATE = "approximate"
 
 Kernel = Callable[..., Any]
 Probe = Callable[[], str | None]
+Accepts = Callable[..., str | None]
 
 
 class Numerics(NamedTuple):
@@ -46,6 +47,7 @@ class _KernelEntry:
     function: Kernel
     dtypes: Collection[torch.dtype] | None
     takes_numerics: bool
+    accepts: Accepts | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Backend:
         *,
         dtypes: Collection[torch.dtype] | None = FLOATS,
         takes_numerics: bool = False,
+        accepts: Accepts | None = None,
     ) -> Callable[[Kernel], Kernel]:
         """Decorator: register a function as this backend's kernel for ``operation``.
 
@@ -81,18 +84,27 @@ class Backend:
             operation: The operation's name, as in ``amalgam.ops``.
             dtypes: Dtypes of the deciding tensor that the kernel computes; ``None`` for any.
             takes_numerics: Whether the function takes the keyword ``numerics``, :class:`Numerics`.
+            accepts: Called with the kernel's tensors, in its order; returns ``None`` where it
+                computes them, else a sentence that says which it does not.
         """
 
         def register(function: Kernel) -> Kernel:
             if operation in self.kernels:
                 raise ValueError(f"backend {self.name!r} has a kernel for {operation!r} already")
-            self.kernels[operation] = _KernelEntry(function, dtypes, takes_numerics)
+            self.kernels[operation] = _KernelEntry(function, dtypes, takes_numerics, accepts)
             return function
 
         return register
 
-    def obstacle(self, operation: str, deciding: torch.Tensor) -> str | None:
-        """Why this backend can't compute an operation on a tensor like this one, or ``None``."""
+    def obstacle(self, operation: str, deciding: torch.Tensor, *args: Any) -> str | None:
+        """Why this backend can't compute an operation, or ``None``.
+
+        Args:
+            operation: The operation's name.
+            deciding: The tensor whose device and dtype decide.
+            *args: The kernel's arguments, its tensors at least, for what else may; or none, where
+                nothing else is asked.
+        """
         problem = self.probe()
         if problem is not None:
             return problem
@@ -104,6 +116,8 @@ class Backend:
         if entry.dtypes is not None and deciding.dtype not in entry.dtypes:
             names = sorted(str(d).removeprefix("torch.") for d in entry.dtypes)
             return f"its {operation!r} computes {names}, the tensors are {deciding.dtype}"
+        if entry.accepts is not None and args:
+            return entry.accepts(*args)
         return None
 
 
@@ -161,7 +175,7 @@ def backends() -> Mapping[str, BackendStatus]:
     return statuses
 
 
-def resolve(operation: str, requested: str, deciding: torch.Tensor) -> str:
+def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) -> str:
     """The name of the backend that computes ``operation`` for a tensor like ``deciding``.
 
     Args:
@@ -169,6 +183,7 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor) -> str:
         requested: A backend's name, or ``"auto"`` for the fastest that works, and perhaps what a
             kernel may do for speed.
         deciding: The tensor whose device and dtype decide.
+        *args: As :meth:`Backend.obstacle` takes them.
 
     Returns:
         The name; with what was permitted, where the backend's kernel makes use of it.
@@ -180,12 +195,12 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor) -> str:
     name, permitted = _parse(requested)
     if name == "auto":
         for backend in sorted(_backends.values(), key=lambda b: -b.rank):
-            if backend.obstacle(operation, deciding) is None:
+            if backend.obstacle(operation, deciding, *args) is None:
                 name = backend.name
                 break
         else:
             raise RuntimeError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
-    problem = _backends[name].obstacle(operation, deciding)
+    problem = _backends[name].obstacle(operation, deciding, *args)
     if problem is not None:
         raise RuntimeError(
             f"backend={requested!r} can't compute {operation!r} here: {problem}. "
@@ -222,7 +237,7 @@ def _parse(requested: str) -> tuple[str, Numerics]:
 
 def compute(operation: str, requested: str, deciding: torch.Tensor, *args: Any) -> Any:
     """Run ``operation`` on the backend that :func:`resolve` chooses."""
-    name, permitted = _parse(resolve(operation, requested, deciding))
+    name, permitted = _parse(resolve(operation, requested, deciding, *args))
     entry = _backends[name].kernels[operation]
     if entry.takes_numerics:
         return entry.function(*args, numerics=permitted)

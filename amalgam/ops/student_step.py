@@ -182,8 +182,9 @@ def student_step_(
             if tensor.device != param.device:
                 raise ValueError(f"{name} must be on {param.device}, not on {tensor.device}")
     _check_steps_and_seeds(steps, warmup_steps, seeds, first.m.device, len(params))
-    chosen = registry.resolve(f"{_NAME}_", backend, states[0].m)
     m, v, h, c = (list(column) for column in zip(*states, strict=True))
+    tensors = (list(params), list(grads), m, v, h, c, list(weights))
+    chosen = registry.resolve(f"{_NAME}_", backend, m[0], *tensors)
     control, number, decay = None, 0.0, 0.0
     given = (lr, weight_decay, skip)
     if steps or seeds or any(isinstance(value, Tensor) for value in given):
@@ -191,7 +192,7 @@ def student_step_(
     else:
         number, decay = float(lr), float(weight_decay)
     torch.ops.amalgam.student_step_(
-        *(list(params), list(grads), m, v, h, c, list(weights), *settings, number, decay),
+        *(*tensors, *settings, number, decay),
         *(control, list(steps or ()), warmup_steps, list(seeds or ()), chosen),
     )
 
