@@ -349,7 +349,11 @@ class AmalgamatedOptimizer(_LearnedOptimizer):
                 skip=skip.get(device),
                 seeds=None if seeds is None else [seeds[param] for param in batch],
             )
-            torch._foreach_add_(steps, 1 - skip[device] if device in skip else 1)
+            if device in skip:
+                # A list, as PyTorch would read one tensor back as a number, and wait for it.
+                torch._foreach_add_(steps, [1 - skip[device]] * len(steps))
+            else:
+                torch._foreach_add_(steps, 1)
 
     def _run(self, batch: list[Tensor], **how: Any) -> None:
         with self._kept:

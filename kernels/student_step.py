@@ -106,6 +106,15 @@ def _cell(
 
 
 @triton.jit
+def _wait_for_loads():
+    """No thread of this program goes on before all have loaded what the next stores may overwrite.
+
+    Matrix products want the same numbers in several warps, each of which may load them for itself.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
 def _stored(value, bits, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Float32 as it is stored; to bfloat16 rounded by 16 bits if STOCHASTIC."""
     if STOCHASTIC and tl.bfloat16 == TYPE:
@@ -244,6 +253,7 @@ def _layers(
         bits = rows
         if STOCHASTIC:
             bits = random_bits(key, (layer * HIDDEN + unit)[:, None], at[None, :])
+        _wait_for_loads()
         tl.store(new_h + rows, _stored(x, bits >> 16, TYPE, STOCHASTIC), mask=used)
         tl.store(new_c + rows, _stored(new_cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=used)
 
@@ -291,6 +301,8 @@ def _step(
     fresh_m, fresh_v, scale = _features(
         g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
     )
+    if LAYERS * HIDDEN > FEW_UNITS:
+        _wait_for_loads()
     tl.store(new_m + at, fresh_m, mask=inside)
     tl.store(new_v + at, fresh_v, mask=inside)
     m_feature = fresh_m / one_minus_beta1 * scale

@@ -31,6 +31,18 @@ class MachineCode:
     def count(self, *prefixes: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
 
+    def stores_behind_loads(self) -> int:
+        """Stores to global memory with no barrier between them and the loads before them."""
+        waited, found = True, 0
+        for line in self.ptx.splitlines():
+            if "bar.sync" in line:
+                waited = True
+            elif "ld.global" in line:
+                waited = False
+            elif "st.global" in line:
+                found += not waited
+        return found
+
 
 def costs_of(
     function: Any,

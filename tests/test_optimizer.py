@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from amalgam import AmalgamatedOptimizer, Student, StudentConfig, Teacher, TeacherOptimizer
 from amalgam.ops import KINDS
@@ -339,6 +340,30 @@ def test_capturable_steps_do_not_wait(student, monkeypatch) -> None:
     optimizer.step()
     monkeypatch.undo()
     assert {int(s["step"]) for s in optimizer.state.values()} == {2}
+
+
+class _NothingReadBack(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # What a graph can't hold, and any other step would wait for.
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_capturable_step_reads_nothing_back(student, scaled) -> None:
+    params = tensors()
+    lr = torch.tensor(0.5)
+    optimizer = AmalgamatedOptimizer(params, lr, student, capturable=True, backend="reference")
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    set_grads(params, 0)
+    optimizer.step()
+    set_grads(params, 1)
+    with _NothingReadBack():
+        optimizer.step()
 
 
 def test_a_scaler_leaves_its_flag_and_scale_to_capturable_steps(student) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import amd_assembly, assert_within, costs_of
+from machine_code import amd_assembly, assert_within, compile_kernel, costs_of
 from torch import Tensor
 
 from amalgam.backends import triton
@@ -1224,6 +1224,25 @@ def test_triton_steps_alike_with_places_of_64_bits(
 
 @needs_gpu
 @pytest.mark.usefixtures("triton_works")
+@pytest.mark.parametrize("numerics", ["3xtf32", "tf32", "bf16"])
+def test_triton_steps_many_aligned_coordinates_to_the_same_bits(numerics: str) -> None:
+    """In place, whatever warp comes first: what one overwrites, another may still have to read."""
+    weights = moved(make_weights(2, 20, dtype=torch.float32), "cuda")
+    grad, state, _ = moved(skewed_inputs(1 << 14, 2, 20, torch.float32), "cuda")
+    results = []
+    for _ in range(20):
+        param, twin = torch.zeros_like(grad), StudentState(*(t.clone() for t in state))
+        student_step_([param], [grad], [twin], weights, backend=f"triton:{numerics}")
+        results.append((param, *twin))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+    theirs, _ = student_step(grad, state, weights, backend="reference")
+    bound = {"3xtf32": 1e-6, "tf32": 5e-4, "bf16": 5e-3}[numerics]
+    torch.testing.assert_close(-results[0][0], theirs, rtol=0, atol=bound)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("triton_works")
 def test_triton_steps_where_places_need_64_bits() -> None:
     """Beyond 2^31 numbers of h: the last coordinates are stepped, and as elsewhere."""
     n, few = 2**29 + 70, 100
@@ -1334,6 +1353,18 @@ def test_kernels_keep_to_their_budgets(case: str) -> None:
     divisible = name != "in_place"
     costs = costs_of(getattr(kernels, name), number, TYPES, constants, options, divisible)
     assert_within(costs, BUDGETS[case])
+
+
+@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("numerics", ["3xtf32", "bf16,approximate"])
+def test_what_a_step_overwrites_all_threads_have_read(numerics: str) -> None:
+    """On a GPU, where several warps load the same moments, a slow one read the new ones."""
+    pytest.importorskip("triton")
+    from amalgam.kernels import student_step as kernels
+
+    constants, options = triton_constants("in_place", "2x20", "float32", numerics)
+    code = compile_kernel(kernels.in_place, 90, TYPES, constants, False, options)
+    assert code.stores_behind_loads() == 0
 
 
 @pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
