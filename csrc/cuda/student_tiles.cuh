@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "activations.cuh"
+#include "student_frame.cuh"
 #include "warp.cuh"
 
 namespace amalgam::cuda::tiles {
@@ -18,38 +20,6 @@ inline constexpr int kHidden = 20;
 inline constexpr int kGroups = kHidden / 4;  // of four units, one for each lane of a quad
 inline constexpr int kFeatures = 2;
 inline constexpr int kLanes = 32;
-
-// kSplit computes with what TF32 holds of both factors and what it leaves of each, and errs as
-// float32 does.
-enum class Products { kBf16, kTf32, kSplit };
-
-// As PyTorch lays them out; gates in the order input, forget, candidate, output.
-struct Weights {
-  const float* w_ih[2];  // (4 hidden, inputs)
-  const float* w_hh[2];  // (4 hidden, hidden)
-  const float* b[2];     // (4 hidden,)
-  const float* head;     // (hidden,)
-  const float* head_bias;
-};
-
-struct Settings {
-  float alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps;
-};
-
-// The state of one tensor.
-template <typename Cell>
-struct State {
-  float* m;  // (N,)
-  float* v;  // (N,)
-  Cell* h;   // (layers, hidden, N)
-  Cell* c;   // (layers, hidden, N)
-  int64_t n;
-};
-
-// A bfloat16 in memory.
-struct Bf16 {
-  uint16_t bits;
-};
 
 // The inner dimension of a layer's product as lanes hold it: lane q of a quad has `slots`, of which
 // the first are its units of the layer below, then those of the layer's own old h; the first layer's
@@ -86,15 +56,15 @@ struct Packed {
   static constexpr int kHead = layer_start(kLayers - 1) + kParts * part_size(kLayers - 1) + kBiases;
   static constexpr int kSize = kHead + 4 * kHeadRow;
 
-  // Of a gate's sum, the factor that its activation wants: an approximate sigmoid is a tanh of half
-  // the sum.
-  __device__ static float scale(int gate, bool approximate) {
-    return approximate && gate != 2 ? 0.5f : 1.0f;
+  // Of a gate's sum, the factor that its activation wants.
+  __device__ static double scale(int gate, bool approximate) {
+    if (approximate) return gate == 2 ? 1.0 : 0.5;
+    return gate == 2 ? 2 * kLog2E : -kLog2E;
   }
 
   // The weight of what lane q has in a slot, for a unit's gate; zero where there is nothing.
-  __device__ static float weight(const Weights& from, int layer, int slot, int q, int gate, int unit,
-                                 bool approximate) {
+  __device__ static float weight(const StudentWeights& from, int layer, int slot, int q, int gate,
+                                 int unit, bool approximate) {
     const int row = gate * kHidden + unit;
     const int own = layer ? slot - kGroups : slot;
     float value = 0;
@@ -105,11 +75,11 @@ struct Packed {
     } else if (q < kFeatures) {
       value = from.w_ih[0][row * kFeatures + q];
     }
-    return value * scale(gate, approximate);
+    return static_cast<float>(value * scale(gate, approximate));
   }
 
   // Word number `at`.
-  __device__ static uint32_t word(int at, const Weights& from, bool approximate) {
+  __device__ static uint32_t word(int at, const StudentWeights& from, bool approximate) {
     if (at >= kHead) {
       const int q = (at - kHead) / kHeadRow, p = (at - kHead) % kHeadRow;
       float value = p < kGroups ? from.head[4 * p + q] : 0.0f;
@@ -124,7 +94,8 @@ struct Packed {
       at -= kParts * part_words;
       const int p = at / 32, tile = at / 16 % 2, q = at / 4 % 4;
       const int gate = 2 * tile + at % 2;
-      return __float_as_uint(from.b[layer][gate * kHidden + 4 * p + q] * scale(gate, approximate));
+      const float bias = from.b[layer][gate * kHidden + 4 * p + q];
+      return __float_as_uint(static_cast<float>(bias * scale(gate, approximate)));
     }
     const bool rest = at >= part_words;
     at -= rest ? part_words : 0;
@@ -150,17 +121,13 @@ struct Packed {
     // What is left has 12 bits at most: rounding it would err as the truncation does.
     return rest ? __float_as_uint(value - __uint_as_float(high)) : high;
   }
-
-  // Called by all threads of a block, which then have to wait for each other.
-  __device__ static void fill(uint32_t (&to)[kSize], const Weights& from, bool approximate) {
-    for (int at = threadIdx.x; at < kSize; at += blockDim.x) to[at] = word(at, from, approximate);
-  }
 };
 
 // The neighbouring coordinates of one row that a lane has.
 template <typename Cell, int kRun>
 struct Cells {
-  static constexpr int kWords = kRun * sizeof(Cell) / 4;
+  static constexpr int kPerWord = 4 / sizeof(Cell);
+  static constexpr int kWords = kRun / kPerWord;
   static constexpr int kOnce = kWords < 4 ? kWords : 4;  // loaded and stored by one instruction
   uint32_t words[kWords];
 
@@ -182,13 +149,13 @@ struct Cells {
   }
 
   // From and to `row`, of whose coordinates from its begin on `left` exist; zeros for the others.
-  // kWide: the row begins where a run can be loaded at once, and all of it exists or nothing.
+  // kWide: the row begins where kOnce words can be loaded at once, and all of these exist or none.
   template <bool kWide>
-  __device__ __forceinline__ void load(const Cell* row, int64_t left) {
+  __device__ __forceinline__ void load(const Cell* row, int left) {
     if constexpr (kWide) {
 #pragma unroll
       for (int i = 0; i < kWords; i += kOnce) {
-        load_once<kOnce>(words + i, reinterpret_cast<const uint32_t*>(row) + i, left > 0);
+        load_once<kOnce>(words + i, reinterpret_cast<const uint32_t*>(row) + i, i * kPerWord < left);
       }
     } else if constexpr (sizeof(Cell) == 4) {
 #pragma unroll
@@ -203,11 +170,11 @@ struct Cells {
   }
 
   template <bool kWide>
-  __device__ __forceinline__ void store(Cell* row, int64_t left) const {
+  __device__ __forceinline__ void store(Cell* row, int left) const {
     if constexpr (kWide) {
 #pragma unroll
       for (int i = 0; i < kWords; i += kOnce) {
-        store_once<kOnce>(reinterpret_cast<uint32_t*>(row) + i, words + i, left > 0);
+        store_once<kOnce>(reinterpret_cast<uint32_t*>(row) + i, words + i, i * kPerWord < left);
       }
     } else if constexpr (sizeof(Cell) == 4) {
 #pragma unroll
@@ -221,43 +188,8 @@ struct Cells {
   }
 };
 
-// Stores to nearest. Another way to round needs the same two members.
-struct Nearest {
-  template <int kRun>
-  __device__ __forceinline__ void h(float (&)[kRun], uint32_t row, int64_t at) const {}
-  template <int kRun>
-  __device__ __forceinline__ void c(float (&)[kRun], uint32_t row, int64_t at) const {}
-};
-
-template <bool kApproximate>
-__device__ __forceinline__ float tanh_of(float x) {
-  if constexpr (kApproximate) {
-    return tanh_approximate(x);
-  } else {
-    const float far =
-        1.0f - 2.0f * reciprocal_approximate(1.0f + exp2_approximate(x * 2.8853900817779268f));
-    // Near zero that difference cancels; this is the minimax polynomial up to 0.6.
-    const float s = x * x;
-    float p = s * -0.005895107518881559f + 0.020795932039618492f;
-    p = p * s - 0.05378381907939911f;
-    p = p * s + 0.13331924378871918f;
-    p = p * s - 0.33333298563957214f;
-    return fabsf(x) < 0.6f ? x + x * (s * p) : far;
-  }
-}
-
-// kApproximate: of twice x, see Packed::scale.
-template <bool kApproximate>
-__device__ __forceinline__ float sigmoid_of(float x) {
-  if constexpr (kApproximate) {
-    return 0.5f * tanh_approximate(x) + 0.5f;
-  } else {
-    return reciprocal_approximate(1.0f + exp2_approximate(x * -1.4426950408889634f));
-  }
-}
-
-// What limits a kernel shows when a part of it is left out; all but kNothing are for measuring.
-enum class LeftOut { kNothing, kActivations, kProducts, kAll };
+// How a layer's new cells are rounded to what is stored; kEither asks the call.
+enum class Rounds { kNearest, kAtRandom, kEither };
 
 // Rows of a product's left factor: what a lane holds of one step, for `kTiles` tiles of 16.
 template <Products kProducts, int kTiles>
@@ -301,67 +233,131 @@ struct Sums {
   float of[kTiles][2][4];
 };
 
+// The tensor that a warp is at, in shared memory: all its lanes read it, again and again.
+struct Place {
+  StudentTensor tensor;
+  Rates rates;
+  int64_t begin, end;  // its blocks
+
+  // For a whole warp, of which no lane still reads the place before.
+  __device__ void find(const StudentCall& call, int64_t block) {
+    __syncwarp();
+    const int index = index_of(call, block);
+    const int lane = threadIdx.x % kLanes;
+    auto* const columns = reinterpret_cast<int64_t*>(&tensor);
+    if (lane < kColumns) columns[lane] = call.table[int64_t{index} * kColumns + lane];
+    __syncwarp();
+    if (lane == 0) {
+      rates = rates_of(call, tensor);
+      begin = call.first_block[index];
+      end = begin + (tensor.numel + kTileBlock - 1) / kTileBlock;
+    }
+    __syncwarp();
+  }
+};
+
+// A parameter or gradient, whose storage is known at run time, where `inside`; and what it says.
+__device__ __forceinline__ uint32_t load_stored(const void* from, Stored stored, int64_t at,
+                                                bool inside) {
+  const bool narrow = stored != Stored::float32;
+  uint32_t word;
+  load_once<1>(&word, static_cast<const uint32_t*>(from) + at, inside && !narrow);
+  return word | load_once(static_cast<const uint16_t*>(from) + at, inside && narrow);
+}
+
+__device__ __forceinline__ float number_of(uint32_t word, Stored stored) {
+  if (stored == Stored::float32) return __uint_as_float(word);
+  if (stored == Stored::bfloat16) return __uint_as_float(word << 16);
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+}
+
+__device__ __forceinline__ void store_stored(void* to, Stored stored, int64_t at, float value,
+                                             bool inside) {
+  const bool narrow = stored != Stored::float32;
+  const uint16_t half = stored == Stored::float16
+                            ? __half_as_ushort(__float2half_rn(value))
+                            : __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  store_once(static_cast<float*>(to) + at, value, inside && !narrow);
+  store_once(static_cast<uint16_t*>(to) + at, half, inside && narrow);
+}
+
 template <int kLayers, Products kProducts, bool kApproximate, typename Cell, int kTiles, bool kWide,
-          LeftOut kLeftOut = LeftOut::kNothing>
+          Rounds kRounds>
 struct Step {
-  static constexpr int kRun = 2 * kTiles;             // neighbouring coordinates of a lane
-  static constexpr int kCoordinates = 16 * kTiles;    // of a warp
-  static constexpr int kOwn = kRun > 4 ? kRun / 4 : 1;  // of a lane that has them to itself
-  static constexpr bool kExact = sizeof(Cell) == 2;   // whether stored h fits the operands' type
+  static_assert(kTiles % 2 == 0, "a quad's four lanes share its coordinates out");
+  static constexpr int kRun = 2 * kTiles;           // neighbouring coordinates of a lane
+  static constexpr int kCoordinates = 16 * kTiles;  // of a warp
+  static constexpr int kOwn = kRun / 4;             // of a lane that has them to itself
+  static constexpr bool kExact = sizeof(Cell) == 2;  // whether stored h fits the operands' type
   using Weigh = Packed<kLayers, kProducts>;
   using Row = Cells<Cell, kRun>;
+  using Shared = uint32_t[Weigh::kSize];
 
+  const StudentCall& call;
+  const Place& place;
+  const Shared& packed;
+  int64_t first;  // of the tensor's coordinates, in this tile
+  int size;       // how many of the tile's coordinates there are, unless negative
   Row h[kLayers][kGroups], c[kLayers][kGroups];
-  float m[kOwn], v[kOwn];
+  uint32_t raw_grad[kOwn], raw_param[kOwn];
+  float m[kOwn], v[kOwn], slot[kRun];
+
+  __device__ Step(const StudentCall& call, const Place& place, const Shared& packed, int64_t first)
+      : call(call), place(place), packed(packed), first(first) {
+    const int64_t left = place.tensor.numel - first;
+    size = left < kCoordinates ? static_cast<int>(left) : kCoordinates;
+  }
 
   __device__ static int lane() { return threadIdx.x % kLanes; }
   __device__ static int q() { return lane() % 4; }
   // The first of this lane's coordinates in a tile, and the first that it has to itself.
   __device__ static int first_of_run() { return lane() / 4 * kRun; }
   __device__ static int first_own() { return first_of_run() + q() * kOwn; }
-  __device__ static bool owns() { return q() * kOwn < kRun; }
 
-  // Loads one layer's old state of the tile that begins at `first`, which may lie beyond the end.
+  __device__ __forceinline__ void load_own() {
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      const int64_t at = first + first_own() + o;
+      const bool inside = first_own() + o < size;
+      raw_grad[o] = load_stored(place.tensor.grad, call.grad, at, inside);
+      raw_param[o] = load_stored(place.tensor.param, call.param, at, inside);
+      m[o] = load_once(place.tensor.m + at, inside);
+      v[o] = load_once(place.tensor.v + at, inside);
+    }
+  }
+
+  // One layer's old state.
   template <int kLayer>
-  __device__ __forceinline__ void load_layer(const State<Cell>& state, int64_t first) {
-    const int64_t at = first + first_of_run(), left = state.n - at;
-    const int64_t start = (kLayer * kHidden + q()) * state.n + at;
-    const Cell *of_h = anew(state.h + start), *of_c = anew(state.c + start);
+  __device__ __forceinline__ void load_layer() {
+    const int left = size - first_of_run();
+    const int64_t n = place.tensor.numel;
+    const int64_t start = (kLayer * kHidden + q()) * n + first + first_of_run();
+    const Cell* of_h = anew(static_cast<const Cell*>(place.tensor.h) + start);
+    const Cell* of_c = anew(static_cast<const Cell*>(place.tensor.c) + start);
 #pragma unroll
     for (int p = 0; p < kGroups; ++p) {
-      h[kLayer][p].template load<kWide>(of_h + 4 * p * state.n, left);
-      c[kLayer][p].template load<kWide>(of_c + 4 * p * state.n, left);
+      h[kLayer][p].template load<kWide>(of_h + 4 * p * n, left);
+      c[kLayer][p].template load<kWide>(of_c + 4 * p * n, left);
     }
   }
 
-  __device__ __forceinline__ void load_moments(const State<Cell>& state, int64_t first) {
+  // Brings the moments to date, and what the first layer's last slot holds.
+  __device__ __forceinline__ void follow_own(float (&grad)[kOwn]) {
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
+      grad[o] = number_of(raw_grad[o], call.grad);
+      follow(call, grad[o], m[o], v[o]);
       const int64_t at = first + first_own() + o;
-      const bool inside = owns() && at < state.n;
-      m[o] = load_once(state.m + at, inside);
-      v[o] = load_once(state.v + at, inside);
+      const bool inside = first_own() + o < size;
+      store_once(place.tensor.m + at, m[o], inside);
+      store_once(place.tensor.v + at, v[o], inside);
     }
   }
 
-  // Stores the new moments; gives what the first layer's last slot holds.
-  __device__ __forceinline__ void features(const State<Cell>& state, int64_t first,
-                                           const float (&grad)[kOwn], const Settings& settings,
-                                           float (&slot)[kRun]) {
+  __device__ __forceinline__ void share_features(const float (&grad)[kOwn]) {
     float of_m[kOwn], of_g[kOwn];
 #pragma unroll
-    for (int o = 0; o < kOwn; ++o) {
-      const float g = grad[o];
-      const float new_m = settings.beta1 * m[o] + settings.one_minus_beta1 * g;
-      const float new_v = settings.beta2 * v[o] + settings.one_minus_beta2 * (g * g);
-      const float scale = rsqrtf(new_v * (1.0f / settings.one_minus_beta2) + settings.eps);
-      of_m[o] = new_m * (1.0f / settings.one_minus_beta1) * scale;
-      of_g[o] = g * scale;
-      const int64_t at = first + first_own() + o;
-      const bool inside = owns() && at < state.n;
-      store_once(state.m + at, new_m, inside);
-      store_once(state.v + at, new_v, inside);
-    }
+    for (int o = 0; o < kOwn; ++o) features(call, grad[o], m[o], v[o], of_m[o], of_g[o]);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
       const int from = (lane() & ~3) + j / kOwn;
@@ -373,9 +369,8 @@ struct Step {
 
   // One group's sums.
   template <int kLayer, int kSteps>
-  __device__ __forceinline__ static void products(const uint32_t (&packed)[Weigh::kSize],
-                                                  const Operand<kProducts, kTiles> (&in)[kSteps],
-                                                  int p, Sums<kTiles>& sums) {
+  __device__ __forceinline__ void products(const Operand<kProducts, kTiles> (&in)[kSteps], int p,
+                                           Sums<kTiles>& sums) const {
     constexpr int kSize = Weigh::group_size(kLayer);
     float bias[2][4];
 #pragma unroll
@@ -383,18 +378,6 @@ struct Step {
       const float4 got = *reinterpret_cast<const float4*>(
           packed + Weigh::bias_start(kLayer) + p * 32 + tile * 16 + q() * 4);
       bias[tile][0] = got.x, bias[tile][1] = got.y, bias[tile][2] = got.z, bias[tile][3] = got.w;
-    }
-    if constexpr (kLeftOut == LeftOut::kProducts || kLeftOut == LeftOut::kAll) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const uint32_t some = in[p % kSteps].high[t][r % Operand<kProducts, kTiles>::kRegisters];
-          sums.of[t][0][r] = bias[0][r] + __uint_as_float(some);
-          sums.of[t][1][r] = bias[1][r] - __uint_as_float(some);
-        }
-      }
-      return;
     }
     const uint32_t* high = packed + Weigh::layer_start(kLayer) + p * kLanes * kSize;
     const auto step_of = [&](const uint32_t* part, int step) {
@@ -476,120 +459,164 @@ struct Step {
     }
   }
 
-  // A layer's new cells and, in `x`, its new h, (groups, kRun); stores both.
-  template <int kLayer, int kSteps, typename Rounding>
-  __device__ __forceinline__ void layer(const uint32_t (&packed)[Weigh::kSize],
-                                        const Operand<kProducts, kTiles> (&in)[kSteps],
-                                        const State<Cell>& state, int64_t first,
-                                        const Rounding& rounding, float (&x)[kGroups][kRun]) {
-    const int64_t at = first + first_of_run(), left = state.n - at;
-    const int64_t start = (kLayer * kHidden + q()) * state.n + at;
-    Cell *of_h = anew(state.h + start), *of_c = anew(state.c + start);
+  __device__ __forceinline__ void round_cells(int row, int64_t at, float (&outputs)[kRun],
+                                              float (&cells)[kRun]) const {
+    if constexpr (kRounds == Rounds::kNearest) return;
+    if (kRounds == Rounds::kEither && !call.stochastic) return;
+    const uint32_t key = key_of_row(place.rates.key, row);
 #pragma unroll
-    for (int p = 0; p < kGroups; ++p) {
-      Sums<kTiles> sums;
-      products<kLayer>(packed, in, p, sums);
-      float cells[kRun], outputs[kRun];
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        const float i = sums.of[j / 2][0][j % 2 * 2], f = sums.of[j / 2][0][j % 2 * 2 + 1];
-        const float a = sums.of[j / 2][1][j % 2 * 2], o = sums.of[j / 2][1][j % 2 * 2 + 1];
-        const float old = c[kLayer][p][j];
-        if constexpr (kLeftOut == LeftOut::kActivations || kLeftOut == LeftOut::kAll) {
-          cells[j] = f * old + i * a;
-          outputs[j] = o * cells[j];
-        } else {
-          cells[j] = sigmoid_of<kApproximate>(f) * old;
-          cells[j] += sigmoid_of<kApproximate>(i) * tanh_of<kApproximate>(a);
-          outputs[j] = sigmoid_of<kApproximate>(o) * tanh_of<kApproximate>(cells[j]);
-        }
-        x[p][j] = outputs[j];
-      }
-      const int row = kLayer * kHidden + 4 * p + q();
-      rounding.h(outputs, row, at);
-      rounding.c(cells, row, at);
-      Row stored;
-      stored.set(outputs);
-      stored.template store<kWide>(of_h + 4 * p * state.n, left);
-      stored.set(cells);
-      stored.template store<kWide>(of_c + 4 * p * state.n, left);
+    for (int j = 0; j < kRun; ++j) {
+      const uint32_t bits = random_bits(key, counted(at + j));
+      outputs[j] = rounded(outputs[j], bits >> 16);
+      cells[j] = rounded(cells[j], bits & 0xffffu);
     }
   }
 
-  // The first layer, of state that is loaded. Stores its new state and the moments.
-  template <typename Rounding>
-  __device__ __forceinline__ void first_layer(const uint32_t (&packed)[Weigh::kSize],
-                                              const State<Cell>& state, int64_t first,
-                                              const float (&grad)[kOwn], const Settings& settings,
-                                              const Rounding& rounding,
-                                              float (&x)[kGroups][kRun]) {
-    float slot[kRun];
-    features(state, first, grad, settings, slot);
-    Operand<kProducts, kTiles> in[slots_of(0) / 2];
-    in[0].set(h[0][0], kExact, h[0][1], kExact);
-    in[1].set(h[0][2], kExact, h[0][3], kExact);
-    in[2].set(h[0][4], kExact, slot, false);
-    layer<0>(packed, in, state, first, rounding, x);
+  // A layer's new cells and, in `x`, its new h, (groups, kRun); stores both.
+  template <int kLayer, int kSteps>
+  __device__ __forceinline__ void layer(const Operand<kProducts, kTiles> (&in)[kSteps],
+                                        float (&x)[kGroups][kRun]) const {
+    const int left = size - first_of_run();
+    const int64_t n = place.tensor.numel, at = first + first_of_run();
+    const int64_t start = (kLayer * kHidden + q()) * n + at;
+    Cell* of_h = anew(static_cast<Cell*>(place.tensor.h) + start);
+    Cell* of_c = anew(static_cast<Cell*>(place.tensor.c) + start);
+#pragma unroll
+    for (int p = 0; p < kGroups; ++p) {
+      Sums<kTiles> sums;
+      products<kLayer>(in, p, sums);
+      float cells[kRun], outputs[kRun];
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        const float(&even)[4] = sums.of[j / 2][0], (&odd)[4] = sums.of[j / 2][1];
+        const float i = sigmoid_of<kApproximate>(even[j % 2 * 2]);
+        const float f = sigmoid_of<kApproximate>(even[j % 2 * 2 + 1]);
+        const float a = tanh_of<kApproximate>(odd[j % 2 * 2]);
+        const float o = sigmoid_of<kApproximate>(odd[j % 2 * 2 + 1]);
+        cells[j] = __fmaf_rn(i, a, __fmul_rn(f, c[kLayer][p][j]));
+        outputs[j] = __fmul_rn(o, tanh<kApproximate>(cells[j]));
+        x[p][j] = outputs[j];
+      }
+      round_cells(kLayer * kHidden + 4 * p + q(), at, outputs, cells);
+      Row stored;
+      stored.set(outputs);
+      stored.template store<kWide>(of_h + 4 * p * n, left);
+      stored.set(cells);
+      stored.template store<kWide>(of_c + 4 * p * n, left);
+    }
   }
 
-  // The second, of what the first gave.
-  template <typename Rounding>
-  __device__ __forceinline__ void second_layer(const uint32_t (&packed)[Weigh::kSize],
-                                               const State<Cell>& state, int64_t first,
-                                               const Rounding& rounding,
-                                               float (&x)[kGroups][kRun]) {
-    Operand<kProducts, kTiles> in[slots_of(1) / 2];
-    in[0].set(x[0], false, x[1], false);
-    in[1].set(x[2], false, x[3], false);
-    in[2].set(x[4], false, h[1][0], kExact);
-    in[3].set(h[1][1], kExact, h[1][2], kExact);
-    in[4].set(h[1][3], kExact, h[1][4], kExact);
-    layer<1>(packed, in, state, first, rounding, x);
+  __device__ __forceinline__ void layers(float (&x)[kGroups][kRun]) const {
+    {
+      Operand<kProducts, kTiles> in[slots_of(0) / 2];
+      in[0].set(h[0][0], kExact, h[0][1], kExact);
+      in[1].set(h[0][2], kExact, h[0][3], kExact);
+      in[2].set(h[0][4], kExact, slot, false);
+      layer<0>(in, x);
+    }
+    if constexpr (kLayers > 1) {
+      Operand<kProducts, kTiles> in[slots_of(1) / 2];
+      in[0].set(x[0], false, x[1], false);
+      in[1].set(x[2], false, x[3], false);
+      in[2].set(x[4], false, h[1][0], kExact);
+      in[3].set(h[1][1], kExact, h[1][2], kExact);
+      in[4].set(h[1][3], kExact, h[1][4], kExact);
+      layer<1>(in, x);
+    }
   }
 
   // The updates of the coordinates that this lane has to itself, of the top layer's new h.
-  __device__ __forceinline__ static void updates(const uint32_t (&packed)[Weigh::kSize],
-                                                 const float (&x)[kGroups][kRun],
-                                                 const Settings& settings, float (&update)[kOwn]) {
+  __device__ __forceinline__ void updates(const float (&x)[kGroups][kRun],
+                                          float (&update)[kOwn]) const {
     const float* head = reinterpret_cast<const float*>(packed + Weigh::kHead) + q() * Weigh::kHeadRow;
     float sums[kRun] = {};
 #pragma unroll
     for (int p = 0; p < kGroups; ++p) {
       const float weight = head[p];
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) sums[j] += weight * x[p][j];
+      for (int j = 0; j < kRun; ++j) sums[j] = __fmaf_rn(weight, x[p][j], sums[j]);
     }
-    float own[kOwn];
-    if constexpr (kRun == 2) {
-      // Lanes q and q + 2 end up with the same.
-      const float kept = q() % 2 ? sums[1] : sums[0], given = q() % 2 ? sums[0] : sums[1];
-      const float two = kept + from_other(given, 1);
-      own[0] = two + from_other(two, 2);
-    } else {
-      float half[kRun / 2];
+    float half[kRun / 2];
 #pragma unroll
-      for (int j = 0; j < kRun / 2; ++j) {
-        const bool upper = q() / 2;
-        const float kept = upper ? sums[j + kRun / 2] : sums[j];
-        const float given = upper ? sums[j] : sums[j + kRun / 2];
-        half[j] = kept + from_other(given, 2);
-      }
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        const bool upper = q() % 2;
-        const float kept = upper ? half[j + kOwn] : half[j];
-        const float given = upper ? half[j] : half[j + kOwn];
-        own[j] = kept + from_other(given, 1);
-      }
+    for (int j = 0; j < kRun / 2; ++j) {
+      const bool upper = q() / 2;
+      const float kept = upper ? sums[j + kRun / 2] : sums[j];
+      const float given = upper ? sums[j] : sums[j + kRun / 2];
+      half[j] = kept + from_other(given, 2);
     }
 #pragma unroll
-    for (int o = 0; o < kOwn; ++o) {
-      const float top = own[o] + head[kGroups];
-      update[o] = settings.alpha * (kLeftOut == LeftOut::kActivations || kLeftOut == LeftOut::kAll
-                                        ? top
-                                        : tanh_of<kApproximate>(top));
+    for (int j = 0; j < kOwn; ++j) {
+      const bool upper = q() % 2;
+      const float kept = upper ? half[j + kOwn] : half[j];
+      const float given = upper ? half[j] : half[j + kOwn];
+      const float top = kept + from_other(given, 1) + head[kGroups];
+      update[j] = __fmul_rn(call.alpha, tanh<kApproximate>(top));
     }
   }
+
+  __device__ __forceinline__ void move_own(float rate, const float (&update)[kOwn]) const {
+    float old[kOwn], to[kOwn];
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) old[o] = number_of(raw_param[o], call.param);
+    moved(call, place.rates, rate, kLayers * kHidden, first + first_own(), old, update, to);
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      store_stored(place.tensor.param, call.param, first + first_own() + o, to[o],
+                   first_own() + o < size);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    float grad[kOwn];
+    load_own();
+    if (place.rates.is_warm) {
+      follow_own(grad);
+      move_own(place.rates.warm, grad);
+      return;
+    }
+    load_layer<0>();
+    if constexpr (kLayers > 1) load_layer<1>();
+    follow_own(grad);
+    share_features(grad);
+    float x[kGroups][kRun], update[kOwn];
+    layers(x);
+    updates(x, update);
+    move_own(place.rates.lr, update);
+  }
 };
+
+// A grid that stays: weights are brought in once, and a warp goes from tile to tile.
+template <int kLayers, Products kProducts, bool kApproximate, typename Cell, int kTiles, bool kWide,
+          Rounds kRounds, int kWarps, int kBlocks>
+__global__ void __launch_bounds__(kWarps* kLanes, kBlocks) student_tiles(const StudentCall call) {
+  using Tile = Step<kLayers, kProducts, kApproximate, Cell, kTiles, kWide, kRounds>;
+  constexpr int kParts = kTileBlock / Tile::kCoordinates;
+  alignas(16) __shared__ typename Tile::Shared packed;
+  __shared__ Place places[kWarps];
+  if (call.control && call.control[3] != 0.0) return;
+  static_assert(Tile::Weigh::kSize % 4 == 0, "copied by 16 bytes");
+  for (int at = threadIdx.x; at < Tile::Weigh::kSize / 4; at += kWarps * kLanes) {
+    reinterpret_cast<uint4*>(packed)[at] = reinterpret_cast<const uint4*>(call.weights)[at];
+  }
+  const int warp = threadIdx.x / kLanes;
+  Place& place = places[warp];
+  if (Tile::lane() == 0) place.end = 0;
+  __syncthreads();
+  const int64_t tiles = call.blocks * kParts, stride = int64_t{gridDim.x} * kWarps;
+#pragma unroll 1
+  for (int64_t tile = int64_t{blockIdx.x} * kWarps + warp; tile < tiles; tile += stride) {
+    const int64_t block = tile / kParts;
+    if (block >= place.end) place.find(call, block);
+    const int64_t first = (block - place.begin) * kTileBlock + tile % kParts * Tile::kCoordinates;
+    Tile(call, place, packed, first).run();
+  }
+}
+
+template <int kLayers, Products kProducts>
+__global__ void pack_for_tiles(const StudentWeights weights, bool approximate, uint32_t* to) {
+  using Weigh = Packed<kLayers, kProducts>;
+  const int at = blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < Weigh::kSize) to[at] = Weigh::word(at, weights, approximate);
+}
 
 }  // namespace amalgam::cuda::tiles

@@ -57,26 +57,6 @@ __device__ __forceinline__ void mma_bf16_half(float (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// The hyperbolic tangent with 11 bits, in one instruction.
-__device__ __forceinline__ float tanh_approximate(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// 2^x and 1 / x within about an ulp; denormals are zero.
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float reciprocal_approximate(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // `kWords` registers (a power of two, four at most) from and to memory that is used once, where
 // `inside`; zeros otherwise. Without a branch, across which nothing could be scheduled.
 template <int kWords>
