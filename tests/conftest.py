@@ -54,3 +54,11 @@ def triton_works() -> None:
     status = backends()["triton"]
     if not status.works:
         pytest.skip(f"triton: {status.reason}")
+
+
+@pytest.fixture
+def cuda_works() -> None:
+    """Skips where the CUDA backend does not compute, with its reason."""
+    status = backends()["cuda"]
+    if not status.works:
+        pytest.skip(f"cuda: {status.reason}")

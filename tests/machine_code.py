@@ -117,12 +117,31 @@ def compile_kernel(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _dump_resource_usage(Path(file.name))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return MachineCode(compiled.asm["ptx"], int(found[1]), int(found[2]), instructions)
+
+
+def resource_usage(file: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """Registers and bytes of stack a thread of each kernel in a file, by ("sm_90", its name)."""
+    usage, arch, name = {}, "", ""
+    for line in _dump_resource_usage(file).splitlines():
+        if found := re.match(r"arch = (\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\w+):", line):
+            name = found[1]
+        elif found := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            usage[arch, name] = int(found[1]), int(found[2])
+    return usage
+
+
+def _dump_resource_usage(file: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def amd_assembly(

@@ -65,6 +65,24 @@ def test_what_is_permitted_reaches_kernels_that_use_it_and_no_others() -> None:
     assert resolve("teacher_distance", "auto:bf16", like) == "cpu"
 
 
+def test_a_kernel_may_refuse_by_more_than_dtype() -> None:
+    like = torch.zeros(3)
+    trial = registry.register_backend(
+        "trial", rank=99, devices=None, probe=lambda: None, about="of this test"
+    )
+    try:
+        few = lambda x: None if len(x) <= 4 else f"it takes four, these are {len(x)}"  # noqa: E731
+        trial.kernel("few", accepts=few)(lambda x: x)
+        registry.reference.kernel("few", dtypes=None)(lambda x: -x)
+        assert resolve("few", "auto", like, like) == "trial"
+        assert resolve("few", "auto", like, torch.ones(5)) == "reference"
+        assert registry.compute("few", "auto", like, torch.ones(5)).sum() == -5
+        with pytest.raises(RuntimeError, match="backend='trial'.*it takes four, these are 5"):
+            registry.compute("few", "trial", like, torch.ones(5))
+    finally:
+        del registry._backends["trial"], registry.reference.kernels["few"]
+
+
 @pytest.mark.parametrize(
     ("backend", "why"),
     [

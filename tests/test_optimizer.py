@@ -14,10 +14,14 @@ from amalgam import AmalgamatedOptimizer, Student, StudentConfig, Teacher, Teach
 from amalgam.ops import KINDS
 
 
+def student_of(hidden: int) -> Student:
+    config = StudentConfig(hidden=hidden, warmup_steps=3, warmup_lr=0.1)
+    return Student(config, generator=torch.Generator().manual_seed(5))
+
+
 @pytest.fixture
 def student() -> Student:
-    config = StudentConfig(hidden=6, warmup_steps=3, warmup_lr=0.1)
-    return Student(config, generator=torch.Generator().manual_seed(5))
+    return student_of(6)
 
 
 def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -427,8 +431,10 @@ def test_stochastic_rounding_keeps_small_updates(student) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["wide", "narrow"])
-def test_a_step_in_a_cuda_graph(student, precision) -> None:
+@pytest.mark.parametrize("hidden", [4, 6, 20])  # of which backend "cuda" has all but 6
+def test_a_step_in_a_cuda_graph(hidden, precision) -> None:
     """Replays count steps, end warm-up, skip, and follow the learning rate."""
+    student = student_of(hidden)
     how = settings_of_precision(precision) | {"weight_decay": 0.1}
     dtype = torch.bfloat16 if precision == "narrow" else torch.float32
     params, twins = ([p.data.cuda().requires_grad_() for p in tensors(dtype=dtype)] for _ in "ab")
@@ -480,14 +486,19 @@ def test_a_cuda_graph_is_refused_what_it_would_reset(student) -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_packs_no_weights(student, monkeypatch) -> None:
+@pytest.mark.parametrize("hidden", [4, 6, 20])
+def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     """It reads what the steps before it have packed."""
+    from amalgam.backends import cuda
     from amalgam.kernels import lstm
 
+    student = student_of(hidden)
     param = torch.ones(3, device="cuda", requires_grad=True)
     param.grad = torch.ones(3, device="cuda")
     optimizer = AmalgamatedOptimizer([param], student=student, capturable=True)
     optimizer.step()
     monkeypatch.setattr(lstm, "pack", None)
+    monkeypatch.setattr(cuda, "_pack", None)
+    monkeypatch.setattr(cuda, "_pack_for_tensor_cores", None)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()

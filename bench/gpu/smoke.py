@@ -142,6 +142,7 @@ def teachers_case(place: Place, name: str, backend: str, direction: str) -> Row:
 
 def in_place_case(
     place: Place,
+    compiled: str,
     shape: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     cells: torch.dtype,
@@ -151,7 +152,7 @@ def in_place_case(
     layers, hidden = shape
     weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
     results = []
-    for backend in ("triton", "reference"):
+    for backend in (compiled, "reference"):
         params, grads, states = [], [], []
         for i, count in enumerate((1000, 1, 33, 4099)):
             params.append(place.draw(count, seed=SEED + i, dtype=dtypes[0]))
@@ -273,7 +274,10 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             name = f"student_step {direction} {label} {words[1:] or 'default'}"
             yield name, part(student_case, place, direction, shape, words, claim)
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-    for shape in ((2, 20), (1, 4)):
+    students = [("triton", (2, 20)), ("triton", (1, 4))]
+    if place.real:
+        students += [("cuda", (1, 4)), ("cuda", (1, 8)), ("cuda", (1, 16)), ("cuda", (2, 8))]
+    for backend, shape in students:
         for kind, dtypes, cells in (
             ("plain", (f32, f32), f32),
             ("plain", (bf16, bf16), bf16),
@@ -284,7 +288,8 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             label = f"{shape[0]}x{shape[1]} {kind} " + "/".join(
                 str(d).removeprefix("torch.") for d in (*dtypes, cells)
             )
-            yield f"student_step_ {label}", part(in_place_case, place, shape, dtypes, cells, kind)
+            name = f"student_step_ {label}" + ("" if backend == "triton" else f" {backend}")
+            yield name, part(in_place_case, place, backend, shape, dtypes, cells, kind)
     for words in ("", ":tf32", ":bf16"):
         for where, value in (
             ("grad", math.nan),

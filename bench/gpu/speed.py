@@ -317,6 +317,10 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
     for student in ((1, 4), (1, 8), (1, 16), (1, 20)):
         yield ours(("triton:bf16,approximate", BF16), student, 10**7)
         yield ours(("triton", F32), student, 10**7)
+        if place.real and student != (1, 20):
+            for way in (("cuda:approximate", BF16), ("cuda", BF16), ("cuda", F32)):
+                yield ours(way, student, 10**7)
+                yield ours(way, student, 10**4)
     yield "AdamW fused n=100000000", part(adamw_case, place, 10**8, "fused")
     for way in WAYS:
         yield ours(way, PAPERS, 10**8)

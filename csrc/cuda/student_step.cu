@@ -51,7 +51,7 @@ constexpr Launch by_threads() {
 // By registers, spills and instructions of the machine code for sm_90.
 constexpr Launch kLaunches[] = {
     by_threads<1, 4, 4, 128, 6, 2>(), by_threads<1, 8, 4, 128, 4, 2>(),
-    by_threads<1, 16, 4, 128, 3, 1>(), by_threads<2, 4, 4, 128, 4, 1>(),
+    by_threads<1, 16, 4, 128, 3, 1>(), by_threads<2, 4, 4, 128, 3, 1>(),
     by_threads<2, 8, 2, 128, 3, 1>(),
 };
 

@@ -210,6 +210,8 @@ __global__ void __launch_bounds__(threads, blocks) student_threads(const Student
   for (int k = 0; k < count; ++k) {
     const int64_t at = tensor.first + k * threads + threadIdx.x;
     if (at >= tensor.numel) return;
+    // Or all weights would be read before the loop, and wait for it in memory of the thread.
+    asm volatile("" ::: "memory");
     step_coordinates<layers, hidden, Cells, stochastic, approximate, 1, 1>(
         call, tensor, rates, weights, at);
   }
