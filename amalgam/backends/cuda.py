@@ -261,7 +261,7 @@ def _packed(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
 
 
 def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
-    layers, device = len(weights) // 3, weights[0].device
+    layers = len(weights) // 3
     packed = weights[0].new_empty(_words(layers, hidden, how.precision), dtype=torch.int32)
     core.core().cuda.pack_student(
         [weight.data_ptr() for weight in weights],
@@ -269,7 +269,7 @@ def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics
         layers=layers,
         products=how.precision,
         approximate=how.approximate,
-        device=device.index,
+        device=weights[0].get_device(),
         stream=torch.cuda.current_stream().cuda_stream,
     )
     return packed
