@@ -52,6 +52,16 @@ struct Gates {
   }
 };
 
+// The number itself, in a register: else the compiler keeps bfloat16 as they came, two in one, and
+// widens them again for every unit. Adding -0 changes nothing, and it does not see through it.
+template <typename Cells>
+__device__ float widened(float x) {
+  if constexpr (sizeof(Cells) < sizeof(float)) {
+    asm volatile("add.f32 %0, %0, 0f80000000;" : "+f"(x));
+  }
+  return x;
+}
+
 template <typename Cells, bool stochastic, int count>
 __device__ void store_cells(Cells* to, int shift, const uint32_t (&bits)[count],
                             const float (&values)[count]) {
@@ -114,7 +124,7 @@ __device__ void step_coordinates(const StudentCall& call, const StudentTensor& t
 #pragma unroll
     for (int unit = 0; unit < hidden; ++unit) {
 #pragma unroll
-      for (int k = 0; k < count; ++k) old_h[unit][k] = raw_h[unit][k];
+      for (int k = 0; k < count; ++k) old_h[unit][k] = widened<Cells>(raw_h[unit][k]);
     }
     const bool last = layer == layers - 1;
     if (!last) {  // the next layer's, while this one is computed
