@@ -1457,6 +1457,33 @@ def test_cuda_leaves_products_in_float32_to_triton() -> None:
         student_step_([grad.clone()], [grad], [state], weights, backend="cuda:ieee")
 
 
+@pytest.mark.parametrize(
+    ("permitted", "of_float32", "of_bfloat16"),
+    [
+        ("", "3xtf32", "3xtf32"),
+        ("approximate", "3xtf32", "3xtf32"),
+        ("3xtf32,approximate", "3xtf32", "3xtf32"),
+        ("tf32", "tf32", "tf32"),
+        ("tf32,approximate", "tf32,approximate", "tf32"),
+        ("bf16", "tf32", "tf32"),
+        ("bf16,approximate", "tf32,approximate", "bf16,approximate"),
+    ],
+)
+def test_cuda_makes_of_permissions_what_is_fastest(
+    permitted: str, of_float32: str, of_bfloat16: str
+) -> None:
+    from amalgam.backends import core, cuda
+
+    module, _ = core.load()
+    if module is None or module.cuda is None:
+        pytest.skip("the core here has no CUDA kernels")
+    numerics = registry._parse(f"cuda:{permitted}")[1]
+    for cells, expected in ((torch.float32, of_float32), (torch.bfloat16, of_bfloat16)):
+        for aligned, computed in ((True, expected), (False, "3xtf32")):
+            found = cuda._numerics_of(2, 20, cells, aligned, numerics)
+            assert found == registry._parse(f"cuda:{computed}")[1]
+
+
 @by_cuda
 @pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
