@@ -251,9 +251,9 @@ PHASES = (
     Phase("arithmetic", 20, script_phase("arithmetic")),
     Phase("smoke", 60, script_phase("smoke")),
     Phase("speed", 150, script_phase("speed")),
-    Phase("tests", 90, tests_phase),
     Phase("model", 50, script_phase("model")),
     Phase("windows", 60, script_phase("windows")),
+    Phase("tests", 130, tests_phase),
     Phase("memcheck", 45, memcheck_phase),
     Phase("ncu", 45, ncu_phase),
 )

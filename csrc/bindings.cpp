@@ -298,6 +298,14 @@ amalgam::cuda::Stored stored(const std::string& dtype) {
   throw std::invalid_argument("no storage on GPUs is called " + dtype);
 }
 
+amalgam::cuda::Products products_of(const std::string& precision) {
+  using amalgam::cuda::Products;
+  if (precision == "3xtf32") return Products::kSplit;
+  if (precision == "tf32") return Products::kTf32;
+  if (precision == "bf16") return Products::kBf16;
+  throw std::invalid_argument("no products on GPUs are called " + precision);
+}
+
 void bind_cuda_student_step(py::module_& module) {
   using namespace py::literals;
   // (layers, hidden): how many coordinates a block takes.
@@ -309,18 +317,45 @@ void bind_cuda_student_step(py::module_& module) {
     return blocks;
   });
   module.def(
+      "packed_student_words",
+      [](int layers, int hidden, const std::string& products) {
+        return amalgam::cuda::packed_student_words(layers, hidden, products_of(products));
+      },
+      "layers"_a, "hidden"_a, "products"_a);
+  module.def(
+      "pack_student",
+      [](const std::vector<Address>& weights, Address to, int layers, const std::string& products,
+         bool approximate, int device, Address stream) {
+        amalgam::cuda::StudentWeights from{};
+        if (layers < 1 || layers > 2 || weights.size() != 3u * layers + 2) {
+          throw std::invalid_argument("weights must be three a layer, of one or two, and the head's");
+        }
+        for (int layer = 0; layer < layers; ++layer) {
+          from.w_ih[layer] = at<const float>(weights[3 * layer]);
+          from.w_hh[layer] = at<const float>(weights[3 * layer + 1]);
+          from.b[layer] = at<const float>(weights[3 * layer + 2]);
+        }
+        from.head = at<const float>(weights[3 * layers]);
+        from.head_bias = at<const float>(weights[3 * layers + 1]);
+        amalgam::cuda::pack_student(from, at<uint32_t>(to), layers, products_of(products),
+                                    approximate, device, at<void>(stream));
+      },
+      "weights"_a, "to"_a, py::kw_only(), "layers"_a, "products"_a, "approximate"_a, "device"_a,
+      "stream"_a);
+  module.def(
       "student_step_in_place",
       [](Address weights, Address table, Address first_block, Address control, int count,
          int64_t blocks, int layers, int hidden, const Constants& constants,
          const std::string& param, const std::string& grad, const std::string& cells, double keep,
-         double lr, int warmup_steps, bool stochastic, bool approximate, int device,
-         Address stream) {
+         double lr, int warmup_steps, bool stochastic, bool aligned, const std::string& products,
+         bool approximate, int device, Address stream) {
         const auto [alpha, beta1, beta2, eps] = constants;
         amalgam::cuda::StudentCall call{};
-        call.weights = at<const float>(weights);
+        call.weights = at<const void>(weights);
         call.table = at<const int64_t>(table);
         call.first_block = at<const int64_t>(first_block);
         call.control = at<const double>(control);
+        call.blocks = blocks;
         call.count = count;
         call.warmup_steps = warmup_steps;
         call.param = stored(param);
@@ -336,14 +371,16 @@ void bind_cuda_student_step(py::module_& module) {
         call.per_m = static_cast<float>(1 / (1 - beta1));
         call.per_v = static_cast<float>(1 / (1 - beta2));
         call.eps = static_cast<float>(eps);
-        const amalgam::cuda::Stored of_cells = stored(cells);
+        const amalgam::cuda::StudentKind kind{layers,  hidden,
+                                              stored(cells), aligned,
+                                              products_of(products), approximate};
         const py::gil_scoped_release release;
-        amalgam::cuda::student_step_in_place(call, layers, hidden, of_cells, approximate, blocks,
-                                             device, at<void>(stream));
+        amalgam::cuda::student_step_in_place(call, kind, device, at<void>(stream));
       },
       py::kw_only(), "weights"_a, "table"_a, "first_block"_a, "control"_a, "count"_a, "blocks"_a,
       "layers"_a, "hidden"_a, "constants"_a, "param"_a, "grad"_a, "cells"_a, "keep"_a, "lr"_a,
-      "warmup_steps"_a, "stochastic"_a, "approximate"_a, "device"_a, "stream"_a);
+      "warmup_steps"_a, "stochastic"_a, "aligned"_a, "products"_a, "approximate"_a, "device"_a,
+      "stream"_a);
 }
 
 template <typename T>

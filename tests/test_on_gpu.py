@@ -132,4 +132,7 @@ def test_a_phase_that_is_not_there_is_refused(
     monkeypatch.setattr(sys, "argv", ["on_gpu.py", "run", "--only", "smok"])
     with pytest.raises(SystemExit):
         driver.main()
-    assert "--only names ['smok']; there are ['machine', 'arithmetic', 'smoke'" in capsys.readouterr().err
+    assert (
+        "--only names ['smok']; there are ['machine', 'arithmetic', 'smoke'"
+        in capsys.readouterr().err
+    )

@@ -431,7 +431,7 @@ def test_stochastic_rounding_keeps_small_updates(student) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["wide", "narrow"])
-@pytest.mark.parametrize("hidden", [4, 6])  # of which backend "cuda" has the first alone
+@pytest.mark.parametrize("hidden", [4, 6, 20])  # of which backend "cuda" has all but 6
 def test_a_step_in_a_cuda_graph(hidden, precision) -> None:
     """Replays count steps, end warm-up, skip, and follow the learning rate."""
     student = student_of(hidden)
@@ -486,7 +486,7 @@ def test_a_cuda_graph_is_refused_what_it_would_reset(student) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden", [4, 6])
+@pytest.mark.parametrize("hidden", [4, 6, 20])
 def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     """It reads what the steps before it have packed."""
     from amalgam.backends import cuda
@@ -499,5 +499,6 @@ def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     optimizer.step()
     monkeypatch.setattr(lstm, "pack", None)
     monkeypatch.setattr(cuda, "_pack", None)
+    monkeypatch.setattr(cuda, "_pack_for_tensor_cores", None)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()

@@ -17,6 +17,7 @@ from amalgam.ops.kept import kept
 from amalgam.ops.registry import Numerics, register_backend
 
 NO_HUBER = -1.0
+SPLIT = "3xtf32"
 STORED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -136,6 +137,7 @@ def _accepts(
     v: Sequence[Tensor],
     h: Sequence[Tensor],
     *_: object,
+    numerics: Numerics,
 ) -> str | None:
     layers, hidden = h[0].shape[:2]
     if (layers, hidden) not in _blocks():
@@ -143,6 +145,11 @@ def _accepts(
         return (
             f"it has kernels for students of {sizes} (layers x units), this one is "
             f"{layers}x{hidden}; backend='triton' computes any"
+        )
+    if numerics.precision == "ieee" and _words(layers, hidden, SPLIT):
+        return (
+            f"its kernels for students of {layers}x{hidden} compute products on tensor cores, "
+            "backend='triton:ieee' does not; without 'ieee' it errs no more than float32 may"
         )
     if strange := {tensor.dtype for tensor in (*params, *grads)} - STORED:
         return f"it reads and writes float32, bfloat16 and float16, not {strange.pop()}"
@@ -178,9 +185,10 @@ def _student_step_in_place(
     layers, hidden = h[0].shape[:2]
     device = m[0].device
     with torch.cuda.device(device):
-        packed = _packed(weights, numerics.approximate)
-        kinds = alike(tensors, steps, seeds, lambda row: (row[0].dtype, row[1].dtype))
-        for (param, grad), rows in kinds.items():
+        kinds = alike(tensors, steps, seeds, _kind)
+        for (param, grad, aligned), rows in kinds.items():
+            how = _numerics_of(layers, hidden, h[0].dtype, aligned, numerics)
+            packed = _packed(weights, hidden, how)
             entries, first_block, blocks = table(tuple(rows), _blocks()[layers, hidden], device)
             core.core().cuda.student_step_in_place(
                 weights=packed.data_ptr(),
@@ -199,22 +207,79 @@ def _student_step_in_place(
                 lr=lr,
                 warmup_steps=warmup_steps,
                 stochastic=bool(seeds),
-                approximate=numerics.approximate,
+                aligned=aligned,
+                products=how.precision,
+                approximate=how.approximate,
                 device=m[0].get_device(),
                 stream=torch.cuda.current_stream().cuda_stream,
             )
     put_back()
 
 
-def _packed(weights: Sequence[Tensor], approximate: bool) -> Tensor:
+def _kind(row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool]:
+    """What tensors of one launch have in common: two dtypes, and whether rows are aligned.
+
+    Of tensor cores' kernels alone, where rows of h and c begin at multiples of 16 bytes; the others
+    look for themselves.
+    """
+    param, grad, _, _, h, c = row
+    layers, hidden = h.shape[:2]
+    if not _words(layers, hidden, SPLIT):
+        return param.dtype, grad.dtype, False
+    row_bytes = param.numel() * h.element_size()
+    aligned = (h.data_ptr() | c.data_ptr() | row_bytes) % 16 == 0
+    return param.dtype, grad.dtype, aligned
+
+
+@functools.cache
+def _words(layers: int, hidden: int, products: str) -> int:
+    """How many words the weights for tensor cores take; none where kernels use none."""
+    words: int = core.core().cuda.packed_student_words(layers, hidden, products)
+    return words
+
+
+def _numerics_of(
+    layers: int, hidden: int, cells: torch.dtype, aligned: bool, permitted: Numerics
+) -> Numerics:
+    """What the kernel makes of what is permitted: it is used where it makes a step faster."""
+    if not _words(layers, hidden, SPLIT):
+        return Numerics(SPLIT, permitted.approximate)
+    if permitted.precision in (None, SPLIT) or not aligned:
+        return Numerics(SPLIT, False)
+    if cells == torch.bfloat16:
+        return permitted if permitted == Numerics("bf16", True) else Numerics("tf32", False)
+    return Numerics("tf32", permitted.approximate)
+
+
+def _packed(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
     """The weights as csrc/cuda/student_step.h has them, from before where their owner keeps it."""
-    key = "student_threads", weights[0].device, approximate
-    return kept(key, weights, lambda: (_pack(weights, approximate),))[0]
+    layers = len(weights) // 3
+    words = _words(layers, hidden, how.precision)
+    pack = _pack_for_tensor_cores if words else _pack
+    key = "student_step_", weights[0].device, *how
+    return kept(key, weights, lambda: (pack(weights, hidden, how),))[0]
 
 
-def _pack(weights: Sequence[Tensor], approximate: bool) -> Tensor:
+def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
+    layers = len(weights) // 3
+    packed = weights[0].new_empty(_words(layers, hidden, how.precision), dtype=torch.int32)
+    core.core().cuda.pack_student(
+        [weight.data_ptr() for weight in weights],
+        packed.data_ptr(),
+        layers=layers,
+        products=how.precision,
+        approximate=how.approximate,
+        device=weights[0].get_device(),
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
+    return packed
+
+
+def _pack(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
     # What activations would multiply their sums by: see csrc/cuda/activations.cuh.
-    of_sigmoid, of_tanh = (0.5, 1.0) if approximate else (-math.log2(math.e), 2 * math.log2(math.e))
+    of_sigmoid, of_tanh = -math.log2(math.e), 2 * math.log2(math.e)
+    if how.approximate:
+        of_sigmoid, of_tanh = 0.5, 1.0
     parts = []
     for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True):
         gates = torch.cat((b[:, None], w_ih, w_hh), 1).double().chunk(4)

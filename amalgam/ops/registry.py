@@ -84,8 +84,8 @@ class Backend:
             operation: The operation's name, as in ``amalgam.ops``.
             dtypes: Dtypes of the deciding tensor that the kernel computes; ``None`` for any.
             takes_numerics: Whether the function takes the keyword ``numerics``, :class:`Numerics`.
-            accepts: Called with the kernel's tensors, in its order; returns ``None`` where it
-                computes them, else a sentence that says which it does not.
+            accepts: Called with the kernel's tensors, in its order, and ``numerics`` if it takes
+                them; returns ``None`` where it computes this, else a sentence that says why not.
         """
 
         def register(function: Kernel) -> Kernel:
@@ -96,7 +96,13 @@ class Backend:
 
         return register
 
-    def obstacle(self, operation: str, deciding: torch.Tensor, *args: Any) -> str | None:
+    def obstacle(
+        self,
+        operation: str,
+        deciding: torch.Tensor,
+        *args: Any,
+        numerics: Numerics = Numerics(),  # noqa: B008
+    ) -> str | None:
         """Why this backend can't compute an operation, or ``None``.
 
         Args:
@@ -104,6 +110,7 @@ class Backend:
             deciding: The tensor whose device and dtype decide.
             *args: The kernel's arguments, its tensors at least, for what else may; or none, where
                 nothing else is asked.
+            numerics: What the call permits.
         """
         problem = self.probe()
         if problem is not None:
@@ -117,7 +124,7 @@ class Backend:
             names = sorted(str(d).removeprefix("torch.") for d in entry.dtypes)
             return f"its {operation!r} computes {names}, the tensors are {deciding.dtype}"
         if entry.accepts is not None and args:
-            return entry.accepts(*args)
+            return entry.accepts(*args, **({"numerics": numerics} if entry.takes_numerics else {}))
         return None
 
 
@@ -195,12 +202,12 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
     name, permitted = _parse(requested)
     if name == "auto":
         for backend in sorted(_backends.values(), key=lambda b: -b.rank):
-            if backend.obstacle(operation, deciding, *args) is None:
+            if backend.obstacle(operation, deciding, *args, numerics=permitted) is None:
                 name = backend.name
                 break
         else:
             raise RuntimeError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
-    problem = _backends[name].obstacle(operation, deciding, *args)
+    problem = _backends[name].obstacle(operation, deciding, *args, numerics=permitted)
     if problem is not None:
         raise RuntimeError(
             f"backend={requested!r} can't compute {operation!r} here: {problem}. "

@@ -104,12 +104,8 @@ def training_case(place: Place, name: str, captured: bool) -> Row:
 
 
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
-    for name in (
-        "AdamW",
-        "triton",
-        "triton:tf32,approximate",
-        "triton:bf16,approximate bfloat16",
-    ):
+    names = ["AdamW", "auto", "auto:tf32,approximate", "auto:bf16,approximate bfloat16"]
+    for name in (*names, "triton:tf32,approximate"):
         for captured in (False, True):
             label = f"GPT {name} {'graph' if captured else 'eager'}"
             yield label, functools.partial(training_case, place, name, captured)

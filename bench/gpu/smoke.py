@@ -277,6 +277,7 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
     students = [("triton", (2, 20)), ("triton", (1, 4))]
     if place.real:
         students += [("cuda", (1, 4)), ("cuda", (1, 8)), ("cuda", (1, 16)), ("cuda", (2, 8))]
+        students += [("cuda", (1, 20)), ("cuda", (2, 20))]
     for backend, shape in students:
         for kind, dtypes, cells in (
             ("plain", (f32, f32), f32),

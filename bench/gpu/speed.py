@@ -56,6 +56,14 @@ FUNCTIONAL_SWEEP = [
     ("backward", "triton", ("64x4", "128x8")),
     ("backward", "triton:tf32", ("64x4", "128x8")),
 ]
+ON_TENSOR_CORES = [  # of CUDA's kernels; they make no more of other permissions
+    ("cuda", F32),
+    ("cuda:tf32", F32),
+    ("cuda:tf32,approximate", F32),
+    ("cuda", BF16),
+    ("cuda:tf32", BF16),
+    ("cuda:bf16,approximate", BF16),
+]
 GRAPHED = 10**6  # of more coordinates, the host's part does not show
 
 
@@ -300,8 +308,11 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
 
     yield "copy", part(copy_case, place)
     yield "AdamW fused n=10000000", part(adamw_case, place, 10**7, "fused")
-    for way in WAYS:
+    tiled = ON_TENSOR_CORES if place.real else []
+    for way in (*WAYS, *tiled):
         yield ours(way, PAPERS, 10**7)
+    for way in tiled:
+        yield ours(way, (1, 20), 10**7)
     for student in ((1, 4), (1, 8), (1, 16), (1, 20)):
         yield ours(("triton:bf16,approximate", BF16), student, 10**7)
         yield ours(("triton", F32), student, 10**7)
@@ -310,9 +321,11 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
                 yield ours(way, student, 10**7)
                 yield ours(way, student, 10**4)
     yield "AdamW fused n=100000000", part(adamw_case, place, 10**8, "fused")
-    for way in WAYS:
+    for way in (*WAYS, *tiled):
         yield ours(way, PAPERS, 10**8)
     for kind in ("capturable", "stochastic"):
+        for way in tiled[-1:]:
+            yield ours(way, PAPERS, 10**7, kind)
         yield ours(("triton:bf16,approximate", BF16), PAPERS, 10**7, kind)
         yield ours(("triton:bf16,approximate", BF16), (1, 4), 10**7, kind)
     for n in (10**6, 10**7):
@@ -323,14 +336,14 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
     for n in (10**4, 10**5, 10**6):
         for kind in ("fused", "foreach"):
             yield f"AdamW {kind} n={n}", part(adamw_case, place, n, kind)
-        for way in (WAYS[0], WAYS[2], WAYS[4]):
+        for way in (WAYS[0], WAYS[2], WAYS[4], *tiled[::2], *tiled[-1:]):
             yield ours(way, PAPERS, n)
     for direction in ("forward", "backward"):
         yield (
             f"{direction} triton 2x20 n=10000",
             part(functional_case, place, direction, "triton", PAPERS, 10**4),
         )
-    for rival in ("triton", "AdamW fused", "AdamW foreach"):
+    for rival in ("triton", *(["cuda"] if place.real else []), "AdamW fused", "AdamW foreach"):
         yield f"1,000 tensors {rival}", part(many_case, place, rival)
     # How many coordinates a program takes, and by how many warps.
     for way, student, configurations in SWEEP:

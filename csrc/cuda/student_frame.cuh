@@ -157,17 +157,23 @@ __device__ inline StudentTensor with_global(StudentTensor tensor) {
           tensor.seed,          tensor.first};
 }
 
-// For a warp: its lanes write what this block's tensor is. A barrier must follow.
-__device__ inline void find_tensor(const StudentCall& call, int block, StudentTensor* tensor) {
+// Which tensor a block belongs to.
+__device__ inline int index_of(const StudentCall& call, int64_t block) {
   int index = 0;
   for (int after = call.count; after - index > 1;) {
     const int middle = (index + after) / 2;
-    if (call.first_block[middle] <= blockIdx.x) {
+    if (call.first_block[middle] <= block) {
       index = middle;
     } else {
       after = middle;
     }
   }
+  return index;
+}
+
+// For a warp: its lanes write what this block's tensor is. A barrier must follow.
+__device__ inline void find_tensor(const StudentCall& call, int block, StudentTensor* tensor) {
+  const int index = index_of(call, blockIdx.x);
   const int lane = threadIdx.x % 32;
   auto* const columns = reinterpret_cast<int64_t*>(tensor);
   if (lane < kColumns) columns[lane] = call.table[int64_t{index} * kColumns + lane];
@@ -221,24 +227,32 @@ __device__ inline void features(const StudentCall& call, float g, float m, float
   of_g = __fmul_rn(g, scale);
 }
 
-// Stores keep p - rate update; `row` is the parameter's among the rows of random bits.
+// keep p - rate update as it is to be stored; `row` is the parameter's among the rows of random
+// bits.
 template <int count>
-__device__ void move(const StudentCall& call, const StudentTensor& tensor, const Rates& rates,
-                     float rate, int row, int64_t at, const float (&old)[count],
-                     const float (&update)[count]) {
-  float moved[count];
+__device__ void moved(const StudentCall& call, const Rates& rates, float rate, int row, int64_t at,
+                      const float (&old)[count], const float (&update)[count],
+                      float (&to)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    moved[i] = __fmaf_rn(-rate, update[i], __fmul_rn(rates.keep, old[i]));
+    to[i] = __fmaf_rn(-rate, update[i], __fmul_rn(rates.keep, old[i]));
   }
   if (call.stochastic && call.param == Stored::bfloat16) {
     const uint32_t key = key_of_row(rates.key, row);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      moved[i] = rounded(moved[i], random_bits(key, counted(at + i)) >> 16);
+      to[i] = rounded(to[i], random_bits(key, counted(at + i)) >> 16);
     }
   }
-  store(tensor.param, call.param, at, moved);
+}
+
+template <int count>
+__device__ void move(const StudentCall& call, const StudentTensor& tensor, const Rates& rates,
+                     float rate, int row, int64_t at, const float (&old)[count],
+                     const float (&update)[count]) {
+  float to[count];
+  moved(call, rates, rate, row, at, old, update, to);
+  store(tensor.param, call.param, at, to);
 }
 
 }  // namespace amalgam::cuda

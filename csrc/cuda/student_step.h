@@ -15,11 +15,13 @@ enum class Stored { float32, bfloat16, float16 };
 // What a launch computes by. Fits into the kernel's parameters, where operands are free.
 struct StudentCall {
   // Of student_threads, a unit after another: four numbers (gates i, f, a, o) of the bias, of each
-  // input and of each of the layer's h; then the head and its bias, and zeros up to 16 bytes.
-  const float* weights;
+  // input and of each of the layer's h; then the head and its bias, and zeros up to 16 bytes. Of
+  // student_tiles, what pack_student gives.
+  const void* weights;
   const int64_t* table;        // (count, 9): param, grad, m, v, h, c, numel, step, seed
   const int64_t* first_block;  // (count,)
   const double* control;       // (4,): keep, lr, warm-up's rate, skip; or null
+  int64_t blocks;              // of all tensors
   int count;
   int warmup_steps;
   Stored param, grad;
@@ -39,8 +41,40 @@ struct StudentSize {
 
 const std::vector<StudentSize>& student_sizes();
 
+// Of students on tensor cores.
+constexpr int kTileBlock = 64;
+
+// How sums of products err: as float32 does (from tensor cores, three products of TF32 for one), or
+// as factors of TF32 or bfloat16 do. Kernels without tensor cores compute in float32 by all of them.
+enum class Products { kSplit, kTf32, kBf16 };
+
+// What the cells of one launch have in common, and what kernels may do for speed.
+struct StudentKind {
+  int layers, hidden;
+  Stored cells;
+  bool aligned;                // whether all rows of h and c begin at multiples of 16 bytes
+  Products products;
+  bool approximate;
+};
+
+// Weights as PyTorch lays them out; gates in the order input, forget, candidate, output.
+struct StudentWeights {
+  const float* w_ih[2];        // (4 hidden, inputs)
+  const float* w_hh[2];        // (4 hidden, hidden)
+  const float* b[2];           // (4 hidden,)
+  const float* head;           // (hidden,)
+  const float* head_bias;
+};
+
+// How many 32-bit words pack_student writes; none for students whose weights Python packs.
+int packed_student_words(int layers, int hidden, Products products);
+
+// Writes the weights, on the device, as kernels for tensor cores read them.
+void pack_student(const StudentWeights& weights, uint32_t* to, int layers, Products products,
+                  bool approximate, int device, void* stream);
+
 // Throws std::invalid_argument for a size that is not compiled in.
-void student_step_in_place(const StudentCall& call, int layers, int hidden, Stored cells,
-                           bool approximate, int64_t blocks, int device, void* stream);
+void student_step_in_place(const StudentCall& call, const StudentKind& kind, int device,
+                           void* stream);
 
 }  // namespace amalgam::cuda

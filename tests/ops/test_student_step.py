@@ -11,13 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import (
-    amd_assembly,
-    assert_within,
-    compile_kernel,
-    costs_of,
-    resource_usage,
-)
+from machine_code import amd_assembly, assert_within, compile_kernel, costs_of, resource_usage
 from torch import Tensor
 
 from amalgam.backends import triton
@@ -1245,21 +1239,37 @@ def test_triton_steps_alike_with_places_of_64_bits(
 
 
 @needs_gpu
-@pytest.mark.usefixtures("triton_works")
-@pytest.mark.parametrize("numerics", ["3xtf32", "tf32", "bf16"])
-def test_triton_steps_many_aligned_coordinates_to_the_same_bits(numerics: str) -> None:
+@pytest.mark.usefixtures("triton_works", "cuda_works")
+@pytest.mark.parametrize(
+    ("backend", "cells", "bound"),
+    [
+        ("triton:3xtf32", torch.float32, 1e-6),
+        ("triton:tf32", torch.float32, 5e-4),
+        ("triton:bf16", torch.float32, 5e-3),
+        ("cuda:3xtf32", torch.float32, 1e-6),
+        ("cuda:tf32", torch.float32, 5e-4),
+        ("cuda:tf32,approximate", torch.float32, 1e-3),
+        ("cuda:3xtf32", torch.bfloat16, 1e-6),
+        ("cuda:tf32", torch.bfloat16, 5e-4),
+        ("cuda:bf16,approximate", torch.bfloat16, 5e-3),
+    ],
+)
+def test_steps_many_aligned_coordinates_to_the_same_bits(
+    backend: str, cells: torch.dtype, bound: float
+) -> None:
     """In place, whatever warp comes first: what one overwrites, another may still have to read."""
     weights = moved(make_weights(2, 20, dtype=torch.float32), "cuda")
     grad, state, _ = moved(skewed_inputs(1 << 14, 2, 20, torch.float32), "cuda")
+    narrow = state._replace(h=state.h.to(cells), c=state.c.to(cells))
     results = []
     for _ in range(20):
-        param, twin = torch.zeros_like(grad), StudentState(*(t.clone() for t in state))
-        student_step_([param], [grad], [twin], weights, backend=f"triton:{numerics}")
+        param, twin = torch.zeros_like(grad), StudentState(*(t.clone() for t in narrow))
+        student_step_([param], [grad], [twin], weights, backend=backend)
         results.append((param, *twin))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
-    theirs, _ = student_step(grad, state, weights, backend="reference")
-    bound = {"3xtf32": 1e-6, "tf32": 5e-4, "bf16": 5e-3}[numerics]
+    same = narrow._replace(h=narrow.h.float(), c=narrow.c.float())
+    theirs, _ = student_step(grad, same, weights, backend="reference")
     torch.testing.assert_close(-results[0][0], theirs, rtol=0, atol=bound)
 
 
@@ -1323,7 +1333,8 @@ def test_triton_kernels_by_interpreter() -> None:
 
 # The CUDA kernels: in place, float32, of the students that are compiled in.
 
-CUDA_SIZES = [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8)]
+TILES_STACK = 400  # bytes a thread; of 12 KB that it reads and writes of float32 cells
+CUDA_SIZES = [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (1, 20), (2, 20)]
 
 
 def by_cuda(test: Any) -> Any:
@@ -1368,30 +1379,31 @@ def test_cuda_approximates(layers: int, hidden: int) -> None:
 
 
 @by_cuda
-@pytest.mark.parametrize("hidden", [4, 8])
+@pytest.mark.parametrize("hidden", [4, 8, 20])
 def test_cuda_rounds_by_seeds_to_the_same_bits(hidden: int) -> None:
     check_rounding_by_seeds("cuda", "cuda", hidden)
 
 
 @by_cuda
-@pytest.mark.parametrize("hidden", [4, 8])
+@pytest.mark.parametrize("hidden", [4, 8, 20])
 @pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
 def test_cuda_lets_the_device_decide(hidden: int, cells: torch.dtype) -> None:
     check_control("cuda", "cuda", cells, hidden)
 
 
 @by_cuda
+@pytest.mark.parametrize("hidden", [8, 20])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_cuda_alike_wherever_tensors_begin(narrow: bool) -> None:
+def test_cuda_alike_wherever_tensors_begin(narrow: bool, hidden: int) -> None:
     """A number at a time where accesses of 16 bytes are not aligned, and to the same bits."""
     dtype = torch.bfloat16 if narrow else torch.float32
-    weights = moved(make_weights(1, 8, dtype=torch.float32), "cuda")
+    weights = moved(make_weights(1, hidden, dtype=torch.float32), "cuda")
     results = []
     for shift in (0, 1):
         size = 4096 - 3 * shift  # which isn't a multiple of what a thread takes either
         tensors = [draw(4099, seed=seed).to(dtype).cuda()[shift:] for seed in (1, 2)]
         param, grad = (tensor[:size] for tensor in tensors)
-        state = moved(make_state(4099, layers=1, hidden=8, dtype=torch.float32), "cuda")
+        state = moved(make_state(4099, layers=1, hidden=hidden, dtype=torch.float32), "cuda")
         state = StudentState(*(t[..., shift : shift + size].contiguous() for t in state))
         state = state._replace(h=state.h.to(dtype), c=state.c.to(dtype))
         student_step_([param], [grad], [state], weights, backend="cuda")
@@ -1400,18 +1412,23 @@ def test_cuda_alike_wherever_tensors_begin(narrow: bool) -> None:
 
 
 @by_cuda
-def test_cuda_passes_nan_and_infinity_on() -> None:
-    grad, state, weights = skewed_inputs(70, 2, 4, torch.float32)
+@pytest.mark.parametrize("hidden", [4, 20])
+@pytest.mark.parametrize("permitted", ["3xtf32", "tf32", "tf32,approximate"])
+def test_cuda_passes_nan_and_infinity_on(permitted: str, hidden: int) -> None:
+    grad, state, weights = skewed_inputs(72, 2, hidden, torch.float32)
     grad[3], grad[5], state.c[0, 0, 66] = math.nan, math.inf, math.nan
     grad, state, weights = moved((grad, state, weights), "cuda")
-    ours, plain = (step_in_place(grad, *state, weights, name) for name in ("cuda", "reference"))
+    ours, plain = (
+        step_in_place(grad, *state, weights, name) for name in (f"cuda:{permitted}", "reference")
+    )
     for one, other in zip(ours, plain, strict=True):
         assert torch.equal(one.isnan(), other.isnan())
 
 
 @by_cuda
-def test_cuda_opcheck() -> None:
-    grad, state, weights = moved(skewed_inputs(5, 2, 4, torch.float32), "cuda")
+@pytest.mark.parametrize("hidden", [4, 20])
+def test_cuda_opcheck(hidden: int) -> None:
+    grad, state, weights = moved(skewed_inputs(5, 2, hidden, torch.float32), "cuda")
     lists, none = [[t] for t in (grad.clone(), grad, *state)], (None, [], 0, [])
     torch.library.opcheck(
         torch.ops.amalgam.student_step_.default,
@@ -1421,13 +1438,105 @@ def test_cuda_opcheck() -> None:
 
 @by_cuda
 def test_cuda_auto_takes_what_is_compiled_in_and_triton_the_rest() -> None:
-    for hidden, expected in ((4, "cuda"), (5, "triton")):
+    for hidden, expected in ((4, "cuda"), (20, "cuda"), (5, "triton")):
         grad, state, weights = moved(skewed_inputs(5, 2, hidden, torch.float32), "cuda")
         tensors = ([grad], [grad], *([t] for t in state), weights)
         assert registry.resolve("student_step_", "auto", state.m, *tensors) == expected
         student_step_([grad.clone()], [grad], [state], weights)
     with pytest.raises(RuntimeError, match=r"1x4.*, this one is 2x5; backend='triton'"):
         student_step_([grad.clone()], [grad], [state], weights, backend="cuda")
+
+
+@by_cuda
+def test_cuda_leaves_products_in_float32_to_triton() -> None:
+    for hidden, expected in ((4, "cuda:ieee"), (20, "triton:ieee")):
+        grad, state, weights = moved(skewed_inputs(5, 2, hidden, torch.float32), "cuda")
+        tensors = ([grad], [grad], *([t] for t in state), weights)
+        assert registry.resolve("student_step_", "auto:ieee", state.m, *tensors) == expected
+    with pytest.raises(RuntimeError, match="products on tensor cores, backend='triton:ieee'"):
+        student_step_([grad.clone()], [grad], [state], weights, backend="cuda:ieee")
+
+
+@pytest.mark.parametrize(
+    ("permitted", "of_float32", "of_bfloat16"),
+    [
+        ("", "3xtf32", "3xtf32"),
+        ("approximate", "3xtf32", "3xtf32"),
+        ("3xtf32,approximate", "3xtf32", "3xtf32"),
+        ("tf32", "tf32", "tf32"),
+        ("tf32,approximate", "tf32,approximate", "tf32"),
+        ("bf16", "tf32", "tf32"),
+        ("bf16,approximate", "tf32,approximate", "bf16,approximate"),
+    ],
+)
+def test_cuda_makes_of_permissions_what_is_fastest(
+    permitted: str, of_float32: str, of_bfloat16: str
+) -> None:
+    from amalgam.backends import core, cuda
+
+    module, _ = core.load()
+    if module is None or module.cuda is None:
+        pytest.skip("the core here has no CUDA kernels")
+    numerics = registry._parse(f"cuda:{permitted}")[1]
+    for cells, expected in ((torch.float32, of_float32), (torch.bfloat16, of_bfloat16)):
+        for aligned, computed in ((True, expected), (False, "3xtf32")):
+            found = cuda._numerics_of(2, 20, cells, aligned, numerics)
+            assert found == registry._parse(f"cuda:{computed}")[1]
+
+
+@by_cuda
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("permitted", "bound"),
+    [("3xtf32", 1e-5), ("tf32", 5e-3), ("bf16", 5e-2), ("tf32,approximate", 1e-2)]
+    + [("bf16,approximate", 5e-2)],
+)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("size", [3001, 3008])
+def test_cuda_errs_no_more_than_permitted(
+    size: int, layers: int, permitted: str, bound: float, cells: torch.dtype
+) -> None:
+    """Of states and updates in [-1, 1], after ten steps; and cells as they are stored."""
+    grad, start, weights = skewed_inputs(size, layers, 20, torch.float32)
+    start = start._replace(h=start.h.to(cells), c=start.c.to(cells))
+    if cells == torch.bfloat16:
+        bound += 10 * torch.finfo(cells).eps
+    results = []
+    for backend, dtype in ((f"cuda:{permitted}", torch.float32), ("reference", torch.float64)):
+        state = moved(start, "cuda")
+        if backend == "reference":
+            state = StudentState(*(t.to(dtype) for t in state))
+        param = torch.zeros(size, dtype=dtype, device="cuda")
+        for _ in range(10):
+            student_step_(
+                [param],
+                [grad.cuda().to(dtype)],
+                [state],
+                [w.cuda().to(dtype) for w in weights],
+                backend=backend,
+            )
+        results.append((param, state.h.double()))
+    (param, h), (true_param, true_h) = results
+    assert (10 * (param - true_param)).abs().max() <= 10 * bound
+    assert (h - true_h).abs().max() <= bound
+
+
+@by_cuda
+@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
+def test_cuda_steps_tensors_of_many_sizes_at_once(cells: torch.dtype) -> None:
+    """As each of them by itself: more tiles than warps, and many tensors in one warp's walk."""
+    sizes = [1 << 19, 64, *range(1, 200), 8, 1 << 18, 100003, *range(8, 1600, 8)]
+    weights = moved(make_weights(2, 20, dtype=torch.float32), "cuda")
+    params = [draw(n, seed=1).float().cuda() for n in sizes]
+    states = []
+    for n in sizes:
+        state = moved(make_state(n, hidden=20, dtype=torch.float32), "cuda")
+        states.append(state._replace(h=state.h.to(cells), c=state.c.to(cells)))
+    alone = [p.clone() for p in params], [copied(state) for state in states]
+    student_step_(params, [p * 2 for p in params], states, weights, backend="cuda")
+    for param, state in zip(*alone, strict=True):
+        student_step_([param], [param * 2], [state], weights, backend="cuda")
+    assert all(map(torch.equal, flat((params, states)), flat(alone)))
 
 
 def step_in_place(
@@ -1439,8 +1548,8 @@ def step_in_place(
     return param, *state
 
 
-def test_cuda_kernels_keep_to_registers() -> None:
-    """A few bytes of stack at most, and so many warps a processor as their launches want."""
+def cuda_kernels(name: str) -> tuple[int, dict[tuple[str, str], tuple[int, int]]]:
+    """For how many architectures the core has kernels, and what those of this name take."""
     pytest.importorskip("triton")
     from amalgam.backends import core
 
@@ -1448,11 +1557,25 @@ def test_cuda_kernels_keep_to_registers() -> None:
     if module is None or module.cuda is None:
         pytest.skip("the core here has no CUDA kernels")
     usage = resource_usage(Path(module.__file__))
-    kernels = {name: costs for name, costs in usage.items() if "student_threads" in name[1]}
-    assert len(kernels) == 30 * len(module.cuda.archs.split(";"))
+    found = {kernel: costs for kernel, costs in usage.items() if name in kernel[1]}
+    return len(module.cuda.archs.split(";")), found
+
+
+def test_cuda_kernels_keep_to_registers() -> None:
+    """A few bytes of stack at most, and so many warps a processor as their launches want."""
+    archs, kernels = cuda_kernels("student_threads")
+    assert len(kernels) == 30 * archs
     for name, (registers, stack) in kernels.items():
         assert registers <= 168, (name, registers)
         assert stack <= 24, (name, stack)
+
+
+def test_cuda_kernels_on_tensor_cores_keep_to_registers() -> None:
+    """What little does not fit is spilled once a tile."""
+    archs, kernels = cuda_kernels("student_tiles")
+    assert len(kernels) == 2 * (4 + 7) * archs
+    for name, (_, stack) in kernels.items():
+        assert stack <= TILES_STACK, (name, stack)
 
 
 # Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
@@ -1515,7 +1638,9 @@ def test_kernels_keep_to_their_budgets(case: str) -> None:
     constants, options = triton_constants(name, student, cells, numerics)
     number = int(arch.removeprefix("sm_"))
     divisible = name != "in_place"
-    costs = costs_of(getattr(kernels, name), number, types_of(numerics), constants, options, divisible)
+    costs = costs_of(
+        getattr(kernels, name), number, types_of(numerics), constants, options, divisible
+    )
     assert_within(costs, BUDGETS[case])
 
 
