@@ -1333,7 +1333,7 @@ def test_triton_kernels_by_interpreter() -> None:
 
 # The CUDA kernels: in place, float32, of the students that are compiled in.
 
-TILES_STACK = 400  # bytes a thread; of 12 KB that it reads and writes of float32 cells
+TILES_STACK = {"sm_90": 360}  # bytes a thread, of some KB that it reads and writes
 CUDA_SIZES = [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (1, 20), (2, 20)]
 
 
@@ -1575,7 +1575,7 @@ def test_cuda_kernels_on_tensor_cores_keep_to_registers() -> None:
     archs, kernels = cuda_kernels("student_tiles")
     assert len(kernels) == 2 * (4 + 7) * archs
     for name, (_, stack) in kernels.items():
-        assert stack <= TILES_STACK, (name, stack)
+        assert stack <= TILES_STACK.get(name[0], 600), (name, stack)
 
 
 # Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
