@@ -472,10 +472,13 @@ struct Step {
     }
   }
 
-  // A layer's new cells and, in `x`, its new h, (groups, kRun); stores both.
-  template <int kLayer, int kSteps>
+  // Stores a layer's new cells and its new h. The latter are in `x` then; of the top layer, what the
+  // head makes of this lane's units is added to x[0] instead.
+  template <int kLayer, int kSteps, int kRows>
   __device__ __forceinline__ void layer(const Operand<kProducts, kTiles> (&in)[kSteps],
-                                        float (&x)[kGroups][kRun]) const {
+                                        float (&x)[kRows][kRun]) const {
+    constexpr bool kTop = kLayer == kLayers - 1;
+    static_assert(kRows == (kTop ? 1 : kGroups), "one row for all units, or one for each group");
     const int left = size - first_of_run();
     const int64_t n = place.tensor.numel, at = first + first_of_run();
     const int64_t start = (kLayer * kHidden + q()) * n + at;
@@ -495,7 +498,11 @@ struct Step {
         const float o = sigmoid_of<kApproximate>(odd[j % 2 * 2 + 1]);
         cells[j] = __fmaf_rn(i, a, __fmul_rn(f, c[kLayer][p][j]));
         outputs[j] = __fmul_rn(o, tanh<kApproximate>(cells[j]));
-        x[p][j] = outputs[j];
+        if constexpr (kTop) {
+          x[0][j] = __fmaf_rn(head()[p], outputs[j], x[0][j]);
+        } else {
+          x[p][j] = outputs[j];
+        }
       }
       round_cells(kLayer * kHidden + 4 * p + q(), at, outputs, cells);
       Row stored;
@@ -506,36 +513,34 @@ struct Step {
     }
   }
 
-  __device__ __forceinline__ void layers(float (&x)[kGroups][kRun]) const {
-    {
-      Operand<kProducts, kTiles> in[slots_of(0) / 2];
-      in[0].set(h[0][0], kExact, h[0][1], kExact);
-      in[1].set(h[0][2], kExact, h[0][3], kExact);
-      in[2].set(h[0][4], kExact, slot, false);
+  // The head's weights of this lane's units, then its bias.
+  __device__ __forceinline__ const float* head() const {
+    return reinterpret_cast<const float*>(packed + Weigh::kHead) + q() * Weigh::kHeadRow;
+  }
+
+  // What the head makes of this lane's units.
+  __device__ __forceinline__ void layers(float (&sums)[1][kRun]) const {
+    Operand<kProducts, kTiles> in[slots_of(0) / 2];
+    in[0].set(h[0][0], kExact, h[0][1], kExact);
+    in[1].set(h[0][2], kExact, h[0][3], kExact);
+    in[2].set(h[0][4], kExact, slot, false);
+    if constexpr (kLayers == 1) {
+      layer<0>(in, sums);
+    } else {
+      float x[kGroups][kRun];
       layer<0>(in, x);
-    }
-    if constexpr (kLayers > 1) {
-      Operand<kProducts, kTiles> in[slots_of(1) / 2];
-      in[0].set(x[0], false, x[1], false);
-      in[1].set(x[2], false, x[3], false);
-      in[2].set(x[4], false, h[1][0], kExact);
-      in[3].set(h[1][1], kExact, h[1][2], kExact);
-      in[4].set(h[1][3], kExact, h[1][4], kExact);
-      layer<1>(in, x);
+      Operand<kProducts, kTiles> above[slots_of(1) / 2];
+      above[0].set(x[0], false, x[1], false);
+      above[1].set(x[2], false, x[3], false);
+      above[2].set(x[4], false, h[1][0], kExact);
+      above[3].set(h[1][1], kExact, h[1][2], kExact);
+      above[4].set(h[1][3], kExact, h[1][4], kExact);
+      layer<1>(above, sums);
     }
   }
 
-  // The updates of the coordinates that this lane has to itself, of the top layer's new h.
-  __device__ __forceinline__ void updates(const float (&x)[kGroups][kRun],
-                                          float (&update)[kOwn]) const {
-    const float* head = reinterpret_cast<const float*>(packed + Weigh::kHead) + q() * Weigh::kHeadRow;
-    float sums[kRun] = {};
-#pragma unroll
-    for (int p = 0; p < kGroups; ++p) {
-      const float weight = head[p];
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) sums[j] = __fmaf_rn(weight, x[p][j], sums[j]);
-    }
+  // The updates of the coordinates that this lane has to itself, of all lanes' sums.
+  __device__ __forceinline__ void updates(const float (&sums)[kRun], float (&update)[kOwn]) const {
     float half[kRun / 2];
 #pragma unroll
     for (int j = 0; j < kRun / 2; ++j) {
@@ -549,7 +554,7 @@ struct Step {
       const bool upper = q() % 2;
       const float kept = upper ? half[j + kOwn] : half[j];
       const float given = upper ? half[j] : half[j + kOwn];
-      const float top = kept + from_other(given, 1) + head[kGroups];
+      const float top = kept + from_other(given, 1) + head()[kGroups];
       update[j] = __fmul_rn(call.alpha, tanh<kApproximate>(top));
     }
   }
@@ -578,9 +583,9 @@ struct Step {
     if constexpr (kLayers > 1) load_layer<1>();
     follow_own(grad);
     share_features(grad);
-    float x[kGroups][kRun], update[kOwn];
-    layers(x);
-    updates(x, update);
+    float sums[1][kRun] = {}, update[kOwn];
+    layers(sums);
+    updates(sums[0], update);
     move_own(place.rates.lr, update);
   }
 };

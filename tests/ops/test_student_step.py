@@ -879,8 +879,11 @@ def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
 def two_tensors(
     backend: str, device: str, dtype: torch.dtype, cells: torch.dtype, hidden: int, **how: Any
 ) -> tuple[list[Tensor], list[StudentState]]:
-    """Parameters and states after one step, in place, of two tensors; the second is strided."""
-    params = [moved(draw(*s, seed=1).bfloat16().to(dtype), device) for s in ((130,), (3, 5))]
+    """Parameters and states after one step, in place, of two tensors; the second is strided.
+
+    Rows of the first begin at multiples of 16 bytes, those of the second do not.
+    """
+    params = [moved(draw(*s, seed=1).bfloat16().to(dtype), device) for s in ((136,), (3, 5))]
     params[1] = params[1].T.contiguous().T
     grads = [moved(draw(*p.shape, seed=2).bfloat16().to(dtype), device) for p in params]
     states = []
@@ -973,20 +976,20 @@ def check_control(backend: str, device: str, cells: torch.dtype, hidden: int) ->
     params, states = two_tensors(backend, device, torch.float32, cells, hidden, skip=flag + 1)
     before = run(skip=flag + 1, steps=counts)
     assert all(map(torch.equal, flat((params, states)), before))
-    assert torch.equal(params[0].cpu(), draw(130, seed=1).bfloat16().float())
+    assert torch.equal(params[0].cpu(), draw(136, seed=1).bfloat16().float())
 
     warm, (state, _) = two_tensors(
         *(backend, device, torch.float32, cells, hidden),
         **{"steps": counts, "warmup_steps": 5, "warmup_lr": 0.25, "weight_decay": 0.1},
     )
     start = params[0] * (1 - 0.5 * 0.1) - 0.5 * 0.25 * moved(
-        draw(130, seed=2).bfloat16().float(), device
+        draw(136, seed=2).bfloat16().float(), device
     )
     torch.testing.assert_close(warm[0], start)
     assert torch.equal(state.h, states[0].h)
     assert torch.equal(state.c, states[0].c)
     new_m, _ = update_moments(
-        moved(draw(130, seed=2).bfloat16().float(), device),
+        moved(draw(136, seed=2).bfloat16().float(), device),
         states[0].m,
         states[0].v,
         StepSettings(),
@@ -1333,7 +1336,7 @@ def test_triton_kernels_by_interpreter() -> None:
 
 # The CUDA kernels: in place, float32, of the students that are compiled in.
 
-TILES_STACK = 400  # bytes a thread; of 12 KB that it reads and writes of float32 cells
+TILES_STACK = {"sm_90": 360}  # bytes a thread, of some KB that it reads and writes
 CUDA_SIZES = [(1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (1, 20), (2, 20)]
 
 
@@ -1379,16 +1382,21 @@ def test_cuda_approximates(layers: int, hidden: int) -> None:
 
 
 @by_cuda
-@pytest.mark.parametrize("hidden", [4, 8, 20])
-def test_cuda_rounds_by_seeds_to_the_same_bits(hidden: int) -> None:
-    check_rounding_by_seeds("cuda", "cuda", hidden)
+@pytest.mark.parametrize(
+    ("backend", "hidden"), [("cuda", 4), ("cuda", 8), ("cuda", 20), ("cuda:tf32", 20)]
+)
+def test_cuda_rounds_by_seeds_to_the_same_bits(backend: str, hidden: int) -> None:
+    check_rounding_by_seeds(backend, "cuda", hidden)
 
 
 @by_cuda
-@pytest.mark.parametrize("hidden", [4, 8, 20])
+@pytest.mark.parametrize(
+    ("backend", "hidden"),
+    [("cuda", 4), ("cuda", 8), ("cuda", 20), ("cuda:tf32", 20), ("cuda:bf16,approximate", 20)],
+)
 @pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
-def test_cuda_lets_the_device_decide(hidden: int, cells: torch.dtype) -> None:
-    check_control("cuda", "cuda", cells, hidden)
+def test_cuda_lets_the_device_decide(backend: str, hidden: int, cells: torch.dtype) -> None:
+    check_control(backend, "cuda", cells, hidden)
 
 
 @by_cuda
@@ -1575,7 +1583,7 @@ def test_cuda_kernels_on_tensor_cores_keep_to_registers() -> None:
     archs, kernels = cuda_kernels("student_tiles")
     assert len(kernels) == 2 * (4 + 7) * archs
     for name, (_, stack) in kernels.items():
-        assert stack <= TILES_STACK, (name, stack)
+        assert stack <= TILES_STACK.get(name[0], 600), (name, stack)
 
 
 # Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
