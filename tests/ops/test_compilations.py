@@ -31,7 +31,7 @@ SELECTION = (
 BUDGETS = {
     "student_step.forward": 16,
     "student_step.backward": 10,
-    "student_step.in_place": 32,
+    "student_step.in_place": 31,
     "choice_step.forward": 8,
     "choice_step.backward": 6,
     "teacher_distance.sum_blocks": 13,
