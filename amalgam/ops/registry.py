@@ -207,12 +207,13 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
                 break
         else:
             raise RuntimeError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
-    problem = _backends[name].obstacle(operation, deciding, *args, numerics=permitted)
-    if problem is not None:
-        raise RuntimeError(
-            f"backend={requested!r} can't compute {operation!r} here: {problem}. "
-            f"backend='auto' takes the fastest that works."
-        )
+    else:
+        problem = _backends[name].obstacle(operation, deciding, *args, numerics=permitted)
+        if problem is not None:
+            raise RuntimeError(
+                f"backend={requested!r} can't compute {operation!r} here: {problem}. "
+                f"backend='auto' takes the fastest that works."
+            )
     if permitted == Numerics() or not _backends[name].kernels[operation].takes_numerics:
         return name
     return f"{name}:{requested.partition(':')[2]}"

@@ -33,7 +33,7 @@ ROUND_SECONDS = 0.12
 LOST = 3  # exit status: the GPU refuses all further work of this process
 
 Row = dict[str, Any]
-Case = Callable[[], Row | list[Row]]
+Case = Callable[[], Row]
 
 
 class Place:
@@ -116,8 +116,7 @@ class Place:
                 self._stop_if_lost()
                 continue
             spent = round(time.perf_counter() - begin, 2)
-            for row in found if isinstance(found, list) else [found]:
-                self.write({"case": name, **row, "case_s": spent})
+            self.write({"case": name, **found, "case_s": spent})
             if self.real:
                 torch.cuda.empty_cache()
 
@@ -147,14 +146,8 @@ class Times(NamedTuple):
         }
 
 
-def timed(place: Place, call: Callable[[], object], repeats: int = 1) -> Times:
-    """Time a call between two events of the device, after calls that are not counted.
-
-    Args:
-        place: Where.
-        call: What to time.
-        repeats: How many calls one round holds; the result is of one.
-    """
+def timed(place: Place, call: Callable[[], object]) -> Times:
+    """Time a call between two events of the device, after calls that are not counted."""
     if not place.real:
         begin = time.perf_counter()
         call()
@@ -164,19 +157,17 @@ def timed(place: Place, call: Callable[[], object], repeats: int = 1) -> Times:
         call()
     place.wait()
     begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
+    call()
     place.wait()
     once = time.perf_counter() - begin
     rounds = int(min(50, max(5, ROUND_SECONDS / max(once, 1e-6))))
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for first, last in marks:
         first.record()
-        for _ in range(repeats):
-            call()
+        call()
         last.record()
     place.wait()
-    spent = [1e-3 * first.elapsed_time(last) / repeats for first, last in marks]
+    spent = [1e-3 * first.elapsed_time(last) for first, last in marks]
     return Times(statistics.median(spent), min(spent), max(spent), rounds)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from gpu.inputs import choice_inputs, teachers_inputs
 from gpu.place import Case, Place, Row, start
 from harness import lstm_weights
 from torch import Tensor
@@ -113,51 +114,17 @@ def student_case(
     return compare("student_step_backward", backward, f"triton{words}", claim and 4 * claim)
 
 
-def choice_inputs(place: Place, k: int, direction: str, seed: int) -> tuple[Any, ...]:
-    n, layers, hidden = 1029, 2, 20
-    weights = [w.to(place.device) for w in lstm_weights(k + 4, hidden, layers, k)]
-    of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
-    grad = place.draw(n, seed=seed)
-    state = [
-        place.draw(k, n, seed=seed + 1),
-        place.draw(k, n, seed=seed + 2).square(),
-        place.draw(layers, hidden, n, seed=seed + 3).tanh(),
-        place.draw(layers, hidden, n, seed=seed + 4),
-    ]
-    ranks = torch.arange(n, device=place.device) % 5
-    kinds = [2, 3] if k == 2 else list(range(k))
-    arguments: tuple[Any, ...] = (grad, *state, weights, ranks, kinds, *of_each, 0.5, 1.0)
-    if direction == "forward":
-        return arguments
-    like = (grad, *state, state[0])
-    upstream = [place.draw(*t.shape, seed=seed + 20 + i) for i, t in enumerate(like)]
-    return upstream, *arguments
-
-
 def choice_case(place: Place, direction: str, k: int, words: str, claim: float | None) -> Row:
-    draws = [choice_inputs(place, k, direction, SEED + 100 * draw) for draw in range(DRAWS)]
+    draws = [choice_inputs(place, direction, k, 1029, SEED + 100 * draw) for draw in range(DRAWS)]
     if direction == "forward":
         return compare("choice_step", draws, f"triton{words}", claim)
     return compare("choice_step_backward", draws, f"triton{words}", claim and 4 * claim)
 
 
-def teachers_inputs(place: Place, name: str, direction: str, seed: int) -> tuple[Any, ...]:
-    k, n = 6, 10_007
-    rows = [place.draw(k, n, seed=seed + i) for i in range(6)]
-    if name == "teacher_step":
-        of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
-        arguments: tuple[Any, ...] = (rows[0], rows[1], rows[2].square(), list(range(k)), *of_each)
-        return arguments if direction == "forward" else (rows[3:], *arguments)
-    arguments = (place.draw(n, seed=seed + 8), rows[0], 1e-10, None)
-    if direction == "forward":
-        return arguments
-    total = torch.ops.amalgam.teacher_distance(*arguments, "reference")[1]
-    ones = torch.ones(k, device=place.device)
-    return ones, *arguments[:2], total, *arguments[2:], True
-
-
 def teachers_case(place: Place, name: str, backend: str, direction: str) -> Row:
-    draws = [teachers_inputs(place, name, direction, SEED + 100 * draw) for draw in range(DRAWS)]
+    draws = [
+        teachers_inputs(place, name, direction, 10_007, SEED + 100 * draw) for draw in range(DRAWS)
+    ]
     suffix = "" if direction == "forward" else "_backward"
     return compare(name + suffix, draws, backend, None)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from gpu.inputs import choice_inputs, teachers_inputs
 from gpu.place import (
     Case,
     Place,
@@ -24,9 +25,10 @@ from gpu.place import (
     timed_both,
     traffic,
 )
-from harness import lstm_weights
+from harness import kernel, lstm_weights
 from torch import Tensor
 
+from amalgam import AmalgamatedOptimizer
 from amalgam.ops import StepSettings, StudentState, initial_state
 from amalgam.ops import student_step_ as in_place
 
@@ -187,21 +189,7 @@ def functional_case(
 
 def choice_case(place: Place, direction: str, words: str, k: int, n: int) -> Row:
     size, (layers, hidden) = place.size(n), PAPERS
-    weights = [w.to(place.device) for w in lstm_weights(k + 4, hidden, layers, k)]
-    of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
-    draw = place.draw
-    state = [
-        draw(k, size, seed=1),
-        draw(k, size, seed=2).square(),
-        draw(layers, hidden, size, seed=3).tanh(),
-        draw(layers, hidden, size, seed=4),
-    ]
-    ranks = torch.arange(size, device=place.device) % 5
-    kinds = [2, 3] if k == 2 else list(range(k))
-    grad = draw(size, seed=5)
-    step: tuple[Any, ...] = (grad, *state, weights, ranks, kinds, *of_each, 0.5, 1.0)
-    if direction == "backward":
-        step = ([torch.ones_like(t) for t in (grad, *state, state[0])], *step)
+    step = choice_inputs(place, direction, k, size, 1)
     name = "choice_step" if direction == "forward" else "choice_step_backward"
     operation = getattr(torch.ops.amalgam, name)
     times = timed(place, lambda: operation(*step, words))
@@ -214,30 +202,18 @@ def choice_case(place: Place, direction: str, words: str, k: int, n: int) -> Row
 
 def teachers_case(place: Place, name: str, direction: str, backend: str, n: int) -> Row:
     k, size = 6, place.size(n)
-    rows = [place.draw(k, size, seed=i) for i in range(6)]
-    nbytes = rows[0].nbytes
-    if name == "teacher_step":
-        of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
-        arguments: tuple[Any, ...] = (rows[0], rows[1], rows[2].square(), list(range(k)), *of_each)
-        moved = 6 * nbytes
-        if direction == "backward":
-            arguments, moved = (rows[3:], *arguments), 9 * nbytes
-    else:
-        student = place.draw(size, seed=9)
-        arguments, moved = (student, rows[0], 1e-10, None), nbytes + student.nbytes
-        if direction == "backward":
-            total = torch.ops.amalgam.teacher_distance(*arguments, "reference")[1]
-            ones = torch.ones(k, device=place.device)
-            arguments = (ones, student, rows[0], total, 1e-10, None, True)
-            moved *= 2
+    arguments = teachers_inputs(place, name, direction, size, 1)
+    # Rows of teachers that are read and written; of a distance, the student's row beside.
+    rows = 6 * k if name == "teacher_step" else k + 1
     if direction == "backward":
+        rows = 9 * k if name == "teacher_step" else 2 * rows
         name += "_backward"
     operation = getattr(torch.ops.amalgam, name)
     times = timed(place, lambda: operation(*arguments, backend))
     row = {"operation": name, "backend": backend, "teachers": k, "n": size, **times.row()}
     if n <= GRAPHED:
         row |= replayed(place, lambda: operation(*arguments, backend)).row("graph_")
-    return row | traffic(place, times, moved)
+    return row | traffic(place, times, 4 * size * rows)
 
 
 def unroll_case(place: Place, words: str, n: int, steps: int) -> Row:
@@ -266,8 +242,6 @@ def many_case(place: Place, rival: str) -> Row:
             params, capturable=place.real, **{kind: True}
         ).step
     else:
-        from amalgam import AmalgamatedOptimizer
-
         step = AmalgamatedOptimizer(
             params, backend=rival, capturable=True, warmup_steps=0, lr=1e-3
         ).step
@@ -278,8 +252,6 @@ def many_case(place: Place, rival: str) -> Row:
 
 def rival_case(place: Place, kind: str, n: int) -> Row:
     """The step as plain PyTorch has it, eager or through torch.compile."""
-    from harness import kernel
-
     size = place.size(n)
     weights = weights_of(place, PAPERS)
     param, grad = place.draw(size, seed=1), place.draw(size, seed=2)

@@ -10,8 +10,8 @@ from test_student_step import (
     SETTINGS,
     assert_as_accurate,
     by_triton,
-    doubled,
     draw,
+    errors_of_ten_steps,
     flat,
     moved,
     run_interpreted,
@@ -20,7 +20,7 @@ from test_student_step import (
 from torch import Tensor
 
 from amalgam.backends import triton
-from amalgam.ops import StudentState, student_step, student_step_
+from amalgam.ops import StudentState, student_step_
 
 PERMITTED = ["3xtf32", "tf32", "bf16", "tf32,approximate"]
 student = torch.ops.amalgam.student_step
@@ -86,17 +86,7 @@ def test_triton_choice_errs_as_float32_does(
     [("3xtf32", 1e-5), ("tf32", 5e-3), ("bf16", 5e-2), ("tf32,approximate", 1e-2)],
 )
 def test_triton_errs_no_more_than_permitted(arithmetic: str, permitted: str, bound: float) -> None:
-    """Of states and updates in [-1, 1], after ten steps."""
-    drawn = skewed_inputs(64, 2, 20, torch.float32)
-    grad, state, weights = moved(drawn, arithmetic)
-    exact = doubled([grad, *state])
-    for _ in range(10):
-        update, state = student_step(grad, state, weights, backend=f"triton:{permitted}")
-        theirs, truth = student_step(
-            exact[0], StudentState(*exact[1:]), doubled(weights), backend="reference"
-        )
-        exact[1:] = truth
-    errors = (10 * (update - theirs)).abs().max(), (state.h - truth.h).abs().max()
+    errors = errors_of_ten_steps(f"triton:{permitted}", arithmetic, 64)
     assert max(errors) <= bound, errors
 
 
