@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from amalgam import ops, recipes, tasks, weights
+from amalgam import ops, recipes, tasks, weight_files
 from amalgam.device import resolve
 from amalgam.heap import keep_freed_memory
 from amalgam.version import describe
@@ -182,7 +182,7 @@ def info(
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "core": build_info(),
         "backends": [dataclasses.asdict(status) for status in ops.backends().values()],
-        "students": list(weights.shipped()),
+        "students": list(weight_files.shipped()),
         "recipes": list(recipes.shipped()),
         "tasks": list(tasks.TASKS),
     }

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from amalgam import ops
 from amalgam.layout import Layout
+from amalgam.operations.kept import Kept
+from amalgam.operations.rounding import ROW
 from amalgam.ops import StudentState
-from amalgam.ops.kept import Kept
-from amalgam.ops.rounding import ROW
 from amalgam.policies import Policy, Student, Teacher, TorchTeacher, load_policy
 
 DEFAULT_STUDENT = "digits"

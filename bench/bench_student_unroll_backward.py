@@ -28,8 +28,8 @@ from harness import (
 )
 from torch import Tensor
 
+from amalgam.operations.student_unroll_backward import CHUNK, HELD, by_steps
 from amalgam.ops import StepSettings, initial_state
-from amalgam.ops.student_unroll_backward import CHUNK, HELD, by_steps
 
 LAYERS, HIDDEN = 2, 20
 FLOP = lstm_flop(2, HIDDEN, LAYERS, 1)

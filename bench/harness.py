@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.ops import backends, registry
+from amalgam.operations import registry
+from amalgam.ops import backends
 
 QUICK = os.environ.get("AMALGAM_BENCH_QUICK") == "1"
 COPY_BYTES = 1 << 28

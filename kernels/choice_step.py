@@ -1,4 +1,4 @@
-"""One step of the optimal choice; amalgam/ops/choice_step.py has the formulas."""
+"""One step of the optimal choice; amalgam/operations/choice_step.py has the formulas."""
 
 from __future__ import annotations
 

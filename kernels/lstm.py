@@ -1,4 +1,6 @@
-"""An LSTM on blocks of coordinates, for the operations that hold one; amalgam/ops/lstm.py has it.
+"""An LSTM on blocks of coordinates, for the operations that hold one.
+
+The formulas are in amalgam/operations/lstm.py.
 
 A block is a matrix (UNITS, BLOCK): units down, coordinates along, so that rows of the state fill
 whole sectors and a layer is four matrix products. UNITS is the power of two that tensor cores take;
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels.launch import on_nvidia
-from amalgam.ops.kept import kept
+from amalgam.operations.kept import kept
 
 SMALLEST_UNITS = 16  # what tl.dot takes at least
 

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16; amalgam/ops/rounding.py has the arithmetic."""
+"""Stochastic rounding to bfloat16; amalgam/operations/rounding.py has the arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of the RNNProp student; amalgam/ops/student_step.py has the formulas."""
+"""One step of the RNNProp student; amalgam/operations/student_step.py has the formulas."""
 
 from __future__ import annotations
 

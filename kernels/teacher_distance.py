@@ -1,4 +1,4 @@
-"""Log distance of a student to K teachers; amalgam/ops/teacher_distance.py has the formulas."""
+"""Log distance of a student to K teachers; formulas: amalgam/operations/teacher_distance.py."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One step of a pool of analytical teachers; amalgam/ops/teacher_step.py has the formulas."""
+"""One step of a pool of analytical teachers; formulas: amalgam/operations/teacher_step.py."""
 
 from __future__ import annotations
 

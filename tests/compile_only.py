@@ -251,7 +251,7 @@ def _let_triton_compute(results: bool) -> None:
     import amalgam.kernels.choice_step
     import amalgam.kernels.student_step
     from amalgam.backends import triton
-    from amalgam.ops import registry
+    from amalgam.operations import registry
 
     backend, reference = triton.backend, registry.reference
     changes = {"devices": frozenset({"cuda", "cpu"}), "probe": lambda: None, "rank": 100}

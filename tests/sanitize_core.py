@@ -20,8 +20,8 @@ from torch import Tensor
 
 import amalgam  # noqa: F401  registers the operations
 from amalgam.backends import core, cpu
-from amalgam.ops import registry
-from amalgam.ops.teacher_step import KINDS
+from amalgam.operations import registry
+from amalgam.operations.teacher_step import KINDS
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 127, 257, 1000, 1025]
 MANY = 22003  # coordinates that busy a second thread, of six teachers too

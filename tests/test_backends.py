@@ -11,8 +11,9 @@ import torch
 
 from amalgam.backends import build_info, core, cuda, triton
 from amalgam.backends.pointers import checked
-from amalgam.ops import backends, registry, teacher_distance
-from amalgam.ops.registry import Numerics, resolve
+from amalgam.operations import registry
+from amalgam.operations.registry import Numerics, resolve
+from amalgam.ops import backends, teacher_distance
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_jobs(build: ModuleType) -> None:
 
 def test_kernels_are_no_top_level_package(build: ModuleType) -> None:
     names = build.packages()
-    assert {"amalgam", "amalgam.kernels", "amalgam.ops"} <= set(names)
+    assert {"amalgam", "amalgam.kernels", "amalgam.operations"} <= set(names)
     assert all(name.split(".")[0] == "amalgam" for name in names)
 
 

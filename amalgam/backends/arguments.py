@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from amalgam.backends.pointers import checked, distinct, in_place
-from amalgam.ops import KINDS, lstm
-from amalgam.ops.choice_step import features
+from amalgam.operations import lstm
+from amalgam.operations.choice_step import features
+from amalgam.ops import KINDS
 
 
 def checked_pool(names: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:

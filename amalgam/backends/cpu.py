@@ -18,10 +18,10 @@ from amalgam.backends.arguments import (
     written_state,
 )
 from amalgam.backends.pointers import checked, checked_rows, dtype_name
-from amalgam.ops import lstm
-from amalgam.ops.registry import register_backend
-from amalgam.ops.rounding import key_of
-from amalgam.ops.student_step import FEATURES, OUTPUTS, StepSettings, warm_up_
+from amalgam.operations import lstm
+from amalgam.operations.registry import register_backend
+from amalgam.operations.rounding import key_of
+from amalgam.operations.student_step import FEATURES, OUTPUTS, StepSettings, warm_up_
 
 NO_HUBER = -1.0
 

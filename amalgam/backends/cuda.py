@@ -13,8 +13,8 @@ from amalgam.backends import core
 from amalgam.backends.arguments import checked_in_place, checked_weights
 from amalgam.backends.pointers import checked, dtype_name
 from amalgam.backends.table import alike, table
-from amalgam.ops.kept import kept
-from amalgam.ops.registry import Numerics, register_backend
+from amalgam.operations.kept import kept
+from amalgam.operations.registry import Numerics, register_backend
 
 NO_HUBER = -1.0
 SPLIT = "3xtf32"

@@ -19,9 +19,9 @@ from amalgam.backends.arguments import (
     checked_weights,
 )
 from amalgam.backends.pointers import checked
-from amalgam.ops.registry import Numerics, register_backend
-from amalgam.ops.student_step import register_into
-from amalgam.ops.student_unroll_backward import by_steps
+from amalgam.operations.registry import Numerics, register_backend
+from amalgam.operations.student_step import register_into
+from amalgam.operations.student_unroll_backward import by_steps
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,9 +1,9 @@
 """Meta-training: unrolls, losses, the trainer and its run folder."""
 
 from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.curriculum import Curriculum, Repeat
 from amalgam.meta.estimators import Estimator
-from amalgam.meta.schedule import Memory
-from amalgam.meta.strategy import Curriculum, Repeat
+from amalgam.meta.memory import Memory
 from amalgam.meta.trainer import Stage, Trainer, Training, optimizer_of
 from amalgam.meta.unroll import MECHANISMS, Amalgamation, Trajectories, Unroll, Window
 

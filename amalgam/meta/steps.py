@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from amalgam.layout import Layout
-from amalgam.meta.values import keep
-from amalgam.ops import StudentState, lstm
-from amalgam.ops.student_step import backward_into, step_into
+from amalgam.meta.finite import keep
+from amalgam.operations import lstm
+from amalgam.operations.student_step import backward_into, step_into
+from amalgam.ops import StudentState
 from amalgam.policies import Policy, Student
 
 # A row's number at a step -> the source of the noise that a policy trains with there.

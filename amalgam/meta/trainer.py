@@ -23,17 +23,12 @@ from typing import IO, Any, Literal
 import torch
 from torch import Tensor
 
-from amalgam import files
-from amalgam import weights as weights_io
+from amalgam import files, weight_files
 from amalgam.device import resolve
 from amalgam.evaluation.protocol import train as train_optimizee
 from amalgam.meta import distributed, estimators
 from amalgam.meta.clipping import clip_adaptively
-from amalgam.meta.estimators import Estimate, Estimator
-from amalgam.meta.perturbation import Perturbation
-from amalgam.meta.schedule import Memory
-from amalgam.meta.steps import tensors_of, with_tensors
-from amalgam.meta.strategy import (
+from amalgam.meta.curriculum import (
     INITIAL,
     MODES,
     Finish,
@@ -43,6 +38,10 @@ from amalgam.meta.strategy import (
     Unrolls,
     loss_weights,
 )
+from amalgam.meta.estimators import Estimate, Estimator
+from amalgam.meta.memory import Memory
+from amalgam.meta.perturbation import Perturbation
+from amalgam.meta.steps import tensors_of, with_tensors
 from amalgam.meta.unroll import Amalgamation, Trajectories, Unroll, Window
 from amalgam.optimizer import AmalgamatedOptimizer, PolicyOptimizer
 from amalgam.policies import Policy, Pool, Student, state_from_tensors, state_tensors
@@ -89,7 +88,7 @@ class Training:
         unroll: Steps of a window, where stages and not a strategy say what to train.
         optimizees: How many a student trains at once, in each process.
         il_mode: What a window trains for, ``"sum"``, ``"switch"``, ``"imitation"`` or ``"meta"``;
-            see :func:`amalgam.meta.strategy.loss_weights`.
+            see :func:`amalgam.meta.curriculum.loss_weights`.
         input_noise: Standard deviation of noise on the gradients that students see in training.
         meta_lr: Learning rate of Adam on the student's weights.
         clip_ratio: Largest norm of a weight's meta-gradient over the weight's own
@@ -429,10 +428,10 @@ class Trainer:
 
     def _save_period(self, name: str) -> None:
         path = self.folder / PERIODS / f"{name}.safetensors"
-        weights_io.write(path, "period", self._learned(), {"period": name})
+        weight_files.write(path, "period", self._learned(), {"period": name})
 
     def _load_period(self, name: str) -> None:
-        tensors, _ = weights_io.read(self.folder / PERIODS / f"{name}.safetensors", "period")
+        tensors, _ = weight_files.read(self.folder / PERIODS / f"{name}.safetensors", "period")
         self._restore(tensors)
         self._progress.at = name
 
@@ -745,10 +744,10 @@ class Trainer:
             for replicate in self._replicates
         ]
         about = {"progress": progress, "replicates": scores, "run": self._identity()}
-        weights_io.write(path, "checkpoint", tensors, about)
+        weight_files.write(path, "checkpoint", tensors, about)
 
     def _load_checkpoint(self, path: Path) -> None:
-        tensors, about = weights_io.read(path, "checkpoint")
+        tensors, about = weight_files.read(path, "checkpoint")
         for key, value in self._identity().items():
             if about["run"].get(key) != value:
                 raise ValueError(

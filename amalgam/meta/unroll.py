@@ -1,7 +1,7 @@
 """Unrolls: windows of steps through which the meta-gradient flows.
 
-Students and teachers are those of :mod:`amalgam.meta.rows`, which says what an episode is. Source:
-Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in the form of the authors' code.
+Students and teachers are those of :mod:`amalgam.meta.episode`, which says what an episode is.
+Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in the form of the authors' code.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amalgam.meta.gradient import Draws, Noise, Recording, through
-from amalgam.meta.rows import MECHANISMS, NORMALISERS, Amalgamation, Rows, Trajectories
+from amalgam.meta.episode import MECHANISMS, NORMALISERS, Amalgamation, Rows, Trajectories
+from amalgam.meta.window import Draws, Noise, Recording, through
 from amalgam.tasks import Batch
 
 

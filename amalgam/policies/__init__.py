@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from amalgam import weights
+from amalgam import weight_files
 from amalgam.hints import did_you_mean
 from amalgam.policies.baselines import (
     DM,
@@ -50,8 +50,8 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
         ValueError: The file is cut short, foreign, holds no learned policy, or its weights do not
             fit its configuration.
     """
-    path = weights.locate(name_or_path)
-    _, kind, _ = weights.read_any(path, "an amalgam policy")
+    path = weight_files.locate(name_or_path)
+    _, kind, _ = weight_files.read_any(path, "an amalgam policy")
     if kind not in POLICIES:
         raise ValueError(
             f"{str(path)!r} must hold one of {list(POLICIES)}, but is an amalgam {kind}"

@@ -1,9 +1,9 @@
 """Learned baselines whose coordinates are alike: DM, extended RNNProp, Adam and RMSProp with rates.
 
 In the forms of the code of the authors of Optimizer Amalgamation (ICLR 2022), on the LSTM of
-:mod:`amalgam.ops.lstm`. Beside these, :mod:`amalgam.policies.hierarchical`. "Stronger Baselines"
-(Chen et al. 2020) needs no policy of its own: it is :class:`amalgam.Student`, trained by a
-curriculum and imitation. All compute in plain PyTorch, differentiable to any order.
+:mod:`amalgam.operations.lstm`. Beside these, :mod:`amalgam.policies.hierarchical`.
+"Stronger Baselines" (Chen et al. 2020) needs no policy of its own: it is :class:`amalgam.Student`,
+trained by a curriculum and imitation. All compute in plain PyTorch, differentiable to any order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from amalgam import ops
 from amalgam.layout import Layout
-from amalgam.ops import StepSettings, StudentState, lstm
+from amalgam.operations import lstm
+from amalgam.ops import StepSettings, StudentState
 from amalgam.policies.policy import (
     Cell,
     Policy,

@@ -13,8 +13,9 @@ from torch.nn import functional
 from amalgam import ops
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
-from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, lstm
-from amalgam.ops.choice_step import pool_inputs, soft_mixture
+from amalgam.operations import lstm
+from amalgam.operations.choice_step import pool_inputs, soft_mixture
+from amalgam.ops import KINDS, ChoiceSettings, ChoiceState
 from amalgam.policies.policy import (
     Cell,
     Policy,

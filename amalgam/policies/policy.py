@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from amalgam import ops
-from amalgam import weights as weights_io
+from amalgam import ops, weight_files
 from amalgam.layout import Layout
 
 
@@ -168,7 +167,7 @@ class Policy(nn.Module, ABC):
             path: Where to; missing folders are made, the file appears whole or not at all.
         """
         about = {"config": asdict(self.config), "provenance": self.provenance}
-        weights_io.write(path, self.kind, self.state_dict(), about)
+        weight_files.write(path, self.kind, self.state_dict(), about)
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
@@ -182,8 +181,8 @@ class Policy(nn.Module, ABC):
             ValueError: The file is cut short, foreign, or its weights do not fit its
                 configuration.
         """
-        path = weights_io.locate(name_or_path)
-        tensors, about = weights_io.read(path, cls.kind)
+        path = weight_files.locate(name_or_path)
+        tensors, about = weight_files.read(path, cls.kind)
         try:
             config = cls.config_type(**about["config"])
             policy = cls(config, provenance=about["provenance"])

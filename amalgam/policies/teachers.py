@@ -29,7 +29,7 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """One analytical teacher; its update rule stands in :mod:`amalgam.ops.teacher_step`.
+    """One analytical teacher; its update rule stands in :mod:`amalgam.operations.teacher_step`.
 
     Attributes:
         kind: One of :data:`amalgam.ops.KINDS`.

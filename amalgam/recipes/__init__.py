@@ -29,7 +29,7 @@ from amalgam.meta import (
     Training,
     perturbation,
 )
-from amalgam.meta.strategy import choice_strategy, simple
+from amalgam.meta.curriculum import choice_strategy, simple
 from amalgam.policies import (
     AnyTeacher,
     ChoiceConfig,

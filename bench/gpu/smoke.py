@@ -198,7 +198,7 @@ def of_weights(place: Place, words: str) -> Row:
 
 def into_case(place: Place, direction: str) -> Row:
     """Steps into memory that is there, as the unrolls take them, beside the functional form."""
-    from amalgam.ops.student_step import backward_into, step_into
+    from amalgam.operations.student_step import backward_into, step_into
 
     grad, *state, weights = student_inputs(place, 2, 20, 1000, SEED)[:6]
     old = StudentState(*state)

@@ -1,4 +1,4 @@
-// One step of the optimal choice; amalgam/ops/choice_step.py has the formulas.
+// One step of the optimal choice; amalgam/operations/choice_step.py has the formulas.
 //
 // Coordinates are the last, fastest dimension of every array. T is float or double.
 #pragma once

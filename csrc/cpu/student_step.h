@@ -1,4 +1,4 @@
-// One step of the RNNProp student; amalgam/ops/student_step.py has the formulas.
+// One step of the RNNProp student; amalgam/operations/student_step.py has the formulas.
 //
 // Coordinates are the last, fastest dimension of every array. T, float or double, is what is
 // computed in and what weights and moments are stored in.

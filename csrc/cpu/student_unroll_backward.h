@@ -1,4 +1,4 @@
-// The gradient of many student steps in the weights; amalgam/ops/student_unroll_backward.py has the
+// The gradient of many student steps in the weights; amalgam/operations/student_unroll_backward.py has the
 // formulas.
 #pragma once
 

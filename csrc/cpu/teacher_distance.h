@@ -1,4 +1,4 @@
-// Log distance between a student's parameters and K teachers'; amalgam/ops/teacher_distance.py has
+// Log distance between a student's parameters and K teachers'; amalgam/operations/teacher_distance.py has
 // the formulas. T is float or double; a negative huber_delta stands for no Huber.
 #pragma once
 

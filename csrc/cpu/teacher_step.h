@@ -1,4 +1,4 @@
-// One step of a pool of analytical teachers; amalgam/ops/teacher_step.py has the formulas. T is
+// One step of a pool of analytical teachers; amalgam/operations/teacher_step.py has the formulas. T is
 // float or double.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace amalgam::cpu {
 
-// In the order of KINDS in amalgam/ops/teacher_step.py.
+// In the order of KINDS in amalgam/operations/teacher_step.py.
 enum class Teacher : int {
   sgd,
   momentum,

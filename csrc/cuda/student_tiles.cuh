@@ -1,5 +1,5 @@
 // One step of the RNNProp student of 20 hidden units on tensor cores, a warp a tile of coordinates;
-// amalgam/ops/student_step.py has the formulas.
+// amalgam/operations/student_step.py has the formulas.
 //
 // Gates are the columns of a product whose rows are coordinates. Their order is free, as is that of
 // the rows and of the inner dimension, and chosen so that nothing moves between lanes: of every

@@ -1,4 +1,4 @@
-// Log distance between a student's parameters and K teachers'; amalgam/ops/teacher_distance.py has
+// Log distance between a student's parameters and K teachers'; amalgam/operations/teacher_distance.py has
 // the formulas. T is float or double; a negative huber_delta stands for no Huber. All pointers are device
 // memory of `device`; `stream` is a cudaStream_t of it. Nothing here waits for the device.
 #pragma once

@@ -38,9 +38,9 @@ from amalgam.meta import (
     Unroll,
     distributed,
 )
+from amalgam.meta.curriculum import Unrolls
+from amalgam.meta.memory import free_bytes
 from amalgam.meta.perturbation import make
-from amalgam.meta.schedule import free_bytes
-from amalgam.meta.strategy import Unrolls
 from amalgam.policies import (
     Choice,
     ChoiceConfig,

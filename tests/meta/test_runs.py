@@ -16,11 +16,9 @@ from runs import (
 )
 from torch import Tensor
 
-from amalgam import weights as weights_io
+from amalgam import weight_files
 from amalgam.meta import Curriculum, Estimator, Repeat, Stage, Training, Unroll
-from amalgam.meta.estimators import by_evolution, through_window
-from amalgam.meta.perturbation import AdaptivePGD, Gaussian, make
-from amalgam.meta.strategy import (
+from amalgam.meta.curriculum import (
     INITIAL,
     Finish,
     Period,
@@ -29,6 +27,8 @@ from amalgam.meta.strategy import (
     choice_strategy,
     simple,
 )
+from amalgam.meta.estimators import by_evolution, through_window
+from amalgam.meta.perturbation import AdaptivePGD, Gaussian, make
 from amalgam.meta.trainer import PERIODS, Trainer, _Rows
 from amalgam.meta.unroll import Amalgamation
 from amalgam.policies import (
@@ -124,7 +124,7 @@ def test_a_strategy_goes_back(tmp_path) -> None:
     student = trainer(tmp_path, training=EVERY_STEP, strategy=There()).run()
 
     def kept(name: str) -> dict[str, Tensor]:
-        return weights_io.read(tmp_path / PERIODS / f"{name}.safetensors", "period")[0]
+        return weight_files.read(tmp_path / PERIODS / f"{name}.safetensors", "period")[0]
 
     names = [INITIAL, "stage_0.0.0", "stage_0.1.0", "stage_0.1.1", "stage_0.2.0"]
     steps = [kept(name).get("optimizer.0.step", torch.zeros(())).item() for name in names]

@@ -9,7 +9,7 @@ import torch
 from runs import Killed, metrics, trainer
 from torch import Tensor
 
-from amalgam import weights
+from amalgam import weight_files
 from amalgam.meta import Amalgamation, Stage, Training, clip_adaptively
 from amalgam.meta.trainer import CHECKPOINT, METRICS, STUDENT
 from amalgam.policies import Student
@@ -160,7 +160,7 @@ def test_checkpoint_is_not_a_student(tmp_path) -> None:
         ValueError, match="must be an amalgam student, but is an amalgam checkpoint"
     ):
         Student.load(tmp_path / CHECKPOINT)
-    tensors, about = weights.read(tmp_path / CHECKPOINT, "checkpoint")
+    tensors, about = weight_files.read(tmp_path / CHECKPOINT, "checkpoint")
     assert about["progress"]["meta_step"] == 7
     assert "trajectories.0.params" in tensors
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam import weights as weights_io
+from amalgam import weight_files
 from amalgam.layout import Layout
 from amalgam.policies import (
     DM,
@@ -175,7 +175,7 @@ def test_files_say_what_they_hold(kind: str, tmp_path: Path) -> None:
 
 
 def test_files_that_hold_no_policy_are_refused(tmp_path: Path) -> None:
-    weights_io.write(tmp_path / "it", "checkpoint", {"a": torch.zeros(1)}, {})
+    weight_files.write(tmp_path / "it", "checkpoint", {"a": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="must hold one of .*'dm'.*, but is an amalgam checkpoint"):
         load_policy(tmp_path / "it")
     damaged = DM()

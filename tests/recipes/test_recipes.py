@@ -8,7 +8,7 @@ import pytest
 
 from amalgam import recipes
 from amalgam.meta import Curriculum, Repeat, Training, perturbation
-from amalgam.meta.strategy import choice_strategy, simple
+from amalgam.meta.curriculum import choice_strategy, simple
 from amalgam.policies import (
     ChoiceConfig,
     PolicyTeacher,

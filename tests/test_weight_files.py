@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from amalgam import weights
+from amalgam import weight_files
 from amalgam.policies import Student, StudentConfig
 
 CONFIG = StudentConfig(
@@ -76,8 +76,8 @@ def test_strided_and_half_tensors_round_trip(tmp_path: Path) -> None:
         "none": torch.zeros(0, 3),
         "leaf": torch.ones(2, requires_grad=True),
     }
-    weights.write(tmp_path / "t", "choice", tensors, {"k": 1})
-    back, facts = weights.read(tmp_path / "t", "choice")
+    weight_files.write(tmp_path / "t", "choice", tensors, {"k": 1})
+    back, facts = weight_files.read(tmp_path / "t", "choice")
     assert facts == {"k": 1}
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -159,23 +159,23 @@ def test_unfit_weights_are_named(
 
 
 def test_missing_file_lists_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    monkeypatch.setattr(weight_files, "SHIPPED", tmp_path)
     student(seed=1).save(tmp_path / "b.safetensors")
     student(seed=2).save(tmp_path / "a.safetensors")
     (tmp_path / "notes.txt").write_text("x")
-    assert weights.shipped() == ("a", "b")
+    assert weight_files.shipped() == ("a", "b")
     assert bits(Student.load("b")) == bits(student(seed=1))
     with pytest.raises(FileNotFoundError, match=r"'c' is neither a file.*\['a', 'b'\]"):
         Student.load("c")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        weights.read(tmp_path / "nowhere", "student")
+        weight_files.read(tmp_path / "nowhere", "student")
     with pytest.raises(FileNotFoundError, match="neither a file"):
         Student.load(tmp_path)
 
 
 def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shipped").mkdir()
-    monkeypatch.setattr(weights, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(weight_files, "SHIPPED", tmp_path / "shipped")
     student(seed=1).save(tmp_path / "shipped" / "same.safetensors")
     monkeypatch.chdir(tmp_path)
     assert bits(Student.load("same")) == bits(student(seed=1))
@@ -184,9 +184,9 @@ def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_student_that_ships_loads() -> None:
-    for name in weights.shipped():
+    for name in weight_files.shipped():
         assert all(w.isfinite().all() for w in Student.load(name).weights())
-    assert weights.SHIPPED.name == "weights"
+    assert weight_files.SHIPPED.name == "weights"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -199,7 +199,7 @@ def test_a_failing_write_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.os, step, fail)
+    monkeypatch.setattr(weight_files.os, step, fail)
     for name in ("s", "new"):
         with pytest.raises(OSError, match="No space"):
             student(seed=2).save(tmp_path / name)
@@ -215,13 +215,13 @@ def test_what_json_cannot_hold_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_file_appears_only_when_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    replace = weights.os.replace
+    replace = weight_files.os.replace
 
     def watch(beside: Path, path: Path) -> None:
         seen.append((Path(path).exists(), Student.load(beside).config))
         replace(beside, path)
 
-    monkeypatch.setattr(weights.os, "replace", watch)
+    monkeypatch.setattr(weight_files.os, "replace", watch)
     student().save(tmp_path / "s")
     assert seen == [(False, CONFIG)]
     assert names(tmp_path) == ["s"]

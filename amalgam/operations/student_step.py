@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.ops import lstm, registry
-from amalgam.ops.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.operations import lstm, registry
+from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
 
 _NAME = "student_step"
 FEATURES = 2
@@ -476,7 +476,7 @@ def register_into(backend: registry.Backend, **how: Any) -> None:
 
     Args:
         backend: One that has ``student_step`` and its backward.
-        **how: As :meth:`amalgam.ops.registry.Backend.kernel` takes it.
+        **how: As :meth:`amalgam.operations.registry.Backend.kernel` takes it.
     """
     step, back = (backend.kernels[name].function for name in (_NAME, f"{_NAME}_backward"))
 

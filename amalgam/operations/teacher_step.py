@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amalgam.ops import registry
+from amalgam.operations import registry
 
 _NAME = "teacher_step"
 KINDS = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amalgam import files
 
-SHIPPED = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "weights"
 _SUFFIX = ".safetensors"
 _KEY = "amalgam"
 

@@ -16,22 +16,23 @@ from machine_code import amd_assembly, assert_within, compile_kernel, costs_of, 
 from torch import Tensor
 
 from amalgam.backends import triton
+from amalgam.operations import registry
+
+# The package's student_step function hides the module of that name.
+from amalgam.operations import student_step as module
+from amalgam.operations.kept import Kept
+from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import (
     StepSettings,
     StudentState,
     initial_state,
-    registry,
     student_step,
     student_step_,
     update_moments,
 )
-from amalgam.ops.kept import Kept
-from amalgam.ops.rounding import key_of, random_bits, rounded_stochastically
-from amalgam.ops.student_step import backward_into, step_into
 from amalgam.policies import Student, StudentConfig
 
-# The package's student_step function hides the module of that name.
-module = sys.modules["amalgam.ops.student_step"]
 SETTINGS = StepSettings(0.1, 0.9, 0.99, 1e-6)
 SIZES = [0, 1, 31, 33, 1000]
 

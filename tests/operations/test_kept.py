@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import amalgam
 from amalgam import ops
-from amalgam.ops.kept import Kept, kept
+from amalgam.operations.kept import Kept, kept
 from amalgam.policies import Student, StudentConfig
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
-from amalgam.meta.schedule import Memory
+from amalgam.meta.finite import usable
+from amalgam.meta.memory import Memory
 from amalgam.meta.steps import AutogradSteps, FusedSteps, Steps
-from amalgam.meta.values import usable
 from amalgam.policies import Policy, Pool, Student
 from amalgam.tasks import Batch, Task
 

@@ -1,7 +1,7 @@
 """A recorded window, and the meta-gradient back through it in memory that does not grow with it.
 
 Forward, no graph is kept: of each step its gradients and the imitation loss's slopes, and of some
-steps the point they began from (:mod:`amalgam.meta.schedule`). Backward, by hand, from the adjoints
+steps the point they began from (:mod:`amalgam.meta.memory`). Backward, by hand, from the adjoints
 of parameters p and state s after step t to those before it::
 
     a_u = -(a_p + slopes of the imitation loss)              p_{t+1} = p_t - u_t
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
+from amalgam.meta.episode import Rows, Trajectories
+from amalgam.meta.finite import usable
+from amalgam.meta.memory import Plan, plan
 from amalgam.meta.perturbation import InputNoise
-from amalgam.meta.rows import Rows, Trajectories
-from amalgam.meta.schedule import Plan, plan
 from amalgam.meta.steps import FusedSteps
-from amalgam.meta.values import usable
-from amalgam.ops import StudentState, registry
+from amalgam.operations import registry
+from amalgam.ops import StudentState
 from amalgam.tasks import Batch
 
 # Coordinates whose adjoints are made at once: few enough to be small beside the record, many enough

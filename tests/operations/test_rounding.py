@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from amalgam.ops.rounding import key_of, mix, random_bits, rounded_stochastically
+from amalgam.operations.rounding import key_of, mix, random_bits, rounded_stochastically
 
 
 def test_mix_is_murmurs_finalizer() -> None:

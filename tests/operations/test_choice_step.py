@@ -18,7 +18,8 @@ from torch import Tensor
 
 from amalgam.backends import triton
 from amalgam.layout import Layout
-from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, registry, teacher_step
+from amalgam.operations import registry
+from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, teacher_step
 from amalgam.policies import Choice, ChoiceConfig, Teacher
 
 K = len(KINDS)

@@ -1,7 +1,7 @@
 """``choice_step``: one step of the optimal-choice policy, a mixture of a pool's updates.
 
-All K teachers (:mod:`amalgam.ops.teacher_step`) see the coordinate's one gradient, and an LSTM
-(:mod:`amalgam.ops.lstm`) says how much each counts::
+All K teachers (:mod:`amalgam.operations.teacher_step`) see the coordinate's one gradient, and an
+LSTM (:mod:`amalgam.operations.lstm`) says how much each counts::
 
     u_k, m_k, v_k <- teacher_step(g, m_k, v_k)
     x = [ u_1 .. u_K,  steps / time_scale,  rank == 1,  rank == 2,  rank == 3 ]
@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.ops import lstm, registry
-from amalgam.ops.teacher_step import KINDS
+from amalgam.operations import lstm, registry
+from amalgam.operations.teacher_step import KINDS
 
 _NAME = "choice_step"
 RANKS = (1, 2, 3)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from amalgam.ops import registry
+from amalgam.operations import registry
 
 _NAME = "teacher_distance"
 

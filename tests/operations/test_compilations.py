@@ -18,8 +18,11 @@ from amalgam.backends import triton
 
 TESTS = Path(__file__).parents[1]
 FILES = (
-    *(f"ops/test_{name}.py" for name in ("student_step", "choice_step", "student_unroll_backward")),
-    *("ops/test_teacher_distance.py", "test_optimizer.py"),
+    *(
+        f"operations/test_{name}.py"
+        for name in ("student_step", "choice_step", "student_unroll_backward")
+    ),
+    *("operations/test_teacher_distance.py", "test_optimizer.py"),
 )
 # Left out: what takes 14 GB, what repeats others' kernels slowly.
 SELECTION = (
@@ -68,7 +71,8 @@ def test_gpu_tests_compile_few_kernels(tmp_path: Path) -> None:
 VARYING = """
 import compile_only
 import torch
-from amalgam.ops import StepSettings, StudentState, initial_state, registry, student_step_
+from amalgam.operations import registry
+from amalgam.ops import StepSettings, StudentState, initial_state, student_step_
 from amalgam.policies import Student, StudentConfig
 
 compile_only.install(compile=False, results=False)

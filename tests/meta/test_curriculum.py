@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from amalgam.meta.strategy import (
+from amalgam.meta.curriculum import (
     INITIAL,
     Curriculum,
     Finish,

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amalgam.backends import cpu
-from amalgam.ops import KINDS, StepSettings, lstm, registry, update_moments
+from amalgam.operations import lstm, registry
+from amalgam.ops import KINDS, StepSettings, update_moments
 
 FEW = 8
 EXAMPLES = 30

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.ops import lstm, registry
-from amalgam.ops.student_step import (
+from amalgam.operations import lstm, registry
+from amalgam.operations.student_step import (
     DEFAULTS,
     FEATURES,
     OUTPUTS,

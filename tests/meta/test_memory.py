@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amalgam.meta import Memory
-from amalgam.meta.schedule import binomial, free_bytes, parse_bytes, plan, segments
+from amalgam.meta.memory import binomial, free_bytes, parse_bytes, plan, segments
 
 
 @functools.cache

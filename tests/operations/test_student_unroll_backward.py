@@ -25,17 +25,18 @@ from torch import Tensor
 
 from amalgam.backends import triton
 from amalgam.backends.pointers import checked_rows
+from amalgam.operations import registry
+
+# The package's functions hide the modules of their names.
+from amalgam.operations import student_unroll_backward as module
 from amalgam.ops import (
     StepSettings,
     StudentState,
     initial_state,
-    registry,
     student_step,
     student_unroll_backward,
 )
 
-# The package's functions hide the modules of their names.
-module = sys.modules["amalgam.ops.student_unroll_backward"]
 SETTINGS = StepSettings(0.1, 0.9, 0.99, 1e-6)
 operation = torch.ops.amalgam.student_unroll_backward
 of_each = pytest.mark.parametrize("backend", ["reference", "cpu"])

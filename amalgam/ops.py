@@ -1,0 +1,41 @@
+"""The fused operations, as functions; each has a file in :mod:`amalgam.operations`.
+
+Every operation is a ``torch.library`` operator, so ``torch.compile``, fake tensors and
+``torch.library.opcheck`` work on it, and a plain function that checks its arguments and chooses
+the backend.
+"""
+
+from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step
+from amalgam.operations.registry import BackendStatus, backends, check_backend
+from amalgam.operations.student_step import (
+    StepSettings,
+    StudentState,
+    initial_state,
+    student_step,
+    student_step_,
+    update_moments,
+    warm_up_,
+)
+from amalgam.operations.student_unroll_backward import student_unroll_backward
+from amalgam.operations.teacher_distance import teacher_distance
+from amalgam.operations.teacher_step import KINDS, teacher_step
+
+__all__ = [
+    "KINDS",
+    "BackendStatus",
+    "ChoiceSettings",
+    "ChoiceState",
+    "StepSettings",
+    "StudentState",
+    "backends",
+    "check_backend",
+    "choice_step",
+    "initial_state",
+    "student_step",
+    "student_step_",
+    "student_unroll_backward",
+    "teacher_distance",
+    "teacher_step",
+    "update_moments",
+    "warm_up_",
+]
