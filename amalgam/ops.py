@@ -6,14 +6,19 @@ the backend.
 """
 
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step
+from amalgam.operations.largest_magnitude import largest_magnitude
 from amalgam.operations.registry import BackendStatus, backends, check_backend
 from amalgam.operations.student_step import (
     StepSettings,
     StudentState,
     initial_state,
     student_step,
-    student_step_,
     update_moments,
+)
+from amalgam.operations.student_step_in_place import (
+    StudentTensors,
+    step_tensors_,
+    student_step_,
     warm_up_,
 )
 from amalgam.operations.student_unroll_backward import student_unroll_backward
@@ -27,10 +32,13 @@ __all__ = [
     "ChoiceState",
     "StepSettings",
     "StudentState",
+    "StudentTensors",
     "backends",
     "check_backend",
     "choice_step",
     "initial_state",
+    "largest_magnitude",
+    "step_tensors_",
     "student_step",
     "student_step_",
     "student_unroll_backward",

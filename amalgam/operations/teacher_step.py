@@ -21,11 +21,13 @@ from torch.optim's: Adam's step here is its first step's size at first and falls
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import registry
+from amalgam.operations.checks import check_floating, check_like
 
 _NAME = "teacher_step"
 KINDS = (
@@ -40,6 +42,61 @@ KINDS = (
 )
 _NO_M = ("sgd", "rmsprop")
 _NO_V = ("sgd", "momentum")
+
+
+class PoolSettings(NamedTuple):
+    """A pool of K teachers, an entry each.
+
+    Attributes:
+        kinds: Their kinds, as indices into :data:`KINDS`.
+        lr: Their learning rates.
+        beta1: Their decays of m, in [0, 1).
+        beta2: Their decays of v, in [0, 1).
+        eps: What they add to v inside the root.
+    """
+
+    kinds: Sequence[int]
+    lr: Sequence[float]
+    beta1: Sequence[float]
+    beta2: Sequence[float]
+    eps: Sequence[float]
+
+    @classmethod
+    def of(
+        cls,
+        kinds: Sequence[str],
+        lr: Sequence[float],
+        beta1: Sequence[float],
+        beta2: Sequence[float],
+        eps: Sequence[float],
+    ) -> PoolSettings:
+        """The settings with kinds by name.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        for unknown in set(kinds) - set(KINDS):
+            raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
+        numbers = [KINDS.index(kind) for kind in kinds]
+        return cls(numbers, list(lr), list(beta1), list(beta2), list(eps))
+
+    def check(self) -> None:
+        """Raise ValueError unless there is an entry of each a teacher, and each in its range."""
+        k = len(self.kinds)
+        if any(not 0 <= kind < len(KINDS) for kind in self.kinds):
+            raise ValueError(f"kinds must be numbers below {len(KINDS)}, not {list(self.kinds)}")
+        for name, values in self._asdict().items():
+            if len(values) != k:
+                raise ValueError(f"{name} must hold {k} numbers, one a kind, not {len(values)}")
+        for name in ("beta1", "beta2"):
+            for value in getattr(self, name):
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name} must hold numbers in [0, 1), not {value}")
+
+
+# How the torch operators spell them.
+POOL_SCHEMA = "SymInt[] kinds, float[] lr, float[] beta1, float[] beta2, float[] eps"
+_ARGUMENTS_SCHEMA = f"Tensor grads, Tensor m, Tensor v, {POOL_SCHEMA}, str backend"
 
 
 def teacher_step(
@@ -75,69 +132,33 @@ def teacher_step(
         ValueError: An unknown kind, or shapes, lengths, dtypes or devices that do not fit.
         RuntimeError: The backend asked for can't compute this here.
     """
-    _check(grads, m, v, kinds, lr, beta1, beta2, eps)
+    pool = PoolSettings.of(kinds, lr, beta1, beta2, eps)
+    check_floating("grads", grads)
     chosen = registry.resolve(_NAME, backend, grads)
-    numbers = [KINDS.index(kind) for kind in kinds]
-    arguments = (grads, m, v, numbers, list(lr), list(beta1), list(beta2), list(eps))
     if chosen == registry.REFERENCE:
-        return _reference(*arguments)
-    updates, m, v = torch.ops.amalgam.teacher_step(*arguments, chosen)
+        _check(grads, m, v, pool)
+        return _reference(grads, m, v, pool)
+    updates, m, v = torch.ops.amalgam.teacher_step(grads, m, v, *pool, chosen)
     return updates, m, v
 
 
-def _check(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[str],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-) -> None:
-    if not isinstance(grads, Tensor) or not grads.is_floating_point():
-        kind = getattr(grads, "dtype", type(grads).__name__)
-        raise TypeError(f"grads must be a floating-point tensor, not {kind}")
-    if grads.dim() != 2 or grads.shape[0] != len(kinds):
+def _check(grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings) -> None:
+    check_floating("grads", grads)
+    pool.check()
+    if grads.dim() != 2 or len(grads) != len(pool.kinds):
         raise ValueError(
-            f"grads must have shape ({len(kinds)}, N), a row a kind, not {tuple(grads.shape)}"
+            f"grads must have shape ({len(pool.kinds)}, N), a row a kind, not {tuple(grads.shape)}"
         )
-    for unknown in set(kinds) - set(KINDS):
-        raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
-    for name, values in (("lr", lr), ("beta1", beta1), ("beta2", beta2), ("eps", eps)):
-        if len(values) != len(kinds):
-            raise ValueError(
-                f"{name} must hold {len(kinds)} numbers, one a kind, not {len(values)}"
-            )
-    for name, values in (("beta1", beta1), ("beta2", beta2)):
-        for value in values:
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must hold numbers in [0, 1), not {value}")
-    for name, tensor in (("m", m), ("v", v)):
-        if tensor.shape != grads.shape:
-            raise ValueError(
-                f"{name} must have the shape of grads, {tuple(grads.shape)}, "
-                f"not {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != grads.dtype or tensor.device != grads.device:
-            raise ValueError(
-                f"{name} must be {grads.dtype} on {grads.device} as grads is, "
-                f"not {tensor.dtype} on {tensor.device}"
-            )
+    check_like("m", m, grads.shape, grads)
+    check_like("v", v, grads.shape, grads)
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grads, m, v (K, N), kinds as indices into KINDS -> updates, m, v (K, N)."""
+    """grads, m, v (K, N) -> updates, m, v (K, N)."""
+    kinds, lr, beta1, beta2, eps = pool
     if not kinds:
         return grads.clone(), m.clone(), v.clone()
     updates, new_m, new_v = [], [], []
@@ -180,17 +201,10 @@ def _direction(
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
 def _reference_backward(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The step's vector-Jacobian product in grads, m and v."""
+    kinds, lr, beta1, beta2, eps = pool
     if not kinds:
         return grads.clone(), m.clone(), v.clone()
     in_grads, in_m, in_v = [], [], []
@@ -244,62 +258,56 @@ def _direction_backward(
     )
 
 
-@torch.library.custom_op("amalgam::teacher_step", mutates_args=())
-def _op(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    updates, m, v = registry.compute(
-        _NAME, backend, grads, grads, m, v, kinds, lr, beta1, beta2, eps
-    )
+@torch.library.custom_op(
+    "amalgam::teacher_step",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def _op(grads: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *columns, backend = rest
+    pool = PoolSettings(*columns)
+    _check(grads, m, v, pool)
+    updates, m, v = registry.compute(_NAME, backend, grads, grads, m, v, pool)
     return updates, m, v
 
 
-@torch.library.custom_op("amalgam::teacher_step_backward", mutates_args=())
+@torch.library.custom_op(
+    "amalgam::teacher_step_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] grads_out, {_ARGUMENTS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 def _backward_op(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    backend: str,
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    in_grads, in_m, in_v = registry.compute(
-        f"{_NAME}_backward",
-        backend,
-        grads,
-        *(grads_out, grads, m, v, kinds, lr, beta1, beta2, eps),
+    *columns, backend = rest
+    pool = PoolSettings(*columns)
+    _check(grads, m, v, pool)
+    for index, tensor in enumerate(grads_out):
+        check_like(f"grads_out[{index}]", tensor, grads.shape, grads)
+    d_grads, d_m, d_v = registry.compute(
+        f"{_NAME}_backward", backend, grads, grads_out, grads, m, v, pool
     )
-    return in_grads, in_m, in_v
+    return d_grads, d_m, d_v
 
 
 @_op.register_fake
-def _(grads, m, v, kinds, lr, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (grads, m, v))
+def _(grads: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
 
 
 @_backward_op.register_fake
-def _(grads_out, grads, m, v, kinds, lr, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (grads, m, v))
+def _(
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     grads, m, v, *ctx.constants = inputs
     ctx.save_for_backward(grads, m, v)
 
 
-def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
     found = torch.ops.amalgam.teacher_step_backward(
         list(grads_out), *ctx.saved_tensors, *ctx.constants
     )

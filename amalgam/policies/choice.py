@@ -15,7 +15,7 @@ from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations import lstm
 from amalgam.operations.choice_step import pool_inputs, soft_mixture
-from amalgam.ops import KINDS, ChoiceSettings, ChoiceState
+from amalgam.ops import ChoiceSettings, ChoiceState
 from amalgam.policies.policy import (
     Cell,
     Policy,
@@ -251,9 +251,7 @@ class Choice(Policy):
         if how.lr_multiplier_scale:
             weights, lr_head = weights[:-2], weights[-2:]
         u, m, v, x = pool_inputs(
-            *(grad, state.m, state.v, ranks, state.steps / how.time_scale),
-            [KINDS.index(kind) for kind in settings.kinds],
-            *(settings.lr, settings.beta1, settings.beta2, settings.eps),
+            *(grad, state.m, state.v, ranks, state.steps / how.time_scale, settings.pool())
         )
         out, h, c = lstm.step(x, state.h, state.c, weights)
         logits = torch.addmm(weights[-1][:, None], weights[-2], out)
