@@ -18,7 +18,8 @@ from amalgam.operations.student_step import (
 )
 from amalgam.operations.student_unroll_backward import student_unroll_backward
 from amalgam.operations.teacher_distance import teacher_distance
-from amalgam.operations.teacher_step import KINDS, teacher_step
+from amalgam.operations.teacher_kinds import KINDS
+from amalgam.operations.teacher_step import teacher_step
 
 __all__ = [
     "KINDS",
