@@ -23,7 +23,8 @@ from amalgam.operations.student_step_in_place import (
 )
 from amalgam.operations.student_unroll_backward import student_unroll_backward
 from amalgam.operations.teacher_distance import teacher_distance
-from amalgam.operations.teacher_step import KINDS, teacher_step
+from amalgam.operations.teacher_kinds import KINDS
+from amalgam.operations.teacher_step import teacher_step
 
 __all__ = [
     "KINDS",

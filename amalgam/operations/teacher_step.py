@@ -1,21 +1,7 @@
 """``teacher_step``: the moments and updates of a whole pool of analytical teachers in one pass.
 
-Every teacher k has its own gradient, moments and hyper-parameters::
-
-    m <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
-
-    sgd                  lr g
-    momentum             lr m
-    rmsprop              lr g / sqrt(v + eps)
-    adam                 lr m / (1 - beta1) / sqrt(v / (1 - beta2) + eps)
-    powersign            lr exp(s) g                    s = tanh(g / r) tanh(m / r)
-    addsign              lr (1 + s) g                   r = sqrt(v + eps)
-    adaptive_powersign   lr exp(s) g / r
-    adaptive_addsign     lr (1 + s) g / r
-
-No bias correction depends on time, and sign() is a tanh: the forms of the authors' code of
-Optimizer Amalgamation (ICLR 2022), which the student's input distribution presumes. They differ
-from torch.optim's: Adam's step here is its first step's size at first and falls to 0.316 of it.
+Every teacher k has its own gradient, moments and hyper-parameters. What a kind computes of them
+stands in :mod:`amalgam.operations.teacher_kinds`.
 """
 
 from __future__ import annotations
@@ -28,20 +14,9 @@ from torch import Tensor
 
 from amalgam.operations import registry
 from amalgam.operations.checks import check_floating, check_like
+from amalgam.operations.teacher_kinds import KINDS, TEACHER_KINDS, Coefficients
 
 _NAME = "teacher_step"
-KINDS = (
-    "sgd",
-    "momentum",
-    "rmsprop",
-    "adam",
-    "powersign",
-    "addsign",
-    "adaptive_powersign",
-    "adaptive_addsign",
-)
-_NO_M = ("sgd", "rmsprop")
-_NO_V = ("sgd", "momentum")
 
 
 class PoolSettings(NamedTuple):
@@ -117,7 +92,7 @@ def teacher_step(
         grads: Each teacher's gradient, shape (K, N), floating point.
         m: First moments, shape (K, N), same dtype and device; rows of teachers without one stay.
         v: Second moments, likewise.
-        kinds: The K teachers' kinds, from :data:`KINDS`.
+        kinds: The K teachers' kinds, from :data:`amalgam.ops.KINDS`.
         lr: Their learning rates.
         beta1: Their decays of m, in [0, 1).
         beta2: Their decays of v, in [0, 1); RMSProp's rho.
@@ -163,40 +138,13 @@ def _reference(
         return grads.clone(), m.clone(), v.clone()
     updates, new_m, new_v = [], [], []
     for k, number in enumerate(kinds):
-        kind, g = KINDS[number], grads[k]
-        m_k, v_k = _moments(kind, g, m[k], v[k], beta1[k], beta2[k])
-        updates.append(lr[k] * _direction(kind, g, m_k, v_k, beta1[k], beta2[k], eps[k]))
+        kind, g = TEACHER_KINDS[KINDS[number]], grads[k]
+        coefficients = Coefficients(beta1[k], beta2[k], eps[k])
+        m_k, v_k = kind.moments(g, m[k], v[k], coefficients)
+        updates.append(lr[k] * kind.direction(g, m_k, v_k, coefficients))
         new_m.append(m_k)
         new_v.append(v_k)
     return torch.stack(updates), torch.stack(new_m), torch.stack(new_v)
-
-
-def _moments(
-    kind: str, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float
-) -> tuple[Tensor, Tensor]:
-    if kind not in _NO_M:
-        m = beta1 * m + (1 - beta1) * g
-    if kind not in _NO_V:
-        v = beta2 * v + (1 - beta2) * g.square()
-    return m, v
-
-
-def _direction(
-    kind: str, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float
-) -> Tensor:
-    """The update over the learning rate, from moments that have seen g."""
-    if kind == "sgd":
-        return g
-    if kind == "momentum":
-        return m
-    if kind == "adam":
-        return m / (1 - beta1) / (v / (1 - beta2) + eps).sqrt()
-    root = (v + eps).sqrt()
-    if kind == "rmsprop":
-        return g / root
-    agreement = (g / root).tanh() * (m / root).tanh()
-    bracket = agreement.exp() if "power" in kind else 1 + agreement
-    return bracket * g / root if "adaptive" in kind else bracket * g
 
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
@@ -209,53 +157,19 @@ def _reference_backward(
         return grads.clone(), m.clone(), v.clone()
     in_grads, in_m, in_v = [], [], []
     for k, number in enumerate(kinds):
-        kind, g, b1, b2 = KINDS[number], grads[k], beta1[k], beta2[k]
-        m_k, v_k = _moments(kind, g, m[k], v[k], b1, b2)
-        d_direction = lr[k] * grads_out[0][k]
-        d_g, d_m, d_v = _direction_backward(kind, d_direction, g, m_k, v_k, b1, b2, eps[k])
+        kind, g, b1, b2 = TEACHER_KINDS[KINDS[number]], grads[k], beta1[k], beta2[k]
+        coefficients = Coefficients(b1, b2, eps[k])
+        m_k, v_k = kind.moments(g, m[k], v[k], coefficients)
+        d_g, d_m, d_v = kind.gradients(lr[k] * grads_out[0][k], g, m_k, v_k, coefficients)
         d_m, d_v = d_m + grads_out[1][k], d_v + grads_out[2][k]
-        if kind not in _NO_M:
+        if kind.has_m:
             d_g, d_m = d_g + (1 - b1) * d_m, b1 * d_m
-        if kind not in _NO_V:
+        if kind.has_v:
             d_g, d_v = d_g + 2 * (1 - b2) * g * d_v, b2 * d_v
         in_grads.append(d_g)
         in_m.append(d_m)
         in_v.append(d_v)
     return torch.stack(in_grads), torch.stack(in_m), torch.stack(in_v)
-
-
-def _direction_backward(
-    kind: str, d: Tensor, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the direction in g and in the moments that have seen it."""
-    zero = torch.zeros_like(d)
-    if kind == "sgd":
-        return d, zero, zero
-    if kind == "momentum":
-        return zero, d, zero
-    if kind == "adam":
-        scale = (v / (1 - beta2) + eps).rsqrt()
-        d_scale = d * m / (1 - beta1)
-        return zero, d * scale / (1 - beta1), -0.5 * d_scale * scale.pow(3) / (1 - beta2)
-    scale = (v + eps).rsqrt()
-    if kind == "rmsprop":
-        return d * scale, zero, -0.5 * d * g * scale.pow(3)
-    tanh_g, tanh_m = (g * scale).tanh(), (m * scale).tanh()
-    agreement = tanh_g * tanh_m
-    bracket = agreement.exp() if "power" in kind else 1 + agreement
-    d_scale = zero
-    if "adaptive" in kind:
-        d_scale = d * bracket * g
-        d = d * scale
-    d_agreement = d * g * bracket if "power" in kind else d * g
-    d_scaled_g = d_agreement * tanh_m * (1 - tanh_g.square())
-    d_scaled_m = d_agreement * tanh_g * (1 - tanh_m.square())
-    d_scale = d_scale + d_scaled_g * g + d_scaled_m * m
-    return (
-        d * bracket + d_scaled_g * scale,
-        d_scaled_m * scale,
-        -0.5 * d_scale * scale.pow(3),
-    )
 
 
 @torch.library.custom_op(
