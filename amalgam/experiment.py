@@ -20,7 +20,7 @@ from amalgam import files, plots, recipes, tasks
 from amalgam.device import resolve
 from amalgam.evaluation import Contender, Result, evaluate, spread, tables, tune
 from amalgam.meta import Trainer, distributed
-from amalgam.meta.trainer import METRICS
+from amalgam.meta.run_folder import METRICS
 from amalgam.optimizers import TeacherOptimizer, optimizer_of
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool
 from amalgam.recipes import Recipe, RecipeError

@@ -10,6 +10,7 @@ the squared distance over all parameters jointly, its log, less the log of their
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,6 +54,47 @@ def teacher_distance(
         return _reference(student, teachers, eps, huber_delta)[0]
     distances, _ = torch.ops.amalgam.teacher_distance(student, teachers, eps, huber_delta, chosen)
     return distances
+
+
+def distances_and_slope(
+    student: Tensor,
+    teachers: Tensor,
+    gradient: Callable[[Tensor], Tensor] | None,
+    *,
+    eps: float = 1e-10,
+    huber_delta: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`teacher_distance` without a graph, and a gradient in the student at once.
+
+    Args:
+        student: As in :func:`teacher_distance`.
+        teachers: Likewise.
+        gradient: Of the distances (K,), a loss's gradient in them (K,); ``None`` where none is
+            wanted.
+        eps: As in :func:`teacher_distance`.
+        huber_delta: Likewise.
+        backend: Likewise.
+
+    Returns:
+        The distances (K,), and the loss's gradient in ``student`` (N,), or ``None``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As :func:`teacher_distance`.
+    """
+    _check(student, teachers, huber_delta)
+    distances, totals = registry.compute(
+        _NAME, backend, student, student, teachers, eps, huber_delta
+    )
+    if gradient is None:
+        return distances, None
+    slope, _ = registry.compute(
+        f"{_NAME}_backward",
+        backend,
+        student,
+        *(gradient(distances), student, teachers, totals, eps, huber_delta, False),
+    )
+    return distances, slope
 
 
 def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from amalgam import recipes
-from amalgam.meta import Curriculum, Repeat, Training, perturbation
+from amalgam.meta import Curriculum, Repeat, Training
 from amalgam.meta.curriculum import choice_strategy, simple
+from amalgam.meta.perturbation import FGSM, PGD, AdaptivePGD, Gaussian
 from amalgam.policies import (
     ChoiceConfig,
     PolicyTeacher,
@@ -156,7 +157,7 @@ def test_tables_of_a_kind(kinds) -> None:
     assert recipe.strategy.settings == simple(
         unroll=7, windows=(1, 2), imitation_weight=(0.2, 0.1, 0.05, 0.02)
     )
-    assert recipe.perturbation.settings == perturbation.make({"kind": "gaussian_rel", "std": 2e-3})
+    assert recipe.perturbation.settings == Gaussian(2e-3, relative=True)
     assert (recipe.estimator.pairs, recipe.memory.budget) == (3, "1GiB")
     assert recipes.from_dict(recipe.as_dict()) == recipe
     assert "stages" not in recipe.as_dict()
@@ -185,11 +186,24 @@ def test_every_strategy_has_a_name(kind, minimal) -> None:
     assert recipes.from_dict(recipe.as_dict()) == recipe
 
 
-@pytest.mark.parametrize("preset", perturbation.PRESETS.values(), ids=str)
-def test_every_preset_of_a_perturbation_is_a_table(preset, minimal) -> None:
-    content = tomllib.loads(minimal.read_text()) | {"perturbation": preset}
+@pytest.mark.parametrize(
+    ("table", "made"),
+    [
+        ({"kind": "gaussian", "std": 1e-3}, Gaussian(1e-3)),
+        ({"kind": "gaussian_rel", "std": 5e-4}, Gaussian(5e-4, relative=True)),
+        ({"kind": "fgsm", "step_size": 1e-3}, FGSM(1e-3)),
+        (
+            {"kind": "pgd", "steps": 1, "magnitude": 1e-4, "norm": "inf", "lr": 0.1},
+            PGD(1, 1e-4, "inf", 0.1),
+        ),
+        ({"kind": "cgd", "steps": 1, "magnitude": 1e-3}, AdaptivePGD(1, 1e-3, normalise=False)),
+    ],
+    ids=str,
+)
+def test_every_preset_of_a_perturbation_is_a_table(table, made, minimal) -> None:
+    content = tomllib.loads(minimal.read_text()) | {"perturbation": table}
     recipe = recipes.from_dict(content)
-    assert recipe.perturbation.settings == perturbation.make(preset)
+    assert recipe.perturbation.settings == made
     assert recipes.from_dict(recipe.as_dict()) == recipe
 
 
@@ -215,6 +229,9 @@ def test_every_preset_of_a_perturbation_is_a_table(preset, minimal) -> None:
         ("estimator.std=0.0", "std must be positive"),
         ("memory.budget=much", "budget must read as in '4GiB'"),
         ("perturbation.kind=gauss", "did you mean 'gaussian'"),
+        ("perturbation={}", "perturbation: kind is missing; it must be one of .*'cgd'"),
+        ("perturbation={kind='fgsm', step=0.1}", "'perturbation.step'; the nearest is .*step_size"),
+        ("perturbation={kind='cgd', normalise=true}", "no key 'perturbation.normalise'"),
         ("perturbation.stdd=1.0", "'perturbation.stdd'; the nearest is 'perturbation.std'"),
         ("perturbation.relative=true", "no key 'perturbation.relative'"),
         ("perturbation.std=x", "perturbation.std: .*valid number, not 'x'"),
