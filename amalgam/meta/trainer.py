@@ -34,6 +34,7 @@ from amalgam.meta.replicate import Replicate
 from amalgam.meta.run_folder import RunFolder
 from amalgam.meta.run_state import RunState
 from amalgam.meta.training import Training
+from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy, Pool
 from amalgam.tasks import Task
 
