@@ -55,7 +55,8 @@ def train(
 
 def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
     from amalgam.evaluation import tables
-    from amalgam.experiment import Experiment, between_replicates, title
+    from amalgam.evaluation.report import between_replicates, title
+    from amalgam.experiment import Experiment
     from amalgam.meta import distributed
 
     name = Path(recipe).stem
@@ -123,9 +124,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for results and plots.")] = None,
 ) -> None:
     """Train tasks with students and with torch's Adam and AdamW at their tuned rates."""
-    from amalgam import experiment
+    from amalgam.evaluation import contenders, tables
     from amalgam.evaluation import evaluate as compare
-    from amalgam.evaluation import tables
+    from amalgam.evaluation.report import record, title
     from amalgam.policies import Pool, load_policy
 
     pool = Pool(teacher or [])
@@ -140,17 +141,17 @@ def evaluate(
 
         for one in chosen:
             everybody = [
-                *(experiment.student_contender(*pair) for pair in loaded),
-                *experiment.teacher_contenders(pool),
-                *experiment.torch_contenders(one, steps=steps, report=report),
+                *(contenders.student_contender(*pair) for pair in loaded),
+                *contenders.teacher_contenders(pool),
+                *contenders.torch_contenders(one, steps=steps, report=report),
             ]
             results.append(
                 compare(one, everybody, steps=steps, seeds=seeds, every=every, report=report)
             )
     if out is not None:
-        experiment.record(results, out, steps=steps)
+        record(results, out, steps=steps)
     for task_results in results:
-        _console.print(tables.terminal(experiment.title(task_results, steps), task_results))
+        _console.print(tables.terminal(title(task_results, steps), task_results))
 
 
 @app.command()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ import torch
 
 from amalgam import files, plots, recipes, tasks
 from amalgam.device import resolve
-from amalgam.evaluation import Contender, Result, evaluate, spread, tables, tune
-from amalgam.meta import Trainer, distributed, optimizer_of
+from amalgam.evaluation import Contender, Result, evaluate
+from amalgam.evaluation.contenders import (
+    student_contender,
+    teacher_contenders,
+    torch_contenders,
+)
+from amalgam.evaluation.report import record
+from amalgam.meta import Trainer, distributed
 from amalgam.meta.trainer import METRICS
-from amalgam.optimizer import TeacherOptimizer
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
-from amalgam.tasks import Task
 from amalgam.version import describe
 
 RECIPE = "recipe.json"
@@ -121,7 +125,8 @@ class Experiment:
         path = self.folder / RECIPE
         about = {"recipe": self._name, "seed": self.seed, "resolved": self.recipe.as_dict()}
         if not path.exists():
-            _write(path, json.dumps(about, indent=2) + "\n")
+            with files.whole(path) as beside:
+                beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             return
         if not self.resume:
             raise FileExistsError(
@@ -179,26 +184,22 @@ class Experiment:
             plots.training(first, trainer.folder / "plots" / "training.png")
         return trained
 
-    def evaluate(self, report: Callable[[str], None] = lambda name: None) -> list[list[Result]]:
-        """Train each evaluation task with everybody; results by task, also written and drawn.
+    def evaluate(self, report: Callable[[str], None] = lambda what: None) -> list[list[Result]]:
+        """Train each evaluation task with every contender; write and plot the results.
 
-        The replicates' come first.
+        Args:
+            report: Called with what is about to be done: a contender's name before each of its
+                runs, ``"tuning Adam"`` or the like before an optimizer is tuned.
+
+        Returns:
+            For each task, the contenders' results, those of the replicates first.
         """
         how, students = self.recipe.evaluation, self.trainer.students
         results = []
         for name in how.tasks:
             task = tasks.load(name, self.recipe.tasks[0].batch_size).to(self.device)
             everybody = [
-                *(
-                    student_contender(f"student {index}" if len(students) > 1 else "student", one)
-                    for index, one in enumerate(students)
-                ),
-                *teacher_contenders(self.pool),
-                *(
-                    teacher_contenders(Pool(self.recipe.choice.policy.teachers))
-                    if self.recipe.choice is not None
-                    else []
-                ),
+                *self._contenders(),
                 *torch_contenders(task, steps=how.steps, report=report),
             ]
             results.append(
@@ -214,73 +215,18 @@ class Experiment:
         record(results, self.folder, steps=how.steps, replicates=len(students))
         return results
 
-
-def student_contender(name: str, student: Policy) -> Contender:
-    """A learned policy, warmed up as it was trained, as a contender."""
-    return Contender(name, lambda params: optimizer_of(params, student))
-
-
-def teacher_contenders(pool: Pool) -> list[Contender]:
-    """A pool's teachers as contenders, each on its own."""
-    return [
-        student_contender(name, teacher.policy)
-        if isinstance(teacher, PolicyTeacher)
-        else Contender(name, partial(TeacherOptimizer, teacher=teacher))
-        for name, teacher in zip(pool.names, pool.teachers, strict=True)
-    ]
-
-
-def torch_contenders(
-    task: Task, *, steps: int, report: Callable[[str], None] = lambda name: None
-) -> list[Contender]:
-    """torch.optim's Adam and AdamW, each at the rate that suits the task and the steps best."""
-    contenders = []
-    for kind in (torch.optim.Adam, torch.optim.AdamW):
-        rate = tune(task, kind, steps=steps)
-        report(f"tuning {kind.__name__}")
-        contenders.append(Contender(f"torch {kind.__name__}({rate:g})", partial(kind, lr=rate)))
-    return contenders
-
-
-def title(results: Sequence[Result], steps: int) -> str:
-    """A table's title."""
-    seeds = len(results[0].curves)
-    return f"{results[0].task}: validation after {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
-
-
-def between_replicates(results: Sequence[Result], replicates: int) -> str:
-    """How far a task's first results, the replicates', lie apart, in words."""
-    deviation = spread(results[:replicates])
-    return (
-        f"{results[0].task}: between {replicates} replicates the mean log final loss deviates by "
-        f"{deviation:.4f}"
-    )
-
-
-def record(
-    results: Sequence[Sequence[Result]], folder: Path, *, steps: int, replicates: int = 1
-) -> None:
-    """Write results, a list a task, as ``evaluation.json``, ``evaluation.md`` and plots.
-
-    Args:
-        results: The results.
-        folder: Where to.
-        steps: Steps of each run.
-        replicates: How many of each task's first results are replicates'.
-    """
-    content: dict[str, Any] = {
-        "steps": steps,
-        **describe(),
-        "results": [r.as_dict() for rs in results for r in rs],
-    }
-    shown = [tables.markdown(title(rs, steps), rs) for rs in results]
-    if replicates > 1:
-        content["spread"] = {rs[0].task: spread(rs[:replicates]) for rs in results}
-        shown += [between_replicates(rs, replicates) + "\n" for rs in results]
-    _write(folder / "evaluation.json", json.dumps(content) + "\n")
-    _write(folder / "evaluation.md", "\n".join(shown))
-    for rs in results:
-        plots.curves(rs, folder / "plots" / f"{rs[0].task}.png")
+    def _contenders(self) -> list[Contender]:
+        """The replicates, the teachers, and those that a choice chooses from."""
+        students, choice = self.trainer.students, self.recipe.choice
+        several = len(students) > 1
+        return [
+            *(
+                student_contender(f"student {index}" if several else "student", one)
+                for index, one in enumerate(students)
+            ),
+            *teacher_contenders(self.pool),
+            *(teacher_contenders(Pool(choice.policy.teachers)) if choice is not None else []),
+        ]
 
 
 def _difference(stored: Any, given: Any, key: str) -> str | None:
@@ -292,8 +238,3 @@ def _difference(stored: Any, given: Any, key: str) -> str | None:
                 return found
         return None
     return None if stored == given else f"{key} is {stored!r} there and {given!r} here"
-
-
-def _write(path: Path, text: str) -> None:
-    with files.whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
