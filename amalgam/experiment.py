@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from amalgam import files, plots, recipes, tasks
+from amalgam import files, plots
 from amalgam.device import resolve
 from amalgam.evaluation import Contender, Result, evaluate
 from amalgam.evaluation.contenders import (
@@ -29,7 +29,9 @@ from amalgam.meta import Trainer, distributed
 from amalgam.meta.trainer import METRICS
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool
 from amalgam.recipes import Recipe, RecipeError
+from amalgam.recipes.kinds import policy_type
 from amalgam.seeding import generator_for
+from amalgam.tasks import Task
 from amalgam.version import describe
 
 RECIPE = "recipe.json"
@@ -71,7 +73,8 @@ class Experiment:
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.device = resolve(recipe.device)
-        self.tasks = [tasks.load(one.name, one.batch_size) for one in recipe.tasks]
+        self._moved: dict[int, Task] = {}
+        self.tasks = [self._here(one.task) for one in recipe.tasks]
         self._choice: Policy | None = None
         self.meta_steps: list[int] = []
 
@@ -79,7 +82,7 @@ class Experiment:
     def pool(self) -> Pool:
         """The teachers; where a choice is trained first, only after that."""
         if self.recipe.choice is None:
-            return Pool(self.recipe.pool())
+            return self.recipe.pool
         if self._choice is None:
             raise RuntimeError("the pool's choice is yet to be trained; call train() first")
         return Pool([PolicyTeacher(self._choice)])
@@ -88,9 +91,9 @@ class Experiment:
     def trainer(self) -> Trainer:
         """The student's trainer; where a choice is trained first, only after that."""
         recipe = self.recipe
-        kind, config = recipes.POLICIES[recipe.policy.kind], recipe.policy.settings
+        make, config = policy_type(recipe.policy.kind), recipe.policy.settings
         students = [
-            kind(config, generator=generator_for(self.seed + index, "student"))  # type: ignore[call-arg]
+            make(config, generator=generator_for(self.seed + index, "student"))  # type: ignore[call-arg]
             for index in range(recipe.replicates)
         ]
         return self._trainer(
@@ -102,6 +105,12 @@ class Experiment:
             perturbation=recipe.perturbation and recipe.perturbation.settings,
             estimator=recipe.estimator,
         )
+
+    def _here(self, task: Task) -> Task:
+        """A task of the recipe on the run's device, moved there once."""
+        if id(task) not in self._moved:
+            self._moved[id(task)] = task.to(self.device)
+        return self._moved[id(task)]
 
     def _trainer(self, students: list[Policy], pool: Pool, folder: Path, **how: Any) -> Trainer:
         recipe = self.recipe
@@ -196,8 +205,7 @@ class Experiment:
         """
         how, students = self.recipe.evaluation, self.trainer.students
         results = []
-        for name in how.tasks:
-            task = tasks.load(name, self.recipe.tasks[0].batch_size).to(self.device)
+        for task in map(self._here, self.recipe.evaluation_tasks):
             everybody = [
                 *self._contenders(),
                 *torch_contenders(task, steps=how.steps, report=report),
