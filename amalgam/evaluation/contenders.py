@@ -8,8 +8,7 @@ from functools import partial
 import torch
 
 from amalgam.evaluation.protocol import Contender, tune
-from amalgam.meta import optimizer_of
-from amalgam.optimizer import TeacherOptimizer
+from amalgam.optimizers import TeacherOptimizer, optimizer_of
 from amalgam.policies import Policy, PolicyTeacher, Pool
 from amalgam.tasks import Task
 

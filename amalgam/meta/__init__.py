@@ -4,7 +4,7 @@ from amalgam.meta.clipping import clip_adaptively
 from amalgam.meta.curriculum import Curriculum, Repeat
 from amalgam.meta.estimators import Estimator
 from amalgam.meta.memory import Memory
-from amalgam.meta.trainer import Stage, Trainer, Training, optimizer_of
+from amalgam.meta.trainer import Stage, Trainer, Training
 from amalgam.meta.unroll import MECHANISMS, Amalgamation, Trajectories, Unroll, Window
 
 __all__ = [
@@ -21,5 +21,4 @@ __all__ = [
     "Unroll",
     "Window",
     "clip_adaptively",
-    "optimizer_of",
 ]

@@ -43,8 +43,8 @@ from amalgam.meta.memory import Memory
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.steps import tensors_of, with_tensors
 from amalgam.meta.unroll import Amalgamation, Trajectories, Unroll, Window
-from amalgam.optimizer import AmalgamatedOptimizer, PolicyOptimizer
-from amalgam.policies import Policy, Pool, Student, state_from_tensors, state_tensors
+from amalgam.optimizers import optimizer_of
+from amalgam.policies import Policy, Pool, state_from_tensors, state_tensors
 from amalgam.seeding import generator_for
 from amalgam.tasks import Batch, Task
 
@@ -794,15 +794,6 @@ class Trainer:
         done = self.meta_step * len(self._replicates)
         with files.whole(path) as beside:
             beside.write_text("".join(lines[:done]), encoding="utf-8")
-
-
-def optimizer_of(
-    params: Any, policy: Policy, backend: str = "auto"
-) -> AmalgamatedOptimizer | PolicyOptimizer:
-    """A learned policy as an optimizer: the student by its fused step, others by their own."""
-    if isinstance(policy, Student):
-        return AmalgamatedOptimizer(params, student=policy, backend=backend)
-    return PolicyOptimizer(params, policy)
 
 
 def _snapshot(policy: Policy) -> dict[str, Tensor]:

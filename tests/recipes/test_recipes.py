@@ -197,7 +197,11 @@ def test_every_preset_of_a_perturbation_is_a_table(preset, minimal) -> None:
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("policy.kind=scale-hier", "policy: kind must be .* not 'scale-hier'; did you mean 'scale-hierarchical'"),
+        ("policy.kind=scale-hier", "policy: kind must be .*; did you mean 'scale-hierarchical'"),
+        ("policy.kind=rnnprop_ext", "policy: kind 'rnnprop_ext' is now called 'rnnprop-ext'"),
+        ("policy.kind=adam_lr", "policy: kind 'adam_lr' is now called 'adam-lr'"),
+        ("policy.kind=rmsprop_lr", "policy: kind 'rmsprop_lr' is now called 'rmsprop-lr'"),
+        ("policy.kind=scale", "policy: kind 'scale' is now called 'scale-hierarchical'"),
         ("policy.hidden=3", "'policy.hidden'; the nearest is"),
         ("policy.param_units='5'", "policy.param_units: .*valid integer, not '5'"),
         ("policy.param_units=0", "policy: param_units must be 1 or more, not 0"),
