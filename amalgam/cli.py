@@ -171,7 +171,7 @@ def convert(
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """What works on this machine, and why the rest does not."""
+    """Show what works on this machine, and why the rest does not."""
     from amalgam.backends.core import build_info
 
     report: dict[str, Any] = {
@@ -211,12 +211,13 @@ def _number(value: float | None) -> float:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is shown without a traceback.
+    """Run the command line; show errors that the user can mend without a traceback.
 
-    Under ``torchrun`` an error goes into its report, once, and not from every process to the
+    Under ``torchrun`` an error goes into its report, once, instead of from every process to the
     terminal.
     """
     keep_freed_memory()
+    _find_modules_here()
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         _run()
         return
@@ -226,6 +227,13 @@ def main() -> None:
         record(_run)()
     except Exception:
         sys.exit(1)
+
+
+def _find_modules_here() -> None:
+    """Let recipes name modules of the working directory, as under ``python -m``."""
+    if not sys.flags.safe_path and not {"", str(Path.cwd())} & set(sys.path):
+        # At the end, where no file of the directory hides an installed package.
+        sys.path.append(str(Path.cwd()))
 
 
 def _run() -> None:

@@ -7,10 +7,12 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from amalgam import policies
@@ -82,9 +84,24 @@ def from_dict(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise RecipeError(f"{source}: {error}") from None
     try:
         # Through JSON, so that strictness takes a list for a tuple and yet no "3" for 3.
-        return _ADAPTER.validate_json(json.dumps(content, default=str), strict=True)
+        text = json.dumps(content, default=str)
+        # Tasks may compute their data, and are made here.
+        with _threads(content.get("threads")):
+            return _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         raise RecipeError(f"{source}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+@contextmanager
+def _threads(threads: object) -> Iterator[None]:
+    """So many intra-op threads within the block; as many as there are where it is no number."""
+    before = torch.get_num_threads()
+    if type(threads) is int and threads > 0:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _without_short_forms(content: Mapping[str, Any]) -> dict[str, Any]:
