@@ -7,7 +7,7 @@ from typing import Any
 from amalgam.optimizers.policy import PolicyOptimizer
 from amalgam.optimizers.student import DEFAULT_STUDENT, AmalgamatedOptimizer
 from amalgam.optimizers.teacher import TeacherOptimizer
-from amalgam.policies import Policy, Student
+from amalgam.policies import AnyTeacher, Policy, Student
 
 
 def optimizer_of(
@@ -25,10 +25,25 @@ def optimizer_of(
     return PolicyOptimizer(params, policy, backend=backend)
 
 
+def optimizer_of_teacher(
+    params: Any, teacher: AnyTeacher
+) -> AmalgamatedOptimizer | PolicyOptimizer | TeacherOptimizer:
+    """A teacher as an optimizer: a policy by :func:`optimizer_of`, others step by step.
+
+    Args:
+        params: Parameters or groups, floating point.
+        teacher: The teacher.
+    """
+    if teacher.policy is not None:
+        return optimizer_of(params, teacher.policy)
+    return TeacherOptimizer(params, teacher)
+
+
 __all__ = [
     "DEFAULT_STUDENT",
     "AmalgamatedOptimizer",
     "PolicyOptimizer",
     "TeacherOptimizer",
     "optimizer_of",
+    "optimizer_of_teacher",
 ]

@@ -2,69 +2,80 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.optimizers.base import StepOptimizer, check_group, computing_dtype
-from amalgam.policies import Teacher, TorchTeacher
+from amalgam.policies import AnyTeacher, Teacher
 
 
 class TeacherOptimizer(StepOptimizer):
-    """A teacher as an optimizer, to stand beside the student it taught.
+    """A teacher as an optimizer, to stand beside the student it taught; each tensor on its own.
 
     Args:
         params: Parameters or groups, floating point.
-        teacher: A :class:`Teacher`, a kind for one with the paper's settings, or a
-            :class:`TorchTeacher`. Its rate is then the groups' ``lr``, which schedulers may drive.
+        teacher: A :class:`Teacher`, a kind for one with the paper's settings, a
+            :class:`TorchTeacher`, or any :class:`AnyTeacher` that is no policy. Its learning rate
+            is then the groups' ``lr``, which schedulers may drive; where it has none, ``lr`` is 1
+            and multiplies its updates.
 
     Raises:
         TypeError: A parameter is not floating point.
-        ValueError: There is no such kind.
+        ValueError: There is no such kind, or the teacher is a policy.
     """
 
-    def __init__(self, params: Any, teacher: Teacher | TorchTeacher | str) -> None:
-        self.teacher = Teacher(teacher) if isinstance(teacher, str) else teacher
-        super().__init__(params, {"lr": self.teacher.lr})
+    def __init__(self, params: Any, teacher: AnyTeacher | str) -> None:
+        self.teacher: AnyTeacher = Teacher(teacher) if isinstance(teacher, str) else teacher
+        if self.teacher.policy is not None:
+            raise ValueError(
+                f"teacher must be no policy, as {teacher} is; PolicyOptimizer(params, "
+                f"teacher.policy) makes an optimizer of that"
+            )
+        rate = self.teacher.lr
+        super().__init__(params, {"lr": 1.0 if rate is None else rate})
         for group in self.param_groups:
             check_group(group, ("lr",))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another's :meth:`state_dict`.
+
+        Args:
+            state_dict: As an optimizer with the same teacher gave it; not changed. State keeps the
+                dtype it was saved in, whatever the parameters' is.
+
+        Raises:
+            ValueError: Its groups do not fit, or an earlier version of amalgam made it.
+        """
+        if any(entry and "teacher" not in entry for entry in state_dict["state"].values()):
+            raise ValueError(
+                "state_dict must hold each tensor's state as 'teacher', but is of an earlier "
+                "version of amalgam; begin anew, or go on with that version"
+            )
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, own, strict=True):
+            if index in state_dict["state"]:
+                # Optimizer.load_state_dict casts state to the parameter's dtype.
+                self.state[param] = copy.deepcopy(state_dict["state"][index])
+
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        lr, how = float(group["lr"]), self.teacher
+        lr, teacher, factor = float(group["lr"]), self.teacher, 1.0
+        if teacher.lr is None:
+            factor = lr
+        elif lr != teacher.lr:
+            teacher = teacher.at(lr)
         for param in params:
-            if isinstance(how, Teacher):
-                update = self._analytical_update(how, param, lr)
-            else:
-                update = self._torch_update(how, param, lr)
+            state, dtype = self.state[param], computing_dtype(param.dtype)
+            layout = Layout({"": param.shape})
+            flat, grad = (t.to(dtype).reshape(-1) for t in (param, param.grad))  # type: ignore[union-attr]
+            if not state:
+                state["teacher"] = teacher.initial_state(flat, layout)
+            update, state["teacher"] = teacher.step(flat, grad, state["teacher"], layout)
+            if factor != 1:
+                update = update * factor
             param.sub_(update.view(param.shape).to(param.dtype))
-
-    def _analytical_update(self, how: Teacher, param: Tensor, lr: float) -> Tensor:
-        state = self.state[param]
-        if not state:
-            dtype = computing_dtype(param.dtype)
-            state["m"] = torch.zeros_like(param, dtype=dtype).reshape(1, -1)
-            state["v"] = state["m"].clone()
-        update, state["m"], state["v"] = ops.teacher_step(
-            param.grad.to(state["m"].dtype).reshape(1, -1),  # type: ignore[union-attr]
-            state["m"],
-            state["v"],
-            [how.kind],
-            [lr],
-            [how.beta1],
-            [how.beta2],  # type: ignore[list-item]
-            [how.eps],
-        )
-        return update
-
-    def _torch_update(self, how: TorchTeacher, param: Tensor, lr: float) -> Tensor:
-        """As the optimizer itself would, but that each tensor is a group of its own."""
-        state, dtype = self.state[param], computing_dtype(param.dtype)
-        flat, grad = (t.to(dtype).reshape(-1) for t in (param, param.grad))  # type: ignore[union-attr]
-        layout = Layout({"": param.shape})
-        if lr != how.lr:
-            how = how.at(lr)
-        update, state["teacher"] = how.step(flat, grad, state.get("teacher", {}), layout)
-        return update

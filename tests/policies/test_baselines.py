@@ -14,7 +14,6 @@ from amalgam.policies import (
     DM,
     POLICIES,
     AdamLR,
-    LearnedPolicy,
     Policy,
     RMSPropLR,
     RNNPropExt,
@@ -134,7 +133,7 @@ def leaves(state: Any) -> list[Tensor]:
 def test_policies_share_one_interface(kind: str) -> None:
     """A step leaves its arguments alone, is differentiable twice, and takes others' weights."""
     policy = made(kind)
-    assert isinstance(policy, LearnedPolicy)
+    assert isinstance(policy, Policy)
     assert policy.kind == kind
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(LAYOUT.numel, generator=generator, dtype=torch.float64).requires_grad_()
