@@ -27,9 +27,8 @@ from amalgam.evaluation.contenders import (
 from amalgam.evaluation.report import record
 from amalgam.meta import Trainer, distributed
 from amalgam.meta.trainer import METRICS
-from amalgam.policies import Choice, Policy, PolicyTeacher, Pool
+from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError
-from amalgam.recipes.kinds import policy_type
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 from amalgam.version import describe
@@ -93,7 +92,7 @@ class Experiment:
         recipe = self.recipe
         make, config = policy_type(recipe.policy.kind), recipe.policy.settings
         students = [
-            make(config, generator=generator_for(self.seed + index, "student"))  # type: ignore[call-arg]
+            make(config, generator=generator_for(self.seed + index, "student"))
             for index in range(recipe.replicates)
         ]
         return self._trainer(

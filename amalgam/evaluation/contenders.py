@@ -8,22 +8,20 @@ from functools import partial
 import torch
 
 from amalgam.evaluation.protocol import Contender, tune
-from amalgam.optimizers import TeacherOptimizer, optimizer_of
-from amalgam.policies import Policy, PolicyTeacher, Pool
+from amalgam.optimizers import optimizer_of, optimizer_of_teacher
+from amalgam.policies import Policy, Pool
 from amalgam.tasks import Task
 
 
 def student_contender(name: str, student: Policy) -> Contender:
     """A learned policy as a contender, with the warm-up that it was trained with."""
-    return Contender(name, lambda params: optimizer_of(params, student))
+    return Contender(name, partial(optimizer_of, policy=student))
 
 
 def teacher_contenders(pool: Pool) -> list[Contender]:
     """A pool's teachers as contenders, each on its own."""
     return [
-        student_contender(name, teacher.policy)
-        if isinstance(teacher, PolicyTeacher)
-        else Contender(name, partial(TeacherOptimizer, teacher=teacher))
+        Contender(name, partial(optimizer_of_teacher, teacher=teacher))
         for name, teacher in zip(pool.names, pool.teachers, strict=True)
     ]
 

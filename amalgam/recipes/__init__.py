@@ -4,7 +4,7 @@
 read that have a ``kind``, and :mod:`amalgam.recipes.reading` how files become recipes.
 """
 
-from amalgam.recipes.kinds import Chosen, PolicyFile, TorchOptimizer
+from amalgam.recipes.kinds import Chosen, OwnTeacher, PolicyFile, TorchOptimizer
 from amalgam.recipes.reading import RecipeError, from_dict, load, shipped
 from amalgam.recipes.schema import (
     ChoiceTraining,
@@ -19,6 +19,7 @@ __all__ = [
     "Chosen",
     "Evaluation",
     "EvaluationTask",
+    "OwnTeacher",
     "PolicyFile",
     "Recipe",
     "RecipeError",

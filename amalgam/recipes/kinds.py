@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,20 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, TypeAdapter, ValidationError
 from torch.optim import Optimizer
 
-from amalgam import dotted, ops, policies
+from amalgam import dotted, ops
 from amalgam.hints import did_you_mean
 from amalgam.meta import Curriculum, Repeat, perturbation
 from amalgam.meta.curriculum import choice_strategy, simple
-from amalgam.policies import Policy, PolicyTeacher, Teacher, TorchTeacher, load_policy
+from amalgam.policies import (
+    POLICIES,
+    AnyTeacher,
+    PolicyTeacher,
+    Pool,
+    Teacher,
+    TorchTeacher,
+    load_policy,
+    policy_type,
+)
 
 
 class NestedError(ValueError):
@@ -224,26 +232,60 @@ class PolicyFile(MadeOnce):
         return PolicyTeacher(load_policy(self.file))
 
 
+@dataclass(frozen=True)
+class OwnTeacher(MadeOnce):
+    """A teacher of the user's own.
+
+    Attributes:
+        kind: The dotted path of its class, or of a function that makes it, such as
+            ``"my.module.MyTeacher"``; see :class:`amalgam.policies.AnyTeacher`.
+        arguments: Its arguments.
+    """
+
+    kind: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be made."""
+        _ = self.teacher
+
+    @cached_property
+    def teacher(self) -> AnyTeacher:
+        """The teacher, made once."""
+        make = _class_or_function(self.kind)
+        dotted.check_arguments(make, self.kind, "kind", self.arguments)
+        made = make(**self.arguments)
+        try:
+            return Pool([made]).teachers[0]
+        except TypeError as error:
+            problem = str(error).removeprefix("teachers[0] ")
+            raise ValueError(f"what {self.kind!r} makes {problem}") from error
+
+
+def _class_or_function(path: str) -> Callable[..., Any]:
+    """What a teacher's dotted path names.
+
+    Raises:
+        ValueError: It can't be imported or called.
+    """
+    found = dotted.find(path, "kind", "a class", "torch.optim.Muon")
+    if not callable(found):
+        raise ValueError(
+            f"kind must be a torch.optim.Optimizer, or a class or function that makes a teacher "
+            f"(see amalgam.policies.AnyTeacher), but {path!r} is {found!r}"
+        )
+    return found
+
+
 def _own_teacher(path: str) -> Kind:
     """The kind of a teacher that a dotted path names.
 
     Raises:
-        ValueError: The path names no class that can be imported.
+        ValueError: It can't be imported or called.
     """
-    found = dotted.find(path, "kind", "a class", "torch.optim.Muon")
-    if not isinstance(found, type) or not issubclass(found, Optimizer):
-        raise ValueError(f"kind must be a torch.optim.Optimizer, which {path!r} is not")
-    return Kind(TorchOptimizer)
-
-
-def policy_type(path: str) -> type[Policy]:
-    """The class of a policy, by its kind or its dotted path."""
-    if path in policies.POLICIES:
-        return policies.POLICIES[path]
-    found = dotted.find(path, "kind", "a class", "my.module.MyPolicy")
-    if not isinstance(found, type) or not issubclass(found, Policy):
-        raise ValueError(f"kind must be an amalgam.policies.Policy, which {path!r} is not")
-    return found
+    found = _class_or_function(path)
+    optimizer = isinstance(found, type) and issubclass(found, Optimizer)
+    return Kind(TorchOptimizer if optimizer else OwnTeacher)
 
 
 def _own_policy(path: str) -> Kind:
@@ -253,11 +295,6 @@ def _own_policy(path: str) -> Kind:
         ValueError: The path names no policy that a recipe can make.
     """
     found = policy_type(path)
-    if inspect.isabstract(found):
-        missing = sorted(found.__abstractmethods__)
-        raise ValueError(
-            f"kind must be a policy that has all methods, but {path!r} lacks {missing}"
-        )
     if not dataclasses.is_dataclass(getattr(found, "config_type", None)):
         raise ValueError(
             f"kind must be a policy whose config_type is a dataclass, which that of {path!r} is not"
@@ -272,7 +309,7 @@ def _preset(strategy: Repeat, settled: tuple[str, ...] = ()) -> Kind:
     return Kind(Repeat, given, {name: fields[name] for name in settled})
 
 
-_POLICY_KINDS = {name: Kind(policy.config_type) for name, policy in policies.POLICIES.items()}
+_POLICY_KINDS = {name: Kind(policy.config_type) for name, policy in POLICIES.items()}
 _STRATEGY_KINDS = {
     "curriculum": Kind(Curriculum),
     "repeat": Kind(Repeat),
@@ -305,4 +342,6 @@ AnyPolicy = Annotated[Chosen, PlainValidator(POLICY), POLICY]
 AnyStrategy = Annotated[Chosen, PlainValidator(STRATEGY), STRATEGY]
 ChoiceStrategy = Annotated[Chosen, PlainValidator(CHOICE_STRATEGY), CHOICE_STRATEGY]
 AnyPerturbation = Annotated[Chosen, PlainValidator(PERTURBATION), PERTURBATION]
-TeacherChoice = Annotated[Teacher | TorchOptimizer | PolicyFile, PlainValidator(TEACHER), TEACHER]
+TeacherChoice = Annotated[
+    Teacher | TorchOptimizer | OwnTeacher | PolicyFile, PlainValidator(TEACHER), TEACHER
+]

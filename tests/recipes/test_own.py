@@ -11,6 +11,7 @@ import torch
 
 from amalgam import recipes
 from amalgam.experiment import Experiment
+from amalgam.policies import load_policy
 from amalgam.recipes import Recipe, RecipeError
 
 MODULE = """
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from amalgam.policies import Policy
+from amalgam.policies import Policy, PolicyConfig, ReferencePolicy
 from amalgam.tasks import Task
 
 NUMBER = 3
@@ -38,30 +39,27 @@ def make_number(batch_size, **more):
     return 3
 
 
-@dataclass(frozen=True)
-class MyConfig:
+@dataclass(frozen=True, kw_only=True)
+class MyConfig(PolicyConfig):
     gain: float = 0.1
     warmup_steps: int = 1
-    warmup_lr: float = 0.05
 
 
 class MyState(NamedTuple):
     m: torch.Tensor
 
 
-class MyPolicy(Policy):
-    kind = "mine"
+class MyPolicy(ReferencePolicy):
     config_type = MyConfig
 
-    def __init__(self, config=None, *, generator=None, provenance=None):
-        super().__init__(config, provenance=provenance)
+    def build(self, generator):
         self.log_rate = nn.Parameter(torch.randn(1, generator=generator))
 
     def initial_state(self, like, layout=None):
         return MyState(torch.zeros_like(like))
 
-    def step(self, grad, state, weights=None, *, layout=None, generator=None, backend="auto"):
-        (log_rate,) = self.weights() if weights is None else weights
+    def compute(self, grad, state, weights, layout):
+        (log_rate,) = weights
         m = 0.9 * state.m + 0.1 * grad
         return self.config.gain * log_rate.exp() * m.tanh(), MyState(m)
 
@@ -70,13 +68,46 @@ class MyPolicy(Policy):
 
 
 class Unfinished(Policy):
-    kind = "unfinished"
     config_type = MyConfig
 
 
 class Unseeded(MyPolicy):
     def __init__(self, config=None):
         super().__init__(config)
+
+
+class Unconfigured(MyPolicy):
+    config_type = dict
+
+
+@dataclass(frozen=True)
+class MyTeacher:
+    # SGD with decay, whose rate falls with the steps.
+    lr: float = 0.1
+    decay: float = 0.0
+    kind = "mine"
+    policy = None
+
+    def __post_init__(self):
+        if self.decay < 0:
+            raise ValueError(f"decay must be 0 or more, not {self.decay}")
+
+    @property
+    def label(self):
+        return f"{self.lr:g}"
+
+    def at(self, lr):
+        return MyTeacher(lr, self.decay)
+
+    def initial_state(self, like, layout=None):
+        return {"steps": 0}
+
+    def step(self, params, grad, state, layout, backend="auto"):
+        steps = state["steps"] + 1
+        return self.lr / steps * (grad + self.decay * params), {"steps": steps}
+
+    def warm_up(self, params, grad, state, layout):
+        return state
 """
 
 RECIPE = """
@@ -89,6 +120,9 @@ arguments = { samples = 50, classes = 3 }
 [[teachers]]
 kind = "sgd"
 lr = 0.1
+[[teachers]]
+kind = "own_things.MyTeacher"
+arguments = { decay = 0.01 }
 [policy]
 kind = "own_things.MyPolicy"
 gain = 0.2
@@ -134,12 +168,13 @@ def interrupted(recipe: Recipe, folder: Path, meta_steps: int) -> None:
         Experiment(recipe, folder, seed=5).train(stop)
 
 
-def test_an_own_task_and_policy_run_and_resume_to_the_same_bits(own, tmp_path) -> None:
+def test_own_things_run_and_resume_to_the_same_bits(own, tmp_path) -> None:
     whole = Experiment(recipes.load(own), tmp_path / "whole", seed=5)
     (student,) = whole.train()
     kind = sys.modules["own_things"].MyPolicy
     assert type(student) is kind
     assert student.config.gain == 0.2
+    assert whole.pool.teachers[1] == sys.modules["own_things"].MyTeacher(decay=0.01)
     begun = kind(student.config, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(student.log_rate, begun.log_rate)
 
@@ -148,13 +183,17 @@ def test_an_own_task_and_policy_run_and_resume_to_the_same_bits(own, tmp_path) -
     resumed = Experiment(recipes.load(own), tmp_path / "cut", seed=5, resume=True)
     (again,) = resumed.train()
     assert torch.equal(again.log_rate, student.log_rate)
-    assert kind.load(tmp_path / "cut" / "student.safetensors").config == student.config
+    stored = load_policy(tmp_path / "cut" / "student.safetensors")
+    assert type(stored) is kind
+    assert stored.config == student.config
 
     results = resumed.evaluate()
     assert [of_task[0].task for of_task in results] == ["own-2", "own-4"]
-    assert results[0][0].name == "student"
+    assert [result.name for result in results[0][:3]] == ["student", "sgd", "mine"]
     resolved = json.loads((tmp_path / "cut" / "recipe.json").read_text())["resolved"]
     assert resolved["tasks"][0]["arguments"] == {"samples": 50, "classes": 3}
+    teacher = {"kind": "own_things.MyTeacher", "arguments": {"decay": 0.01}}
+    assert resolved["teachers"][1] == teacher
     assert resolved["policy"]["kind"] == "own_things.MyPolicy"
     assert recipes.from_dict(resolved) == recipes.load(own)
 
@@ -216,6 +255,22 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
             "policy.kind=own_things.Unseeded",
             "policy: .*'own_things.Unseeded' can't be called .*gene",
         ),
+        (
+            "policy.kind=own_things.Unconfigured",
+            "policy: .*config_type is a dataclass, which that of",
+        ),
+        ("teachers.1.kind=own_things.NUMBER", "teachers.1: kind must be .*own_things.NUMBER' is 3"),
+        ("teachers.1.kind=own_thing.MyTeacher", "teachers.1: kind must be .*No module named"),
+        (
+            "teachers.1.kind=own_things.make_number",
+            "teachers.1: .*make_number' can't be called with",
+        ),
+        ("teachers.1.kind=own_things.MyConfig", "teachers.1: kind .*MyConfig' can't be .*'decay'"),
+        ("teachers.1.arguments={dekay=1}", "teachers.1: kind .*'dekay'; it takes .*decay: float"),
+        ("teachers.1.arguments={decay=-1}", "teachers.1: decay must be 0 or more, not -1"),
+        ("teachers.1={kind='own_things.make'}", "teachers.1: kind must be a class that can be"),
+        ("teachers.1={kind='own_things.MyConfig'}", "what .*MyConfig' makes must be .* lacks .*at"),
+        ("teachers.1.lr=3", "'teachers.1.lr'; the nearest is"),
         ("policy.gian=1.0", "'policy.gian'; the nearest is 'policy.gain'"),
         ("policy.gain=x", "policy.gain: .*valid number, not 'x'"),
     ],
