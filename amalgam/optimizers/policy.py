@@ -18,10 +18,11 @@ from amalgam.policies import Policy, load_policy
 class PolicyOptimizer(LearnedOptimizer):
     """Any learned policy as an optimizer: :class:`Choice`, the baselines, one's own.
 
-    As :class:`AmalgamatedOptimizer`, which is faster and takes a :class:`Student` alone: the first
-    ``warmup_steps`` are SGD, then every parameter becomes ``p (1 - lr weight_decay) - lr update``,
-    and a step with a gradient that is not finite is not taken. A policy that does not step
-    coordinatewise sees, in every step, all of a group's parameters that have a gradient.
+    The first ``warmup_steps`` are SGD, then every parameter becomes
+    ``p (1 - lr weight_decay) - lr update``; a step with a gradient that is not finite is not taken.
+    All that is as in :class:`AmalgamatedOptimizer`, which is faster and takes only a
+    :class:`Student`. A policy that does not step coordinatewise sees, in every step, all of a
+    group's parameters that have a gradient.
 
     Args:
         params: Parameters or groups, floating point; float64 ones are computed in float64, all
@@ -104,7 +105,7 @@ class PolicyOptimizer(LearnedOptimizer):
                 self._step_unit(group, unit, warming)
 
     def _step_unit(self, group: dict[str, Any], unit: list[Tensor], warming: bool) -> None:
-        """Step parameters that the policy is to see together."""
+        """Step parameters that the policy sees together."""
         policy = self._policy_for(unit[0])
         layout = Layout({str(index): param.shape for index, param in enumerate(unit)})
         dtype = policy.weights()[0].dtype
@@ -128,7 +129,7 @@ class PolicyOptimizer(LearnedOptimizer):
         grad: Tensor,
         layout: Layout,
     ) -> Any:
-        """The policy's state of parameters together, from what is kept of each and of all."""
+        """The policy's state of these parameters together; its shared fields are the group's."""
         begin = policy.initial_state(grad, layout)
         fields = {}
         for name, fresh in begin._asdict().items():
@@ -150,7 +151,7 @@ class PolicyOptimizer(LearnedOptimizer):
     def _scatter(
         self, policy: Policy, group: dict[str, Any], unit: list[Tensor], state: Any
     ) -> None:
-        """Keep a state by parameter, and what is of all by group."""
+        """Split a state into each parameter's, and keep its shared fields in the group."""
         sizes = [param.numel() for param in unit]
         for name, value in state._asdict().items():
             if name in policy.shared:

@@ -1,4 +1,4 @@
-"""Learned baselines whose coordinates are alike: DM, extended RNNProp, Adam and RMSProp with rates.
+"""Learned baselines that treat coordinates alike: DM, extended RNNProp, learned rates of two kinds.
 
 They have the forms of the code of the authors of Optimizer Amalgamation (ICLR 2022), on the LSTM of
 :mod:`amalgam.operations.lstm`. One more baseline is :mod:`amalgam.policies.hierarchical`.
@@ -24,7 +24,7 @@ from amalgam.policies.policy import ReferencePolicy, check_fields, zero_head
 
 
 class DMState(NamedTuple):
-    """What :class:`DM` carries, for N coordinates.
+    """The state of a :class:`DM`, for N coordinates.
 
     Attributes:
         h: Outputs of the LSTM layers, shape (layers, hidden, N).
@@ -37,7 +37,7 @@ class DMState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DMConfig(LSTMConfig):
-    """What a :class:`DM` is, beside its weights.
+    """Architecture and constants of a :class:`DM`.
 
     Attributes:
         layers: LSTM layers, 1 or more.
@@ -87,13 +87,13 @@ class DM(LSTMPolicy, ReferencePolicy):
         return self.config.learning_rate * update, DMState(h, c)
 
     def warm_up(self, grad: Tensor, state: DMState, *, layout: Layout | None = None) -> DMState:
-        """The state after a warm-up step's gradient: the LSTM, which is all it has, follows."""
+        """The state after a warm-up step's gradient: all of it moves."""
         return self.step(grad, state)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicRateConfig(MomentConfig):
-    """What an :class:`AdamLR` or :class:`RMSPropLR` is, beside its weights.
+    """Architecture and constants of an :class:`AdamLR` or :class:`RMSPropLR`.
 
     Attributes:
         layers: LSTM layers, 1 or more.
@@ -117,7 +117,7 @@ class DynamicRateConfig(MomentConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RNNPropExtConfig(MomentConfig):
-    """What an :class:`RNNPropExt` is, beside its weights.
+    """Architecture and constants of an :class:`RNNPropExt`.
 
     Attributes:
         layers: LSTM layers, 1 or more.
@@ -139,12 +139,12 @@ class RNNPropExtConfig(MomentConfig):
 
 
 class _NormalisedPolicy(MomentPolicy, ReferencePolicy):
-    """Base of the policies that see moment and gradient over the root of the second moment."""
+    """Base of the policies that see the moment and the gradient in units of the gradient's size."""
 
     def normalised(
         self, grad: Tensor, state: StudentState
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """New m and v, and m and the gradient over the root of v, (N,) each."""
+        """The new m and v, then m and the gradient divided by the root of v, (N,) each."""
         m, v = self.moments(grad, state)
         scale = (v / (1 - self.config.beta2) + self.config.eps).rsqrt()
         return m, v, m / (1 - self.config.beta1) * scale, grad * scale

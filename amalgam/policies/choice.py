@@ -47,7 +47,7 @@ added in review.
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceConfig(LSTMConfig):
-    """What a choice is, beside its weights.
+    """Architecture and constants of a choice, and the pool that it chooses from.
 
     Attributes:
         teachers: The pool it chooses from: teachers, or their kinds for those with default
@@ -186,7 +186,7 @@ class Choice(LSTMPolicy):
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, ChoiceState, Tensor]:
-        """One differentiable step, and what was chosen.
+        """One differentiable step, with the mixture that was chosen.
 
         Args:
             grad: The optimizee's gradient, shape (N,).
@@ -228,18 +228,18 @@ class Choice(LSTMPolicy):
         ranks: Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, ChoiceState, Tensor]:
-        how, settings = self.config, self.config.settings
+        config, settings = self.config, self.config.settings
         lr_head = []
-        if how.lr_multiplier_scale:
+        if config.lr_multiplier_scale:
             weights, lr_head = weights[:-2], weights[-2:]
         u, m, v, x = pool_inputs(
-            *(grad, state.m, state.v, ranks, state.steps / how.time_scale),
+            *(grad, state.m, state.v, ranks, state.steps / config.time_scale),
             [KINDS.index(kind) for kind in settings.kinds],
             *(settings.lr, settings.beta1, settings.beta2, settings.eps),
         )
         out, h, c = lstm.step(x, state.h, state.c, weights)
         logits = torch.addmm(weights[-1][:, None], weights[-2], out)
-        if not how.hardness:
+        if not config.hardness:
             mixture = soft_mixture(logits)
         elif generator is None:
             winner = functional.one_hot(logits.argmax(0), logits.shape[0])
@@ -250,17 +250,17 @@ class Choice(LSTMPolicy):
             )
             tiny = torch.finfo(logits.dtype).tiny
             gumbel = -(-uniform.clamp_min(tiny).log()).log()
-            mixture = (how.hardness * (logits + gumbel.to(logits.device))).softmax(0)
+            mixture = (config.hardness * (logits + gumbel.to(logits.device))).softmax(0)
         if lr_head:
             factor = torch.addmm(lr_head[1][:, None], lr_head[0], out).tanh()
-            u = u * (how.lr_multiplier_scale * factor).exp()
-        update = how.learning_rate * (mixture * u).sum(0)
+            u = u * (config.lr_multiplier_scale * factor).exp()
+        update = config.learning_rate * (mixture * u).sum(0)
         return update, ChoiceState(m, v, h, c, state.steps + 1), mixture
 
     def warm_up(
         self, grad: Tensor, state: ChoiceState, *, layout: Layout | None = None
     ) -> ChoiceState:
-        """The state after a warm-up step's gradient: moments and time move, the LSTM waits."""
+        """The state after a warm-up step's gradient: moments and time move, the LSTM does not."""
         _, m, v = step_together(
             self.config.pool, grad.expand_as(state.m), state.m, state.v, backend="reference"
         )

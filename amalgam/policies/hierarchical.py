@@ -18,7 +18,7 @@ _LOGIT_0999 = math.log(0.999 / 0.001)
 
 
 class ScaleState(NamedTuple):
-    """What :class:`ScaleHierarchical` carries, for S timescales, N coordinates, T tensors.
+    """The state of a :class:`ScaleHierarchical`, for S timescales, N coordinates, T tensors.
 
     Attributes:
         m: Means of the gradient over every timescale, shape (S, N).
@@ -41,7 +41,7 @@ class ScaleState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleHierarchicalConfig(PolicyConfig):
-    """What a :class:`ScaleHierarchical` is, beside its weights.
+    """Architecture and constants of a :class:`ScaleHierarchical`.
 
     Attributes:
         param_units: Units of the coordinates' GRU.
@@ -140,17 +140,17 @@ class ScaleHierarchical(ReferencePolicy):
 
     def build(self, generator: torch.Generator | None) -> None:
         """Make the three GRUs, then the heads, which draw nothing."""
-        how = self.config
-        units = how.param_units
-        inputs = 2 * how.timescales + 1 + how.tensor_units + how.global_units
+        config = self.config
+        units = config.param_units
+        inputs = 2 * config.timescales + 1 + config.tensor_units + config.global_units
         self.param_gru = _GRU(inputs, units, generator)
-        self.tensor_gru = _GRU(units + how.global_units, how.tensor_units, generator)
-        self.global_gru = _GRU(how.tensor_units, how.global_units, generator)
+        self.tensor_gru = _GRU(units + config.global_units, config.tensor_units, generator)
+        self.global_gru = _GRU(config.tensor_units, config.global_units, generator)
         self.direction = zero_head(units, 1)
         self.rate = zero_head(units, 1)
         self.decay_m = zero_head(units, 1, _LOGIT_09)
         self.decay_v = zero_head(units, 1, _LOGIT_0999)
-        self.shortcut = zero_head(how.timescales, 1)
+        self.shortcut = zero_head(config.timescales, 1)
         self.gamma = nn.Parameter(torch.tensor(3.2))
 
     def weights(self) -> list[Tensor]:
@@ -161,19 +161,19 @@ class ScaleHierarchical(ReferencePolicy):
 
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> ScaleState:
         """The state before the first step, of coordinates like these, shape (N,)."""
-        how, n = self.config, like.numel()
+        config, n = self.config, like.numel()
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=self.gamma.dtype, device=like.device)
 
         return ScaleState(
-            m=zeros(how.timescales, n),
-            v=zeros(how.timescales, n),
-            eta=torch.full_like(zeros(n), math.log(how.initial_lr)),
+            m=zeros(config.timescales, n),
+            v=zeros(config.timescales, n),
+            eta=torch.full_like(zeros(n), math.log(config.initial_lr)),
             eta_rel=zeros(n),
-            h=zeros(how.param_units, n),
-            tensor=zeros(how.tensor_units, len(_sizes(like, layout))),
-            whole=zeros(how.global_units, 1),
+            h=zeros(config.param_units, n),
+            tensor=zeros(config.tensor_units, len(_sizes(like, layout))),
+            whole=zeros(config.global_units, 1),
         )
 
     def compute(
@@ -184,7 +184,7 @@ class ScaleHierarchical(ReferencePolicy):
         Raises:
             ValueError: ``layout`` does not fit the gradient, or the state.
         """
-        sizes, how = _sizes(grad, layout), self.config
+        sizes, config = _sizes(grad, layout), self.config
         if state.tensor.shape[1] != len(sizes):
             raise ValueError(
                 f"layout must have the {state.tensor.shape[1]} tensors that the state was made "
@@ -193,14 +193,14 @@ class ScaleHierarchical(ReferencePolicy):
         gamma, heads = weights[-1], [weights[i : i + 2] for i in range(9, 19, 2)]
         direction, rate, decay_m, decay_v, shortcut = heads
 
-        powers = torch.tensor([0.5**s for s in range(how.timescales)], dtype=grad.dtype)
+        powers = torch.tensor([0.5**s for s in range(config.timescales)], dtype=grad.dtype)
         powers = powers.to(grad.device)[:, None]
         beta1 = _head(state.h, decay_m).sigmoid() ** powers
         beta2 = _head(state.h, decay_v).sigmoid() ** powers
         m = beta1 * state.m + (1 - beta1) * grad
         v = beta2 * state.v + (1 - beta2) * grad.square()
-        average = m * (v + how.eps).rsqrt()
-        magnitude = (v + how.eps).log()
+        average = m * (v + config.eps).rsqrt()
+        magnitude = (v + config.eps).log()
         magnitude = magnitude - magnitude.mean(0)
 
         x = torch.cat(
@@ -220,7 +220,9 @@ class ScaleHierarchical(ReferencePolicy):
         keep = gamma.sigmoid()
         eta = keep * state.eta + (1 - keep) * eta_now
         mean_eta = _to_coordinates(_to_tensors(eta_now[None], sizes), sizes)[0]
-        update = (eta_now.exp() + how.lr_offset) * (_head(h, direction) + _head(average, shortcut))
+        update = (eta_now.exp() + config.lr_offset) * (
+            _head(h, direction) + _head(average, shortcut)
+        )
         whole = state.whole
         if sizes:
             whole = _gru(tensor.mean(1, keepdim=True), whole, weights[6:9])

@@ -1,4 +1,4 @@
-"""What the policies share whose weights are an LSTM's and a linear head's."""
+"""Base classes of the policies that are an LSTM with a linear head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LSTMConfig(PolicyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MomentConfig(LSTMConfig):
-    """An LSTM, and the moments of the gradient that it sees.
+    """The size of an LSTM, and the constants of the moments that it sees.
 
     Attributes:
         beta1: Decay of the first moment, in [0, 1).
@@ -133,12 +133,12 @@ class MomentPolicy(LSTMPolicy):
     def warm_up(
         self, grad: Tensor, state: StudentState, *, layout: Layout | None = None
     ) -> StudentState:
-        """The state after a warm-up step's gradient: the moments move, the LSTM waits."""
+        """The state after a warm-up step's gradient: the moments move, the LSTM does not."""
         m, v = self.moments(grad, state)
         return state._replace(m=m, v=v)
 
     def moments(self, grad: Tensor, state: StudentState) -> tuple[Tensor, Tensor]:
         """The new first and second moment, (N,) each."""
-        how = self.config
-        settings = StepSettings(beta1=how.beta1, beta2=how.beta2, eps=how.eps)
+        config = self.config
+        settings = StepSettings(beta1=config.beta1, beta2=config.beta2, eps=config.eps)
         return ops.update_moments(grad, state.m, state.v, settings)

@@ -53,7 +53,7 @@ def policy_type(name: str) -> type[Policy]:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """What a policy is, beside its weights: base of the configurations, all of which JSON can hold.
+    """Base of the configurations: architecture and constants of a policy, which JSON can hold.
 
     Attributes:
         warmup_steps: Steps of SGD before the policy acts, in meta-training and after.
@@ -117,7 +117,7 @@ class Policy(nn.Module, ABC):
         if "." in cls.kind:
             return
         known = POLICIES.get(cls.kind)
-        # A notebook's cell, run again, defines its class again.
+        # A notebook's cell that runs again defines its class again.
         if known is not None and f"{known.__module__}.{known.__qualname__}" != path:
             raise ValueError(
                 f"kind must be unlike every other policy's, but that of {path}, {cls.kind!r}, is "
@@ -179,7 +179,7 @@ class Policy(nn.Module, ABC):
             weights: Weights to use in place of its own, in the order of :meth:`weights`.
             layout: Which tensors the coordinates are, the same as in :meth:`initial_state`.
             generator: Source of the noise that some policies train with; ``None`` for none, as
-                when an optimizee is trained in earnest.
+                when an optimizee is trained after meta-training.
             backend: What computes it.
 
         Returns:

@@ -16,7 +16,7 @@ _MEMBERS = tuple(name for name in vars(AnyTeacher) if not name.startswith("_"))
 
 
 class PoolState(NamedTuple):
-    """What the teachers of a pool carry from step to step, for N coordinates each.
+    """The state of a pool, for N coordinates.
 
     Attributes:
         m: First moments of the A analytical teachers, shape (A, N); rows of teachers without one
@@ -33,8 +33,8 @@ class PoolState(NamedTuple):
 class Pool:
     """Several teachers, each on its own trajectory.
 
-    What they carry is a :class:`PoolState`; :func:`state_tensors` says what of it a file is to
-    keep. One call of a fused kernel steps all analytical teachers; the others step one by one.
+    One call of a fused kernel steps all analytical teachers; the others step one by one. The state
+    is a :class:`PoolState`, which :func:`state_tensors` makes fit for a file.
 
     Args:
         teachers: The teachers: :class:`Teacher`, :class:`TorchTeacher`, :class:`PolicyTeacher`, or
@@ -151,7 +151,7 @@ class Pool:
     ) -> PoolState:
         """The state after a warm-up step's gradients (K, N); no teacher moves its parameters.
 
-        Moments move. What else moves is each teacher's to say: of a frozen policy the LSTM waits.
+        The moments of analytical teachers move; the other teachers have a ``warm_up`` of their own.
 
         Args and Raises: see :meth:`step`.
         """
@@ -165,8 +165,8 @@ class Pool:
         """The new state of the teachers that moved, and the old one of the others.
 
         Args:
-            moved: Who moved, booleans (K,) or, where the coordinates are several optimizees' one
-                after another, (K, optimizees).
+            moved: Which teachers moved, booleans (K,); or (K, optimizees), where the coordinates
+                are those of several optimizees, one after another.
             new: The state after the step.
             old: The state before it.
         """
@@ -190,7 +190,7 @@ class Pool:
     def _calls(
         self, grads: Tensor, state: PoolState, params: Tensor | None, layout: Layout | None
     ) -> list[tuple[int, AnyTeacher, tuple[Tensor, Tensor, Any, Layout]]]:
-        """The other teachers, by their place in the pool, and what each is to step with.
+        """The teachers that step one by one: place in the pool, teacher, and arguments of its step.
 
         Raises:
             ValueError: There are such teachers, and ``params`` or ``layout`` is absent or does not

@@ -17,7 +17,7 @@ from amalgam.policies.policy import check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(MomentConfig):
-    """What a student is, beside its weights.
+    """Architecture and constants of a student.
 
     Attributes:
         layers: LSTM layers, 1 or more.

@@ -122,7 +122,7 @@ class Teacher:
     eps: float = 1e-10
 
     def __post_init__(self) -> None:
-        """Fill what depends on the kind, and refuse what can't be."""
+        """Fill in what depends on the kind, and refuse what can't be computed."""
         if self.kind not in ops.KINDS:
             raise ValueError(f"kind must be one of {list(ops.KINDS)}, not {self.kind!r}")
         if self.lr is None:

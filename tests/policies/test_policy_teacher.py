@@ -88,7 +88,7 @@ def test_two_of_a_kind_are_told_apart() -> None:
 
 
 def test_an_optimizee_of_real_data_is_trained() -> None:
-    """The choice of two teachers that work lowers the loss of what it trains."""
+    """A choice between two working teachers lowers the loss of the optimizee."""
     task = tasks.load("digits-mlp", 64)
     pool = Pool([PolicyTeacher(make("choice"))])
     params = task.init_params(generator_for(0))[None]

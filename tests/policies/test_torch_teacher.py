@@ -1,4 +1,4 @@
-"""Torch's optimizers as teachers go where the same optimizers go on a module."""
+"""Torch's optimizers as teachers reach the parameters that they reach on a module."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -213,7 +213,7 @@ def test_steps_work_without_gradient_mode() -> None:
 
 
 def test_warm_up_moves_the_state_and_not_the_parameters() -> None:
-    """After warm-up Adam is where two steps at the warm parameters would have left its moments."""
+    """Warm-up leaves Adam's moments as two steps with the same gradients do."""
     pool, params = Pool([TEACHERS["adam"], "sgd"]), start(2)
     state = pool.initial_state(params[0])
     kept = params.clone()
