@@ -38,7 +38,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.unroll=20"),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: strategy.unroll=20"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
     device: Annotated[

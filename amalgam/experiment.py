@@ -26,7 +26,7 @@ from amalgam.evaluation.contenders import (
 )
 from amalgam.evaluation.report import record
 from amalgam.meta import Trainer, distributed
-from amalgam.meta.trainer import METRICS
+from amalgam.meta.run_folder import METRICS
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
@@ -100,9 +100,9 @@ class Experiment:
             self.pool,
             self.folder,
             training=recipe.training,
-            strategy=recipe.strategy and recipe.strategy.settings,
+            strategy=recipe.strategy.settings,
             perturbation=recipe.perturbation and recipe.perturbation.settings,
-            estimator=recipe.estimator,
+            estimator=recipe.estimator.settings,
         )
 
     def _here(self, task: Task) -> Task:
@@ -119,7 +119,6 @@ class Experiment:
             pool,
             folder=folder,
             amalgamation=recipe.amalgamation,
-            stages=recipe.stages,
             memory=recipe.memory,
             task_weights=[task.weight for task in recipe.tasks],
             seed=self.seed,
@@ -142,6 +141,11 @@ class Experiment:
                 f"or choose another folder (--out)"
             )
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if "unroll" in stored["resolved"]["training"]:
+            raise RecipeError(
+                f"{str(self.folder)!r} holds a run of an earlier version of amalgam, which had "
+                f"training.unroll; finish it with that version, or choose another folder"
+            )
         stored["resolved"]["device"] = self.recipe.device  # The one key that may change.
         for key in ("seed", "resolved"):
             difference = _difference(stored[key], about[key], key.replace("resolved", "recipe"))

@@ -65,7 +65,7 @@ def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     ax.legend(frameon=False)
 
     ax = axes[1, 0]
-    # Strategies that choose among periods validate by the meta-loss, stages by the final loss.
+    # Strategies that go back validate by the meta-loss, the others by the final loss.
     key = "meta_validation" if any("meta_validation" in row for row in metrics) else "validation"
     validated = [row for row in metrics if row.get(key) is not None]
     ax.plot(

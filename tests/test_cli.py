@@ -32,12 +32,14 @@ layers = 1
 hidden = 4
 warmup_steps = 3
 [training]
-unroll = 4
 checkpoint_every = 3
 validate_every = 10
 validation_steps = 4
 validation_seeds = 1
-[[stages]]
+[strategy]
+kind = "stages"
+unroll = 4
+[[strategy.stages]]
 episodes = 15
 windows = 2
 [evaluation]
@@ -191,15 +193,15 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path, ch
     about = ours.provenance
     assert about["seed"] == 3
     assert about["recipe"] == "tiny"
-    assert about["resolved"]["training"]["unroll"] == 4
+    assert about["resolved"]["strategy"]["unroll"] == 4
     assert about["amalgam_version"]
     assert "digits-mlp" in about["data"]
 
     refused = run("train", tiny, "--out", cut, "--seed", 3, fails=True)
     assert "holds a run already" in refused.stderr
-    changed = ["--set", "training.unroll=5"]
+    changed = ["--set", "strategy.unroll=5"]
     refused = run("train", tiny, "--out", cut, "--seed", 3, "--resume", *changed, fails=True)
-    assert "recipe.training.unroll is 4 there and 5 here" in refused.stderr
+    assert "recipe.strategy.unroll is 4 there and 5 here" in refused.stderr
     refused = run("train", tiny, "--out", cut, "--seed", 4, "--resume", fails=True)
     assert "seed is 3 there and 4 here" in refused.stderr
     refused = run(
@@ -243,7 +245,7 @@ def test_a_two_stage_run_killed_in_both_stages_ends_in_the_same_bytes(tmp_path, 
 
 
 def test_replicates_are_evaluated_and_their_spread_is_reported(tiny, tmp_path) -> None:
-    short = ["--set", "stages=[{episodes=2}]", "--set", "replicates=3"]
+    short = ["--set", "strategy.stages=[{episodes=2}]", "--set", "replicates=3"]
     done = run("train", tiny, "--out", tmp_path / "run", *short)
     for expected in ("student 0", "student 2", "between 3 replicates"):
         assert expected in done.stdout
@@ -284,7 +286,7 @@ def together(*arguments: object) -> subprocess.CompletedProcess[str]:
 @needs_gloo
 def test_torchrun(tiny, tmp_path) -> None:
     """One process reports, evaluates and writes; an error is shown once."""
-    out, short = tmp_path / "run", ["--set", "stages=[{episodes=2}]", "--set", "threads=1"]
+    out, short = tmp_path / "run", ["--set", "strategy.stages=[{episodes=2}]", "--set", "threads=1"]
     train = ["-m", "amalgam.cli", "train", tiny]
     done = together(*train, "--out", out, *short)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -300,8 +302,8 @@ def test_torchrun(tiny, tmp_path) -> None:
     refused = together(*train, "--out", out, *short)
     assert refused.returncode != 0
     assert (refused.stdout + refused.stderr).count("holds a run already") == 1
-    wrong = together(*train, "--out", tmp_path / "x", "--set", "training.unrol=3")
-    assert (wrong.stdout + wrong.stderr).count("the nearest is 'training.unroll'") == 1
+    wrong = together(*train, "--out", tmp_path / "x", "--set", "strategy.unrol=3")
+    assert (wrong.stdout + wrong.stderr).count("the nearest is 'strategy.unroll'") == 1
     assert not (tmp_path / "x").exists()
 
 
@@ -333,9 +335,9 @@ def test_a_dead_processs_traceback_shows_once(tiny, tmp_path) -> None:
 
 
 def test_errors_have_no_traceback(tiny, tmp_path) -> None:
-    done = run("train", tiny, "--out", tmp_path / "x", "--set", "training.unrol=3", fails=True)
+    done = run("train", tiny, "--out", tmp_path / "x", "--set", "strategy.unrol=3", fails=True)
     assert done.stderr.strip().startswith("error:")
-    assert "the nearest is 'training.unroll'" in done.stderr
+    assert "the nearest is 'strategy.unroll'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
     done = run("evaluate", tmp_path / "none.safetensors", fails=True)

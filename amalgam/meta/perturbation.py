@@ -15,9 +15,8 @@ which they are. Noise on the gradients that the student sees is :class:`InputNoi
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -285,44 +284,4 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "adaptive_pgd": (AdaptivePGD, {"normalise": True}),
     "cgd": (AdaptivePGD, {"normalise": False}),
 }
-"""What :func:`make` makes of a kind: a class, and the fields that the kind settles."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "gaussian": {"kind": "gaussian", "std": 1e-3},
-    "gaussian_rel": {"kind": "gaussian_rel", "std": 5e-4},
-    "fgsm": {"kind": "fgsm", "step_size": 1e-3},
-    "pgd": {"kind": "pgd", "steps": 1, "magnitude": 1e-4, "norm": "inf", "lr": 0.1},
-    "cgd": {"kind": "cgd", "steps": 1, "magnitude": 1e-3},
-}
-"""The authors' presets, as recipes of :func:`make`."""
-
-
-def make(recipe: Mapping[str, Any]) -> Perturbation:
-    """A perturbation from a recipe.
-
-    Args:
-        recipe: ``kind``, one of ``gaussian`` and ``gaussian_rel`` (drawn in every inner step),
-            ``persistent_gaussian`` and ``persistent_gaussian_rel`` (once a window), ``fgsm``,
-            ``pgd`` (projects psi), ``pgd_clipped_gradient`` (the paper's), ``adaptive_pgd`` (the
-            paper's) and ``cgd`` (the authors' code's); and the fields of that kind's class that
-            the kind does not settle.
-
-    Raises:
-        ValueError: There is no such kind, a field is not that kind's, or is out of range.
-    """
-    fields = dict(recipe)
-    kind = fields.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(
-            f"kind must be one of {list(KINDS)}, not {kind!r}{did_you_mean(kind, KINDS)}"
-        )
-    constructor, settled = KINDS[kind]
-    known = [name for name in inspect.signature(constructor).parameters if name not in settled]
-    for name in fields:
-        if name not in known:
-            raise ValueError(
-                f"a {kind} perturbation has the fields {known}, not {name!r}"
-                f"{did_you_mean(name, known)}"
-            )
-    made: Perturbation = constructor(**settled, **fields)
-    return made
+"""The perturbations by their names in recipes: a class, and the fields that the name settles."""

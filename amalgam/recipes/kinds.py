@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from amalgam import dotted, ops
 from amalgam.hints import did_you_mean
-from amalgam.meta import Curriculum, Repeat, perturbation
-from amalgam.meta.curriculum import choice_strategy, simple
+from amalgam.meta import Repeat, perturbation
+from amalgam.meta.curriculum import STRATEGIES, choice_strategy, simple
+from amalgam.meta.estimators import ESTIMATORS
 from amalgam.policies import (
     POLICIES,
     AnyTeacher,
@@ -311,12 +312,12 @@ def _preset(strategy: Repeat, settled: tuple[str, ...] = ()) -> Kind:
 
 _POLICY_KINDS = {name: Kind(policy.config_type) for name, policy in POLICIES.items()}
 _STRATEGY_KINDS = {
-    "curriculum": Kind(Curriculum),
-    "repeat": Kind(Repeat),
+    **{name: Kind(strategy) for name, strategy in STRATEGIES.items()},
     "simple": _preset(simple(), ("repeat_threshold",)),
     "choice": _preset(choice_strategy()),
 }
 _TEACHER_KINDS = {**{kind: Kind(Teacher) for kind in ops.KINDS}, "policy": Kind(PolicyFile)}
+_ESTIMATOR_KINDS = {name: Kind(estimator) for name, estimator in ESTIMATORS.items()}
 _PERTURBATION_KINDS = {
     name: Kind(kind, settled=settled) for name, (kind, settled) in perturbation.KINDS.items()
 }
@@ -335,12 +336,14 @@ POLICY = Kinds(
 )
 STRATEGY = Kinds("strategy", _STRATEGY_KINDS)
 CHOICE_STRATEGY = Kinds("strategy", _STRATEGY_KINDS, "choice")
+ESTIMATOR = Kinds("estimator", _ESTIMATOR_KINDS, "truncation")
 PERTURBATION = Kinds("perturbation", _PERTURBATION_KINDS)
 TEACHER = Kinds("teachers", _TEACHER_KINDS, by_path=_own_teacher, bare=True)
 
 AnyPolicy = Annotated[Chosen, PlainValidator(POLICY), POLICY]
 AnyStrategy = Annotated[Chosen, PlainValidator(STRATEGY), STRATEGY]
 ChoiceStrategy = Annotated[Chosen, PlainValidator(CHOICE_STRATEGY), CHOICE_STRATEGY]
+AnyEstimator = Annotated[Chosen, PlainValidator(ESTIMATOR), ESTIMATOR]
 AnyPerturbation = Annotated[Chosen, PlainValidator(PERTURBATION), PERTURBATION]
 TeacherChoice = Annotated[
     Teacher | TorchOptimizer | OwnTeacher | PolicyFile, PlainValidator(TEACHER), TEACHER

@@ -25,6 +25,13 @@ SHIPPED = Path(__file__).parent
 # Short forms that only files have: key -> what stands for it in a Recipe.
 _SHORT: dict[str, Any] = {"task": TaskChoice, "student": policies.StudentConfig}
 
+# Keys that earlier versions had -> what to write now.
+_MOVED = {
+    "stages": 'write [strategy] with kind = "stages", and [[strategy.stages]] for each stage',
+    "training.unroll": "it is strategy.unroll now",
+    "choice.training.unroll": "it is choice.strategy.unroll now",
+}
+
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
@@ -42,8 +49,9 @@ def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
     Args:
         name_or_path: A name from :func:`shipped`, or a path to a TOML file.
-        overrides: ``"key=value"`` with dotted keys (``training.unroll=20``,
-            ``stages.0.episodes=3``) and TOML values; what is no TOML value counts as a string.
+        overrides: ``"key=value"`` with dotted keys (``strategy.unroll=20``,
+            ``strategy.stages.0.episodes=3``) and TOML values; what is no TOML value counts as a
+            string.
 
     Raises:
         FileNotFoundError: It is neither name nor file.
@@ -114,8 +122,6 @@ def _without_short_forms(content: Mapping[str, Any]) -> dict[str, Any]:
     for short, long in (("task", "tasks"), ("student", "policy")):
         if short in full and long in full:
             raise ValueError(f"{short} and {long} can't both be given; {short} is short for {long}")
-    if "stages" in full and "strategy" in full:
-        raise ValueError("stages and strategy can't both be given; either says what to train")
     missing = [
         f"{' or '.join(names)} is missing"
         for names in (("task", "tasks"), ("teachers", "choice"))
@@ -162,6 +168,8 @@ def _refuse_unknown(content: Any, kind: Any, path: tuple[str, ...]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, cutoff=0.0)
             dotted = ".".join((*path, key))
+            if dotted in _MOVED:
+                raise ValueError(f"there is no key {dotted!r} any more; {_MOVED[dotted]}")
             nearest = ".".join((*path, near[0]))
             raise ValueError(
                 f"there is no key {dotted!r}; the nearest is {nearest!r}, all are {known}"

@@ -11,14 +11,16 @@ from typing import Any
 
 from amalgam import policies, tasks
 from amalgam.device import resolve
-from amalgam.meta import Amalgamation, Estimator, Memory, Stage, Training
+from amalgam.meta import Amalgamation, Memory, Stages, Training, Truncation
 from amalgam.meta.curriculum import choice_strategy
 from amalgam.policies import ChoiceConfig, Pool, Teacher
 from amalgam.recipes.kinds import (
     CHOICE_STRATEGY,
+    ESTIMATOR,
     PERTURBATION,
     POLICY,
     STRATEGY,
+    AnyEstimator,
     AnyPerturbation,
     AnyPolicy,
     AnyStrategy,
@@ -127,8 +129,7 @@ class Recipe(MadeOnce):
         choice: The choice to train first, as the one teacher.
         amalgamation: How the student is held to task and teachers.
         training: How meta-training proceeds.
-        stages: Its stages.
-        strategy: What says what to train, in the stages' place.
+        strategy: Which unrolls are trained, period by period; ``Stages()`` where a file gives none.
         estimator: How meta-gradients are estimated.
         memory: How much memory a window may take for its backward pass.
         perturbation: Perturbation of the weights that the meta-gradient is taken at.
@@ -148,9 +149,8 @@ class Recipe(MadeOnce):
     choice: ChoiceTraining | None = None
     amalgamation: Amalgamation = field(default_factory=Amalgamation)
     training: Training = field(default_factory=Training)
-    stages: tuple[Stage, ...] = (Stage(),)
-    strategy: AnyStrategy | None = None
-    estimator: Estimator = field(default_factory=Estimator)
+    strategy: AnyStrategy = field(default_factory=lambda: Chosen("stages", Stages()))
+    estimator: AnyEstimator = field(default_factory=lambda: Chosen("truncation", Truncation()))
     memory: Memory = field(default_factory=Memory)
     perturbation: AnyPerturbation | None = None
     replicates: int = 1
@@ -165,18 +165,18 @@ class Recipe(MadeOnce):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, not {value}")
         resolve(self.device)
-        for name in ("stages", "tasks"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must hold at least one {name.removesuffix('s')}")
+        if not self.tasks:
+            raise ValueError("tasks must hold at least one task")
         if self.choice is not None and self.teachers:
             raise ValueError(
                 "teachers must be none beside a choice, which is the one teacher; "
                 "those that it chooses from are choice.policy.teachers"
             )
-        if self.replicates > 1 and self.strategy is not None:
+        if self.replicates > 1 and self.strategy.settings.goes_back:
             raise ValueError(
-                f"replicates must be 1 with a strategy, which goes back to earlier weights, not "
-                f"{self.replicates}; train by stages, or one after another (--seed)"
+                f"replicates must be 1 with a strategy that goes back to earlier weights, as "
+                f"{self.strategy.kind!r} does, not {self.replicates}; train by stages, or one "
+                f"after another (--seed)"
             )
         names = self.pool.names
         if len(set(names)) < len(names):
@@ -208,19 +208,24 @@ class Recipe(MadeOnce):
     def as_dict(self) -> dict[str, Any]:
         """The recipe as JSON can hold it, everything that was left to defaults spelled out."""
         content = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        for kinds, name in ((POLICY, "policy"), (STRATEGY, "strategy")):
+        for name, kinds in _CHOSEN.items():
             chosen = getattr(self, name)
             content[name] = chosen and kinds.as_table(chosen)
         if self.choice is not None:
             content["choice"]["strategy"] = CHOICE_STRATEGY.as_table(self.choice.strategy)
-        if self.perturbation is not None:
-            content["perturbation"] = PERTURBATION.as_table(self.perturbation)
-        if self.strategy is not None:
-            del content["stages"]
-        absent = ("strategy", "perturbation", "choice")
-        content = {n: v for n, v in content.items() if v is not None or n not in absent}
+        for name in ("perturbation", "choice"):
+            if content[name] is None:
+                del content[name]
         resolved: dict[str, Any] = json.loads(json.dumps(content))
         return resolved
+
+
+_CHOSEN = {
+    "policy": POLICY,
+    "strategy": STRATEGY,
+    "estimator": ESTIMATOR,
+    "perturbation": PERTURBATION,
+}
 
 
 def _plain(value: Any) -> Any:

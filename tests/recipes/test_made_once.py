@@ -37,9 +37,11 @@ layers = 1
 hidden = 4
 warmup_steps = 1
 [training]
-unroll = 2
 validate_every = 0
-[[stages]]
+[strategy]
+kind = "stages"
+unroll = 2
+[[strategy.stages]]
 episodes = 2
 [evaluation]
 tasks = ["digits-mlp", "digits-cnn", "digits-mlp"]

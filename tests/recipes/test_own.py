@@ -127,12 +127,14 @@ arguments = { decay = 0.01 }
 kind = "own_things.MyPolicy"
 gain = 0.2
 [training]
-unroll = 3
 checkpoint_every = 1
 validate_every = 2
 validation_steps = 2
 validation_seeds = 1
-[[stages]]
+[strategy]
+kind = "stages"
+unroll = 3
+[[strategy.stages]]
 episodes = 2
 windows = 2
 [evaluation]
