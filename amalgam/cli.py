@@ -111,10 +111,11 @@ def evaluate(
         typer.Argument(help="Learned optimizers: names of shipped ones, or paths."),
     ],
     task: Annotated[
-        list[str] | None, typer.Option(help="Task; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Task, or the dotted path of your own; may be given several times."),
     ] = None,
     teacher: Annotated[
-        list[str] | None, typer.Option(help="A teacher to stand beside them, at the paper's rate.")
+        list[str] | None, typer.Option(help="A teacher to compare with, at the paper's rate.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 500,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,

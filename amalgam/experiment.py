@@ -1,8 +1,9 @@
-"""A recipe, run to its end: meta-training, the closing tables, the plots.
+"""The run of a recipe: meta-training, the closing tables, the plots.
 
-The run folder: ``recipe.json`` (all resolved), ``metrics.jsonl``, ``checkpoint.safetensors``,
-``student.safetensors`` (of replicates in ``replicate-0/``, ...), ``evaluation.json`` and
-``evaluation.md``, ``plots/``; and ``choice/``, likewise, where a choice is trained first.
+A run's folder holds ``recipe.json`` (with every key spelled out), ``metrics.jsonl``,
+``checkpoint.safetensors``, ``student.safetensors`` (several replicates have one each, in
+``replicate-0/`` and so on), ``evaluation.json``, ``evaluation.md`` and ``plots/``. Where a choice
+is trained first, ``choice/`` holds the same of it.
 """
 
 from __future__ import annotations
@@ -40,18 +41,20 @@ class Experiment:
     """One run of a recipe in one folder; sets PyTorch's threads as the recipe says.
 
     Args:
-        recipe: What to run.
-        folder: Where; made where missing.
+        recipe: The recipe, whose tasks and teachers the run takes.
+        folder: The run folder; made where missing.
         name: The recipe's name, for the student's provenance.
         seed: Decides everything random.
-        resume: Go on where the folder's run stopped, which may have been on another device.
+        resume: Whether to go on where the folder's run stopped, if it holds one. It may have been
+            on another device.
 
     Attributes:
-        meta_steps: How many each training that is over took: the choice's, the student's.
+        tasks: The tasks to meta-train on, on the run's device.
+        meta_steps: Meta-steps of each training that is over: the choice's, the student's.
 
     Raises:
-        FileExistsError: The folder holds a run and ``resume`` was not asked for.
-        RecipeError: ``resume`` was asked for with another recipe or seed than the folder's.
+        FileExistsError: The folder holds a run, and ``resume`` was not given.
+        RecipeError: The folder holds a run of another recipe or seed, or of an earlier version.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class Experiment:
         )
 
     def _settle(self) -> None:
-        """Write down what this folder runs, or hold it against what is written there."""
+        """Write ``recipe.json``; or check that the one that is there says the same."""
         path = self.folder / RECIPE
         about = {"recipe": self._name, "seed": self.seed, "resolved": self.recipe.as_dict()}
         if not path.exists():
@@ -164,8 +167,8 @@ class Experiment:
 
         Args:
             report: Called with each meta-step's metrics; of replicates, the first one's.
-            begin: Called before a policy is trained, with its name and the meta-steps that takes,
-                ``None`` where a strategy finds out on the way.
+            begin: Called before a policy is trained, with its name and its meta-steps, which are
+                ``None`` where they depend on how training goes.
 
         Returns:
             The student, or all replicates.
