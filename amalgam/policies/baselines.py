@@ -37,14 +37,10 @@ class DMState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DMConfig(LSTMConfig):
-    """Architecture and constants of a :class:`DM`.
+    """Architecture and constants of a :class:`DM`: those of :class:`LSTMConfig`, and one more.
 
     Attributes:
-        layers: LSTM layers, 1 or more.
-        hidden: Units in each.
         learning_rate: Factor on the head's output.
-        warmup_steps: Steps of SGD before the policy acts, in meta-training and after.
-        warmup_lr: The learning rate of those steps.
     """
 
     learning_rate: float = 0.1
@@ -60,10 +56,7 @@ class DM(LSTMPolicy, ReferencePolicy):
 
     ``update = learning_rate (head . LSTM(g) + head_bias)``, on raw gradients.
 
-    Args:
-        config: Its architecture and constants.
-        generator: Source of its initial weights; torch's global one where absent.
-        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    It takes the arguments of :class:`Policy`.
     """
 
     kind = "dm"
@@ -95,16 +88,11 @@ class DM(LSTMPolicy, ReferencePolicy):
 class DynamicRateConfig(MomentConfig):
     """Architecture and constants of an :class:`AdamLR` or :class:`RMSPropLR`.
 
+    They are those of :class:`MomentConfig`, and one more.
+
     Attributes:
-        layers: LSTM layers, 1 or more.
-        hidden: Units in each.
         alpha: Learning rate where the LSTM's output is 0; the LSTM multiplies it by a factor
             between 1/e and e.
-        beta1: Decay of the first moment, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1).
-        eps: Added to the second moment inside the root.
-        warmup_steps: Steps of SGD before the policy acts, in meta-training and after.
-        warmup_lr: The learning rate of those steps.
     """
 
     alpha: float = 0.1
@@ -119,15 +107,10 @@ class DynamicRateConfig(MomentConfig):
 class RNNPropExtConfig(MomentConfig):
     """Architecture and constants of an :class:`RNNPropExt`.
 
+    They are those of :class:`MomentConfig`, and one more.
+
     Attributes:
-        layers: LSTM layers, 1 or more.
-        hidden: Units in each.
         learning_rate: Largest update of a coordinate in one step.
-        beta1: Decay of the first moment, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1).
-        eps: Added to the second moment inside the root.
-        warmup_steps: Steps of SGD before the policy acts, in meta-training and after.
-        warmup_lr: The learning rate of those steps.
     """
 
     learning_rate: float = 0.001
@@ -157,10 +140,7 @@ class RNNPropExt(_NormalisedPolicy):
     r = sqrt(v / (1 - beta2) + eps), every layer and the head see their predecessor's output and
     x0: ``update = learning_rate tanh(head . [LSTM, x0] + head_bias)``. The head begins at zero.
 
-    Args:
-        config: Its architecture and constants.
-        generator: Source of its initial weights; torch's global one where absent.
-        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    It takes the arguments of :class:`Policy`.
     """
 
     kind = "rnnprop-ext"
@@ -222,10 +202,7 @@ class AdamLR(_DynamicRate):
     The LSTM sees [m~, g~], as the student's does: m~ = m / (1 - beta1) / r, g~ = g / r and
     r = sqrt(v / (1 - beta2) + eps).
 
-    Args:
-        config: Its architecture and constants.
-        generator: Source of its initial weights; torch's global one where absent.
-        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    It takes the arguments of :class:`Policy`.
     """
 
     kind = "adam-lr"
@@ -238,10 +215,7 @@ class AdamLR(_DynamicRate):
 class RMSPropLR(_DynamicRate):
     """RMSProp's direction at a learned rate: :class:`AdamLR` with g~ where that has m~.
 
-    Args:
-        config: Its architecture and constants.
-        generator: Source of its initial weights; torch's global one where absent.
-        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    It takes the arguments of :class:`Policy`.
     """
 
     kind = "rmsprop-lr"

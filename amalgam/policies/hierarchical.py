@@ -125,10 +125,7 @@ class ScaleHierarchical(ReferencePolicy):
     Every head begins with a zero kernel, so that the first updates are zero. All of an optimizee's
     tensors are stepped together; a layout says which they are, and without one they are one tensor.
 
-    Args:
-        config: Its architecture and constants.
-        generator: Source of its initial weights; torch's global one where absent.
-        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    It takes the arguments of :class:`Policy`.
     """
 
     kind = "scale-hierarchical"

@@ -102,12 +102,12 @@ class AnyTeacher(Protocol):
 
 @dataclass(frozen=True)
 class Teacher:
-    """One analytical teacher; :mod:`amalgam.operations.teacher_step` has its update rule.
+    """One analytical teacher; its update rule stands in :mod:`amalgam.operations.teacher_step`.
 
     Attributes:
         kind: One of :data:`amalgam.ops.KINDS`.
-        lr: Learning rate; the paper's for that kind where ``None``. The paper does not rate the two
-            adaptive variants; theirs is RMSProp's.
+        lr: Learning rate; the paper's for that kind where ``None`` (the two adaptive variants,
+            which it does not rate, take RMSProp's).
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1); 0.9 for RMSProp, else 0.999, where ``None``.
         eps: Added to the second moment inside the root.

@@ -68,6 +68,14 @@ def test_its_state_comes_back_from_a_file_as_it_was() -> None:
     assert straight_state.others[0]["counts"] == resumed_state.others[0]["counts"]
 
 
+def test_no_gradient_reaches_its_updates() -> None:
+    pool, params = Pool([Averaging()]), torch.ones(1, LAYOUT.numel, requires_grad=True)
+    (grads,) = gradients(1, 1)
+    state = pool.initial_state(params[0])
+    updates, _ = pool.step(grads.requires_grad_(), state, params=params, layout=LAYOUT)
+    assert not updates.requires_grad
+
+
 def test_warm_up_and_rest_are_its_own() -> None:
     pool, params = Pool([Averaging(), Averaging(0.2)]), torch.ones(2, LAYOUT.numel)
     begin = pool.initial_state(params[0])
