@@ -43,11 +43,8 @@ def with_tensors(nest: Any, values: Iterable[Tensor]) -> Any:
 
 
 def to_named(nest: Any) -> dict[str, Tensor]:
-    """The leaves of a nest by their numbers, ``"0"``, ``"1"``, and so on, numbers as tensors."""
-    return {
-        str(index): leaf if isinstance(leaf, Tensor) else torch.tensor(leaf)
-        for index, leaf in enumerate(leaves(nest))
-    }
+    """The leaves of a nest by their places, ``"0"``, ``"1"``, and so on, numbers as tensors."""
+    return {str(place): _as_tensor(leaf) for place, leaf in enumerate(leaves(nest))}
 
 
 def from_named(named: Mapping[str, Tensor], like: Any) -> Any:
@@ -92,6 +89,12 @@ def by_number(named: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         number, _, rest = name.partition(".")
         groups.setdefault(int(number), {})[rest] = tensor
     return groups
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
 
 
 def _map(change: Callable[[Any], Any], nest: Any) -> Any:

@@ -145,16 +145,16 @@ class Truncation:
             return generators(student, purpose, step, first + index)
 
         def window_at(
-            at: Weights, noise: Callable[[int], Weights] | None = None
+            chosen: Weights, noise: Callable[[int], Weights] | None = None
         ) -> tuple[Window, Tensor]:
             window = unroll.window(
-                begin, batches, at, noise=noise, draws=draws, input_noise=input_noise
+                begin, batches, chosen, noise=noise, draws=draws, input_noise=input_noise
             )
             return window, meta * window.meta_loss + imitation * window.imitation_loss
 
-        at, noise = weights, None
+        chosen, noise = weights, None
         if isinstance(perturbation, AdversarialPerturbation):
-            at = _climbed(weights, perturbation, lambda leaves: window_at(leaves)[1])
+            chosen = _climbed(weights, perturbation, lambda leaves: window_at(leaves)[1])
         elif perturbation is not None:
 
             def drawn(*purpose: int) -> Weights:
@@ -166,8 +166,8 @@ class Truncation:
             if perturbation.fresh_each_step:
                 noise = drawn
             else:
-                at = _added(weights, drawn())
-        window, loss = window_at(at, noise)
+                chosen = _added(weights, drawn())
+        window, loss = window_at(chosen, noise)
         return Estimate(window, loss.detach(), _gradients(loss, weights), [])
 
 

@@ -1,4 +1,4 @@
-"""Perturbations: what a student's weights are moved by while it is trained, for its stability.
+"""Perturbations of a student's weights in training, which make the student more stable.
 
 Stability-aware amalgamation (Optimizer Amalgamation, ICLR 2022) takes the meta-gradient at
 phi + psi, weights and perturbation, and applies it to phi. A *random* psi is drawn; an
@@ -9,8 +9,9 @@ phi + psi, weights and perturbation, and applies it to phi. A *random* psi is dr
         grads = gradients of the window's loss at weights + psi
         psi = perturbation.ascend(psi, weights, grads)
 
-Everything is per tensor of weights. Where paper and authors' code differ, both are here, and say
-which they are. Noise on the gradients that the student sees is :class:`InputNoise`.
+Everything is per tensor of weights. Where the paper and its authors' code differ, both are here,
+and the docstrings say which is which. :class:`InputNoise` is noise on the gradients that the
+student sees.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class AdversarialPerturbation(Protocol):
         ...
 
     def start(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The perturbation before the first climb: none."""
+        """The perturbation before the first climb: zeros."""
         ...
 
     def ascend(
@@ -75,15 +76,15 @@ class AdversarialPerturbation(Protocol):
 Perturbation = RandomPerturbation | AdversarialPerturbation
 
 
-def _check_positive(of: Any, *names: str) -> None:
+def _check_positive(settings: Any, *names: str) -> None:
     for name in names:
-        if not 0 < getattr(of, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, not {getattr(of, name)}")
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {getattr(settings, name)}")
 
 
-def _check_steps(of: Any) -> None:
-    if of.steps < 1:
-        raise ValueError(f"steps must be 1 or more, not {of.steps}")
+def _check_steps(settings: Any) -> None:
+    if settings.steps < 1:
+        raise ValueError(f"steps must be 1 or more, not {settings.steps}")
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Gaussian:
     tensor of the optimizee; here all its coordinates share a step's draw, as they share weights.
 
     Attributes:
-        std: Standard deviation; relative, over the tensor's root mean square.
-        relative: Whether it is.
+        std: Standard deviation; where relative, over the tensor's root mean square.
+        relative: Whether the noise is.
         fresh_each_step: Whether every inner step has its own draw (the authors' ``Random``), or
             the window one (their ``PersistentRandom``).
         floor: Added to the mean square where relative; 0 for the paper's form.
@@ -126,7 +127,7 @@ class Gaussian:
 
 
 class _FromZero:
-    """An adversarial perturbation begins at none."""
+    """An adversarial perturbation that begins at zero."""
 
     def start(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`AdversarialPerturbation.start`."""
@@ -164,12 +165,12 @@ class FGSM(_FromZero):
 class PGD(_FromZero):
     """Projected gradient descent (Madry et al. 2018), as the code or the paper of the authors.
 
-    The code projects what has gathered: psi <- project(psi + lr grad). The paper clips each
+    The code projects the sum so far: psi <- project(psi + lr grad). The paper clips each
     gradient: psi += lr clip(grad). Both by ``norm`` and ``magnitude``.
 
     Attributes:
         steps: Climbs.
-        magnitude: Radius of the ball that is projected on.
+        magnitude: Radius of the ball to project on.
         norm: ``"l2"``; ``"scale"``, l2 with the radius times the tensor's number of weights; or
             ``"inf"``, each weight on its own.
         lr: Factor on the gradients.
@@ -217,7 +218,7 @@ class AdaptivePGD(_FromZero):
         steps: Climbs.
         magnitude: Length of a step over that of the tensor of weights.
         normalise: Whether every step has that length, as in the paper. Otherwise it is the
-            longest, and shorter gradients are taken as they are, as in the authors' code ("CGD").
+            longest, and shorter gradients are added as they are, as in the authors' code ("CGD").
     """
 
     steps: int = 1
@@ -239,7 +240,7 @@ class AdaptivePGD(_FromZero):
             length = self.magnitude * weight.norm()
             if self.normalise:
                 norm = grad.norm()
-                # A gradient of zero has no direction; there psi stays.
+                # A gradient of zero has no direction, so psi stays.
                 climbed.append(p + grad * torch.where(norm > 0, length / norm, 0))
             else:
                 climbed.append(p + _clip_norm(grad, length))
@@ -247,7 +248,7 @@ class AdaptivePGD(_FromZero):
 
 
 def _clip_norm(x: Tensor, longest: Tensor) -> Tensor:
-    """``x``, shortened to a norm where it is longer."""
+    """``x``, shortened where its norm is larger than ``longest``."""
     norm = x.norm()
     return torch.where(norm > longest, x * (longest / norm), x)
 

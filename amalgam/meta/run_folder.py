@@ -124,7 +124,7 @@ class RunFolder:
         """Take over what was learned at a period's end."""
         tensors, _ = weight_files.read(self._period(name), "period")
         state.load_learned(tensors)
-        state.progress.at = name
+        state.progress.checkpoint = name
 
     def _period(self, name: str) -> Path:
         return self.path / PERIODS / f"{name}.safetensors"

@@ -28,7 +28,8 @@ class Progress:
         meta_step: Meta-steps done.
         done: Meta-steps done in this period.
         episodes: Episodes begun before this period.
-        at: The checkpoint of the period before, or another whose weights were loaded.
+        checkpoint: The checkpoint that this period began from: of the period before, or another one
+            whose weights were loaded.
         meta_losses: The meta-losses of this period, for its record.
         records: The periods that are over.
     """
@@ -36,7 +37,7 @@ class Progress:
     meta_step: int = 0
     done: int = 0
     episodes: int = 0
-    at: str = INITIAL
+    checkpoint: str = INITIAL
     meta_losses: list[float] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 

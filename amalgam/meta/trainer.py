@@ -204,15 +204,17 @@ class Trainer:
         if self.strategy.goes_back and not self.meta_step:
             self._files.save_period(INITIAL, state)
         with self._files.log(self.meta_step * len(state.replicates)) as log:
-            while isinstance(period := self.strategy.next(state.progress.records), Period):
-                self._train(period, log, report)
-        self._finish(period)
+            coming = self.strategy.next(state.progress.records)
+            while isinstance(coming, Period):
+                self._train(coming, log, report)
+                coming = self.strategy.next(state.progress.records)
+        self._finish(coming)
         return self.student
 
     def _train(self, period: Period, log: IO[str], report: Report | None) -> None:
         """Train a period, or what is left of it."""
         progress, every = self._state.progress, self.training.checkpoint_every
-        if not progress.done and progress.at != period.begin_from:
+        if not progress.done and progress.checkpoint != period.begin_from:
             self._files.load_period(period.begin_from, self._state)
         over = False
         while not over:
@@ -244,7 +246,7 @@ class Trainer:
         mean = math.fsum(progress.meta_losses) / len(progress.meta_losses)
         progress.records.append(Record.of(period, meta_loss=mean, validation=score))
         progress.episodes += period.training.episodes
-        progress.done, progress.at, progress.meta_losses = 0, period.name, []
+        progress.done, progress.checkpoint, progress.meta_losses = 0, period.name, []
         if self.strategy.goes_back:
             self._files.save_period(period.name, self._state)
         return metrics
@@ -299,7 +301,7 @@ class Trainer:
     def _finish(self, end: Finish) -> None:
         """Give the students the weights to keep, and save them."""
         state = self._state
-        if self.strategy.goes_back and end.checkpoint != state.progress.at:
+        if self.strategy.goes_back and end.checkpoint != state.progress.checkpoint:
             self._files.load_period(end.checkpoint, state)
         for index, replicate in enumerate(state.replicates):
             kept: int | str = self.meta_step

@@ -93,7 +93,8 @@ def every_teacher() -> list[Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     **{kind: partial(lambda kind: {"students": policies()[kind]}, kind) for kind in policies()},
     **{
-        " ".join(map(str, how.values())): partial(dict, perturbation=perturbation_of(**how)) for how in NOISES
+        " ".join(map(str, how.values())): partial(dict, perturbation=perturbation_of(**how))
+        for how in NOISES
     },
     "input noise": lambda: {"training": replace(EVERY_STEP, input_noise=0.05)},
     "every teacher": lambda: {"pool": every_teacher()},
@@ -171,10 +172,10 @@ def test_an_unroll_is_where_its_task_is(count) -> None:
         task = linear_task().to(device)
         unroll = Unroll(task, students, Pool(["adam", "rmsprop"]), REFERENCE)
         begin = unroll.begin(*(generator_for(s, "episode") for s in range(count)))
-        of_rows = [task.batches(generator_for(s, "batches"), 5) for s in range(count)]
+        by_row = [task.batches(generator_for(s, "batches"), 5) for s in range(count)]
         batches = [
-            tuple(torch.stack(parts) for parts in zip(*at, strict=True))
-            for at in zip(*of_rows, strict=True)
+            tuple(torch.stack(parts) for parts in zip(*step, strict=True))
+            for step in zip(*by_row, strict=True)
         ]
         window = unroll.window(unroll.warm_up(begin, batches[:2]), batches[2:])
         assert window.end.params.device == window.skipped.device == device

@@ -193,8 +193,8 @@ def test_replicates_are_single_runs(changes, tmp_path) -> None:
             assert torch.allclose(one, other, atol=2e-5)
         saved = type(alone).load(tmp_path / "all" / f"replicate-{index}" / "student.safetensors")
         assert saved.provenance["seed"] == seed
-        mine = [row for row in rows if row["replicate"] == index]
-        for row, single in zip(mine, metrics(tmp_path / str(seed)), strict=True):
+        own = [row for row in rows if row["replicate"] == index]
+        for row, single in zip(own, metrics(tmp_path / str(seed)), strict=True):
             for key in ("meta_loss", "imitation_loss", "grad_norm"):
                 assert row[key] == pytest.approx(single[key], rel=2e-3, abs=1e-4)
             assert row["loss"] == pytest.approx(single["loss"], rel=1e-4)
@@ -227,6 +227,20 @@ def test_replicates_resume(tmp_path) -> None:
 def test_what_two_replicates_cannot_do_is_named(changes, named, tmp_path) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(tmp_path, [tiny_student(7), tiny_student(8)], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"training": Training(optimizees=2)}, "'pes' takes one student with one optimizee"),
+        ({"training": Training(input_noise=0.1)}, "'pes' perturbs weights itself"),
+        ({"perturbation": Gaussian()}, "'pes' perturbs weights itself"),
+    ],
+)
+def test_what_evolution_cannot_do_is_named(changes, named, tmp_path) -> None:
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path, estimator=PersistentEvolution(), **changes)
+    assert trainer(tmp_path, estimator=Truncation(), **changes).meta_step == 0
 
 
 # ---- losses, tasks
@@ -328,6 +342,29 @@ def test_pes_points_where_back_propagation_does() -> None:
     assert torch.cosine_similarity(one, other, dim=0) > 0.8
     assert 0.7 < other.norm() / one.norm() < 1.5
     assert guess.loss.item() == pytest.approx(exact.loss.item(), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_have_names(name) -> None:
+    estimator = ESTIMATORS[name]()
+    assert estimator.particles == {"truncation": 1, "pes": 16}[name]
+    window = one_window(tiny_student(3), estimator.particles)
+    estimate = estimator.estimate(*window, (1.0, 0.1), numbers)
+    assert len(estimate.carried) == (len(estimate.grads[0]) if name == "pes" else 0)
+    assert all(grad.any() for grad in estimate.grads[0][-2:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"std": 0.0}, "std must be positive and finite, not 0.0"),
+        ({"std": math.inf}, "std must be positive and finite, not inf"),
+        ({"pairs": 0}, "pairs must be 1 or more, not 0"),
+    ],
+)
+def test_evolution_that_cannot_be_run_is_named(wrong, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        PersistentEvolution(**wrong)
 
 
 def test_pes_sums_an_episodes_perturbations() -> None:
