@@ -30,6 +30,7 @@ from amalgam.meta import (
     validation,
 )
 from amalgam.meta.curriculum import choice_strategy, simple
+from amalgam.meta.estimators import ESTIMATORS
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.periods import INITIAL, Finish, Period, Unrolls
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
