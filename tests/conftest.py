@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-import amalgam
-from amalgam.ops import backends
+# Triton looks at it when it is imported. Where a GPU is, or a stand-in, kernels are compiled.
+if not torch.cuda.is_available() and "compile_only" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.register_assert_rewrite("accuracy", "machine_code", "student_cases")
+
+import compiling  # noqa: E402
+import places  # noqa: E402
+
+import amalgam  # noqa: E402
+from amalgam.ops import backends  # noqa: E402
 
 PACKAGE_FOLDERS = tuple(
     str(folder)
@@ -19,12 +29,22 @@ PACKAGE_FOLDERS = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=compiling.asks)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch sees none here")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        compiling.begin(session.items)
+
+
+def pytest_sessionfinish() -> None:
+    compiling.end()
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -46,6 +66,26 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend of a place, which computes there; see places.py."""
+    return places.enter(request.param, monkeypatch)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels run: "cuda", or "cpu", where they are interpreted."""
+    interpreted = request.param == "cpu"
+    places.enter("triton interpreted" if interpreted else "triton", monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def compilation(request: pytest.FixtureRequest) -> Any:
+    """What the function of the test's mark ``compiles`` returns of the test's parameters."""
+    return compiling.result_of(request.node)
 
 
 @pytest.fixture

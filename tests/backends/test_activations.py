@@ -1,15 +1,13 @@
 """The compiled tanh, sigmoid and exp: within 4 units in the last place wherever a float may lie."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from places import compiled
 from torch import Tensor
 
-from amalgam.backends import build_info, core
+from amalgam.backends import core
 
 EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -24,7 +22,7 @@ def inside(name: str, x: Tensor) -> Tensor:
     return -x.abs() if name == "exp" else x
 
 
-def compiled(name: str, x: Tensor) -> Tensor:
+def found(name: str, x: Tensor) -> Tensor:
     y = torch.empty_like(x := inside(name, x))
     getattr(core.core().cpu, name)(x.data_ptr(), y.data_ptr(), x.numel())
     return y
@@ -36,12 +34,13 @@ def units(error: Tensor, exact: Tensor) -> Tensor:
     return error.abs() / torch.ldexp(torch.ones_like(error), exponent - 24)
 
 
+@compiled
 @pytest.mark.parametrize("name", EXACT)
-def test_activation_is_within_four_units(name: str) -> None:
+def test_activation_is_within_four_units(backend: str, name: str) -> None:
     """Every 1009th of all floats."""
     bits = torch.arange(-(2**31), 2**31, 1009)
     x = bits.to(torch.int32).view(torch.float32)
-    got, exact = compiled(name, x), EXACT[name](inside(name, x).double())
+    got, exact = found(name, x), EXACT[name](inside(name, x).double())
     assert torch.equal(got.isnan(), x.isnan())
     known = ~x.isnan()
     worst = units(got.double() - exact, exact)[known].max().item()
@@ -49,34 +48,9 @@ def test_activation_is_within_four_units(name: str) -> None:
     assert name == "tanh_slope" or got[known].abs().max() <= 1
 
 
+@compiled
 @pytest.mark.parametrize("name", EXACT)
-def test_activation_at_its_ends(name: str) -> None:
+def test_activation_at_its_ends(backend: str, name: str) -> None:
     x = torch.tensor([-torch.inf, -1e30, -200.0, -0.0, 0.0, 200.0, 1e30, torch.inf, torch.nan])
     expected = EXACT[name](inside(name, x).double()).float()
-    torch.testing.assert_close(compiled(name, x), expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_on_lesser_instruction_sets(isa: str) -> None:
-    available = build_info()["cpu_isas"]
-    if not isinstance(available, list) or isa not in available:
-        pytest.skip(f"this machine or build has no {isa}: {available}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            "activation_is or activation_at",
-        ],
-        env={**os.environ, "AMALGAM_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    torch.testing.assert_close(found(name, x), expected, rtol=0, atol=0, equal_nan=True)

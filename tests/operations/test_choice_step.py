@@ -2,21 +2,19 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_as_accurate, flat
 from machine_code import assert_within, costs_of
-from test_student_step import assert_as_accurate, by_triton, flat, moved, run_interpreted
+from places import by_triton, compiled
+from student_cases import moved
 from torch import Tensor
 
-from amalgam.backends import triton
 from amalgam.layout import Layout
 from amalgam.operations import registry
 from amalgam.ops import KINDS, ChoiceSettings, ChoiceState, choice_step, teacher_step
@@ -300,9 +298,8 @@ def test_errors_name_the_argument(change: dict[str, Any], kind: type[Exception],
         choice_step(**arguments)
 
 
-# --- The compiled backends, held to the reference by test_student_step's rule ---
+# --- The compiled backends, held to the reference by the rule of accuracy.py ---
 
-compiled = pytest.mark.parametrize("backend", ["cpu"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 GOLDEN = Path(__file__).parents[1] / "golden"
 POOLS = {1: [3], 2: [2, 3], 6: [0, 1, 2, 3, 4, 5], 8: [7, 6, 5, 4, 3, 2, 1, 0]}
@@ -558,29 +555,7 @@ def test_compiled_choice_matches_the_authors(
         close(found.T if found.dim() == 2 else found, data[f"grad_of_loss.weight.{index}"])
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
-    from amalgam.backends import build_info
-
-    available = build_info()["cpu_isas"]
-    if not isinstance(available, list) or isa not in available:
-        pytest.skip(f"this machine or build has no {isa}: {available}")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
-            *("-k", "compiled and (65- or weight or any_logits or nan or threads or authors)"),
-        ],
-        env={**os.environ, "AMALGAM_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-
-
 @by_triton
-@pytest.mark.usefixtures("triton_works")
 @pytest.mark.parametrize(
     ("layers", "hidden", "k", "size"),
     [(2, 20, 2, 0), (2, 20, 2, 70), (2, 20, 6, 129), (1, 4, 1, 33), (3, 5, 8, 64), (1, 33, 6, 5)],
@@ -597,7 +572,6 @@ def test_triton_choice(device: str, size: int, layers: int, hidden: int, k: int)
 
 
 @by_triton
-@pytest.mark.usefixtures("triton_works")
 @pytest.mark.parametrize("shift", [-900.0, -23.0, 900.0])
 def test_triton_mixture_for_any_logits(device: str, shift: float) -> None:
     arguments, upstream = skewed_arguments(70, 1, 4, 6, torch.float32)
@@ -612,7 +586,6 @@ def test_triton_mixture_for_any_logits(device: str, shift: float) -> None:
 
 
 @by_triton
-@pytest.mark.usefixtures("triton_works")
 def test_triton_choice_approximates(device: str) -> None:
     """Where there is no instruction to approximate by, tanh of half the sum is precise."""
     bound = 1e-2 if device == "cuda" else 1e-5
@@ -624,7 +597,6 @@ def test_triton_choice_approximates(device: str) -> None:
 
 
 @by_triton
-@pytest.mark.usefixtures("triton_works")
 def test_triton_choice_passes_nan_on(device: str) -> None:
     arguments, _ = skewed_arguments(70, 2, 4, 6, torch.float32)
     grad, m, v, _, c = arguments[:5]
@@ -637,16 +609,10 @@ def test_triton_choice_passes_nan_on(device: str) -> None:
 
 
 @by_triton
-@pytest.mark.usefixtures("triton_works")
 def test_triton_choice_opcheck(device: str) -> None:
     inputs = wanting(*(t.to(device, torch.float32) for t in make_inputs(3, 1, 2)))
     rest = *moved(constants(3), device), "triton"
     torch.library.opcheck(torch.ops.amalgam.choice_step, (*inputs[:5], inputs[5:], *rest))
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
-def test_triton_kernels_by_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 TYPES = {
@@ -681,10 +647,12 @@ def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
     )
 
 
-@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("case", BUDGETS)
-def test_kernels_keep_to_their_budgets(case: str) -> None:
-    pytest.importorskip("triton")
+def costs_of_choice(case: str) -> dict[str, int]:
     name, arch, k, numerics = case.split()
-    costs = triton_costs(name, int(arch.removeprefix("sm_")), int(k), numerics)
-    assert_within(costs, BUDGETS[case])
+    return triton_costs(name, int(arch.removeprefix("sm_")), int(k), numerics)
+
+
+@pytest.mark.compiles(by=costs_of_choice)
+@pytest.mark.parametrize("case", BUDGETS)
+def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, int]) -> None:
+    assert_within(compilation, BUDGETS[case])

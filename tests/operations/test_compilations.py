@@ -1,73 +1,17 @@
-"""How many kernels are compiled: for the tests that need a GPU, and for arguments that vary.
-
-Nothing is compiled here: processes of their own count keys (see compile_only.py).
-"""
+"""Arguments that vary compile nothing anew; count_compilations.py counts what GPU tests compile."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from amalgam.backends import triton
-
 TESTS = Path(__file__).parents[1]
-FILES = (
-    *(
-        f"operations/test_{name}.py"
-        for name in ("student_step", "choice_step", "student_unroll_backward")
-    ),
-    *("operations/test_teacher_distance.py", "test_optimizer.py"),
-)
-# Left out: what takes 14 GB, what repeats others' kernels slowly.
-SELECTION = (
-    "not need_64_bits and not opcheck and not gradcheck and not 65537 and not same_bits_again"
-)
 
-# A kernel more is seconds more of a GPU's time, in every process's first run. Those of a step in
-# place are of its dtypes, of alignment, control, rounding and students.
-BUDGETS = {
-    "student_step.forward": 16,
-    "student_step.backward": 10,
-    "student_step.in_place": 31,
-    "choice_step.forward": 8,
-    "choice_step.backward": 6,
-    "teacher_distance.sum_blocks": 13,
-    "teacher_distance.finish": 2,
-    "teacher_distance.gradients": 15,
-}
-
-pytestmark = pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
-
-
-def run(*command: str) -> None:
-    pytest.importorskip("triton")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def test_gpu_tests_compile_few_kernels(tmp_path: Path) -> None:
-    """No more than the budget; fewer, and it is to be lowered."""
-    out = tmp_path / "compilations.jsonl"
-    options = f"-q -p no:cacheprovider -p compile_only --keys-only --compilations={out}".split()
-    run("-m", "pytest", *options, "-k", SELECTION, *(str(TESTS / name) for name in FILES))
-    rows = map(json.loads, out.read_text().splitlines())
-    found = Counter(row["kernel"].removeprefix("amalgam.kernels.") for row in rows)
-    assert found == BUDGETS
-
-
+# A process of its own: the stand-in for a GPU stays until the process ends.
 VARYING = """
 import compile_only
 import torch
@@ -119,4 +63,13 @@ assert sorted(kernels) == [
 
 def test_counts_and_warm_up_compile_nothing_anew() -> None:
     """Tensors, blocks, teachers, steps of warm-up: one, many, multiples of 16."""
-    run("-c", VARYING)
+    pytest.importorskip("triton")
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", VARYING],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,29 +1,18 @@
 """``student_unroll_backward`` against autograd through an unroll of the reference's steps."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from test_student_step import (
-    assert_as_accurate,
-    by_triton,
-    draw,
-    make_state,
-    make_weights,
-    moved,
-    run_interpreted,
-    wanting,
-)
+from accuracy import assert_as_accurate
+from places import by_triton, compiled, of_each
+from student_cases import draw, make_state, make_weights, moved, wanting
 from torch import Tensor
 
-from amalgam.backends import triton
 from amalgam.backends.memory import with_contiguous_rows
 from amalgam.operations import registry
 from amalgam.operations import student_unroll_backward as module
@@ -37,8 +26,6 @@ from amalgam.ops import (
 
 SETTINGS = StepSettings(0.1, 0.9, 0.99, 1e-6)
 operation = torch.ops.amalgam.student_unroll_backward
-of_each = pytest.mark.parametrize("backend", ["reference", "cpu"])
-compiled = pytest.mark.parametrize("backend", ["cpu"])
 
 Inputs = tuple[Tensor, Tensor, StudentState, list[Tensor]]
 
@@ -313,27 +300,6 @@ def test_a_call_leaves_no_trace_in_the_next(backend: str) -> None:
     assert all(map(torch.equal, student_unroll_backward(*inputs, backend=backend), expected))
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_compiled_on_lesser_instruction_sets(isa: str) -> None:
-    from amalgam.backends import build_info
-
-    available = build_info()["cpu_isas"]
-    if not isinstance(available, list) or isa not in available:
-        pytest.skip(f"this machine or build has no {isa}: {available}")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__),
-            *("-k", "compiled and not lesser"),
-        ],
-        env={**os.environ, "AMALGAM_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-
-
 # --- The operator's contract ---
 
 
@@ -415,7 +381,6 @@ def test_the_operator_checks_before_it_takes_addresses(backend: str) -> None:
 
 
 @by_triton
-@pytest.mark.usefixtures("triton_works")
 @pytest.mark.parametrize(("steps", "size", "layers", "hidden"), [(0, 3, 1, 4), (5, 70, 2, 20)])
 def test_triton_composes_its_kernels(
     device: str, steps: int, size: int, layers: int, hidden: int
@@ -429,8 +394,3 @@ def test_triton_composes_its_kernels(
     strided[0] = torch.cat((draws[0][0],) * 2, 1)[:, :size]
     ours, expected = operation(*strided, "triton"), operation(*draws[0], "triton")
     assert all(map(torch.equal, ours, expected))
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
-def test_triton_kernels_by_interpreter() -> None:
-    run_interpreted(__file__)

@@ -1,51 +1,33 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_at_most_twice, errors_of
+from machine_code import MachineCode, compile_kernel
+from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, at, compiled, of_each, on_gpus
 from torch import Tensor
 
-from amalgam.backends import core, triton
-from amalgam.ops import backends, teacher_distance
+from amalgam.ops import teacher_distance
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses_and_perturbations.npz"
 SIZES = [0, 1, 2, 31, 32, 33, 63, 1000, 1025, 1027, 65537]
 POOLS = [0, 1, 2, 6]
 EPS = 1e-10
 
-_gpu = pytest.mark.gpu
-PLACES = [
-    pytest.param("cpu", "cpu", id="cpu_on_cpu"),
-    pytest.param("triton", "cuda", id="triton_on_cuda", marks=_gpu),
-    pytest.param("cuda", "cuda", id="cuda_on_cuda", marks=_gpu),
-]
-if triton.INTERPRETING:
-    PLACES.append(pytest.param("triton", "cpu", id="triton_interpreted"))
+GPUS = on_gpus("triton", "cuda")
 
-everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
+everywhere = at(*ON_CPU, *GPUS, *INTERPRETED)
+# Numerical gradients take the interpreter minutes, and contracts are those of any instructions.
+compiled_once = at(*ON_CPU_ONCE, *GPUS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 hubers = pytest.mark.parametrize("huber_delta", [None, 0.01])
-
-
-@pytest.fixture(autouse=True)
-def _works(request: pytest.FixtureRequest) -> None:
-    backend = request.node.callspec.params.get("backend") if _has_params(request) else None
-    if backend in ("cuda", "triton"):
-        status = backends()[backend]
-        if not status.works:
-            pytest.skip(f"{backend}: {status.reason}")
-
-
-def _has_params(request: pytest.FixtureRequest) -> bool:
-    return hasattr(request.node, "callspec")
 
 
 def _values(*shape: int, dtype: torch.dtype, skewed: bool, seed: int) -> Tensor:
@@ -89,7 +71,7 @@ def _run(
 def _assert_accurate(
     student: Tensor, teachers: Tensor, huber_delta: float | None, backend: str
 ) -> None:
-    """The error is at most twice plain PyTorch's in the same dtype.
+    """The rule of accuracy.py, of one draw.
 
     Where PyTorch rounds luckily its error is 0, so one evaluation of the formula may round as often
     as it has operations, half a unit in the last place each: a gradient's sum, + eps, quotient,
@@ -102,26 +84,32 @@ def _assert_accurate(
     results = _run(student, teachers, grad, huber_delta, backend)
     plain = _run(student, teachers, grad, huber_delta, "reference")
     truths = _truth(student, teachers, grad, huber_delta)
-    unit = torch.finfo(student.dtype).eps
     for name, ours, theirs, truth in zip(
         ("distances", "in_student", "in_teachers"), results, plain, truths, strict=True
     ):
-        assert ours.shape == theirs.shape == truth.shape
         assert ours.dtype == student.dtype
-        if truth.size == 0:
-            continue
-        error = np.abs(ours.cpu().numpy() - truth).max()
-        plain_error = np.abs(theirs.cpu().numpy() - truth).max()
-        scale = np.abs(truth).max()
-        floor = unit * (1 + scale if name == "distances" else 2.5 * scale)
-        assert error <= 2 * plain_error + floor, (name, float(error), float(plain_error))
+        scale = float(np.abs(truth).max(initial=0))
+        roundings = 1 + scale if name == "distances" else 2.5 * scale
+        unit = torch.finfo(student.dtype).eps * roundings
+        assert_at_most_twice(name, [errors_of(ours, theirs, truth, unit)])
 
 
-@everywhere
+def _places_of(n: int) -> list[Any]:
+    """Interpreted, 4099 coordinates are three blocks already; 65537 take a minute."""
+    places = [*ON_CPU, *GPUS, *(INTERPRETED if n < 65537 else ())]
+    return [pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks) for p in places]
+
+
+def of_sizes(sizes: Sequence[int]) -> pytest.MarkDecorator:
+    """Everywhere, with as many coordinates as can be computed there."""
+    places = [place for n in sizes for place in _places_of(n)]
+    return pytest.mark.parametrize(("backend", "device", "n"), places, indirect=["backend"])
+
+
+@of_sizes(SIZES)
 @dtypes
 @hubers
 @pytest.mark.parametrize("k", POOLS)
-@pytest.mark.parametrize("n", SIZES)
 def test_accuracy(
     backend: str, device: str, dtype: torch.dtype, huber_delta: float | None, k: int, n: int
 ) -> None:
@@ -130,10 +118,9 @@ def test_accuracy(
     _assert_accurate(student, teachers, huber_delta, backend)
 
 
-@everywhere
+@of_sizes([33, 1027, 65537])
 @dtypes
 @hubers
-@pytest.mark.parametrize("n", [33, 1027, 65537])
 def test_accuracy_over_eight_decades(
     backend: str, device: str, dtype: torch.dtype, huber_delta: float | None, n: int
 ) -> None:
@@ -224,7 +211,7 @@ def test_only_the_gradients_asked_for(backend: str, device: str, huber_delta: fl
     torch.testing.assert_close(torch.autograd.grad(distances, alone, grad)[0], in_teachers)
 
 
-@everywhere
+@compiled_once
 @hubers
 def test_gradcheck(backend: str, device: str, huber_delta: float | None) -> None:
     student = _values(35, dtype=torch.float64, skewed=False, seed=11).to(device).requires_grad_()
@@ -235,7 +222,7 @@ def test_gradcheck(backend: str, device: str, huber_delta: float | None) -> None
     )
 
 
-@everywhere
+@at(*ON_CPU_ONCE, *GPUS, *INTERPRETED)
 @hubers
 def test_opcheck(backend: str, device: str, huber_delta: float | None) -> None:
     student = _values(33, dtype=torch.float32, skewed=False, seed=13).to(device)
@@ -260,25 +247,27 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@compiled
 @dtypes
 @hubers
 @pytest.mark.usefixtures("threads")
-def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, huber_delta: float | None) -> None:
+def test_same_bits_for_any_number_of_threads(
+    backend: str, dtype: torch.dtype, huber_delta: float | None
+) -> None:
     student = _values(5 * 65537, dtype=dtype, skewed=False, seed=15)
     teachers = _values(3, 5 * 65537, dtype=dtype, skewed=False, seed=16)
     grad = torch.ones(3, dtype=dtype)
     torch.set_num_threads(1)
-    alone = _run(student, teachers, grad, huber_delta, "cpu")
+    alone = _run(student, teachers, grad, huber_delta, backend)
     for count in (2, 3):
         torch.set_num_threads(count)
         for ours, expected in zip(
-            _run(student, teachers, grad, huber_delta, "cpu"), alone, strict=True
+            _run(student, teachers, grad, huber_delta, backend), alone, strict=True
         ):
             assert torch.equal(ours, expected)
 
 
-@pytest.mark.gpu
-@everywhere
+@at(*GPUS)
 def test_same_bits_again_and_on_another_stream(backend: str, device: str) -> None:
     student = _values(10**6 + 1, dtype=torch.float32, skewed=False, seed=17).to(device)
     teachers = _values(6, 10**6 + 1, dtype=torch.float32, skewed=False, seed=18).to(device)
@@ -292,7 +281,7 @@ def test_same_bits_again_and_on_another_stream(backend: str, device: str) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 def test_more_elements_than_32_bits_count(backend: str) -> None:
     n = 2**30 + 5
     if torch.cuda.mem_get_info()[0] < 20 * n:
@@ -305,7 +294,7 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
     torch.testing.assert_close(distances.cpu(), expected.float())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@of_each
 @pytest.mark.parametrize(
     ("key", "huber_delta"), [("log_distance", None), ("log_distance_huber_0.01", 0.01)]
 )
@@ -321,64 +310,22 @@ def test_what_the_authors_code_computes(backend: str, key: str, huber_delta: flo
     assert itself.item() == pytest.approx(golden["log_distance_self"].item(), rel=1e-5)
 
 
-def _pytest_with(selection: str, **variables: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    module = core.core()
-    if isa not in module.cpu.available_isas():
-        pytest.skip(f"{isa} is not available here, only {module.cpu.available_isas()}")
-    if "AMALGAM_CPU_ISA" in os.environ or isa == module.cpu.isa():
-        return  # this very process tests it
-    _pytest_with("(cpu_on_cpu or threads) and not opcheck and not gradcheck", AMALGAM_CPU_ISA=isa)
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
-def test_triton_kernels_interpreted() -> None:
-    pytest.importorskip("triton")
-    # 4099 coordinates are three blocks already; 65537 take the interpreter a minute.
-    _pytest_with("triton_interpreted and not 65537 and not gradcheck", TRITON_INTERPRET="1")
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("kernel", ["sum_blocks", "gradients"])
-def test_triton_kernels_compile_without_spills(kernel: str, arch: int) -> None:
-    pytest.importorskip("triton")
-    import triton as compiler
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compiled_for(kernel: str, arch: int) -> MachineCode:
     from amalgam.kernels import teacher_distance as kernels
 
-    function = getattr(kernels, kernel)
     types = {"n": "i64", "k": "i32", "eps": "fp64", "delta": "fp64", "partials": "*fp64"}
-    switches = {"HUBER": True, "WITH_TEACHERS": True, "BLOCK": kernels.BLOCK}
-    names = function.arg_names
-    signature = {
-        name: "constexpr" if name in switches else types.get(name, "*fp32") for name in names
-    }
-    divisible = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name].startswith("*") or name == "n"
-    }
-    compiled = compiler.compile(
-        ASTSource(
-            function, signature, {n: v for n, v in switches.items() if n in names}, divisible
-        ),
-        target=GPUTarget("cuda", arch, 32),
-        options=kernels.OPTIONS,
-    )
-    assert re.search(r"ld\.global\S*\.v4", compiled.asm["ptx"])
-    assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"])
-    assert not re.search(r"\b(LDL|STL)\b", compiled.asm["sass"])
+    constants = {"HUBER": True, "WITH_TEACHERS": True, "BLOCK": kernels.BLOCK}
+    function = getattr(kernels, kernel)
+    return compile_kernel(function, arch, types, constants, True, kernels.OPTIONS)
+
+
+@pytest.mark.compiles(by=compiled_for)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kernel", ["sum_blocks", "gradients"])
+def test_triton_kernels_compile_without_spills(
+    kernel: str, arch: int, compilation: MachineCode
+) -> None:
+    assert re.search(r"ld\.global\S*\.v4", compilation.ptx)
+    assert not re.search(r"\b(ld|st)\.local", compilation.ptx)
+    assert compilation.count("LDG") > 0
+    assert compilation.count("LDL", "STL") == 0

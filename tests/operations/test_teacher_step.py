@@ -1,20 +1,19 @@
 """``teacher_step``: plain PyTorch, and the compiled kernels that are held to it."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accuracy import Errors, assert_at_most_twice, errors_of, largest, of_a_row
+from machine_code import MachineCode, compile_kernel
+from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, at, compiled, on_gpus
 from torch import Tensor
 
-from amalgam.backends import core, triton
-from amalgam.ops import KINDS, backends, teacher_step
+from amalgam.ops import KINDS, teacher_step
 
 SIZES = [0, 1, 31, 33, 1000]
 K = len(KINDS)
@@ -247,35 +246,21 @@ def test_opcheck_backward(size: int) -> None:
 
 def test_compile_traces_the_operator_whole() -> None:
     @torch.compile(backend="eager", fullgraph=True)
-    def compiled(grads: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    def whole(grads: Tensor, m: Tensor, v: Tensor) -> Tensor:
         return 2 * torch.ops.amalgam.teacher_step(grads, m, v, *op_settings(), "reference")[0]
 
     inputs = make_inputs(5)
-    assert torch.equal(compiled(*inputs), 2 * direct(*inputs)[0])
+    assert torch.equal(whole(*inputs), 2 * direct(*inputs)[0])
 
 
 # --- The compiled kernels ---
 
-PLACES = [
-    pytest.param("cpu", "cpu", id="cpu_on_cpu"),
-    pytest.param("triton", "cuda", id="triton_on_cuda", marks=pytest.mark.gpu),
-]
-if triton.INTERPRETING:
-    PLACES.append(pytest.param("triton", "cpu", id="triton_interpreted"))
-
-everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
+everywhere = at(*ON_CPU, *on_gpus("triton"), *INTERPRETED)
+# Numerical gradients take the interpreter minutes, and contracts are those of any instructions.
+compiled_once = at(*ON_CPU_ONCE, *on_gpus("triton"))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 Long = np.longdouble
 OUTPUTS = ("updates", "m", "v", "in_grads", "in_m", "in_v")
-
-
-@pytest.fixture(autouse=True)
-def _works(request: pytest.FixtureRequest) -> None:
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if parameters.get("backend") == "triton":
-        status = backends()["triton"]
-        if not status.works:
-            pytest.skip(f"triton: {status.reason}")
 
 
 def stepped(*inputs: Tensor, kinds: Sequence[str] = KINDS, backend: str) -> list[Tensor]:
@@ -382,22 +367,11 @@ def kernel_inputs(
     return [t.to(device, dtype) for t in grads_out], [t.to(device, dtype) for t in (g, m, v)]
 
 
-def errors(found: Sequence[Tensor], exact: Sequence[np.ndarray]) -> np.ndarray:
-    """Each output's and row's largest error over the row's largest value, (6, K)."""
-    scales = [np.abs(e).max(1) for e in exact]  # of beta2 = 0 some gradients are zero, exactly
-    return np.stack(
-        [
-            np.abs(f.cpu().numpy() - e).max(1) / np.where(scale > 0, scale, 1)
-            for f, e, scale in zip(found, exact, scales, strict=True)
-        ]
-    )
-
-
 def both_of_each(
     draws: Sequence[tuple[list[Tensor], list[Tensor]]], backend: str
 ) -> list[Sequence[Tensor]]:
-    """Of interpreted kernels by one call: programs that are not full take as long as full ones."""
-    if not triton.INTERPRETING:
+    """Of Triton by one call: interpreted programs that are not full take as long as full ones."""
+    if backend != "triton":
         return [both(grads_out, *inputs, backend=backend) for grads_out, inputs in draws]
     flat = [(*grads_out, *inputs) for grads_out, inputs in draws]
     joined = [torch.cat(column, 1) for column in zip(*flat, strict=True)]
@@ -405,32 +379,48 @@ def both_of_each(
     return list(zip(*(t.split(flat[0][0].shape[1], 1) for t in found), strict=True))
 
 
-@everywhere
+def relative_errors(
+    ours: Tensor, plain: Tensor, exact: np.ndarray, largest_of_rows: np.ndarray
+) -> Errors:
+    """Of a result's rows, over each row's largest value; half a unit in its last place is granted.
+
+    It is what writing the value down costs.
+    """
+    scale = torch.from_numpy(largest_of_rows.astype(np.float64))
+    errors = errors_of(ours, plain, exact, 0.0, of_a_row)
+    unit = torch.full_like(errors.ours, torch.finfo(ours.dtype).eps / 2)
+    return Errors(errors.ours / scale, errors.plain / scale, unit)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "size", "seeds"),
+    [
+        pytest.param(*place.values, size, seeds, id=f"{place.id}-{size}", marks=place.marks)
+        for size, seeds in ((31, 200), (33, 200), (1000, 40), (1025, 40), (65537, 2))
+        for place in (*ON_CPU, *on_gpus("triton"), *(INTERPRETED if size == 33 else ()))
+    ],
+    indirect=["backend"],
+)
 @dtypes
 @pytest.mark.parametrize("skewed", [False, True])
-@pytest.mark.parametrize(
-    ("size", "seeds"), [(31, 200), (33, 200), (1000, 40), (1025, 40), (65537, 2)]
-)
 def test_accuracy(
     backend: str, device: str, dtype: torch.dtype, skewed: bool, size: int, seeds: int
 ) -> None:
-    """Every row's largest error is at most twice PyTorch's own, both against long double.
-
-    The largest over many seeds; and half a unit in the last place of the largest value, which
-    writing it down costs, is granted beside: where few values dominate, PyTorch may hit them.
-    """
-    ours, plain = np.zeros((6, K)), np.zeros((6, K))
+    """Every row's largest error over many seeds is at most twice PyTorch's."""
     draws = [kernel_inputs(size, dtype, device, seed, skewed) for seed in range(seeds)]
+    errors: list[list[Errors]] = [[] for _ in OUTPUTS]
     for (grads_out, inputs), found in zip(draws, both_of_each(draws, backend), strict=True):
-        exact = truth(grads_out, *inputs)
         assert all(t.dtype == dtype and t.isfinite().all() for t in found)
-        ours = np.maximum(ours, errors(found, exact))
-        theirs = both(grads_out, *inputs, backend="reference")
-        plain = np.maximum(plain, errors(theirs, exact))
-    worse = ~(ours <= 2 * plain + torch.finfo(dtype).eps / 2)
-    assert not worse.any(), [
-        (OUTPUTS[i], KINDS[k], ours[i, k] / plain[i, k]) for i, k in np.argwhere(worse)
-    ]
+        plain = both(grads_out, *inputs, backend="reference")
+        for output, ours, theirs, exact in zip(
+            errors, found, plain, truth(grads_out, *inputs), strict=True
+        ):
+            scale = np.abs(exact).max(1)  # of beta2 = 0 some gradients are zero, exactly
+            scale = np.where(scale > 0, scale, 1)
+            output.append(relative_errors(ours, theirs, exact, scale))
+    for name, output in zip(OUTPUTS, errors, strict=True):
+        assert len(output) == seeds
+        assert_at_most_twice(f"{name} of {KINDS}", [largest(output)])
 
 
 @everywhere
@@ -522,7 +512,7 @@ def test_non_finite_inputs_propagate_as_in_pytorch(
             torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-@everywhere
+@compiled_once
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_gradcheck(backend: str, device: str, kind: str) -> None:
     inputs = wanting(*(t.to(device) for t in make_inputs(35, 1)))
@@ -531,7 +521,7 @@ def test_kernels_gradcheck(backend: str, device: str, kind: str) -> None:
     )
 
 
-@everywhere
+@at(*ON_CPU_ONCE, *on_gpus("triton"), *INTERPRETED)
 @pytest.mark.parametrize("size", [0, 33])
 @pytest.mark.parametrize("kinds", [KINDS, ()])
 def test_kernels_opcheck(backend: str, device: str, size: int, kinds: Sequence[str]) -> None:
@@ -549,18 +539,19 @@ def threads() -> Iterator[None]:
 
 
 @dtypes
+@compiled
 @pytest.mark.usefixtures("threads")
-def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+def test_same_bits_for_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
     grads_out, inputs = kernel_inputs(65537, dtype, "cpu", skewed=True)
     torch.set_num_threads(1)
-    alone = both(grads_out, *inputs, backend="cpu")
+    alone = both(grads_out, *inputs, backend=backend)
     for count in (2, 3):
         torch.set_num_threads(count)
-        assert all(map(torch.equal, both(grads_out, *inputs, backend="cpu"), alone))
+        assert all(map(torch.equal, both(grads_out, *inputs, backend=backend), alone))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @dtypes
 def test_same_bits_again_and_on_another_stream(backend: str, dtype: torch.dtype) -> None:
     grads_out, inputs = kernel_inputs(10**5 + 1, dtype, "cuda")
@@ -573,7 +564,7 @@ def test_same_bits_again_and_on_another_stream(backend: str, dtype: torch.dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_more_elements_than_32_bits_count(backend: str) -> None:
     n = 2**30 + 512
     if torch.cuda.mem_get_info()[0] < 40 * n:
@@ -629,69 +620,29 @@ def test_the_core_refuses_kinds_that_it_does_not_have(name: str, kind: int) -> N
                  threads=1)  # fmt: skip
 
 
-def pytest_with(selection: str, **variables: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selection],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: str) -> None:
-    module = core.core()
-    if isa not in module.cpu.available_isas():
-        pytest.skip(f"{isa} is not available here, only {module.cpu.available_isas()}")
-    if "AMALGAM_CPU_ISA" in os.environ or isa == module.cpu.isa():
-        return  # this very process tests it
-    pytest_with("(cpu_on_cpu or threads) and not opcheck and not gradcheck", AMALGAM_CPU_ISA=isa)
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
-def test_triton_kernels_interpreted() -> None:
-    pytest.importorskip("triton")
-    # 200 draws of 33 are many blocks together already; the larger sizes take minutes.
-    others = " and ".join(f"not {size}-" for size in (31, 1000, 1025, 65537))
-    pytest_with(f"triton_interpreted and {others} and not gradcheck", TRITON_INTERPRET="1")
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@dtypes
-@pytest.mark.parametrize("kernel", ["forward", "gradients"])
-def test_triton_kernels_compile_without_spills(kernel: str, dtype: torch.dtype, arch: int) -> None:
-    pytest.importorskip("triton")
-    import triton as compiler
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compiled_for(kernel: str, dtype: torch.dtype, arch: int) -> MachineCode:
     from amalgam.kernels import teacher_step as kernels
 
     function = getattr(kernels, kernel)
     pointer = "*fp32" if dtype == torch.float32 else "*fp64"
-    types = {"n": "i64", "BLOCK": "constexpr"}
-    names = function.arg_names
-    divisible = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name != "BLOCK"
-    }
-    compiled = compiler.compile(
-        ASTSource(
-            function,
-            {name: types.get(name, pointer) for name in names},
-            {"BLOCK": kernels.BYTES // dtype.itemsize},
-            divisible,
-        ),
-        target=GPUTarget("cuda", arch, 32),
-        options=kernels.OPTIONS,
-    )
+    types = dict.fromkeys(function.arg_names, pointer) | {"n": "i64"}
+    constants = {"BLOCK": kernels.BYTES // dtype.itemsize}
+    return compile_kernel(function, arch, types, constants, True, kernels.OPTIONS)
+
+
+@pytest.mark.compiles(by=compiled_for)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@dtypes
+@pytest.mark.parametrize("kernel", ["forward", "gradients"])
+def test_triton_kernels_compile_without_spills(
+    kernel: str, dtype: torch.dtype, arch: int, compilation: MachineCode
+) -> None:
     wide = "v4" if dtype == torch.float32 else "v2"
     for access in ("ld", "st"):
-        assert re.search(rf"{access}\.global\S*\.{wide}", compiled.asm["ptx"])
-    assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"])
-    assert not re.search(r"\b(LDL|STL)\b", compiled.asm["sass"])
+        assert re.search(rf"{access}\.global\S*\.{wide}", compilation.ptx)
+    assert not re.search(r"\b(ld|st)\.local", compilation.ptx)
+    assert compilation.count("LDG") > 0
+    assert compilation.count("LDL", "STL") == 0
 
 
 # --- Errors ---

@@ -5,21 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_as_accurate, flat
+from places import by_triton
+from student_cases import SETTINGS, draw, errors_of_ten_steps, moved, skewed_inputs
 from test_choice_step import skewed_arguments
-from test_student_step import (
-    SETTINGS,
-    assert_as_accurate,
-    by_triton,
-    draw,
-    errors_of_ten_steps,
-    flat,
-    moved,
-    run_interpreted,
-    skewed_inputs,
-)
 from torch import Tensor
 
-from amalgam.backends import triton
 from amalgam.ops import StudentState, student_step_
 
 PERMITTED = ["3xtf32", "tf32", "bf16", "tf32,approximate"]
@@ -28,7 +19,7 @@ choice = torch.ops.amalgam.choice_step
 
 
 @pytest.fixture
-def arithmetic(device: str, triton_works: None, monkeypatch: pytest.MonkeyPatch) -> str:
+def arithmetic(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device, computing as NVIDIA's do."""
     if device == "cpu":
         import tensor_cores
@@ -161,8 +152,3 @@ def test_triton_lets_nan_of_weights_out(arithmetic: str, permitted: str) -> None
         ours, plain = (flat(student(*arguments, b)) for b in (f"triton:{permitted}", "reference"))
         for one, other in zip(ours, plain, strict=True):
             assert torch.equal(one.isnan(), other.isnan())
-
-
-@pytest.mark.skipif(triton.INTERPRETING, reason="this process runs the interpreter already")
-def test_triton_kernels_by_a_gpus_arithmetic() -> None:
-    run_interpreted(__file__)

@@ -1,0 +1,161 @@
+"""The machine code of the student's kernels: registers, spills and instructions."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from machine_code import (
+    MachineCode,
+    amd_assembly,
+    assert_within,
+    compile_kernel,
+    costs_of,
+    resource_usage,
+)
+
+from amalgam.operations import registry
+
+# Bytes of stack a thread, which reads and writes some KB.
+TILES_STACK = {"sm_90": 360}
+
+
+def cuda_kernels(name: str) -> tuple[int, dict[tuple[str, str], tuple[int, int]]]:
+    """For how many architectures the core has kernels, and what those of this name take."""
+    pytest.importorskip("triton")
+    from amalgam.backends import core
+
+    module, _ = core.load()
+    if module is None or module.cuda is None:
+        pytest.skip("the core here has no CUDA kernels")
+    usage = resource_usage(Path(module.__file__))
+    found = {kernel: costs for kernel, costs in usage.items() if name in kernel[1]}
+    return len(module.cuda.archs.split(";")), found
+
+
+def test_cuda_kernels_keep_to_registers() -> None:
+    """A few bytes of stack at most, and so many warps a processor as their launches want."""
+    archs, kernels = cuda_kernels("student_threads")
+    assert len(kernels) == 30 * archs
+    for name, (registers, stack) in kernels.items():
+        assert registers <= 168, (name, registers)
+        assert stack <= 24, (name, stack)
+
+
+def test_cuda_kernels_on_tensor_cores_keep_to_registers() -> None:
+    """What little does not fit is spilled once a tile."""
+    archs, kernels = cuda_kernels("student_tiles")
+    assert len(kernels) == 2 * (4 + 7) * archs
+    for name, (_, stack) in kernels.items():
+        assert stack <= TILES_STACK.get(name[0], 600), (name, stack)
+
+
+# Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
+
+FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "keep", "lr")
+
+
+TYPES = {
+    **dict.fromkeys(FLOATS, "fp32"),
+    **dict.fromkeys(("n", "blocks", "size", "count", "depth", "warmup_steps"), "i32"),
+    **{"table": "*i64", "first_block": "*i64", "partials": "*fp64", "control": "*fp64"},
+}
+
+
+BUDGETS = json.loads((Path(__file__).parent / "budgets_student_step.json").read_text())
+
+
+def types_of(numerics: str) -> dict[str, str]:
+    """Arguments' types; with bfloat16 products, the weights' other form is in it."""
+    return TYPES | ({"other": "*bf16"} if numerics.startswith("bf16") else {})
+
+
+OPERATIONS = {
+    "forward": "student_step",
+    "in_place": "student_step_",
+    "backward": "student_step_backward",
+}
+
+
+def triton_constants(
+    name: str, student: str, cells: str, numerics: str, ptx: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a student "LAYERSxHIDDEN"; "stochastic" numerics round so."""
+    import triton.language as tl
+
+    from amalgam.kernels import lstm
+    from amalgam.kernels.configurations import configuration
+
+    stochastic = numerics.endswith(",stochastic")
+    permitted = registry._parse(f"auto:{numerics.removesuffix(',stochastic')}")[1]
+    layers, hidden = map(int, student.split("x"))
+    plan = lstm.packing(layers, hidden, 2, 1, torch.device("cpu"))
+    chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
+    types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
+    constants = {
+        **{"LAYERS": layers, "HIDDEN": hidden, "FEATURES": 2, "BLOCK": chosen.block},
+        **{"UNITS": plan.units, "FOLDED": plan.folded, "WIDE": False, "PTX": ptx},
+        **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
+        **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
+        **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
+        **({} if stochastic else {"control": None}),
+    }
+    return constants, chosen.options
+
+
+def costs_of_student(case: str) -> dict[str, int]:
+    from amalgam.kernels import student_step as kernels
+
+    name, arch, student, cells, numerics = case.split()
+    constants, options = triton_constants(name, student, cells, numerics)
+    number = int(arch.removeprefix("sm_"))
+    divisible = name != "in_place"
+    return costs_of(
+        getattr(kernels, name), number, types_of(numerics), constants, options, divisible
+    )
+
+
+@pytest.mark.compiles(by=costs_of_student)
+@pytest.mark.parametrize("case", BUDGETS)
+def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, int]) -> None:
+    """No register spilled beyond the table, tensor cores and wide accesses used, no more work."""
+    assert_within(compilation, BUDGETS[case])
+
+
+def step_in_place(numerics: str) -> MachineCode:
+    from amalgam.kernels import student_step as kernels
+
+    constants, options = triton_constants("in_place", "2x20", "float32", numerics)
+    return compile_kernel(kernels.in_place, 90, types_of(numerics), constants, False, options)
+
+
+@pytest.mark.compiles(by=step_in_place)
+@pytest.mark.parametrize("numerics", ["3xtf32", "bf16,approximate"])
+def test_what_a_step_overwrites_all_threads_have_read(
+    numerics: str, compilation: MachineCode
+) -> None:
+    """On a GPU, where several warps load the same moments, a slow one read the new ones."""
+    assert compilation.count("ST") > 0
+    assert compilation.stores_behind_loads() == 0
+
+
+def step_for_amd(student: str) -> str | None:
+    """Its assembly, or None where this Triton has no compiler for AMD."""
+    if importlib.util.find_spec("triton.backends.amd") is None:
+        return None
+    from amalgam.kernels import student_step as kernels
+
+    numerics = "bf16,approximate,stochastic"
+    constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)
+    return amd_assembly(kernels.in_place, "gfx942", types_of(numerics), constants, options)
+
+
+@pytest.mark.compiles(by=step_for_amd)
+@pytest.mark.parametrize("student", ["2x20", "1x4"])
+def test_kernels_compile_for_amd(student: str, compilation: str | None) -> None:
+    """Without PTX, and with matrix instructions where they are meant."""
+    if compilation is None:
+        pytest.skip("this Triton has no compiler for AMD's GPUs")
+    assert ("v_mfma" in compilation) == (student == "2x20")
