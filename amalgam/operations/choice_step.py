@@ -303,8 +303,9 @@ def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list
 
 
 @_op.register_fake
-def _(grad: Tensor, m: Tensor, v: Tensor, h: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (grad, m, v, h, c, m))
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    grad, state, *_ = _structured(*flat)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grad, *state, state.m))
 
 
 @_backward_op.register_fake

@@ -364,7 +364,8 @@ def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list
 
 @_op.register_fake
 def _(*flat: Any) -> tuple[Tensor, ...]:
-    grad, state, *_ = _structured(*flat)
+    grad, state, weights, *_ = _structured(*flat)
+    _check(grad, state, weights)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (grad, *state))
 
 

@@ -71,7 +71,8 @@ class StudentTensors:
         if self._checked and self._checked == self._stamp():
             return
         self._checked = []
-        self._check()
+        self.check_shapes()
+        check_distinct("params and states", self.written())
         self.made.clear()
         self._checked = self._stamp()
 
@@ -85,7 +86,8 @@ class StudentTensors:
             list(map(Tensor.is_contiguous, self.params)),
         ]
 
-    def _check(self) -> None:
+    def check_shapes(self) -> None:
+        """Raise as :meth:`check` does, but for shared memory: fake tensors have no addresses."""
         m, h = self.m[0], self.h[0]
         check_floating("state.m", m)
         cells_like = h if (h.dtype, m.dtype) == (torch.bfloat16, torch.float32) else m
@@ -100,7 +102,6 @@ class StudentTensors:
                 raise ValueError(f"params must be on {m.device}, not on {param.device}")
             if param.is_sparse or param.is_quantized:
                 raise ValueError(f"params must be dense tensors, not {param.layout}")
-        check_distinct("params and states", self.written())
 
 
 class InPlaceStep(NamedTuple):
@@ -430,7 +431,20 @@ def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]
     "float weight_decay, Tensor? control, Tensor[] steps, SymInt warmup_steps, SymInt[] seeds, "
     "str backend) -> ()",
 )
-def _op(
+def _op(*flat: Any) -> None:
+    step, backend = _structured(*flat)
+    _compute(step, backend)
+
+
+@_op.register_fake
+def _(*flat: Any) -> None:
+    step, _ = _structured(*flat)
+    lstm.check_weights(step.weights, step.tensors.h[0], step.tensors.m[0], FEATURES, OUTPUTS)
+    step.tensors.check_shapes()
+    _check_grads(step.tensors, step.grads)
+
+
+def _structured(
     params: list[Tensor],
     grads: list[Tensor],
     m: list[Tensor],
@@ -439,8 +453,9 @@ def _op(
     c: list[Tensor],
     weights: list[Tensor],
     *rest: Any,
-) -> None:
+) -> tuple[InPlaceStep, str]:
     alpha, beta1, beta2, eps, *how, backend = rest
-    states = list(map(StudentState, m, v, h, c))
-    settings = StepSettings(alpha, beta1, beta2, eps)
-    _compute(InPlaceStep(StudentTensors(params, states), grads, weights, settings, *how), backend)
+    tensors = StudentTensors(params, list(map(StudentState, m, v, h, c)))
+    return InPlaceStep(
+        tensors, grads, weights, StepSettings(alpha, beta1, beta2, eps), *how
+    ), backend

@@ -183,7 +183,9 @@ def _op(grads: Tensor, adjoints: Tensor, *rest: Any) -> list[Tensor]:
 
 @_op.register_fake
 def _(grads: Tensor, adjoints: Tensor, *rest: Any) -> list[Tensor]:
-    return [weight.new_empty(weight.shape) for weight in rest[4]]
+    m, v, h, c, weights = rest[:5]
+    _check(grads, adjoints, StudentState(m, v, h, c), weights)
+    return [weight.new_empty(weight.shape) for weight in weights]
 
 
 registry.refuse_differentiation(

@@ -182,6 +182,7 @@ def _backward_op(
 
 @_op.register_fake
 def _(student, teachers, eps, huber_delta, backend):  # type: ignore[no-untyped-def]
+    _check(student, teachers, huber_delta)
     return student.new_empty(teachers.shape[0]), student.new_empty(teachers.shape[0])
 
 

@@ -206,6 +206,7 @@ def _backward_op(
 
 @_op.register_fake
 def _(grads: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _check(grads, m, v, PoolSettings(*rest[:-1]))
     return tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
 
 

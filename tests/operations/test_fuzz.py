@@ -31,7 +31,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amalgam.backends import cpu
-from amalgam.ops import KINDS
+from amalgam.operations import choice_step, registry, student_step
+from amalgam.operations.teacher_step import PoolSettings
+from amalgam.ops import KINDS, StepSettings, StudentState
 
 EXAMPLES = 30
 FEW = 8
@@ -126,6 +128,30 @@ def operation(name: str, backend: str) -> Function:
     return lambda *arguments: overload(*arguments, backend)
 
 
+def reference_of(name: str) -> Function:
+    """The reference of an operation as plain Python, into which modes of PyTorch see."""
+    kernel = registry.reference.kernels[name].function
+    structured = {
+        "student_step": lambda *flat: student_step._structured(*flat, "")[:-1],
+        "choice_step": lambda *flat: choice_step._structured(*flat, "")[:-1],
+        "teacher_step": lambda grads, m, v, *pool: (grads, m, v, PoolSettings(*pool)),
+        "teacher_distance": lambda *flat: flat,
+    }.get(name.removesuffix("_backward"))
+    if name == "student_unroll_backward":
+        return lambda grads, adjoints, m, v, h, c, weights, *settings: kernel(
+            *(grads, adjoints, StudentState(m, v, h, c), weights, StepSettings(*settings))
+        )
+    assert structured is not None, name
+    if name.endswith("_backward") and name != "teacher_distance_backward":
+        upstream = {
+            "student_step_backward": lambda d, *state: (d, StudentState(*state)),
+            "choice_step_backward": lambda d, *rest: (d, StudentState(*rest[:4]), rest[4]),
+            "teacher_step_backward": lambda *grads_out: (grads_out,),
+        }[name]
+        return lambda grads_out, *flat: kernel(*upstream(*grads_out), *structured(*flat))
+    return lambda *flat: kernel(*structured(*flat))
+
+
 def assert_accurate(
     name: str, arguments: Sequence[Any], dtype: torch.dtype, together: Together = of_a_row
 ) -> None:
@@ -137,7 +163,7 @@ def assert_accurate(
         dtype: What it computes in.
         together: Takes errors to the largest of those elements that share their intermediates.
     """
-    reference = operation(name, "reference")
+    reference = reference_of(name)
     before = mapped(torch.clone, arguments)
     ours = flat(operation(name, "cpu")(*arguments))
     for now, was in zip(tensors_in(arguments), tensors_in(before), strict=True):
@@ -196,7 +222,7 @@ def test_teacher_distance(
     constants = 1e-10, huber_delta
 
     assert_accurate("teacher_distance", (student, teachers, *constants), dtype)
-    total = operation("teacher_distance", "reference")(student, teachers, *constants)
+    total = reference_of("teacher_distance")(student, teachers, *constants)
     grad = laid_out(draws.values("normal", k), layout[0]) if k else student.new_empty(0)
     backward = grad, student, teachers, total[1], *constants
     for need_teachers in (False, True):
@@ -369,7 +395,7 @@ def test_student_step_in_place(
         assert torch.equal(one.to(many.dtype), many)
 
     def functional(param: Tensor, *rest: Any) -> Results:
-        update, *new = operation("student_step", "reference")(*rest)
+        update, *new = flat(reference_of("student_step")(*rest))
         return [param * (1 - lr * decay) - lr * update, *new]
 
     arguments = (param, grad, *state, weights, *constants)
@@ -462,7 +488,7 @@ def test_an_error_of_a_few_units_is_found(result: int) -> None:
     weights = lstm_weights(draws, 2, 4, features=6, outputs=2)
     ranks = torch.randint(0, 5, (100,), generator=draws.generator)
     arguments = (*inputs, weights, ranks, [2, 3], *pool_constants(draws, 2), 0.3, 0.5)
-    reference = operation("choice_step", "reference")
+    reference = reference_of("choice_step")
     plain = flat(reference(*arguments))
     rest = reference, arguments, torch.float32, of_a_coordinate
     compare("choice_step", plain, plain, *rest)

@@ -22,8 +22,7 @@ from student_cases import (
 )
 from torch import Tensor
 
-# The package's student_step function hides the module of that name.
-from amalgam.operations import student_step as module
+from amalgam.operations import student_step_in_place as module
 from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import (
     StepSettings,
