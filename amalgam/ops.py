@@ -19,12 +19,12 @@ from amalgam.operations.student_step_in_place import (
     StudentTensors,
     step_tensors_,
     student_step_,
-    warm_up_,
 )
 from amalgam.operations.student_unroll_backward import student_unroll_backward
 from amalgam.operations.teacher_distance import teacher_distance
 from amalgam.operations.teacher_kinds import KINDS
 from amalgam.operations.teacher_step import teacher_step
+from amalgam.operations.warm_up import warm_up_
 
 __all__ = [
     "KINDS",

@@ -21,8 +21,9 @@ from amalgam.operations.choice_step import ChoiceArguments
 from amalgam.operations.registry import register_backend
 from amalgam.operations.rounding import key_of
 from amalgam.operations.student_step import StepSettings, StudentState
-from amalgam.operations.student_step_in_place import InPlaceStep, warm_up_
+from amalgam.operations.student_step_in_place import InPlaceStep
 from amalgam.operations.teacher_step import PoolSettings
+from amalgam.operations.warm_up import warm_up_
 
 NO_HUBER = -1.0
 

@@ -72,3 +72,23 @@ def rounded_stochastically(values: Tensor, bits: Tensor) -> Tensor:
     high = ((raw + bits) & 0xFFFF0000) >> 16
     rounded = torch.where(high >= 0x8000, high - 0x10000, high).to(torch.int16)
     return torch.where(values.isfinite(), rounded.view(torch.bfloat16), values.to(torch.bfloat16))
+
+
+def as_stored(
+    values: Tensor, dtype: torch.dtype, key: Tensor, row: int, places: range, shift: int = 16
+) -> Tensor:
+    """Values as they are stored with random bits: rounded to bfloat16, for others as they are.
+
+    Args:
+        values: Float32 or float64, shape (rows, places) or one that views as that.
+        dtype: What they are stored in.
+        key: Of :func:`key_of`.
+        row: The first row's number.
+        places: The places that they have in their rows.
+        shift: Which 16 of the 32 random bits to take: 0 or 16.
+    """
+    if dtype != torch.bfloat16:
+        return values
+    rows = values.numel() // max(1, len(places))
+    bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
+    return rounded_stochastically(values.float(), bits.view(values.shape))

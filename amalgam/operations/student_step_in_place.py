@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amalgam.operations import lstm, registry
 from amalgam.operations.checks import check_distinct, check_floating
-from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.operations.rounding import as_stored, key_of
 from amalgam.operations.student_step import (
     DEFAULTS,
     FEATURES,
@@ -25,7 +25,6 @@ from amalgam.operations.student_step import (
     StepSettings,
     StudentState,
     check_state,
-    update_moments,
 )
 
 _NAME = "student_step_"
@@ -308,51 +307,6 @@ def _control(
     return torch.stack((1 - rate * decay, rate, rate * warmup_lr, flag))
 
 
-def warm_up_(
-    param: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    settings: StepSettings,
-    keep: float,
-    rate: float,
-    key: Tensor | None = None,
-    row: int = 0,
-) -> None:
-    """A step of SGD in place, during which the moments follow.
-
-    Args:
-        param: Becomes ``keep param - rate grad``; of any floating-point dtype.
-        grad: Of its shape.
-        m: Of its shape, in the dtype to compute in.
-        v: Like ``m``.
-        settings: The student's constants.
-        keep: 1 without weight decay.
-        rate: The learning rate.
-        key: Of the bits that a bfloat16 parameter is rounded with; ``None`` rounds to nearest.
-        row: Which row of bits are its own.
-    """
-    grad = grad.to(m.dtype)
-    new_m, new_v = update_moments(grad, m, v, settings)
-    m.copy_(new_m)
-    v.copy_(new_v)
-    moved = param.to(m.dtype) * keep - rate * grad
-    if key is not None:
-        moved = _stored(moved, param.dtype, key, row, range(param.numel()))
-    param.copy_(moved)
-
-
-def _stored(
-    values: Tensor, dtype: torch.dtype, key: Tensor, row: int, places: range, shift: int = 16
-) -> Tensor:
-    """Values as they are stored with random bits: rounded to bfloat16, for others as they are."""
-    if dtype != torch.bfloat16:
-        return values
-    rows = values.numel() // max(1, len(places))
-    bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
-    return rounded_stochastically(values.float(), bits.view(values.shape))
-
-
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(step: InPlaceStep) -> None:
     """Runs of at most CHUNK coordinates: the step's temporaries stay in cache, and small."""
@@ -398,7 +352,7 @@ def _reference(step: InPlaceStep) -> None:
             for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
                 if seeds:
                     places = range(part.start, part.stop)
-                    value = _stored(value, written[i].dtype, keys[i], row, places, shift)
+                    value = as_stored(value, written[i].dtype, keys[i], row, places, shift)
                 written[i][..., part].copy_(value)
     for param, flat in zip(params, flat_p, strict=True):
         if not param.is_contiguous():
