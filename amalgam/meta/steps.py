@@ -111,7 +111,7 @@ class FusedSteps:
                 to.copy_(value)
             source = new
         update = torch.empty_like(flat)
-        step_into((update, *new), flat, source, weights, self._settings, self._backend)
+        step_into(update, new, flat, source, weights, self._settings, self._backend)
         return update.view(grads.shape), keep(new, state, moved, grads.shape[1])
 
     def backward(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from amalgam.operations.largest_magnitude import largest_magnitude
+
 
 class StepOptimizer(Optimizer):
     """What the optimizers here share: closures, refusals, and steps taken whole or not at all."""
@@ -150,7 +152,7 @@ def largest(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
         if grad.numel():
             by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
     for grads in by_kind.values():
-        yield torch.stack(torch._foreach_norm(grads, math.inf)).max()
+        yield largest_magnitude(grads)
 
 
 def finite(largest: Tensor) -> Tensor:

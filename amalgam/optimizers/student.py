@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from itertools import chain
-from typing import Any
+from itertools import chain, compress
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from amalgam import ops
 from amalgam.operations.kept import Kept
 from amalgam.operations.rounding import ROW
-from amalgam.ops import StudentState
+from amalgam.ops import StudentState, StudentTensors
 from amalgam.optimizers.base import (
     LearnedOptimizer,
     check_before_capture,
@@ -101,6 +102,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         ]
         self._weights = {(torch.device("cpu"), own[0].dtype): own}
         self._kept = Kept()
+        self._batches: dict[int, _Made] = {}
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -118,35 +120,46 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """What GradScaler asks: whether step() reads its scale and flag, and the host need not."""
         return all(group["capturable"] for group in self.param_groups)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_batches": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_batches" in state:  # a copy, and not load_state_dict
+            self._count_all_together()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from another's :meth:`state_dict` with the same student."""
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param in self.state:
-                    step = self.state[param]["step"]
-                    self.state[param]["step"] = step.to(_home_of_steps(group, param))
+        self._count_all_together()
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if group["rounding"] == "stochastic":
             self._step_with_steps(group, params, {})
             return
         lr, decay = float(group["lr"]), float(group["weight_decay"])
-        trained = []
-        for param in params:
-            state = self._state_of(group, param)
-            if state["step"] < group["warmup_steps"]:
-                rate = lr * float(group["warmup_lr"])
-                ops.warm_up_(
-                    *(param, param.grad, state["m"], state["v"], self.config.settings),  # type: ignore[arg-type]
-                    keep=1 - lr * decay,
-                    rate=rate,
-                )
+        for batch in self._batches_of(group, params):
+            if group["warmup_steps"]:
+                counts = batch.counts()
+                warming = [count < group["warmup_steps"] for count in counts]
+                self._warm_up(group, list(compress(batch.tensors.params, warming)))
+                batch.count(1)
+                if any(warming):
+                    trained = [not warm for warm in warming]
+                    batch = batch.of(compress(range(len(warming)), trained))
             else:
-                trained.append(param)
-            state["step"] += 1
-        for batch in _alike(trained):
+                batch.count(1)
             self._run(batch, lr=lr, weight_decay=decay)
+
+    def _warm_up(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        for param in params:
+            state = self.state[param]
+            ops.warm_up_(
+                *(param, param.grad, state["m"], state["v"], self.config.settings),  # type: ignore[arg-type]
+                keep=1 - lr * decay,
+                rate=lr * float(group["warmup_lr"]),
+            )
 
     def _step_on_device(self, gradients: list[Tensor]) -> None:
         scale, found = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
@@ -174,53 +187,91 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self, group: dict[str, Any], params: list[Tensor], skip: dict[torch.device, Tensor]
     ) -> None:
         """A step by what the devices hold: how many steps were taken, and whether to skip this."""
-        for param in params:
-            self._state_of(group, param)
         seeds = None
         if group["rounding"] == "stochastic":
             every = chain.from_iterable(g["params"] for g in self.param_groups)
             seeds = {p: _seed_of(group["seed"], number) for number, p in enumerate(every)}
-        for batch in _alike(params):
-            device = batch[0].device
-            steps = [self.state[param]["step"] for param in batch]
+        for batch in self._batches_of(group, params):
+            written = batch.tensors.params
+            device = written[0].device
             self._run(
                 batch,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
-                steps=steps,
+                steps=batch.steps,
                 warmup_steps=group["warmup_steps"],
                 warmup_lr=float(group["warmup_lr"]),
                 skip=skip.get(device),
-                seeds=None if seeds is None else [seeds[param] for param in batch],
+                seeds=None if seeds is None else [seeds[param] for param in written],
             )
-            if device in skip:
-                # A list, as PyTorch would read one tensor back as a number, and wait for it.
-                torch._foreach_add_(steps, [1 - skip[device]] * len(steps))
-            else:
-                torch._foreach_add_(steps, 1)
+            batch.count(1 - skip[device] if device in skip else 1)
 
-    def _run(self, batch: list[Tensor], **how: Any) -> None:
+    def _run(self, batch: _Batch, **how: Any) -> None:
+        params = batch.tensors.params
+        if not params:
+            return
         with self._kept:
-            ops.student_step_(
-                batch,
-                [param.grad for param in batch if param.grad is not None],
-                [StudentState(*(self.state[p][name] for name in _STATE)) for p in batch],
-                self._weights_for(batch[0].device, computing_dtype(batch[0].dtype)),
+            ops.step_tensors_(
+                batch.tensors,
+                [param.grad for param in params if param.grad is not None],
+                self._weights_for(params[0].device, computing_dtype(params[0].dtype)),
                 self.config.settings,
                 backend=self.backend,
                 **how,
             )
 
-    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
-        if not state:
-            check_before_capture()
+    def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[_Batch]:
+        """What one call each can step: parameters on one device, computed in one dtype.
+
+        Kept while these parameters are stepped and none of their state is replaced.
+        """
+        entries = [self.state[param] for param in params]
+        if not all(entries):
+            self._make_state(group, [p for p in params if not self.state[p]])
+        stored = list(chain.from_iterable(map(_stored, entries)))
+        made = self._batches.get(id(group))
+        if made is None or not (_same(made.params, params) and _same(made.stored, stored)):
+            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for param in params:
+                kind = param.device, computing_dtype(param.dtype)
+                kinds.setdefault(kind, []).append(param)
+            made = _Made(params, stored, [self._batch(alike) for alike in kinds.values()])
+            self._batches[id(group)] = made
+        return made.batches
+
+    def _batch(self, params: list[Tensor]) -> _Batch:
+        states = [StudentState(*(self.state[p][name] for name in _STATE)) for p in params]
+        return _Batch(StudentTensors(params, states), [self.state[p]["step"] for p in params])
+
+    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        check_before_capture()
+        for param in params:
             dtype = computing_dtype(param.dtype)
             weights = self._weights_for(param.device, dtype)
             cells = self.cells_dtype if dtype == torch.float32 else None
-            state["step"] = torch.zeros((), device=_home_of_steps(group, param))
+            state = self.state[param]
+            state["step"] = torch.zeros(())
             state.update(ops.initial_state(param, weights, cells)._asdict())
-        return state
+        self._count_together(group, params)
+
+    def _count_all_together(self) -> None:
+        for group in self.param_groups:
+            self._count_together(group, [p for p in group["params"] if p in self.state])
+
+    def _count_together(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Make the parameters' counts of steps views of one tensor a device.
+
+        One operation then counts a step of them all. It is done when counts are made or loaded and
+        never later: a CUDA graph reads them where they are.
+        """
+        homes: dict[torch.device, list[dict[str, Any]]] = {}
+        for param in params:
+            home = _home_of_steps(group, param)
+            homes.setdefault(home, []).append(self.state[param])
+        for home, entries in homes.items():
+            counts = torch.stack([entry["step"].to(home, torch.float32) for entry in entries])
+            for entry, count in zip(entries, counts.unbind(), strict=True):
+                entry["step"] = count
 
     def _weights_for(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         if (device, dtype) not in self._weights:
@@ -235,12 +286,61 @@ def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
     return param.device if on_device else torch.device("cpu")
 
 
-def _alike(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Batches that one call can step: on one device, computed in one dtype."""
-    batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        batches.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
-    return batches.values()
+class _Batch:
+    """Parameters that one call steps, and how many steps they have taken."""
+
+    def __init__(self, tensors: StudentTensors, steps: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.steps = steps
+        base = steps[0]._base if steps else None
+        together = (
+            base is not None
+            and base.shape == (len(steps),)
+            and all(
+                step._base is base and step.storage_offset() == base.storage_offset() + index
+                for index, step in enumerate(steps)
+            )
+        )
+        self._together = base if together else None
+
+    def counts(self) -> list[float]:
+        """How many steps each has taken."""
+        counts: list[float]
+        counts = (torch.stack(self.steps) if self._together is None else self._together).tolist()
+        return counts
+
+    def count(self, steps: int | Tensor) -> None:
+        """Count so many steps more of each."""
+        if self._together is not None:
+            self._together += steps
+        elif isinstance(steps, Tensor):
+            # A list, as PyTorch would read one tensor back as a number, and wait for it.
+            torch._foreach_add_(self.steps, [steps] * len(self.steps))
+        else:
+            torch._foreach_add_(self.steps, steps)
+
+    def of(self, indices: Iterable[int]) -> _Batch:
+        """Some of its parameters, for one step."""
+        tensors, chosen = self.tensors, list(indices)
+        columns = (tensors.m, tensors.v, tensors.h, tensors.c)
+        states = [StudentState(*(column[i] for column in columns)) for i in chosen]
+        some = StudentTensors([tensors.params[i] for i in chosen], states)
+        return _Batch(some, [self.steps[i] for i in chosen])
+
+
+class _Made(NamedTuple):
+    """What a group's batches were made of, and these."""
+
+    params: list[Tensor]
+    stored: list[Tensor]
+    batches: list[_Batch]
+
+
+_stored = itemgetter(*_STATE, "step")
+
+
+def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(is_, ours, theirs))
 
 
 def _seed_of(seed: int, number: int) -> int:

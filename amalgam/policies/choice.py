@@ -15,7 +15,7 @@ from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations import lstm
 from amalgam.operations.choice_step import pool_inputs, soft_mixture
-from amalgam.ops import KINDS, ChoiceSettings, ChoiceState
+from amalgam.ops import ChoiceSettings, ChoiceState
 from amalgam.policies.lstm_policy import LSTMConfig, LSTMPolicy
 from amalgam.policies.policy import check_fields, reference_only, zero_head
 from amalgam.policies.teachers import Teacher, step_together
@@ -233,9 +233,7 @@ class Choice(LSTMPolicy):
         if config.lr_multiplier_scale:
             weights, lr_head = weights[:-2], weights[-2:]
         u, m, v, x = pool_inputs(
-            *(grad, state.m, state.v, ranks, state.steps / config.time_scale),
-            [KINDS.index(kind) for kind in settings.kinds],
-            *(settings.lr, settings.beta1, settings.beta2, settings.eps),
+            *(grad, state.m, state.v, ranks, state.steps / config.time_scale, settings.pool())
         )
         out, h, c = lstm.step(x, state.h, state.c, weights)
         logits = torch.addmm(weights[-1][:, None], weights[-2], out)

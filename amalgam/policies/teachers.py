@@ -12,18 +12,10 @@ from torch import Tensor
 
 from amalgam import ops
 from amalgam.layout import Layout
+from amalgam.operations.teacher_kinds import TEACHER_KINDS
 from amalgam.policies.policy import Policy
 
-LEARNING_RATES = {
-    "sgd": 0.2,
-    "momentum": 0.5,
-    "rmsprop": 0.005,
-    "adam": 0.005,
-    "powersign": 0.1,
-    "addsign": 0.1,
-    "adaptive_powersign": 0.005,
-    "adaptive_addsign": 0.005,
-}
+LEARNING_RATES = {name: kind.lr for name, kind in TEACHER_KINDS.items()}
 
 
 class AnyTeacher(Protocol):
@@ -102,14 +94,13 @@ class AnyTeacher(Protocol):
 
 @dataclass(frozen=True)
 class Teacher:
-    """One analytical teacher; its update rule stands in :mod:`amalgam.operations.teacher_step`.
+    """One analytical teacher; its update rule stands in :mod:`amalgam.operations.teacher_kinds`.
 
     Attributes:
         kind: One of :data:`amalgam.ops.KINDS`.
-        lr: Learning rate; the paper's for that kind where ``None`` (the two adaptive variants,
-            which it does not rate, take RMSProp's).
+        lr: Learning rate; the kind's default where ``None``, mostly the paper's.
         beta1: Decay of the first moment, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1); 0.9 for RMSProp, else 0.999, where ``None``.
+        beta2: Decay of the second moment, in [0, 1); the kind's default where ``None``.
         eps: Added to the second moment inside the root.
     """
 
@@ -126,9 +117,9 @@ class Teacher:
         if self.kind not in ops.KINDS:
             raise ValueError(f"kind must be one of {list(ops.KINDS)}, not {self.kind!r}")
         if self.lr is None:
-            object.__setattr__(self, "lr", LEARNING_RATES[self.kind])
+            object.__setattr__(self, "lr", TEACHER_KINDS[self.kind].lr)
         if self.beta2 is None:
-            object.__setattr__(self, "beta2", 0.9 if self.kind == "rmsprop" else 0.999)
+            object.__setattr__(self, "beta2", TEACHER_KINDS[self.kind].beta2)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")

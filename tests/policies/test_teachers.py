@@ -99,6 +99,11 @@ def test_adam_is_torchs_without_its_correction_for_time() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
+    assert LEARNING_RATES == {
+        **{"sgd": 0.2, "momentum": 0.5, "rmsprop": 0.005, "adam": 0.005},
+        **{"powersign": 0.1, "addsign": 0.1},
+        **{"adaptive_powersign": 0.005, "adaptive_addsign": 0.005},  # RMSProp's: it rates neither
+    }
     for kind, lr in LEARNING_RATES.items():
         teacher = Teacher(kind)
         assert (teacher.lr, teacher.beta1, teacher.eps) == (lr, 0.9, 1e-10)
