@@ -39,8 +39,6 @@ def test_a_run_of_an_earlier_version_is_refused(begun: Path) -> None:
     resolved["training"]["unroll"] = strategy["unroll"]
     path.write_text(json.dumps(stored))
     before = path.read_bytes()
-    with pytest.raises(
-        RecipeError, match="an earlier version of amalgam, .* finish it with"
-    ):
+    with pytest.raises(RecipeError, match="an earlier version of amalgam, .* finish it with"):
         Experiment(recipes.load("digits"), begun, seed=3, resume=True)
     assert path.read_bytes() == before
