@@ -209,21 +209,26 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
     script = tmp_path / "bin" / "amalgam"
     script.parent.mkdir()
     script.write_text("from amalgam.cli import main\nmain()\n")
-    train = ["train", "own.toml", "--out", "run", "--seed", "1"]
+    train = ("train", "own.toml", "--out", "run", "--seed", "1")
 
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         package = str(Path(recipes.__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": package, "COLUMNS": "200"}
-        command = [sys.executable, *flags, str(script), *train]
+        command = [sys.executable, *flags, str(script), *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path
         )
 
-    done = run()
+    done = run(*train)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "own-4: validation after 2 steps" in done.stdout
-    assert (tmp_path / "run" / "student.safetensors").exists()
-    unsafe = run("-P")
+    compared = run(
+        *("evaluate", "run/student.safetensors", "--task", "own_things.make_task"),
+        *("--steps", "1", "--seeds", "1", "--batch-size", "8"),
+    )
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "own-2: validation after 1 steps" in compared.stdout
+    unsafe = run(*train, flags=("-P",))
     assert unsafe.returncode == 2
     assert "No module named 'own_things'" in unsafe.stderr
 
