@@ -3,7 +3,7 @@
 from amalgam import ops  # isort: skip
 from amalgam import backends as _backends  # noqa: F401  registers them with ops
 from amalgam import tasks
-from amalgam.optimizer import AmalgamatedOptimizer, PolicyOptimizer, TeacherOptimizer
+from amalgam.optimizers import AmalgamatedOptimizer, PolicyOptimizer, TeacherOptimizer
 from amalgam.policies import Pool, Student, StudentConfig, Teacher, TorchTeacher, load_policy
 from amalgam.version import __version__
 

@@ -38,7 +38,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.unroll=20"),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: strategy.unroll=20"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
     device: Annotated[
@@ -55,7 +55,8 @@ def train(
 
 def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
     from amalgam.evaluation import tables
-    from amalgam.experiment import Experiment, between_replicates, title
+    from amalgam.evaluation.report import between_replicates, title
+    from amalgam.experiment import Experiment
     from amalgam.meta import distributed
 
     name = Path(recipe).stem
@@ -110,10 +111,11 @@ def evaluate(
         typer.Argument(help="Learned optimizers: names of shipped ones, or paths."),
     ],
     task: Annotated[
-        list[str] | None, typer.Option(help="Task; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Task, or the dotted path of your own; may be given several times."),
     ] = None,
     teacher: Annotated[
-        list[str] | None, typer.Option(help="A teacher to stand beside them, at the paper's rate.")
+        list[str] | None, typer.Option(help="A teacher to compare with, at the paper's rate.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 500,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
@@ -123,9 +125,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for results and plots.")] = None,
 ) -> None:
     """Train tasks with students and with torch's Adam and AdamW at their tuned rates."""
-    from amalgam import experiment
+    from amalgam.evaluation import contenders, tables
     from amalgam.evaluation import evaluate as compare
-    from amalgam.evaluation import tables
+    from amalgam.evaluation.report import record, title
     from amalgam.policies import Pool, load_policy
 
     pool = Pool(teacher or [])
@@ -140,17 +142,17 @@ def evaluate(
 
         for one in chosen:
             everybody = [
-                *(experiment.student_contender(*pair) for pair in loaded),
-                *experiment.teacher_contenders(pool),
-                *experiment.torch_contenders(one, steps=steps, report=report),
+                *(contenders.student_contender(*pair) for pair in loaded),
+                *contenders.teacher_contenders(pool),
+                *contenders.torch_contenders(one, steps=steps, report=report),
             ]
             results.append(
                 compare(one, everybody, steps=steps, seeds=seeds, every=every, report=report)
             )
     if out is not None:
-        experiment.record(results, out, steps=steps)
+        record(results, out, steps=steps)
     for task_results in results:
-        _console.print(tables.terminal(experiment.title(task_results, steps), task_results))
+        _console.print(tables.terminal(title(task_results, steps), task_results))
 
 
 @app.command()
@@ -170,7 +172,7 @@ def convert(
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """What works on this machine, and why the rest does not."""
+    """Show what works on this machine, and why the rest does not."""
     from amalgam.backends.core import build_info
 
     report: dict[str, Any] = {
@@ -210,12 +212,13 @@ def _number(value: float | None) -> float:
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is shown without a traceback.
+    """Run the command line; show errors that the user can mend without a traceback.
 
-    Under ``torchrun`` an error goes into its report, once, and not from every process to the
+    Under ``torchrun`` an error goes into its report, once, instead of from every process to the
     terminal.
     """
     keep_freed_memory()
+    _find_modules_here()
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         _run()
         return
@@ -225,6 +228,13 @@ def main() -> None:
         record(_run)()
     except Exception:
         sys.exit(1)
+
+
+def _find_modules_here() -> None:
+    """Let recipes name modules of the working directory, as under ``python -m``."""
+    if not sys.flags.safe_path and not {"", str(Path.cwd())} & set(sys.path):
+        # At the end, where no file of the directory hides an installed package.
+        sys.path.append(str(Path.cwd()))
 
 
 def _run() -> None:

@@ -1,28 +1,34 @@
-"""A recipe, run to its end: meta-training, the closing tables, the plots.
+"""The run of a recipe: meta-training, the closing tables, the plots.
 
-The run folder: ``recipe.json`` (all resolved), ``metrics.jsonl``, ``checkpoint.safetensors``,
-``student.safetensors`` (of replicates in ``replicate-0/``, ...), ``evaluation.json`` and
-``evaluation.md``, ``plots/``; and ``choice/``, likewise, where a choice is trained first.
+A run's folder holds ``recipe.json`` (with every key spelled out), ``metrics.jsonl``,
+``checkpoint.safetensors``, ``student.safetensors`` (several replicates have one each, in
+``replicate-0/`` and so on), ``evaluation.json``, ``evaluation.md`` and ``plots/``. Where a choice
+is trained first, ``choice/`` holds the same of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amalgam import files, plots, recipes, tasks
+from amalgam import files, plots
 from amalgam.device import resolve
-from amalgam.evaluation import Contender, Result, evaluate, spread, tables, tune
-from amalgam.meta import Trainer, distributed, optimizer_of
-from amalgam.meta.trainer import METRICS
-from amalgam.optimizer import TeacherOptimizer
-from amalgam.policies import Choice, Policy, PolicyTeacher, Pool
+from amalgam.evaluation import Contender, Result, evaluate
+from amalgam.evaluation.contenders import (
+    student_contender,
+    teacher_contenders,
+    torch_contenders,
+)
+from amalgam.evaluation.report import record
+from amalgam.meta import Trainer, distributed
+from amalgam.meta.run_folder import METRICS
+from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
@@ -35,18 +41,20 @@ class Experiment:
     """One run of a recipe in one folder; sets PyTorch's threads as the recipe says.
 
     Args:
-        recipe: What to run.
-        folder: Where; made where missing.
+        recipe: The recipe, whose tasks and teachers the run takes.
+        folder: The run folder; made where missing.
         name: The recipe's name, for the student's provenance.
         seed: Decides everything random.
-        resume: Go on where the folder's run stopped, which may have been on another device.
+        resume: Whether to go on where the folder's run stopped, if it holds one. It may have been
+            on another device.
 
     Attributes:
-        meta_steps: How many each training that is over took: the choice's, the student's.
+        tasks: The tasks to meta-train on, on the run's device.
+        meta_steps: Meta-steps of each training that is over: the choice's, the student's.
 
     Raises:
-        FileExistsError: The folder holds a run and ``resume`` was not asked for.
-        RecipeError: ``resume`` was asked for with another recipe or seed than the folder's.
+        FileExistsError: The folder holds a run, and ``resume`` was not given.
+        RecipeError: The folder holds a run of another recipe or seed, or of an earlier version.
     """
 
     def __init__(
@@ -67,7 +75,8 @@ class Experiment:
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.device = resolve(recipe.device)
-        self.tasks = [tasks.load(one.name, one.batch_size) for one in recipe.tasks]
+        self._moved: dict[int, Task] = {}
+        self.tasks = [self._here(one.task) for one in recipe.tasks]
         self._choice: Policy | None = None
         self.meta_steps: list[int] = []
 
@@ -75,7 +84,7 @@ class Experiment:
     def pool(self) -> Pool:
         """The teachers; where a choice is trained first, only after that."""
         if self.recipe.choice is None:
-            return Pool(self.recipe.pool())
+            return self.recipe.pool
         if self._choice is None:
             raise RuntimeError("the pool's choice is yet to be trained; call train() first")
         return Pool([PolicyTeacher(self._choice)])
@@ -84,9 +93,9 @@ class Experiment:
     def trainer(self) -> Trainer:
         """The student's trainer; where a choice is trained first, only after that."""
         recipe = self.recipe
-        kind, config = recipes.POLICIES[recipe.policy.kind], recipe.policy.settings
+        make, config = policy_type(recipe.policy.kind), recipe.policy.settings
         students = [
-            kind(config, generator=generator_for(self.seed + index, "student"))  # type: ignore[call-arg]
+            make(config, generator=generator_for(self.seed + index, "student"))
             for index in range(recipe.replicates)
         ]
         return self._trainer(
@@ -94,10 +103,16 @@ class Experiment:
             self.pool,
             self.folder,
             training=recipe.training,
-            strategy=recipe.strategy and recipe.strategy.settings,
+            strategy=recipe.strategy.settings,
             perturbation=recipe.perturbation and recipe.perturbation.settings,
-            estimator=recipe.estimator,
+            estimator=recipe.estimator.settings,
         )
+
+    def _here(self, task: Task) -> Task:
+        """A task of the recipe on the run's device, moved there once."""
+        if id(task) not in self._moved:
+            self._moved[id(task)] = task.to(self.device)
+        return self._moved[id(task)]
 
     def _trainer(self, students: list[Policy], pool: Pool, folder: Path, **how: Any) -> Trainer:
         recipe = self.recipe
@@ -107,7 +122,6 @@ class Experiment:
             pool,
             folder=folder,
             amalgamation=recipe.amalgamation,
-            stages=recipe.stages,
             memory=recipe.memory,
             task_weights=[task.weight for task in recipe.tasks],
             seed=self.seed,
@@ -117,11 +131,12 @@ class Experiment:
         )
 
     def _settle(self) -> None:
-        """Write down what this folder runs, or hold it against what is written there."""
+        """Write ``recipe.json``; or check that the one that is there says the same."""
         path = self.folder / RECIPE
         about = {"recipe": self._name, "seed": self.seed, "resolved": self.recipe.as_dict()}
         if not path.exists():
-            _write(path, json.dumps(about, indent=2) + "\n")
+            with files.whole(path) as beside:
+                beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             return
         if not self.resume:
             raise FileExistsError(
@@ -129,6 +144,11 @@ class Experiment:
                 f"or choose another folder (--out)"
             )
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if "unroll" in stored["resolved"]["training"]:
+            raise RecipeError(
+                f"{str(self.folder)!r} holds a run of an earlier version of amalgam, which had "
+                f"training.unroll; finish it with that version, or choose another folder"
+            )
         stored["resolved"]["device"] = self.recipe.device  # The one key that may change.
         for key in ("seed", "resolved"):
             difference = _difference(stored[key], about[key], key.replace("resolved", "recipe"))
@@ -147,8 +167,8 @@ class Experiment:
 
         Args:
             report: Called with each meta-step's metrics; of replicates, the first one's.
-            begin: Called before a policy is trained, with its name and the meta-steps that takes,
-                ``None`` where a strategy finds out on the way.
+            begin: Called before a policy is trained, with its name and its meta-steps, which are
+                ``None`` where they depend on how training goes.
 
         Returns:
             The student, or all replicates.
@@ -179,26 +199,21 @@ class Experiment:
             plots.training(first, trainer.folder / "plots" / "training.png")
         return trained
 
-    def evaluate(self, report: Callable[[str], None] = lambda name: None) -> list[list[Result]]:
-        """Train each evaluation task with everybody; results by task, also written and drawn.
+    def evaluate(self, report: Callable[[str], None] = lambda what: None) -> list[list[Result]]:
+        """Train each evaluation task with every contender; write and plot the results.
 
-        The replicates' come first.
+        Args:
+            report: Called with what is about to be done: a contender's name before each of its
+                runs, ``"tuning Adam"`` or the like before an optimizer is tuned.
+
+        Returns:
+            For each task, the contenders' results, those of the replicates first.
         """
         how, students = self.recipe.evaluation, self.trainer.students
         results = []
-        for name in how.tasks:
-            task = tasks.load(name, self.recipe.tasks[0].batch_size).to(self.device)
+        for task in map(self._here, self.recipe.evaluation_tasks):
             everybody = [
-                *(
-                    student_contender(f"student {index}" if len(students) > 1 else "student", one)
-                    for index, one in enumerate(students)
-                ),
-                *teacher_contenders(self.pool),
-                *(
-                    teacher_contenders(Pool(self.recipe.choice.policy.teachers))
-                    if self.recipe.choice is not None
-                    else []
-                ),
+                *self._contenders(),
                 *torch_contenders(task, steps=how.steps, report=report),
             ]
             results.append(
@@ -214,73 +229,18 @@ class Experiment:
         record(results, self.folder, steps=how.steps, replicates=len(students))
         return results
 
-
-def student_contender(name: str, student: Policy) -> Contender:
-    """A learned policy, warmed up as it was trained, as a contender."""
-    return Contender(name, lambda params: optimizer_of(params, student))
-
-
-def teacher_contenders(pool: Pool) -> list[Contender]:
-    """A pool's teachers as contenders, each on its own."""
-    return [
-        student_contender(name, teacher.policy)
-        if isinstance(teacher, PolicyTeacher)
-        else Contender(name, partial(TeacherOptimizer, teacher=teacher))
-        for name, teacher in zip(pool.names, pool.teachers, strict=True)
-    ]
-
-
-def torch_contenders(
-    task: Task, *, steps: int, report: Callable[[str], None] = lambda name: None
-) -> list[Contender]:
-    """torch.optim's Adam and AdamW, each at the rate that suits the task and the steps best."""
-    contenders = []
-    for kind in (torch.optim.Adam, torch.optim.AdamW):
-        rate = tune(task, kind, steps=steps)
-        report(f"tuning {kind.__name__}")
-        contenders.append(Contender(f"torch {kind.__name__}({rate:g})", partial(kind, lr=rate)))
-    return contenders
-
-
-def title(results: Sequence[Result], steps: int) -> str:
-    """A table's title."""
-    seeds = len(results[0].curves)
-    return f"{results[0].task}: validation after {steps} steps, {seeds} seed{'s' * (seeds > 1)}"
-
-
-def between_replicates(results: Sequence[Result], replicates: int) -> str:
-    """How far a task's first results, the replicates', lie apart, in words."""
-    deviation = spread(results[:replicates])
-    return (
-        f"{results[0].task}: between {replicates} replicates the mean log final loss deviates by "
-        f"{deviation:.4f}"
-    )
-
-
-def record(
-    results: Sequence[Sequence[Result]], folder: Path, *, steps: int, replicates: int = 1
-) -> None:
-    """Write results, a list a task, as ``evaluation.json``, ``evaluation.md`` and plots.
-
-    Args:
-        results: The results.
-        folder: Where to.
-        steps: Steps of each run.
-        replicates: How many of each task's first results are replicates'.
-    """
-    content: dict[str, Any] = {
-        "steps": steps,
-        **describe(),
-        "results": [r.as_dict() for rs in results for r in rs],
-    }
-    shown = [tables.markdown(title(rs, steps), rs) for rs in results]
-    if replicates > 1:
-        content["spread"] = {rs[0].task: spread(rs[:replicates]) for rs in results}
-        shown += [between_replicates(rs, replicates) + "\n" for rs in results]
-    _write(folder / "evaluation.json", json.dumps(content) + "\n")
-    _write(folder / "evaluation.md", "\n".join(shown))
-    for rs in results:
-        plots.curves(rs, folder / "plots" / f"{rs[0].task}.png")
+    def _contenders(self) -> list[Contender]:
+        """The replicates, the teachers, and those that a choice chooses from."""
+        students, choice = self.trainer.students, self.recipe.choice
+        several = len(students) > 1
+        return [
+            *(
+                student_contender(f"student {index}" if several else "student", one)
+                for index, one in enumerate(students)
+            ),
+            *teacher_contenders(self.pool),
+            *(teacher_contenders(Pool(choice.policy.teachers)) if choice is not None else []),
+        ]
 
 
 def _difference(stored: Any, given: Any, key: str) -> str | None:
@@ -292,8 +252,3 @@ def _difference(stored: Any, given: Any, key: str) -> str | None:
                 return found
         return None
     return None if stored == given else f"{key} is {stored!r} there and {given!r} here"
-
-
-def _write(path: Path, text: str) -> None:
-    with files.whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")

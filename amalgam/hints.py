@@ -1,4 +1,4 @@
-"""What an error can suggest."""
+"""Suggestions for error messages."""
 
 from __future__ import annotations
 

@@ -6,19 +6,25 @@ the backend.
 """
 
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step
+from amalgam.operations.largest_magnitude import largest_magnitude
 from amalgam.operations.registry import BackendStatus, backends, check_backend
 from amalgam.operations.student_step import (
     StepSettings,
     StudentState,
     initial_state,
     student_step,
-    student_step_,
     update_moments,
+)
+from amalgam.operations.student_step_in_place import (
+    StudentTensors,
+    step_tensors_,
+    student_step_,
     warm_up_,
 )
 from amalgam.operations.student_unroll_backward import student_unroll_backward
 from amalgam.operations.teacher_distance import teacher_distance
-from amalgam.operations.teacher_step import KINDS, teacher_step
+from amalgam.operations.teacher_kinds import KINDS
+from amalgam.operations.teacher_step import teacher_step
 
 __all__ = [
     "KINDS",
@@ -27,10 +33,13 @@ __all__ = [
     "ChoiceState",
     "StepSettings",
     "StudentState",
+    "StudentTensors",
     "backends",
     "check_backend",
     "choice_step",
     "initial_state",
+    "largest_magnitude",
+    "step_tensors_",
     "student_step",
     "student_step_",
     "student_unroll_backward",

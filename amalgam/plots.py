@@ -1,4 +1,4 @@
-"""Every picture the package draws."""
+"""Plots of a meta-training run and of an evaluation."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """How meta-training went: losses, trajectories, and which teacher the student followed.
+    """Plot meta-training: losses, trajectories, and which teacher the student followed.
 
     Args:
         metrics: The rows of a run's ``metrics.jsonl``, at least one.
-        path: Where to; ``.png``, ``.svg`` or ``.pdf``.
+        path: The file to write, ``.png``, ``.svg`` or ``.pdf``.
     """
     figure, axes = _figure(2, 2, figsize=(11, 7))
     steps = [row["meta_step"] for row in metrics]
@@ -65,7 +65,7 @@ def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     ax.legend(frameon=False)
 
     ax = axes[1, 0]
-    # A strategy validates by meta-losses, stages by what comes out.
+    # Strategies that go back validate by the meta-loss, the others by the final loss.
     key = "meta_validation" if any("meta_validation" in row for row in metrics) else "validation"
     validated = [row for row in metrics if row.get(key) is not None]
     ax.plot(
@@ -76,8 +76,8 @@ def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
         ms=3,
         lw=1,
     )
-    of = "mean log of the final loss" if key == "validation" else "mean meta-loss"
-    ax.set(xlabel="meta-step", title=f"meta-validation: {of}")
+    measure = "mean log of the final loss" if key == "validation" else "mean meta-loss"
+    ax.set(xlabel="meta-step", title=f"meta-validation: {measure}")
 
     ax = axes[1, 1]
     teachers = list(metrics[0].get("followed", ()))
@@ -94,13 +94,13 @@ def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
 
 
 def curves(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Validation loss over steps for every contender on one task.
+    """Plot the validation loss over steps of every contender on one task.
 
     Lines are geometric means over seeds, bands reach from the smallest to the largest.
 
     Args:
         results: The contenders' results, at least one, all on one task.
-        path: Where to; ``.png``, ``.svg`` or ``.pdf``.
+        path: The file to write, ``.png``, ``.svg`` or ``.pdf``.
     """
     figure, axes = _figure(1, 1, figsize=(7.5, 4.8))
     ax = axes[0, 0]

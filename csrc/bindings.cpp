@@ -16,6 +16,7 @@
 #include "cpu/activation_sweep.h"
 #include "cpu/choice_step.h"
 #include "cpu/dispatch.h"
+#include "cpu/largest_magnitude.h"
 #include "cpu/storage.h"
 #include "cpu/student_step.h"
 #include "cpu/student_unroll_backward.h"
@@ -65,12 +66,20 @@ std::vector<T*> all_at(const std::vector<Address>& addresses) {
   return pointers;
 }
 
-// A tensor: numel, then the addresses of grad, m, v, h, c, the new m, v, h, c, and out.
-using TensorTuple = std::array<Address, 12>;
 using Constants = std::array<double, 4>;  // alpha, beta1, beta2, eps
 
 amalgam::cpu::StudentConstants student_constants(const Constants& values) {
-  return {values[0], values[1], values[2], values[3]};
+  const auto [alpha, beta1, beta2, eps] = values;
+  return {alpha, beta1, beta2, eps};
+}
+
+// A student's m, v, h, c; or gradients in them.
+using StateAddresses = std::array<Address, 4>;
+
+template <typename T>
+amalgam::cpu::StudentState<T> student_state(const StateAddresses& addresses) {
+  const auto [m, v, h, c] = addresses;
+  return {at<T>(m), at<T>(v), at<T>(h), at<T>(c)};
 }
 
 template <typename T>
@@ -78,17 +87,10 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
   module.def(
       ("student_step_" + dtype).c_str(),
-      [](const std::vector<TensorTuple>& tuples, const std::vector<Address>& weights, int layers,
+      [](Address tensors, int64_t count, const std::vector<Address>& weights, int layers,
          int hidden, const Constants& constants, const std::string& grad, const std::string& cells,
          const std::string& out, bool in_place, double keep, double lr, bool stochastic,
          int threads) {
-        std::vector<amalgam::cpu::StudentTensor> tensors;
-        for (const TensorTuple& t : tuples) {
-          tensors.push_back({static_cast<int64_t>(t[0]), at<void>(t[1]), at<void>(t[2]),
-                             at<void>(t[3]), at<void>(t[4]), at<void>(t[5]), at<void>(t[6]),
-                             at<void>(t[7]), at<void>(t[8]), at<void>(t[9]), at<void>(t[10]),
-                             static_cast<uint32_t>(t[11])});
-        }
         const amalgam::cpu::StudentStep step{
             layers,         hidden,       student_constants(constants),
             storage(grad),  storage(cells), storage(out),
@@ -96,31 +98,28 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
             stochastic};
         const std::vector<const T*> pointers = all_at<const T>(weights);
         const py::gil_scoped_release release;
-        amalgam::cpu::student_step<T>(step, pointers.data(), tensors.data(),
-                                      static_cast<int64_t>(tensors.size()), threads);
+        amalgam::cpu::student_step<T>(step, pointers.data(),
+                                      at<const amalgam::cpu::StudentTensor>(tensors), count,
+                                      threads);
       },
-      "tensors"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a, "grad"_a,
-      "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a,
-      "threads"_a);
+      "tensors"_a, "count"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a,
+      "grad"_a, "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a);
   module.def(
       ("student_step_backward_" + dtype).c_str(),
-      [](const std::array<Address, 5>& grads_out, const std::array<Address, 5>& inputs,
-         const std::array<Address, 5>& in_grads, const std::vector<Address>& weights,
-         const std::vector<Address>& in_weights, int64_t n, int layers, int hidden,
+      [](Address d_update, const StateAddresses& d_new, Address grad, const StateAddresses& state,
+         Address d_grad, const StateAddresses& d_state, const std::vector<Address>& weights,
+         const std::vector<Address>& d_weights, int64_t n, int layers, int hidden,
          const Constants& constants, int threads) {
         const std::vector<const T*> from = all_at<const T>(weights);
-        const std::vector<T*> to = all_at<T>(in_weights);
+        const std::vector<T*> to = all_at<T>(d_weights);
         const py::gil_scoped_release release;
         amalgam::cpu::student_step_backward<T>(
-            layers, hidden, student_constants(constants), from.data(), n, at<const T>(inputs[0]),
-            at<const T>(inputs[1]), at<const T>(inputs[2]), at<const T>(inputs[3]),
-            at<const T>(inputs[4]), at<const T>(grads_out[0]), at<const T>(grads_out[1]),
-            at<const T>(grads_out[2]), at<const T>(grads_out[3]), at<const T>(grads_out[4]),
-            at<T>(in_grads[0]), at<T>(in_grads[1]), at<T>(in_grads[2]), at<T>(in_grads[3]),
-            at<T>(in_grads[4]), to.data(), threads);
+            layers, hidden, student_constants(constants), from.data(), n, at<const T>(grad),
+            student_state<const T>(state), at<const T>(d_update), student_state<const T>(d_new),
+            at<T>(d_grad), student_state<T>(d_state), to.data(), threads);
       },
-      "grads_out"_a, "inputs"_a, "in_grads"_a, "weights"_a, "in_weights"_a, py::kw_only(), "n"_a,
-      "layers"_a, "hidden"_a, "constants"_a, "threads"_a);
+      "d_update"_a, "d_new"_a, "grad"_a, "state"_a, "d_grad"_a, "d_state"_a, "weights"_a,
+      "d_weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a, "constants"_a, "threads"_a);
 }
 
 template <typename T>
@@ -128,20 +127,18 @@ void bind_student_unroll_backward(py::module_& module, const std::string& dtype)
   using namespace py::literals;
   module.def(
       ("student_unroll_backward_" + dtype).c_str(),
-      [](Address grads, Address adjoints, const std::array<Address, 4>& state,
-         const std::vector<Address>& weights, const std::vector<Address>& in_weights,
-         int64_t steps, int64_t n, int64_t grads_stride, int64_t adjoints_stride, int layers,
-         int hidden, const Constants& constants, int threads) {
+      [](Address grads, Address adjoints, const StateAddresses& state,
+         const std::vector<Address>& weights, const std::vector<Address>& d_weights, int64_t steps,
+         int64_t n, int64_t grads_stride, int64_t adjoints_stride, int layers, int hidden,
+         const Constants& constants, int threads) {
         const std::vector<const T*> from = all_at<const T>(weights);
-        const std::vector<T*> to = all_at<T>(in_weights);
+        const std::vector<T*> to = all_at<T>(d_weights);
         amalgam::cpu::student_unroll_backward<T>(
             layers, hidden, student_constants(constants), from.data(), steps, n,
             {at<const T>(grads), grads_stride}, {at<const T>(adjoints), adjoints_stride},
-            {at<const T>(state[0]), at<const T>(state[1]), at<const T>(state[2]),
-             at<const T>(state[3])},
-            to.data(), threads);
+            student_state<const T>(state), to.data(), threads);
       },
-      "grads"_a, "adjoints"_a, "state"_a, "weights"_a, "in_weights"_a, py::kw_only(), "steps"_a,
+      "grads"_a, "adjoints"_a, "state"_a, "weights"_a, "d_weights"_a, py::kw_only(), "steps"_a,
       "n"_a, "grads_stride"_a, "adjoints_stride"_a, "layers"_a, "hidden"_a, "constants"_a,
       "threads"_a, WithoutGil());
 }
@@ -198,54 +195,55 @@ struct ChoiceArguments {
 };
 
 template <typename T>
-amalgam::cpu::ChoiceState<T> choice_state(const std::array<Address, 6>& all) {
-  return {at<T>(all[1]), at<T>(all[2]), at<T>(all[3]), at<T>(all[4])};
+amalgam::cpu::ChoiceState<T> choice_state(const StateAddresses& addresses) {
+  const auto [m, v, h, c] = addresses;
+  return {at<T>(m), at<T>(v), at<T>(h), at<T>(c)};
 }
 
-// Tuples are grad (or update), m, v, h, c, then ranks, the mixture or nothing.
 template <typename T>
 void bind_choice_step(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
-  using Tuple = std::array<Address, 6>;
   using Ints = std::vector<int>;
   using Doubles = std::vector<double>;
   module.def(
       ("choice_step_" + dtype).c_str(),
-      [](const Tuple& inputs, const Tuple& outputs, const std::vector<Address>& weights, int64_t n,
-         int layers, int hidden, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
-         const Doubles& beta2, const Doubles& eps, double time, double learning_rate,
-         int threads) {
+      [](Address grad, const StateAddresses& state, Address ranks, Address update,
+         const StateAddresses& new_state, Address mixture, const std::vector<Address>& weights,
+         int64_t n, int layers, int hidden, const Ints& kinds, const Doubles& lr,
+         const Doubles& beta1, const Doubles& beta2, const Doubles& eps, double time,
+         double learning_rate, int threads) {
         const ChoiceArguments rest{kinds, lr, beta1, beta2, eps, layers, hidden, time,
                                    learning_rate};
         const std::vector<const T*> from = all_at<const T>(weights);
-        amalgam::cpu::choice_step<T>(rest.settings(), from.data(), n, at<const T>(inputs[0]),
-                                     at<const int64_t>(inputs[5]), choice_state<const T>(inputs),
-                                     at<T>(outputs[0]), choice_state<T>(outputs),
-                                     at<T>(outputs[5]), threads);
+        amalgam::cpu::choice_step<T>(rest.settings(), from.data(), n, at<const T>(grad),
+                                     at<const int64_t>(ranks), choice_state<const T>(state),
+                                     at<T>(update), choice_state<T>(new_state), at<T>(mixture),
+                                     threads);
       },
-      "inputs"_a, "outputs"_a, "weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a,
-      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a, "learning_rate"_a, "threads"_a,
-      WithoutGil());
+      "grad"_a, "state"_a, "ranks"_a, "update"_a, "new_state"_a, "mixture"_a, "weights"_a,
+      py::kw_only(), "n"_a, "layers"_a, "hidden"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a,
+      "eps"_a, "time"_a, "learning_rate"_a, "threads"_a, WithoutGil());
   module.def(
       ("choice_step_backward_" + dtype).c_str(),
-      [](const Tuple& grads_out, const Tuple& inputs, const Tuple& in_grads,
-         const std::vector<Address>& weights, const std::vector<Address>& in_weights, int64_t n,
+      [](Address d_update, const StateAddresses& d_new, Address d_mixture, Address grad,
+         const StateAddresses& state, Address ranks, Address d_grad, const StateAddresses& d_state,
+         const std::vector<Address>& weights, const std::vector<Address>& d_weights, int64_t n,
          int layers, int hidden, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
          const Doubles& beta2, const Doubles& eps, double time, double learning_rate,
          int threads) {
         const ChoiceArguments rest{kinds, lr, beta1, beta2, eps, layers, hidden, time,
                                    learning_rate};
         const std::vector<const T*> from = all_at<const T>(weights);
-        const std::vector<T*> to = all_at<T>(in_weights);
+        const std::vector<T*> to = all_at<T>(d_weights);
         amalgam::cpu::choice_step_backward<T>(
-            rest.settings(), from.data(), n, at<const T>(inputs[0]), at<const int64_t>(inputs[5]),
-            choice_state<const T>(inputs), at<const T>(grads_out[0]),
-            choice_state<const T>(grads_out), at<const T>(grads_out[5]), at<T>(in_grads[0]),
-            choice_state<T>(in_grads), to.data(), threads);
+            rest.settings(), from.data(), n, at<const T>(grad), at<const int64_t>(ranks),
+            choice_state<const T>(state), at<const T>(d_update), choice_state<const T>(d_new),
+            at<const T>(d_mixture), at<T>(d_grad), choice_state<T>(d_state), to.data(), threads);
       },
-      "grads_out"_a, "inputs"_a, "in_grads"_a, "weights"_a, "in_weights"_a, py::kw_only(), "n"_a,
-      "layers"_a, "hidden"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a,
-      "learning_rate"_a, "threads"_a, WithoutGil());
+      "d_update"_a, "d_new"_a, "d_mixture"_a, "grad"_a, "state"_a, "ranks"_a, "d_grad"_a,
+      "d_state"_a, "weights"_a, "d_weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a,
+      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a, "learning_rate"_a, "threads"_a,
+      WithoutGil());
 }
 
 void bind_activation(py::module_& module, const char* name,
@@ -416,6 +414,7 @@ void bind_cuda(py::module_& module, const std::string& dtype) {
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
+  using namespace py::literals;
   module.doc() = "The compiled operations of amalgam.";
   module.attr("version") = AMALGAM_VERSION;
   module.attr("compiler") = compiler();
@@ -432,6 +431,17 @@ PYBIND11_MODULE(_core, module) {
   bind_activation(cpu, "sigmoid", &amalgam::cpu::ActivationKernels::sigmoid);
   bind_activation(cpu, "tanh_slope", &amalgam::cpu::ActivationKernels::tanh_slope);
   bind_activation(cpu, "exp", &amalgam::cpu::ActivationKernels::exp);
+  cpu.def(
+      "largest_magnitude",
+      [](const std::vector<Address>& tensors, const std::vector<int64_t>& numels, int bytes,
+         int threads) {
+        const std::vector<const void*> pointers = all_at<const void>(tensors);
+        return amalgam::cpu::largest_magnitude(pointers.data(), numels.data(),
+                                               static_cast<int64_t>(pointers.size()), bytes,
+                                               threads);
+      },
+      "tensors"_a, "numels"_a, py::kw_only(), "bytes"_a, "threads"_a, WithoutGil());
+  cpu.attr("student_tensor_fields") = amalgam::cpu::kStudentTensorFields;
   bind_cpu<float>(cpu, "float32");
   bind_cpu<double>(cpu, "float64");
 

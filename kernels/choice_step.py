@@ -13,16 +13,8 @@ from amalgam.kernels import lstm
 from amalgam.kernels.configurations import configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, processors, wide
 from amalgam.kernels.lstm import add, cell, column, recurrent_gradients, rows_of, sizes_of
-from amalgam.kernels.teacher_step import (
-    WIDTH,
-    has_m,
-    has_v,
-    moments,
-    settings_of,
-    teacher_table,
-    update_gradients,
-    update_of,
-)
+from amalgam.kernels.teacher_kinds import has_m, has_v, moments, of_kind
+from amalgam.kernels.teacher_step import WIDTH, settings_of, teacher_table
 
 RANKS = tl.constexpr(3)  # features that say whether a coordinate's rank is 1, 2 or 3
 IDLE_LOGIT = tl.constexpr(-23.025850929940457)  # log(1e-10), of the option that moves nothing
@@ -53,7 +45,7 @@ def _updates(table, g, m, v, at, inside, n, K: tl.constexpr, POOL: tl.constexpr)
         old_m = tl.load(m + place, mask=inside, other=0.0)
         old_v = tl.load(v + place, mask=inside, other=1.0)
         now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
-        row = update_of(kind, g, now_m, now_v, lr, eps, inverse1, inverse2)
+        row = of_kind(kind, 0.0, g, now_m, now_v, lr, eps, inverse1, inverse2, False)
         result = _with_row(result, k, row, POOL)
         place += n
     return result
@@ -422,8 +414,9 @@ def backward(
             old_m = tl.load(m + place, mask=inside, other=0.0)
             old_v = tl.load(v + place, mask=inside, other=1.0)
             now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
-            of_g, of_m, of_v = update_gradients(
-                kind, _row_of(d_updates, k, POOL), g, now_m, now_v, lr, eps, inverse1, inverse2
+            d_row = _row_of(d_updates, k, POOL)
+            of_g, of_m, of_v = of_kind(
+                kind, d_row, g, now_m, now_v, lr, eps, inverse1, inverse2, True
             )
             of_m += tl.load(d_new_m + place, mask=inside, other=0.0)
             of_v += tl.load(d_new_v + place, mask=inside, other=0.0)

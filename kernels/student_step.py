@@ -27,6 +27,7 @@ from amalgam.kernels.lstm import (
     tanh,
 )
 from amalgam.kernels.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.operations.student_step_in_place import InPlaceStep
 
 FEATURES = 2
 FEW_UNITS = tl.constexpr(FEW)
@@ -727,68 +728,54 @@ def student_step(
 
 
 def student_step_in_place(
-    tensors: Sequence[Sequence[Tensor]],
-    weights: Sequence[Tensor],
-    settings: Sequence[float],
-    lr: float,
-    weight_decay: float,
-    control: Tensor | None,
-    steps: Sequence[Tensor],
-    warmup_steps: int,
-    seeds: Sequence[int],
+    step: InPlaceStep,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
     precision: str | None,
     approximate: bool,
 ) -> None:
     """Launch the step in place: once for all tensors that are alike in dtypes and alignment.
 
     Args:
-        tensors: A row (param, grad, m, v, h, c) a parameter, all contiguous: parameters and
-            gradients float32, bfloat16 or float16, m and v float32, h and c of (layers, hidden,
-            *shape) all float32 or all bfloat16.
-        weights: As the operation has them.
-        settings: alpha, beta1, beta2, eps.
-        lr: Factor on every update.
-        weight_decay: A parameter becomes p (1 - lr weight_decay) - lr update.
-        control: Float64 (4,), on the device: what stands for 1 - lr weight_decay and for lr, the
-            learning rate of warm-up, and whether to skip the step; ``None`` for none of that.
-        steps: How many steps each parameter has taken, float32 of shape (), or none.
-        warmup_steps: How many of them are of warm-up.
-        seeds: In [0, 2^32), one a parameter, to round to bfloat16 at random; or none.
+        step: The step; parameters and gradients are float32, bfloat16 or float16, m and v float32,
+            h and c all float32 or all bfloat16, weights contiguous.
+        params: Its parameters, contiguous.
+        grads: Its gradients, contiguous.
         precision: As in :func:`student_step`.
         approximate: As in :func:`student_step`.
     """
-    _, _, m, _, h, _ = tensors[0]
-    if control is None and seeds:
-        control = m.new_tensor((1 - lr * weight_decay, lr, 0, 0), dtype=torch.float64)
+    m, h, control, steps = step.tensors.m[0], step.tensors.h[0], step.control, step.steps
+    keep = 1 - step.lr * step.weight_decay
+    if control is None and step.seeds:
+        control = m.new_tensor((keep, step.lr, 0, 0), dtype=torch.float64)
     if control is not None and not steps:
-        steps = [m.new_zeros(())] * len(tensors)
-    alike = table.alike(tensors, steps, seeds, _kind)
+        step = step._replace(steps=[m.new_zeros(())] * len(params))
     precision = _precision_of(precision, h)
     plan, shape = _plan(h)
     chosen = configuration("student_step_", *h.shape[:2], precision)
     with on_device_of(m):
-        packed, other = lstm.packed(weights, plan, precision, approximate)
-        for (param_dtype, grad_dtype, aligned, is_wide), rows in alike.items():
-            entries, first_block, blocks = table.table(tuple(rows), chosen.block, m.device)
-            in_place[(blocks,)](
+        packed, other = lstm.packed(step.weights, plan, precision, approximate)
+        for launch in table.launches(step, params, grads, chosen.block, _kind, "triton"):
+            param_dtype, grad_dtype, aligned, is_wide = launch.kind
+            in_place[(launch.blocks,)](
                 packed,
                 other,
-                entries,
-                first_block,
-                len(rows),
-                (len(rows) - 1).bit_length(),
+                launch.table,
+                launch.first_block,
+                launch.tensors,
+                (launch.tensors - 1).bit_length(),
                 control,
-                warmup_steps,
-                1 - lr * weight_decay,
-                lr,
-                *_constants(*settings),
+                step.warmup_steps,
+                keep,
+                step.lr,
+                *_constants(*step.settings),
                 PARAM=_TYPES[param_dtype],
                 GRAD=_TYPES[grad_dtype],
                 CELLS=_TYPES[h.dtype],
                 ALIGNED=aligned,
                 WIDE=is_wide,
                 CONTROL=control is not None,
-                STOCHASTIC=bool(seeds),
+                STOCHASTIC=bool(step.seeds),
                 **shape,
                 BLOCK=chosen.block,
                 PRECISION=precision,

@@ -21,13 +21,16 @@ from torch import Tensor
 import amalgam  # noqa: F401  registers the operations
 from amalgam.backends import core, cpu
 from amalgam.operations import registry
-from amalgam.operations.teacher_step import KINDS
+from amalgam.operations.choice_step import ChoiceArguments
+from amalgam.operations.student_step import StepSettings, StudentState
+from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
+from amalgam.operations.teacher_step import KINDS, PoolSettings
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 127, 257, 1000, 1025]
 MANY = 22003  # coordinates that busy a second thread, of six teachers too
 ARCHITECTURES = [(1, 1), (1, 4), (1, 8), (2, 20), (3, 5)]
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
-SETTINGS = (0.1, 0.9, 0.999, 1e-10)
+SETTINGS = StepSettings(0.1, 0.9, 0.999, 1e-10)
 
 Arguments = tuple[Any, ...]
 
@@ -58,10 +61,18 @@ def teacher_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     for n in (*SIZES, MANY):
         for kinds in (range(len(KINDS)), [3], []):
             k = len(kinds)
-            of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
             grads, m, v, *grads_out = (tensor(k, n, dtype=dtype) for _ in range(6))
-            inputs = grads, m, v.square(), list(kinds), *of_each
+            inputs = grads, m, v.square(), pool_of(kinds)
             yield (grads_out, *inputs) if backward else inputs
+
+
+def pool_of(kinds: Sequence[int]) -> PoolSettings:
+    return PoolSettings(list(kinds), *([value] * len(kinds) for value in (0.1, 0.9, 0.999, 1e-10)))
+
+
+def largest_magnitude(dtype: torch.dtype) -> Iterator[Arguments]:
+    for n in (*SIZES, 1 << 18):
+        yield ([tensor(n, dtype=dtype), tensor(0, dtype=dtype), strided(n, dtype)],)
 
 
 def weights_of(
@@ -75,9 +86,13 @@ def weights_of(
     return [*weights, tensor(outputs, hidden, dtype=dtype), tensor(outputs, dtype=dtype)]
 
 
-def state_of(n: int, layers: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+def state_of(n: int, layers: int, hidden: int, dtype: torch.dtype) -> StudentState:
     cells = [tensor(layers, hidden, n, dtype=dtype) for _ in range(2)]
-    return [tensor(n, dtype=dtype), tensor(n, dtype=dtype).square(), *cells]
+    return StudentState(tensor(n, dtype=dtype), tensor(n, dtype=dtype).square(), *cells)
+
+
+def like(state: StudentState) -> StudentState:
+    return StudentState(*(tensor(*part.shape, dtype=part.dtype) for part in state))
 
 
 def students() -> Iterator[tuple[int, int, int]]:
@@ -90,24 +105,19 @@ def students() -> Iterator[tuple[int, int, int]]:
 
 def student_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     for n, layers, hidden in students():
-        inputs = [tensor(n, dtype=dtype), *state_of(n, layers, hidden, dtype)]
-        settings = weights_of(layers, hidden, dtype), *SETTINGS
-        if backward:
-            grads_out = [tensor(*t.shape, dtype=dtype) for t in inputs]
-            yield grads_out, *inputs, *settings
-        else:
-            yield *inputs, *settings
+        state = state_of(n, layers, hidden, dtype)
+        arguments = tensor(n, dtype=dtype), state, weights_of(layers, hidden, dtype), SETTINGS
+        yield (tensor(n, dtype=dtype), like(state), *arguments) if backward else arguments
 
 
 def student_step_into(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     """Into other memory, and into that of the state, whose gradients are always replaced."""
     for index, arguments in enumerate(student_step(dtype, False)):
-        grad, *state = arguments[:5]
-        own = index % 2 == 0
+        grad, state, *_ = arguments
         if backward:
-            yield tensor(len(grad), dtype=dtype), [torch.randn_like(t) for t in state], *arguments
+            yield tensor(len(grad), dtype=dtype), like(state), *arguments
         else:
-            yield [torch.empty_like(grad), *(s if own else s.clone() for s in state)], *arguments
+            yield torch.empty_like(grad), state if index % 2 == 0 else like(state), *arguments
 
 
 def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
@@ -118,17 +128,17 @@ def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
             params = [make(size, of_param) for size in sizes]
             grads = [make(size, of_grad) for size in sizes]
             states = [state_of(size, layers, hidden, dtype) for size in sizes]
-            columns = (list(column) for column in zip(*states, strict=True))
             weights = weights_of(layers, hidden, dtype)
             seeds = list(range(len(sizes))) if index % 2 else []
-            yield params, grads, *columns, weights, *SETTINGS, 0.5, 0.1, None, [], 0, seeds
+            tensors = StudentTensors(params, states)
+            yield (InPlaceStep(tensors, grads, weights, SETTINGS, 0.5, 0.1, None, [], 0, seeds),)
 
 
 def student_unroll_backward(dtype: torch.dtype) -> Iterator[Arguments]:
     """Among them more steps than are kept of a tile."""
     cases = [(steps, *student) for steps in (0, 1, 3) for student in students()]
     for steps, n, layers, hidden in [*cases, (150, 65, 2, 20), (80, 33, 1, 64)]:
-        rest = *state_of(n, layers, hidden, dtype), weights_of(layers, hidden, dtype), *SETTINGS
+        rest = state_of(n, layers, hidden, dtype), weights_of(layers, hidden, dtype), SETTINGS
         yield tensor(steps, n, dtype=dtype), tensor(steps, n, dtype=dtype), *rest
         # Columns of a block that ends with the last of them, and a row that stands for all.
         yield (
@@ -142,18 +152,20 @@ def choice_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     for n, layers, hidden in students():
         for kinds in (range(len(KINDS)), [3]):
             k = len(kinds)
-            grad, _, *cells = state_of(n, layers, hidden, dtype)
-            state = [tensor(k, n, dtype=dtype), tensor(k, n, dtype=dtype).square(), *cells]
-            of_each = [[value] * k for value in (0.1, 0.9, 0.999, 1e-10)]
+            of_student = state_of(n, layers, hidden, dtype)
+            moments = tensor(k, n, dtype=dtype), tensor(k, n, dtype=dtype).square()
+            state = StudentState(*moments, of_student.h, of_student.c)
             weights = weights_of(layers, hidden, dtype, features=k + 4, outputs=k)
-            inputs = grad, *state, weights, torch.arange(n) % 5, list(kinds), *of_each, 0.1, 0.5
-            grads_out = [tensor(*t.shape, dtype=dtype) for t in (grad, *state, state[0])]
-            yield (grads_out, *inputs) if backward else inputs
+            choice = ChoiceArguments(torch.arange(n) % 5, pool_of(kinds), 0.1, 0.5)
+            arguments = tensor(n, dtype=dtype), state, weights, choice
+            upstream = tensor(n, dtype=dtype), like(state), tensor(k, n, dtype=dtype)
+            yield (*upstream, *arguments) if backward else arguments
 
 
 MAKERS: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "teacher_distance": lambda dtype: teacher_distance(dtype, False),
     "teacher_distance_backward": lambda dtype: teacher_distance(dtype, True),
+    "largest_magnitude": largest_magnitude,
     "teacher_step": lambda dtype: teacher_step(dtype, False),
     "teacher_step_backward": lambda dtype: teacher_step(dtype, True),
     "student_step": lambda dtype: student_step(dtype, False),

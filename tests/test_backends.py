@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from amalgam.backends import build_info, core, cuda, triton
-from amalgam.backends.pointers import checked
+from amalgam.backends.memory import check_written, contiguous
 from amalgam.operations import registry
+from amalgam.operations.checks import check_like
 from amalgam.operations.registry import Numerics, resolve
 from amalgam.ops import backends, teacher_distance
 
@@ -171,13 +172,19 @@ def test_build_info_is_complete() -> None:
 
 def test_pointers_are_only_taken_of_what_was_promised() -> None:
     like = torch.zeros(3)
-    assert checked("x", torch.zeros(6)[::2], (3,), like).is_contiguous()
+    strided = torch.zeros(6)[::2]
+    assert contiguous([strided])[0].is_contiguous()
+    check_like("x", strided, (3,), like)
     with pytest.raises(ValueError, match=r"x must have shape \(4,\), not \(3,\)"):
-        checked("x", torch.zeros(3), (4,), like)
+        check_like("x", torch.zeros(3), (4,), like)
     with pytest.raises(ValueError, match=r"x must be torch\.float32 on cpu, not torch\.float64"):
-        checked("x", torch.zeros(3, dtype=torch.float64), (3,), like)
+        check_like("x", torch.zeros(3, dtype=torch.float64), (3,), like)
     with pytest.raises(ValueError, match="x must be a dense tensor"):
-        checked("x", torch.zeros(3).to_sparse(), (3,), like)
+        check_like("x", torch.zeros(3).to_sparse(), (3,), like)
+    with pytest.raises(ValueError, match="x must be contiguous, not of strides"):
+        check_written(["x"], [strided])
+    with pytest.raises(ValueError, match="outputs must not share memory"):
+        check_written(["x", "y"], [like, like[:2]])
 
 
 def test_import_is_light() -> None:

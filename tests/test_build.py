@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,47 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     done = _isa("sse9")
     assert done.returncode != 0
     assert "ValueError: AMALGAM_CPU_ISA must be avx512, avx2 or portable" in done.stderr
+
+
+def _headers(guard: str) -> list[str]:
+    """The CPU kernels' headers that hold a line."""
+    headers = sorted((ROOT / "csrc" / "cpu").glob("*.h"))
+    return [header.name for header in headers if guard in header.read_text().splitlines()]
+
+
+def test_every_header_with_vectors_is_guarded() -> None:
+    """Each opens the namespace of an instruction set, which such a header alone does."""
+    guarded = set(_headers("#ifndef AMALGAM_ISA"))
+    assert guarded == set(_headers("namespace amalgam::cpu::AMALGAM_ISA {"))
+    assert {"simd.h", "activations.h", "lstm.h"} <= guarded
+    assert {"parallel.h", "storage.h", "tiles.h"} <= set(_headers("#ifdef AMALGAM_ISA"))
+
+
+@pytest.mark.parametrize("header", _headers("#ifndef AMALGAM_ISA"))
+def test_a_plain_file_cannot_include_vectors(header: str, tmp_path: Path) -> None:
+    """Its code would be of the build machine's default instruction set, or of none."""
+    assert _compiles(header, tmp_path, "-DAMALGAM_ISA=portable") == ""
+    assert f"{header} is for *_simd.cpp" in _compiles(header, tmp_path)
+
+
+@pytest.mark.parametrize("header", _headers("#ifdef AMALGAM_ISA"))
+def test_inner_loops_cannot_include_what_is_compiled_once(header: str, tmp_path: Path) -> None:
+    assert _compiles(header, tmp_path) == ""
+    assert f"{header} is for files compiled once" in _compiles(
+        header, tmp_path, "-DAMALGAM_ISA=avx512"
+    )
+
+
+def _compiles(header: str, folder: Path, *flags: str) -> str:
+    """The compiler's errors about a file that includes the header, or nothing."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler: CXX, or g++ on PATH")
+    source = folder / "source.cpp"
+    source.write_text(f'#include "{header}"\n\nint main() {{ return 0; }}\n')
+    include = f"-I{ROOT / 'csrc' / 'cpu'}"
+    command = [compiler, "-std=c++17", "-fsyntax-only", include, *flags, str(source)]
+    return subprocess.run(command, capture_output=True, text=True).stderr
 
 
 def test_cuda_without_a_gpu_says_what_is_wrong() -> None:

@@ -32,12 +32,14 @@ layers = 1
 hidden = 4
 warmup_steps = 3
 [training]
-unroll = 4
 checkpoint_every = 3
 validate_every = 10
 validation_steps = 4
 validation_seeds = 1
-[[stages]]
+[strategy]
+kind = "stages"
+unroll = 4
+[[strategy.stages]]
 episodes = 15
 windows = 2
 [evaluation]
@@ -121,11 +123,23 @@ def metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int:
-    """Kill and resume a run whenever a log has so many lines; how often that came off."""
+@pytest.fixture
+def chance() -> random.Random:
+    """Draws the moments to kill at; a failing test shows the seed, which the variable sets."""
+    seed = int(os.environ.get("AMALGAM_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    print(f"AMALGAM_KILL_SEED={seed} draws these moments again:")
+    return random.Random(seed)
+
+
+def killed(
+    folder: Path, cuts: list[tuple[str, int]], chance: random.Random, *arguments: object
+) -> int:
+    """Kill and resume a run each time a log has so many lines; returns how many kills hit it."""
     kills = 0
     resume: list[str] = []
     for name, lines in cuts:
+        delay = chance.uniform(0, 0.05)
+        print(f"kill when {name} has {lines} lines, {delay:.4f} s later")
         process = subprocess.Popen(
             command(*arguments, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -133,7 +147,7 @@ def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             if log.exists() and log.read_bytes().count(b"\n") >= lines:
-                time.sleep(random.uniform(0, 0.05))
+                time.sleep(delay)
                 break
             time.sleep(0.002)
         if process.poll() is None:
@@ -144,7 +158,7 @@ def killed(folder: Path, cuts: list[tuple[str, int]], *arguments: object) -> int
     return kills
 
 
-def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) -> None:
+def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path, chance) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = run("train", tiny, "--out", whole, "--seed", 3)
     for expected in ("student", "adam", "sgd", "torch Adam(", "torch AdamW(", "final loss"):
@@ -160,12 +174,12 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) ->
         assert (whole / name).stat().st_size > 0
 
     first, *later = (
-        ("metrics.jsonl", random.randrange(*lines)) for lines in ((1, 8), (9, 20), (21, 29))
+        ("metrics.jsonl", chance.randrange(*lines)) for lines in ((1, 8), (9, 20), (21, 29))
     )
     train = ("train", tiny, "--out", cut, "--seed", 3)
-    assert killed(cut, [first], *train) == 1
+    assert killed(cut, [first], chance, *train) == 1
     assert not (cut / "student.safetensors").exists()
-    assert killed(cut, later, *train, "--resume") >= 1
+    assert killed(cut, later, chance, *train, "--resume") >= 1
     run("train", tiny, "--out", cut, "--seed", 3, "--resume")
 
     ours, theirs = (Student.load(d / "student.safetensors") for d in (whole, cut))
@@ -179,15 +193,15 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) ->
     about = ours.provenance
     assert about["seed"] == 3
     assert about["recipe"] == "tiny"
-    assert about["resolved"]["training"]["unroll"] == 4
+    assert about["resolved"]["strategy"]["unroll"] == 4
     assert about["amalgam_version"]
     assert "digits-mlp" in about["data"]
 
     refused = run("train", tiny, "--out", cut, "--seed", 3, fails=True)
     assert "holds a run already" in refused.stderr
-    changed = ["--set", "training.unroll=5"]
+    changed = ["--set", "strategy.unroll=5"]
     refused = run("train", tiny, "--out", cut, "--seed", 3, "--resume", *changed, fails=True)
-    assert "recipe.training.unroll is 4 there and 5 here" in refused.stderr
+    assert "recipe.strategy.unroll is 4 there and 5 here" in refused.stderr
     refused = run("train", tiny, "--out", cut, "--seed", 4, "--resume", fails=True)
     assert "seed is 3 there and 4 here" in refused.stderr
     refused = run(
@@ -206,7 +220,7 @@ def test_train_killed_at_random_moments_ends_in_the_same_bits(tiny, tmp_path) ->
     assert (tmp_path / "compared" / "plots" / "digits-cnn.png").exists()
 
 
-def test_a_two_stage_run_killed_in_both_stages_ends_in_the_same_bytes(tmp_path) -> None:
+def test_a_two_stage_run_killed_in_both_stages_ends_in_the_same_bytes(tmp_path, chance) -> None:
     recipe = tmp_path / "two.toml"
     recipe.write_text(TWO_STAGES)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -214,11 +228,11 @@ def test_a_two_stage_run_killed_in_both_stages_ends_in_the_same_bytes(tmp_path) 
     for expected in ("meta-training the choice", "student", "choice", "rmsprop", "adam"):
         assert expected in done.stdout
     cuts = [
-        ("choice/metrics.jsonl", random.randrange(1, 6)),
-        ("metrics.jsonl", random.randrange(1, 6)),
-        ("metrics.jsonl", random.randrange(7, 14)),
+        ("choice/metrics.jsonl", chance.randrange(1, 6)),
+        ("metrics.jsonl", chance.randrange(1, 6)),
+        ("metrics.jsonl", chance.randrange(7, 14)),
     ]
-    assert killed(cut, cuts, "train", recipe, "--out", cut, "--seed", 2) >= 2
+    assert killed(cut, cuts, chance, "train", recipe, "--out", cut, "--seed", 2) >= 2
     run("train", recipe, "--out", cut, "--seed", 2, "--resume")
     for name in ("choice/student.safetensors", "student.safetensors", "evaluation.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
@@ -230,8 +244,8 @@ def test_a_two_stage_run_killed_in_both_stages_ends_in_the_same_bytes(tmp_path) 
     assert load_policy(whole / "student.safetensors").provenance["teachers"] == ["choice"]
 
 
-def test_replicates_are_evaluated_and_their_spread_is_told(tiny, tmp_path) -> None:
-    short = ["--set", "stages=[{episodes=2}]", "--set", "replicates=3"]
+def test_replicates_are_evaluated_and_their_spread_is_reported(tiny, tmp_path) -> None:
+    short = ["--set", "strategy.stages=[{episodes=2}]", "--set", "replicates=3"]
     done = run("train", tiny, "--out", tmp_path / "run", *short)
     for expected in ("student 0", "student 2", "between 3 replicates"):
         assert expected in done.stdout
@@ -271,8 +285,8 @@ def together(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @needs_gloo
 def test_torchrun(tiny, tmp_path) -> None:
-    """One process tells, evaluates and writes; an error is told once."""
-    out, short = tmp_path / "run", ["--set", "stages=[{episodes=2}]", "--set", "threads=1"]
+    """One process reports, evaluates and writes; an error is shown once."""
+    out, short = tmp_path / "run", ["--set", "strategy.stages=[{episodes=2}]", "--set", "threads=1"]
     train = ["-m", "amalgam.cli", "train", tiny]
     done = together(*train, "--out", out, *short)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -288,8 +302,8 @@ def test_torchrun(tiny, tmp_path) -> None:
     refused = together(*train, "--out", out, *short)
     assert refused.returncode != 0
     assert (refused.stdout + refused.stderr).count("holds a run already") == 1
-    wrong = together(*train, "--out", tmp_path / "x", "--set", "training.unrol=3")
-    assert (wrong.stdout + wrong.stderr).count("the nearest is 'training.unroll'") == 1
+    wrong = together(*train, "--out", tmp_path / "x", "--set", "strategy.unrol=3")
+    assert (wrong.stdout + wrong.stderr).count("the nearest is 'strategy.unroll'") == 1
     assert not (tmp_path / "x").exists()
 
 
@@ -321,9 +335,9 @@ def test_a_dead_processs_traceback_shows_once(tiny, tmp_path) -> None:
 
 
 def test_errors_have_no_traceback(tiny, tmp_path) -> None:
-    done = run("train", tiny, "--out", tmp_path / "x", "--set", "training.unrol=3", fails=True)
+    done = run("train", tiny, "--out", tmp_path / "x", "--set", "strategy.unrol=3", fails=True)
     assert done.stderr.strip().startswith("error:")
-    assert "the nearest is 'training.unroll'" in done.stderr
+    assert "the nearest is 'strategy.unroll'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
     done = run("evaluate", tmp_path / "none.safetensors", fails=True)

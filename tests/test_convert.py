@@ -20,10 +20,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from amalgam import weights
-from amalgam.convert import convert, npz_keys, student_from_keras
+from amalgam import files
+from amalgam.convert import convert, read_npz, student_from_keras
+from amalgam.convert.tensor_bundle import TensorBundle, masked_crc32c
 from amalgam.policies import Student
-from amalgam.tensor_bundle import TensorBundle, masked_crc32c
 from amalgam.version import __version__
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -246,7 +246,7 @@ def test_npz_of_one_student_needs_no_key(tmp_path: Path, key: str) -> None:
     assert student.provenance["key"] == key
     assert "iterations" not in student.provenance
     assert (student.config.warmup_steps, student.config.warmup_lr) == (7, 0.25)
-    assert npz_keys(tmp_path / "one.npz") == (key,)
+    assert read_npz(tmp_path / "one.npz", None)[2] == key
 
 
 def test_key_must_choose_among_several(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         convert(tmp_path / "a.npz", tmp_path / "dest")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz"]
@@ -357,7 +357,7 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere.npz", dest)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        npz_keys(tmp_path / "nowhere.npz")
+        read_npz(tmp_path / "nowhere.npz", None)
     for name, content in {"empty": b"", "text": b"hello", "pickle": b"\x80\x04N."}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*is not a whole .npz"):

@@ -60,8 +60,8 @@ def test_computes_the_policy(kind: str, warmup_steps: int | None) -> None:
     )
     ours = copy.deepcopy(policy).double()
     layout = Layout({str(index): shape for index, shape in enumerate(SHAPES)})
-    at = flat(params)
-    state = ours.initial_state(at, layout)
+    expected = flat(params)
+    state = ours.initial_state(expected, layout)
     for step in range(5):
         set_grads(params, step)
         grad = torch.cat([p.grad.flatten() for p in params])
@@ -70,9 +70,9 @@ def test_computes_the_policy(kind: str, warmup_steps: int | None) -> None:
                 update, state = 0.1 * grad, ours.warm_up(grad, state, layout=layout)
             else:
                 update, state = ours.step(grad, state, layout=layout, backend="reference")
-        at = at * (1 - lr * decay) - lr * update
+        expected = expected * (1 - lr * decay) - lr * update
         optimizer.step()
-        assert torch.allclose(flat(params), at, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(flat(params), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_student_steps_as_in_its_own_optimizer() -> None:
@@ -86,7 +86,7 @@ def test_a_student_steps_as_in_its_own_optimizer() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("middle", [1, 4])
 def test_state_dict_round_trip(kind: str, middle: int) -> None:
-    """Saved in warm-up or after, resumed in another process: the same bits."""
+    """A run that was saved in warm-up or after it resumes to the same bits."""
     policy = made(kind)
     straight = tensors(dtype=torch.float32)
     run(PolicyOptimizer(straight, policy), straight, range(6))
@@ -107,7 +107,7 @@ def test_state_dict_round_trip(kind: str, middle: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_without_gradient_stay(kind: str) -> None:
-    """A parameter that never has one changes nothing; one that comes later warms up then."""
+    """A parameter without a gradient affects no other; it warms up when its first one comes."""
     policy, params = made(kind), tensors()
     alone = [params[0], params[3]]
     twins = [nn.Parameter(p.detach().clone()) for p in alone]
@@ -128,8 +128,8 @@ def test_parameters_without_gradient_stay(kind: str) -> None:
     assert [optimizer.state[p]["step"].item() for p in (params[0], params[2])] == [5, 1]
 
 
-def test_the_whole_lives_on_when_tensors_come_and_go() -> None:
-    """A hierarchical policy steps the tensors that have a gradient, with what it knows of all."""
+def test_shared_state_stays_when_tensors_come_and_go() -> None:
+    """A hierarchical policy steps the tensors that have a gradient, with the state of all."""
     policy = made("scale-hierarchical", warmup_steps=0)
     params = tensors()
     optimizer = PolicyOptimizer(params, policy)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from amalgam.backends import core
-from amalgam.backends.arguments import (
-    checked_choice,
-    checked_in_place,
-    checked_pool,
-    checked_state,
-    checked_teachers,
-    checked_weights,
-    written_state,
+from amalgam.backends.memory import (
+    addresses,
+    check_written,
+    contiguous,
+    dense_in_place,
+    dtype_name,
+    with_contiguous_rows,
 )
-from amalgam.backends.pointers import checked, checked_rows, dtype_name
-from amalgam.operations import lstm
+from amalgam.operations.choice_step import ChoiceArguments
 from amalgam.operations.registry import register_backend
 from amalgam.operations.rounding import key_of
-from amalgam.operations.student_step import FEATURES, OUTPUTS, StepSettings, warm_up_
+from amalgam.operations.student_step import StepSettings, StudentState
+from amalgam.operations.student_step_in_place import InPlaceStep, warm_up_
+from amalgam.operations.teacher_step import PoolSettings
 
 NO_HUBER = -1.0
+
+# Dtypes of parameters and gradients, and integers as wide.
+_STORED = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 
 
 def _probe() -> str | None:
@@ -44,8 +53,7 @@ def _teacher_distance(
     student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
 ) -> tuple[Tensor, Tensor]:
     k, n = teachers.shape
-    student = checked("student", student, (n,), student)
-    teachers = checked("teachers", teachers, (k, n), student)
+    student, teachers = contiguous((student, teachers))
     distances, totals = student.new_empty(k), student.new_empty(k)
     function = getattr(core.core().cpu, f"teacher_distance_{dtype_name(student)}")
     function(
@@ -73,10 +81,7 @@ def _teacher_distance_backward(
     need_teachers: bool,
 ) -> tuple[Tensor, Tensor]:
     k, n = teachers.shape
-    student = checked("student", student, (n,), student)
-    teachers = checked("teachers", teachers, (k, n), student)
-    grad = checked("grad", grad, (k,), student)
-    total = checked("total", total, (k,), student)
+    grad, student, teachers, total = contiguous((grad, student, teachers, total))
     in_student = student.new_empty(n)
     in_teachers = student.new_empty((k, n) if need_teachers else (0,))
     function = getattr(core.core().cpu, f"teacher_distance_backward_{dtype_name(student)}")
@@ -98,46 +103,35 @@ def _teacher_distance_backward(
 
 @backend.kernel("student_step")
 def _student_step(
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in (grad, m, v, h, c))
-    _student_step_into(outputs, grad, m, v, h, c, weights, alpha, beta1, beta2, eps)
-    return outputs  # type: ignore[return-value]
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> tuple[Tensor, StudentState]:
+    update = grad.new_empty(grad.shape)
+    new = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    _student_step_into(update, new, grad, state, weights, settings)
+    return update, new
 
 
 @backend.kernel("student_step_into")
 def _student_step_into(
-    out: Sequence[Tensor],
+    update: Tensor,
+    new: StudentState,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
 ) -> None:
-    inputs = checked_state((grad, m, v, h, c))
-    weights = checked_weights(weights, grad)
-    update, *state = written_state(out, inputs)
+    check_written(_WRITTEN, (update, *new))
+    inputs = contiguous((grad, *state))
+    row = dict(zip(("grad", *StudentState._fields), addresses(inputs), strict=True))
+    row |= {f"new_{name}": tensor.data_ptr() for name, tensor in new._asdict().items()}
+    row |= {"numel": grad.numel(), "out": update.data_ptr(), "key": 0}
     _run_student_step(
-        [_addresses(grad.numel(), *inputs, *state, update, 0)],
+        torch.tensor([[row[name] for name in _fields()]]),
         weights,
-        (alpha, beta1, beta2, eps),
-        grad=dtype_name(grad),
-        cells=dtype_name(grad),
-        out=dtype_name(grad),
+        settings,
+        grad=grad.dtype,
+        cells=grad.dtype,
+        out=grad.dtype,
         in_place=False,
         keep=0.0,
         lr=0.0,
@@ -145,329 +139,307 @@ def _student_step_into(
     )
 
 
+_WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
+
+
 @backend.kernel("student_step_backward")
 def _student_step_backward(
-    grads_out: Sequence[Tensor],
+    d_update: Tensor,
+    d_new: StudentState,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    in_grads = tuple(tensor.new_empty(tensor.shape) for tensor in (grad, m, v, h, c))
-    in_weights = _run_student_step_backward(
-        in_grads, grads_out, (grad, m, v, h, c), weights, (alpha, beta1, beta2, eps)
+    settings: StepSettings,
+) -> tuple[Tensor, StudentState, list[Tensor]]:
+    d_state = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    d_grad, d_weights = _run_student_step_backward(
+        d_state, d_update, d_new, grad, state, weights, settings
     )
-    return *in_grads, in_weights  # type: ignore[return-value]
+    return d_grad, d_state, d_weights
 
 
 @backend.kernel("student_step_backward_into")
 def _student_step_backward_into(
     d_update: Tensor,
-    d_state: Sequence[Tensor],
+    d_state: StudentState,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
 ) -> tuple[Tensor, list[Tensor]]:
-    d_grad = grad.new_empty(grad.shape)
-    in_weights = _run_student_step_backward(
-        (d_grad, *d_state),
-        (d_update, *d_state),
-        (grad, m, v, h, c),
-        weights,
-        (alpha, beta1, beta2, eps),
-    )
-    return d_grad, in_weights
+    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
+    return _run_student_step_backward(d_state, d_update, d_state, grad, state, weights, settings)
 
 
 def _run_student_step_backward(
-    in_grads: Sequence[Tensor],
-    grads_out: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    d_state: StudentState,
+    d_update: Tensor,
+    d_new: StudentState,
+    grad: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    constants: tuple[float, float, float, float],
-) -> list[Tensor]:
-    """Writes the gradients in the inputs and returns those in the weights."""
-    grad, _, _, h, _ = inputs = checked_state(inputs)
-    grads_out = checked_state(tuple(grads_out), like=grad, shapes=inputs)
-    in_grads = written_state(in_grads, inputs)
-    weights = checked_weights(weights, grad)
-    in_weights = [weight.new_empty(weight.shape) for weight in weights]
-    layers, hidden = h.shape[:2]
+    settings: StepSettings,
+) -> tuple[Tensor, list[Tensor]]:
+    """Write the gradients in the state; return those in ``grad`` and in the weights."""
+    grad, d_update = contiguous((grad, d_update))
+    dense, d_dense, weights = contiguous(state), contiguous(d_new), contiguous(weights)
+    d_grad = grad.new_empty(grad.shape)
+    d_weights = [weight.new_empty(weight.shape) for weight in weights]
+    layers, hidden = state.h.shape[:2]
     getattr(core.core().cpu, f"student_step_backward_{dtype_name(grad)}")(
-        _addresses(*grads_out),
-        _addresses(*inputs),
-        _addresses(*in_grads),
-        _addresses(*weights),
-        _addresses(*in_weights),
+        d_update.data_ptr(),
+        addresses(d_dense),
+        grad.data_ptr(),
+        addresses(dense),
+        d_grad.data_ptr(),
+        addresses(d_state),
+        addresses(weights),
+        addresses(d_weights),
         n=grad.numel(),
         layers=layers,
         hidden=hidden,
-        constants=constants,
+        constants=settings,
         threads=torch.get_num_threads(),
     )
-    return in_weights
+    return d_grad, d_weights
 
 
 @backend.kernel("student_step_")
-def _student_step_in_place(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    h: Sequence[Tensor],
-    c: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    lr: float,
-    weight_decay: float,
-    control: Tensor | None = None,
-    steps: Sequence[Tensor] = (),
-    warmup_steps: int = 0,
-    seeds: Sequence[int] = (),
-) -> None:
-    weights = checked_weights(weights, m[0])
-    tensors, put_back = checked_in_place(params, grads, m, v, h, c)
-    keep, warm_rate = 1 - lr * weight_decay, 0.0
-    if control is not None:
-        keep, lr, warm_rate, skip = control.tolist()
+def _student_step_in_place(step: InPlaceStep) -> None:
+    keep, lr, warm_rate = 1 - step.lr * step.weight_decay, step.lr, 0.0
+    if step.control is not None:
+        keep, lr, warm_rate, skip = step.control.tolist()
         if skip:
             return
-    settings, no_step = StepSettings(alpha, beta1, beta2, eps), torch.zeros(())
-    keys = [key_of(seed, steps[i] if steps else no_step) for i, seed in enumerate(seeds)]
-    batches: dict[tuple[torch.dtype, ...], list[list[int]]] = {}
-    for index, (param, grad, *state) in enumerate(tensors):
-        key = keys[index] if seeds else None
-        if steps and steps[index] < warmup_steps:
-            row = h[0].shape[0] * h[0].shape[1]
-            warm_up_(param, grad, state[0], state[1], settings, keep, warm_rate, key, row)
-            continue
-        bits = 0 if key is None else int(key)
-        addresses = _addresses(param.numel(), grad, *state, *state, param, bits)
-        batches.setdefault((grad.dtype, param.dtype), []).append(addresses)
-    for (grad_dtype, param_dtype), batch in batches.items():
+    tensors, no_step = step.tensors, torch.zeros(())
+    params, grads, put_back = dense_in_place(step)
+    table = _in_place_table(step)
+    table[:, _column("out")] = torch.tensor(addresses(params))
+    table[:, _column("grad")] = torch.tensor(addresses(grads))
+    keys = [
+        key_of(seed, step.steps[i] if step.steps else no_step) for i, seed in enumerate(step.seeds)
+    ]
+    if keys:
+        table[:, _column("key")] = torch.tensor([int(key) for key in keys])
+    layers, hidden = tensors.h[0].shape[:2]
+    rows_of: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    counts = torch.stack(step.steps).tolist() if step.steps else []
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if counts and counts[index] < step.warmup_steps:
+            m, v, key = tensors.m[index], tensors.v[index], keys[index] if keys else None
+            warm_up_(param, grad, m, v, step.settings, keep, warm_rate, key, layers * hidden)
+        else:
+            rows_of.setdefault((grad.dtype, param.dtype), []).append(index)
+    for (grad_dtype, param_dtype), rows in rows_of.items():
         _run_student_step(
-            batch,
-            weights,
-            settings,
-            grad=dtype_name(grad_dtype),
-            cells=dtype_name(h[0]),
-            out=dtype_name(param_dtype),
+            table if len(rows) == len(table) else table[rows],
+            step.weights,
+            step.settings,
+            grad=grad_dtype,
+            cells=tensors.h[0].dtype,
+            out=param_dtype,
             in_place=True,
             keep=keep,
             lr=lr,
-            stochastic=bool(seeds),
+            stochastic=bool(keys),
         )
     put_back()
 
 
+def _in_place_table(step: InPlaceStep) -> Tensor:
+    """A row a parameter of :func:`_fields`, kept until a tensor moves; without gradients."""
+    tensors = step.tensors
+    if "cpu" not in tensors.made:
+        columns = {name: addresses(getattr(tensors, name)) for name in StudentState._fields}
+        columns |= {f"new_{name}": column for name, column in columns.items()}
+        columns["numel"] = [param.numel() for param in tensors.params]
+        empty = [0] * len(tensors.params)
+        tensors.made["cpu"] = torch.tensor([columns.get(name, empty) for name in _fields()]).T
+        tensors.made["cpu"] = tensors.made["cpu"].contiguous()
+    table: Tensor = tensors.made["cpu"]
+    return table
+
+
+@backend.kernel("largest_magnitude", dtypes=_STORED)
+def _largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
+    like, dense = tensors[0], contiguous(tensors)
+    bits = core.core().cpu.largest_magnitude(
+        addresses(dense),
+        list(map(Tensor.numel, dense)),
+        bytes=like.element_size(),
+        threads=torch.get_num_threads(),
+    )
+    return torch.tensor(bits, dtype=_STORED[like.dtype]).view(like.dtype)
+
+
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    """What a row of the table of tensors holds, a 64-bit word each."""
+    return tuple(core.core().cpu.student_tensor_fields)
+
+
+@functools.cache
+def _column(name: str) -> int:
+    return _fields().index(name)
+
+
 def _run_student_step(
-    tensors: list[list[int]],
+    table: Tensor,
     weights: Sequence[Tensor],
-    constants: tuple[float, float, float, float],
+    settings: StepSettings,
+    *,
+    grad: torch.dtype,
+    cells: torch.dtype,
+    out: torch.dtype,
     **how: object,
 ) -> None:
-    function = getattr(core.core().cpu, f"student_step_{dtype_name(weights[0])}")
-    function(
-        tensors,
-        _addresses(*weights),
+    weights = contiguous(weights)
+    getattr(core.core().cpu, f"student_step_{dtype_name(weights[0])}")(
+        table.data_ptr(),
+        len(table),
+        addresses(weights),
         layers=(len(weights) - 2) // 3,
         hidden=weights[-2].shape[1],
-        constants=constants,
+        constants=settings,
+        grad=dtype_name(grad),
+        cells=dtype_name(cells),
+        out=dtype_name(out),
         threads=torch.get_num_threads(),
         **how,
     )
-
-
-def _addresses(*values: Tensor | int) -> list[int]:
-    return [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
 
 
 @backend.kernel("student_unroll_backward")
 def _student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
 ) -> list[Tensor]:
-    lstm.check_weights(weights, h, grads, FEATURES, OUTPUTS)
     steps, n = grads.shape
-    layers, hidden = h.shape[:2]
-    grads, grads_stride = checked_rows("grads", grads, (steps, n), grads)
-    adjoints, adjoints_stride = checked_rows("adjoints", adjoints, (steps, n), grads)
-    cells = layers, hidden, n
-    state = [
-        checked(f"state.{name}", tensor, shape, grads)
-        for name, tensor, shape in zip(
-            "mvhc", (m, v, h, c), ((n,), (n,), cells, cells), strict=True
-        )
-    ]
-    weights = checked_weights(weights, grads)
-    in_weights = [weight.new_empty(weight.shape) for weight in weights]
+    layers, hidden = state.h.shape[:2]
+    grads, grads_stride = with_contiguous_rows(grads)
+    adjoints, adjoints_stride = with_contiguous_rows(adjoints)
+    dense, weights = contiguous(state), contiguous(weights)
+    d_weights = [weight.new_empty(weight.shape) for weight in weights]
     getattr(core.core().cpu, f"student_unroll_backward_{dtype_name(grads)}")(
         grads.data_ptr(),
         adjoints.data_ptr(),
-        _addresses(*state),
-        _addresses(*weights),
-        _addresses(*in_weights),
+        addresses(dense),
+        addresses(weights),
+        addresses(d_weights),
         steps=steps,
         n=n,
         grads_stride=grads_stride,
         adjoints_stride=adjoints_stride,
         layers=layers,
         hidden=hidden,
-        constants=(alpha, beta1, beta2, eps),
+        constants=settings,
         threads=torch.get_num_threads(),
     )
-    return in_weights
+    return d_weights
 
 
 @backend.kernel("teacher_step")
 def _teacher_step(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-) -> tuple[Tensor, ...]:
+    grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
+) -> tuple[Tensor, Tensor, Tensor]:
     k, n = grads.shape
-    inputs = checked_pool(("grads", "m", "v"), (grads, m, v))
-    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in inputs)
+    inputs = contiguous((grads, m, v))
+    updates, new_m, new_v = (tensor.new_empty(tensor.shape) for tensor in inputs)
     getattr(core.core().cpu, f"teacher_step_{dtype_name(grads)}")(
-        *(tensor.data_ptr() for tensor in (*inputs, *outputs)),
+        *addresses((*inputs, updates, new_m, new_v)),
         n=n,
         k=k,
-        **checked_teachers(k, kinds, lr, beta1, beta2, eps),
+        **pool._asdict(),
         threads=torch.get_num_threads(),
     )
-    return outputs
+    return updates, new_m, new_v
 
 
 @backend.kernel("teacher_step_backward")
 def _teacher_step_backward(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-) -> tuple[Tensor, ...]:
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
+) -> tuple[Tensor, Tensor, Tensor]:
     k, n = grads.shape
-    names = ("grads", "m", "v", "grads_out[0]", "grads_out[1]", "grads_out[2]")
-    grads, m, v, *grads_out = checked_pool(names, (grads, m, v, *grads_out))
-    outputs = tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
+    inputs, grads_out = contiguous((grads, m, v)), contiguous(grads_out)
+    d_grads, d_m, d_v = (tensor.new_empty(tensor.shape) for tensor in inputs)
     getattr(core.core().cpu, f"teacher_step_backward_{dtype_name(grads)}")(
-        *(tensor.data_ptr() for tensor in (*grads_out, grads, m, v, *outputs)),
+        *addresses((*grads_out, *inputs, d_grads, d_m, d_v)),
         n=n,
         k=k,
-        **checked_teachers(k, kinds, lr, beta1, beta2, eps),
+        **pool._asdict(),
         threads=torch.get_num_threads(),
     )
-    return outputs
+    return d_grads, d_m, d_v
 
 
 @backend.kernel("choice_step")
 def _choice_step(
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
-) -> tuple[Tensor, ...]:
-    pool = checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
-    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
-    shaped = *inputs[:5], m
-    outputs = tuple(grad.new_empty(tensor.shape) for tensor in shaped)
+    arguments: ChoiceArguments,
+) -> tuple[Tensor, StudentState, Tensor]:
+    inputs, weights = contiguous((grad, *state, arguments.ranks)), contiguous(weights)
+    update = grad.new_empty(grad.shape)
+    new = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    mixture = state.m.new_empty(state.m.shape)
     getattr(core.core().cpu, f"choice_step_{dtype_name(grad)}")(
-        _addresses(*inputs),
-        _addresses(*outputs),
-        _addresses(*weights),
-        n=grad.numel(),
-        layers=h.shape[0],
-        hidden=h.shape[1],
-        **pool,
-        time=time,
-        learning_rate=learning_rate,
-        threads=torch.get_num_threads(),
+        inputs[0].data_ptr(),
+        addresses(inputs[1:5]),
+        inputs[5].data_ptr(),
+        update.data_ptr(),
+        addresses(new),
+        mixture.data_ptr(),
+        addresses(weights),
+        **_choice_settings(grad, state, arguments),
     )
-    return outputs
+    return update, new, mixture
 
 
 @backend.kernel("choice_step_backward")
 def _choice_step_backward(
-    grads_out: Sequence[Tensor],
+    d_update: Tensor,
+    d_new: StudentState,
+    d_mixture: Tensor,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
-) -> tuple[Tensor | list[Tensor], ...]:
-    pool = checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps)
-    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
-    grads_out = [
-        checked(f"grads_out[{index}]", tensor, shaped.shape, grad)
-        for index, (tensor, shaped) in enumerate(zip(grads_out, (*inputs[:5], m), strict=True))
-    ]
-    in_grads = tuple(grad.new_empty(tensor.shape) for tensor in inputs[:5])
-    in_weights = [weight.new_empty(weight.shape) for weight in weights]
+    arguments: ChoiceArguments,
+) -> tuple[Tensor, StudentState, list[Tensor]]:
+    inputs, weights = contiguous((grad, *state, arguments.ranks)), contiguous(weights)
+    d_update, *new, d_mixture = contiguous((d_update, *d_new, d_mixture))
+    d_grad = grad.new_empty(grad.shape)
+    d_state = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    d_weights = [weight.new_empty(weight.shape) for weight in weights]
     getattr(core.core().cpu, f"choice_step_backward_{dtype_name(grad)}")(
-        _addresses(*grads_out),
-        _addresses(*inputs),
-        _addresses(*in_grads, 0),
-        _addresses(*weights),
-        _addresses(*in_weights),
-        n=grad.numel(),
-        layers=h.shape[0],
-        hidden=h.shape[1],
-        **pool,
-        time=time,
-        learning_rate=learning_rate,
-        threads=torch.get_num_threads(),
+        d_update.data_ptr(),
+        addresses(new),
+        d_mixture.data_ptr(),
+        inputs[0].data_ptr(),
+        addresses(inputs[1:5]),
+        inputs[5].data_ptr(),
+        d_grad.data_ptr(),
+        addresses(d_state),
+        addresses(weights),
+        addresses(d_weights),
+        **_choice_settings(grad, state, arguments),
     )
-    return *in_grads, in_weights
+    return d_grad, d_state, d_weights
+
+
+def _choice_settings(
+    grad: Tensor, state: StudentState, arguments: ChoiceArguments
+) -> dict[str, object]:
+    layers, hidden = state.h.shape[:2]
+    return {
+        "n": grad.numel(),
+        "layers": layers,
+        "hidden": hidden,
+        **arguments.pool._asdict(),
+        "time": arguments.time,
+        "learning_rate": arguments.learning_rate,
+        "threads": torch.get_num_threads(),
+    }

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from amalgam.backends import core
-from amalgam.backends.arguments import checked_in_place, checked_weights
-from amalgam.backends.pointers import checked, dtype_name
-from amalgam.backends.table import alike, table
+from amalgam.backends.memory import addresses, contiguous, dense_in_place, dtype_name
+from amalgam.backends.table import launches
 from amalgam.operations.kept import kept
 from amalgam.operations.registry import Numerics, register_backend
+from amalgam.operations.student_step_in_place import InPlaceStep
 
 NO_HUBER = -1.0
 SPLIT = "3xtf32"
@@ -64,8 +64,7 @@ def _teacher_distance(
     student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
 ) -> tuple[Tensor, Tensor]:
     k, n = teachers.shape
-    student = checked("student", student, (n,), student)
-    teachers = checked("teachers", teachers, (k, n), student)
+    student, teachers = contiguous((student, teachers))
     module, dtype = core.core().cuda, dtype_name(student)
     distances, totals = student.new_empty(k), student.new_empty(k)
     count = getattr(module, f"teacher_distance_partials_{dtype}")(n)
@@ -98,10 +97,7 @@ def _teacher_distance_backward(
     need_teachers: bool,
 ) -> tuple[Tensor, Tensor]:
     k, n = teachers.shape
-    student = checked("student", student, (n,), student)
-    teachers = checked("teachers", teachers, (k, n), student)
-    grad = checked("grad", grad, (k,), student)
-    total = checked("total", total, (k,), student)
+    grad, student, teachers, total = contiguous((grad, student, teachers, total))
     in_student = student.new_empty(n)
     in_teachers = student.new_empty((k, n) if need_teachers else (0,))
     function = getattr(core.core().cuda, f"teacher_distance_backward_{dtype_name(student)}")
@@ -130,16 +126,8 @@ def _blocks() -> dict[tuple[int, int], int]:
     return blocks
 
 
-def _accepts(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    h: Sequence[Tensor],
-    *_: object,
-    numerics: Numerics,
-) -> str | None:
-    layers, hidden = h[0].shape[:2]
+def _accepts(step: InPlaceStep, *, numerics: Numerics) -> str | None:
+    layers, hidden = step.tensors.h[0].shape[:2]
     if (layers, hidden) not in _blocks():
         sizes = ", ".join(f"{layers}x{hidden}" for layers, hidden in sorted(_blocks()))
         return (
@@ -151,7 +139,8 @@ def _accepts(
             f"its kernels for students of {layers}x{hidden} compute products on tensor cores, "
             "backend='triton:ieee' does not; without 'ieee' it errs no more than float32 may"
         )
-    if strange := {tensor.dtype for tensor in (*params, *grads)} - STORED:
+    stored = {tensor.dtype for tensor in (*step.tensors.params, *step.grads)}
+    if strange := stored - STORED:
         return f"it reads and writes float32, bfloat16 and float16, not {strange.pop()}"
     return None
 
@@ -159,58 +148,40 @@ def _accepts(
 @backend.kernel(
     "student_step_", dtypes=frozenset({torch.float32}), takes_numerics=True, accepts=_accepts
 )
-def _student_step_in_place(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    h: Sequence[Tensor],
-    c: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    lr: float,
-    weight_decay: float,
-    control: Tensor | None = None,
-    steps: Sequence[Tensor] = (),
-    warmup_steps: int = 0,
-    seeds: Sequence[int] = (),
-    *,
-    numerics: Numerics,
-) -> None:
-    weights = checked_weights(weights, m[0])
-    tensors, put_back = checked_in_place(params, grads, m, v, h, c)
-    layers, hidden = h[0].shape[:2]
-    device = m[0].device
+def _student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
+    tensors, control = step.tensors, step.control
+    weights = contiguous(step.weights)
+    params, grads, put_back = dense_in_place(step)
+    cells = tensors.h[0]
+    layers, hidden = cells.shape[:2]
+    device = cells.device
     with torch.cuda.device(device):
-        kinds = alike(tensors, steps, seeds, _kind)
-        for (param, grad, aligned), rows in kinds.items():
-            how = _numerics_of(layers, hidden, h[0].dtype, aligned, numerics)
+        block = _blocks()[layers, hidden]
+        for launch in launches(step, params, grads, block, _kind, "cuda"):
+            param_dtype, grad_dtype, aligned = launch.kind
+            how = _numerics_of(layers, hidden, cells.dtype, aligned, numerics)
             packed = _packed(weights, hidden, how)
-            entries, first_block, blocks = table(tuple(rows), _blocks()[layers, hidden], device)
             core.core().cuda.student_step_in_place(
                 weights=packed.data_ptr(),
-                table=entries.data_ptr(),
-                first_block=first_block.data_ptr(),
+                table=launch.table.data_ptr(),
+                first_block=launch.first_block.data_ptr(),
                 control=0 if control is None else control.data_ptr(),
-                count=len(rows),
-                blocks=blocks,
+                count=launch.tensors,
+                blocks=launch.blocks,
                 layers=layers,
                 hidden=hidden,
-                constants=(alpha, beta1, beta2, eps),
-                param=dtype_name(param),
-                grad=dtype_name(grad),
-                cells=dtype_name(h[0]),
-                keep=1 - lr * weight_decay,
-                lr=lr,
-                warmup_steps=warmup_steps,
-                stochastic=bool(seeds),
+                constants=step.settings,
+                param=dtype_name(param_dtype),
+                grad=dtype_name(grad_dtype),
+                cells=dtype_name(cells),
+                keep=1 - step.lr * step.weight_decay,
+                lr=step.lr,
+                warmup_steps=step.warmup_steps,
+                stochastic=bool(step.seeds),
                 aligned=aligned,
                 products=how.precision,
                 approximate=how.approximate,
-                device=m[0].get_device(),
+                device=cells.get_device(),
                 stream=torch.cuda.current_stream().cuda_stream,
             )
     put_back()
@@ -264,7 +235,7 @@ def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics
     layers = len(weights) // 3
     packed = weights[0].new_empty(_words(layers, hidden, how.precision), dtype=torch.int32)
     core.core().cuda.pack_student(
-        [weight.data_ptr() for weight in weights],
+        addresses(weights),
         packed.data_ptr(),
         layers=layers,
         products=how.precision,

@@ -6,97 +6,114 @@ has, the address of how many steps it has taken, and a seed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from amalgam.backends.memory import addresses
+from amalgam.operations.kept import hold
+from amalgam.operations.student_step_in_place import InPlaceStep
+
 COLUMNS = 9
-_NUMEL = 6
 
 Row = tuple[int, ...]
-Kind = TypeVar("Kind")
 
 
-def alike(
-    tensors: Sequence[Sequence[Tensor]],
-    steps: Sequence[Tensor],
-    seeds: Sequence[int],
-    kind: Callable[[Sequence[Tensor]], Kind],
-) -> dict[Kind, list[Row]]:
-    """The rows of tensors that are not empty, by kind; each kind takes a launch.
+class Launch(NamedTuple):
+    """One launch of a step in place.
 
-    Args:
-        tensors: (param, grad, m, v, h, c) of each, contiguous.
-        steps: How many steps each has taken, float32 of shape (), or none; then the address is 0.
-        seeds: In [0, 2^32), one each, or none.
-        kind: Of such a tuple, what its launch is compiled for.
+    Attributes:
+        kind: What it is compiled for.
+        table: Int64 (tensors * COLUMNS,), on the device.
+        first_block: The first block of each tensor, int64 (tensors,), on the device.
+        tensors: How many it steps.
+        blocks: How many blocks they take together.
     """
-    rows: dict[Kind, list[Row]] = {}
-    for index, group in enumerate(tensors):
-        if numel := group[0].numel():
-            counter = steps[index].data_ptr() if steps else 0
-            row = (*map(Tensor.data_ptr, group), numel, counter, seeds[index] if seeds else 0)
-            rows.setdefault(kind(group), []).append(row)
-    return rows
+
+    kind: Any
+    table: Tensor
+    first_block: Tensor
+    tensors: int
+    blocks: int
 
 
-def table(rows: tuple[Row, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """The rows on the device, the first block of each tensor, and how many blocks there are.
+def launches(
+    step: InPlaceStep,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    block: int,
+    kind: Callable[[Sequence[Tensor]], Any],
+    key: str,
+) -> list[Launch]:
+    """The launches that a step in place takes, one for all tensors of a kind that are not empty.
 
-    Kept while tensors stay where they are. A CUDA graph that captures the step has its own, which
-    every replay copies from the host again.
+    They are kept with the step's tensors until one of these, or a gradient, lies elsewhere. A CUDA
+    graph that captures the step has tables of its own, which every replay copies from the host.
 
     Args:
-        rows: As :func:`alike` has them.
+        step: The step.
+        params: Its parameters, contiguous.
+        grads: Its gradients, contiguous.
         block: How many coordinates a block takes; a tensor begins a new one.
-        device: Where.
-
-    Returns:
-        Int64 tensors of (rows, COLUMNS) flattened and of (rows,), and the number of blocks.
+        kind: Of a tuple (param, grad, m, v, h, c), what its launch is compiled for.
+        key: Tells apart what backends keep.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        values, blocks = _values(rows, block)
-        spares = _spares.get(len(values))
-        held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
-        held.copy_(values)
-        _captured.append(held)
-        return *_split(held.to(device, non_blocking=True), len(rows)), blocks
+    tensors, device = step.tensors, step.tensors.m[0].device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # A stream has its own: another one's copy might not have arrived, and would be freed while
+    # this one reads it.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _kept_table(rows, block, device, stream)
+    place = key, block, stream
+    stamp = (
+        *(addresses(params), addresses(grads), addresses(step.steps), step.seeds),
+        [grad.dtype for grad in grads],
+    )
+    if not capturing and place in tensors.made:
+        made_of, made = tensors.made[place]
+        if made_of == stamp:
+            kept: list[Launch] = made
+            return kept
+    rows: dict[Any, list[Row]] = {}
+    columns = zip(params, grads, tensors.m, tensors.v, tensors.h, tensors.c, strict=True)
+    for index, group in enumerate(columns):
+        if numel := group[0].numel():
+            counter = step.steps[index].data_ptr() if step.steps else 0
+            seed = step.seeds[index] if step.seeds else 0
+            rows.setdefault(kind(group), []).append((*addresses(group), numel, counter, seed))
+    made = [_launch(kind, of_kind, block, device, capturing) for kind, of_kind in rows.items()]
+    if not capturing:
+        tensors.made[place] = stamp, made
+    return made
 
 
-# A stream has its own: another one's copy might not have arrived, and would be freed while this
-# one reads it.
-@functools.lru_cache(maxsize=32)
-def _kept_table(
-    rows: tuple[Row, ...], block: int, device: torch.device, stream: int
-) -> tuple[Tensor, Tensor, int]:
-    values, blocks = _values(rows, block)
-    if device.type == "cuda":
+def _launch(
+    kind: Any, rows: Sequence[Row], block: int, device: torch.device, capturing: bool
+) -> Launch:
+    numel = COLUMNS - 3
+    first_block, blocks = [], 0
+    for row in rows:
+        first_block.append(blocks)
+        blocks += -(-row[numel] // block)
+    values = torch.tensor([*(value for row in rows for value in row), *first_block])
+    if capturing:
+        spares = _spares.get(len(values))
+        pinned = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
+        pinned.copy_(values)
+        # Replays read it. They need the state that they step, too, which its owner has: the two
+        # are freed together.
+        hold(pinned)
+        values = pinned.to(device, non_blocking=True)
+    elif device.type == "cuda":
         spares = _spares.setdefault(len(values), [])
         if len(spares) < SPARES:
             spares.append(torch.empty_like(values, pin_memory=True))
         values = values.pin_memory().to(device, non_blocking=True)
-    return *_split(values, len(rows)), blocks
+    split = len(rows) * COLUMNS
+    return Launch(kind, values[:split], values[split:], len(rows), blocks)
 
 
-# Pinned memory by size, as captures can't pin any, and what graphs copy from: how long they live,
-# they do not tell.
+# Pinned memory by size: while a graph is captured none can be allocated.
 SPARES = 4
 _spares: dict[int, list[Tensor]] = {}
-_captured: list[Tensor] = []
-
-
-def _values(rows: tuple[Row, ...], block: int) -> tuple[Tensor, int]:
-    first_block, blocks = [], 0
-    for row in rows:
-        first_block.append(blocks)
-        blocks += -(-row[_NUMEL] // block)
-    return torch.tensor([*(value for row in rows for value in row), *first_block]), blocks
-
-
-def _split(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    return values[: count * COLUMNS], values[count * COLUMNS :]

@@ -10,18 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amalgam.backends.arguments import (
-    checked_choice,
-    checked_in_place,
-    checked_pool,
-    checked_state,
-    checked_teachers,
-    checked_weights,
-)
-from amalgam.backends.pointers import checked
+from amalgam.backends.memory import contiguous, dense_in_place
+from amalgam.operations.choice_step import ChoiceArguments
 from amalgam.operations.registry import Numerics, register_backend
-from amalgam.operations.student_step import register_into
+from amalgam.operations.student_step import StepSettings, StudentState, register_into
+from amalgam.operations.student_step_in_place import InPlaceStep
 from amalgam.operations.student_unroll_backward import by_steps
+from amalgam.operations.teacher_step import PoolSettings
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,9 +53,7 @@ def _teacher_distance(
 ) -> tuple[Tensor, Tensor]:
     from amalgam.kernels import teacher_distance as kernels
 
-    k, n = teachers.shape
-    student = checked("student", student, (n,), student)
-    teachers = checked("teachers", teachers, (k, n), student)
+    student, teachers = contiguous((student, teachers))
     return kernels.teacher_distance(student, teachers, eps, huber_delta)
 
 
@@ -76,11 +69,7 @@ def _teacher_distance_backward(
 ) -> tuple[Tensor, Tensor]:
     from amalgam.kernels import teacher_distance as kernels
 
-    k, n = teachers.shape
-    student = checked("student", student, (n,), student)
-    teachers = checked("teachers", teachers, (k, n), student)
-    grad = checked("grad", grad, (k,), student)
-    total = checked("total", total, (k,), student)
+    grad, student, teachers, total = contiguous((grad, student, teachers, total))
     return kernels.teacher_distance_backward(
         grad, student, teachers, total, eps, huber_delta, need_teachers
     )
@@ -88,40 +77,21 @@ def _teacher_distance_backward(
 
 @backend.kernel("teacher_step")
 def _teacher_step(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     from amalgam.kernels import teacher_step as kernels
 
-    grads, m, v = checked_pool(("grads", "m", "v"), (grads, m, v))
-    checked_teachers(len(grads), kinds, lr, beta1, beta2, eps)
-    return kernels.teacher_step(grads, m, v, kinds, lr, beta1, beta2, eps)
+    return kernels.teacher_step(*contiguous((grads, m, v)), *pool)
 
 
 @backend.kernel("teacher_step_backward")
 def _teacher_step_backward(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     from amalgam.kernels import teacher_step as kernels
 
-    names = ("grads", "m", "v", "grads_out[0]", "grads_out[1]", "grads_out[2]")
-    grads, m, v, *grads_out = checked_pool(names, (grads, m, v, *grads_out))
-    checked_teachers(len(grads), kinds, lr, beta1, beta2, eps)
-    return kernels.teacher_step_backward(grads_out, grads, m, v, kinds, lr, beta1, beta2, eps)
+    inputs = contiguous((grads, m, v))
+    return kernels.teacher_step_backward(contiguous(grads_out), *inputs, *pool)
 
 
 SINGLE = frozenset({torch.float32})
@@ -134,84 +104,49 @@ UNROLL_HELD = 3 << 30
 @backend.kernel("student_step", dtypes=SINGLE, takes_numerics=True)
 def _student_step(
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
     *,
     numerics: Numerics,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, StudentState]:
     from amalgam.kernels import student_step as kernels
 
-    inputs = checked_state((grad, m, v, h, c))
-    weights = checked_weights(weights, grad)
-    return kernels.student_step(*inputs, weights, (alpha, beta1, beta2, eps), *numerics)
+    inputs, weights = contiguous((grad, *state)), contiguous(weights)
+    update, *new = kernels.student_step(*inputs, weights, settings, *numerics)
+    return update, StudentState(*new)
 
 
 @backend.kernel("student_step_backward", dtypes=SINGLE, takes_numerics=True)
 def _student_step_backward(
-    grads_out: Sequence[Tensor],
+    d_update: Tensor,
+    d_state: StudentState,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
     *,
     numerics: Numerics,
-) -> tuple[Tensor | list[Tensor], ...]:
+) -> tuple[Tensor, StudentState, list[Tensor]]:
     from amalgam.kernels import student_step as kernels
 
-    inputs = checked_state((grad, m, v, h, c))
-    grads_out = checked_state(tuple(grads_out), like=grad, shapes=inputs)
-    weights = checked_weights(weights, grad)
-    settings = (alpha, beta1, beta2, eps)
-    return kernels.student_step_backward(grads_out, *inputs, weights, settings, numerics.precision)
+    grads_out, inputs = contiguous((d_update, *d_state)), contiguous((grad, *state))
+    d_grad, *d_old, d_weights = kernels.student_step_backward(
+        grads_out, *inputs, contiguous(weights), settings, numerics.precision
+    )
+    return d_grad, StudentState(*d_old), d_weights
 
 
 register_into(backend, dtypes=SINGLE, takes_numerics=True)
 
 
 @backend.kernel("student_step_", dtypes=SINGLE, takes_numerics=True)
-def _student_step_in_place(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    h: Sequence[Tensor],
-    c: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    lr: float,
-    weight_decay: float,
-    control: Tensor | None = None,
-    steps: Sequence[Tensor] = (),
-    warmup_steps: int = 0,
-    seeds: Sequence[int] = (),
-    *,
-    numerics: Numerics,
-) -> None:
+def _student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     from amalgam.kernels import student_step as kernels
 
-    weights = checked_weights(weights, m[0])
-    tensors, put_back = checked_in_place(params, grads, m, v, h, c)
-    settings = (alpha, beta1, beta2, eps)
-    kernels.student_step_in_place(
-        *(tensors, weights, settings, lr, weight_decay, control, steps, warmup_steps, seeds),
-        *numerics,
-    )
+    params, grads, put_back = dense_in_place(step)
+    step = step._replace(weights=contiguous(step.weights))
+    kernels.student_step_in_place(step, params, grads, *numerics)
     put_back()
 
 
@@ -219,24 +154,16 @@ def _student_step_in_place(
 def _student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
     *,
     numerics: Numerics,
 ) -> list[Tensor]:
     return by_steps(
         functools.partial(_student_step, numerics=numerics),
         functools.partial(_student_step_backward, numerics=numerics),
-        (grads, adjoints, m, v, h, c),
-        checked_weights(weights, grads),
-        (alpha, beta1, beta2, eps),
+        *(grads, adjoints, state, contiguous(weights), settings),
         chunk=UNROLL_CHUNK,
         held=UNROLL_HELD,
     )
@@ -245,57 +172,37 @@ def _student_unroll_backward(
 @backend.kernel("choice_step", dtypes=SINGLE, takes_numerics=True)
 def _choice_step(
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
+    arguments: ChoiceArguments,
     *,
     numerics: Numerics,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, StudentState, Tensor]:
     from amalgam.kernels import choice_step as kernels
 
-    pool = tuple(checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps).values())
-    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
-    return kernels.choice_step(inputs, weights, pool, time, learning_rate, *numerics)
+    ranks, *rest = arguments
+    inputs = contiguous((grad, *state, ranks))
+    update, *new, mixture = kernels.choice_step(inputs, contiguous(weights), *rest, *numerics)
+    return update, StudentState(*new), mixture
 
 
 @backend.kernel("choice_step_backward", dtypes=SINGLE, takes_numerics=True)
 def _choice_step_backward(
-    grads_out: Sequence[Tensor],
+    d_update: Tensor,
+    d_state: StudentState,
+    d_mixture: Tensor,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
+    arguments: ChoiceArguments,
     *,
     numerics: Numerics,
-) -> tuple[Tensor | list[Tensor], ...]:
+) -> tuple[Tensor, StudentState, list[Tensor]]:
     from amalgam.kernels import choice_step as kernels
 
-    pool = tuple(checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps).values())
-    inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
-    grads_out = [
-        checked(f"grads_out[{index}]", tensor, shaped.shape, grad)
-        for index, (tensor, shaped) in enumerate(zip(grads_out, (*inputs[:5], m), strict=True))
-    ]
-    return kernels.choice_step_backward(
-        grads_out, inputs, weights, pool, time, learning_rate, numerics.precision
+    ranks, *rest = arguments
+    grads_out, inputs = contiguous((d_update, *d_state, d_mixture)), (grad, *state, ranks)
+    d_grad, *d_old, d_weights = kernels.choice_step_backward(
+        grads_out, contiguous(inputs), contiguous(weights), *rest, numerics.precision
     )
+    return d_grad, StudentState(*d_old), d_weights

@@ -27,7 +27,7 @@ class Curve:
     Attributes:
         steps: Steps taken when the losses were read, ascending, from 0.
         losses: Validation losses at those steps.
-        accuracies: Validation accuracies in [0, 1] at those steps; NaN where targets are no
+        accuracies: Validation accuracies in [0, 1] at those steps; NaN where targets are not
             classes.
         training: Loss over all training data after the last step.
     """
@@ -63,21 +63,21 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """What a contender did on one task.
+    """A contender's training runs on one task.
 
     Attributes:
         name: The contender's name.
         task: The task's name.
-        curves: One a seed.
+        curves: The runs, one for each seed.
     """
 
     name: str
     task: str
     curves: tuple[Curve, ...]
 
-    def summary(self, of: str) -> tuple[float, float]:
+    def summary(self, which: str) -> tuple[float, float]:
         """Mean and standard deviation over seeds of ``"final"``, ``"best"`` or ``"training"``."""
-        values = [getattr(curve, of) for curve in self.curves]
+        values = [getattr(curve, which) for curve in self.curves]
         return fmean(values), stdev(values) if len(values) > 1 else math.nan
 
     @property
@@ -121,17 +121,17 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
         task: Optimizee and data, on the device to train on.
         make: Makes the optimizer for its parameters.
         steps: Steps to take.
-        seed: Decides initial parameters and batches, and nothing else does.
+        seed: Seed of the initial parameters and the batches, which depend on nothing else.
         every: Steps between two readings; the first and the last step are always read.
     """
     module = task.init_module(generator_for(seed, "optimizee"))
     optimizer = make(module.parameters())
-    at, losses, accuracies = [], [], []
+    read_at, losses, accuracies = [], [], []
     batches = iter(task.batches(generator_for(seed, "batches"), steps))
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             loss, accuracy = _measure(task, module, task.validation)
-            at.append(step)
+            read_at.append(step)
             losses.append(loss)
             accuracies.append(accuracy)
         if step < steps:
@@ -140,12 +140,12 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
             task.loss(module(*inputs), target).backward()
             optimizer.step()
     training, _ = _measure(task, module, task.train)
-    return Curve(tuple(at), tuple(losses), tuple(accuracies), training)
+    return Curve(tuple(read_at), tuple(losses), tuple(accuracies), training)
 
 
 @torch.no_grad()
 def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[float, float]:
-    """Loss and accuracy of a module on data; accuracy is NaN where targets are no classes."""
+    """Loss and accuracy of a module on data; accuracy is NaN where targets are not classes."""
     *inputs, target = data
     training = module.training
     module.eval()
@@ -167,7 +167,7 @@ def evaluate(
     first_seed: int = 0,
     report: Callable[[str], None] = lambda name: None,
 ) -> list[Result]:
-    """Every contender on a task, over the same seeds.
+    """Train a task with every contender, over the same seeds.
 
     Args:
         task: Optimizee and data, on the device to train on.
@@ -176,14 +176,17 @@ def evaluate(
         seeds: Runs of each.
         every: Steps between two readings of the validation loss.
         first_seed: The runs' seeds are this and those that follow.
-        report: Called with a contender's name when one of its runs is done.
+        report: Called before each run with the contender's name.
+
+    Returns:
+        Each contender's result, in their order.
     """
     results = []
     for contender in contenders:
         curves = []
         for seed in range(first_seed, first_seed + seeds):
-            curves.append(train(task, contender.make, steps=steps, seed=seed, every=every))
             report(contender.name)
+            curves.append(train(task, contender.make, steps=steps, seed=seed, every=every))
         results.append(Result(contender.name, task.name, tuple(curves)))
     return results
 
@@ -203,9 +206,9 @@ def tune(
         task: Optimizee and data.
         optimizer: Its class; called with parameters and ``lr``.
         steps: Steps of each run.
-        seeds: Runs a rate, on seeds from ``first_seed`` on, which evaluation does not use.
-        first_seed: The first of them.
-        rates: What to try; the paper's grid by default.
+        seeds: Runs of each rate.
+        first_seed: The runs' seeds are this and those that follow; evaluation uses others.
+        rates: The learning rates to try; the paper's grid by default.
     """
 
     def score(rate: float) -> float:

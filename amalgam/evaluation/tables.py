@@ -12,9 +12,9 @@ HEADINGS = ("optimizer", "final loss", "best loss", "accuracy", "training loss")
 
 
 def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """One row a contender, under :data:`HEADINGS`, losses as mean ± deviation over seeds.
+    """One row for each contender, under :data:`HEADINGS`; losses are mean ± deviation over seeds.
 
-    Final and best loss are on validation data, as is accuracy; training loss is the last.
+    Final loss, best loss and accuracy are on validation data.
     """
     return [
         (

@@ -1,11 +1,16 @@
-"""Meta-training: unrolls, losses, the trainer and its run folder."""
+"""Meta-training: unrolls, their meta-gradients, and the trainer with its run folder."""
 
 from amalgam.meta.clipping import clip_adaptively
-from amalgam.meta.curriculum import Curriculum, Repeat
-from amalgam.meta.estimators import Estimator
+from amalgam.meta.curriculum import Curriculum, Repeat, Stage, Stages
+from amalgam.meta.episode import Trajectories
+from amalgam.meta.estimators import Estimator, PersistentEvolution, Truncation
 from amalgam.meta.memory import Memory
-from amalgam.meta.trainer import Stage, Trainer, Training, optimizer_of
-from amalgam.meta.unroll import MECHANISMS, Amalgamation, Trajectories, Unroll, Window
+from amalgam.meta.objective import MECHANISMS, Amalgamation
+from amalgam.meta.periods import Strategy
+from amalgam.meta.trainer import Trainer
+from amalgam.meta.training import Training
+from amalgam.meta.unroll import Unroll
+from amalgam.meta.window import Window
 
 __all__ = [
     "MECHANISMS",
@@ -13,13 +18,16 @@ __all__ = [
     "Curriculum",
     "Estimator",
     "Memory",
+    "PersistentEvolution",
     "Repeat",
     "Stage",
+    "Stages",
+    "Strategy",
     "Trainer",
     "Training",
     "Trajectories",
+    "Truncation",
     "Unroll",
     "Window",
     "clip_adaptively",
-    "optimizer_of",
 ]

@@ -1,9 +1,7 @@
-"""Strategies: which period of meta-training comes next, given how those before it came out.
+"""The strategies: fixed stages, the paper's curriculum, and a fixed number of periods.
 
-A *period* is a few episodes, then a meta-validation and a checkpoint. A strategy is a pure function
-of the periods' results: ``next`` says what to train and from which checkpoint, or that training is
-over. A run that keeps its records (:meth:`Record.to_json`) can stop between any two periods and go
-on. Source: the code of the authors of Optimizer Amalgamation (ICLR 2022).
+What a strategy is, says :mod:`amalgam.meta.periods`. Source of :class:`Curriculum` and
+:class:`Repeat`: the code of the authors of Optimizer Amalgamation (ICLR 2022).
 """
 
 from __future__ import annotations
@@ -14,12 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from amalgam.hints import did_you_mean
-
-INITIAL = "initial"
-"""Name of the checkpoint of the weights that training begins with."""
+from amalgam.meta.periods import INITIAL, Finish, Period, Record, Unrolls
 
 IMITATION_WEIGHTS: dict[str, tuple[float, ...]] = {
     "il_more": (0.2, 0.1, 0.05, 0.02),
@@ -28,167 +22,24 @@ IMITATION_WEIGHTS: dict[str, tuple[float, ...]] = {
 }
 """Weights of the imitation loss by stage; ``il_more`` is the paper's."""
 
-MODES = ("sum", "switch", "imitation", "meta")
+# Unrolls(unroll, windows, episodes, warmup_windows, warmup_lr)
+_REPEAT_VALIDATION = Unrolls(100, 5, 2, 0, 0.01)
+_SIMPLE_VALIDATION = Unrolls(20, 25, 2, 0, 0.01)
 
 Schedule = float | tuple[float, ...]
 """A number for all stages (or periods), or one for each, of which the last stands for the rest."""
 
 
-def at(schedule: Schedule, index: int) -> float:
+def value_at(schedule: Schedule, index: int) -> float:
     """A schedule's number at a stage or period."""
     if isinstance(schedule, tuple):
         return schedule[min(index, len(schedule) - 1)]
     return schedule
 
 
-def loss_weights(
-    mode: str, imitation_weight: float, generator: torch.Generator | None = None
-) -> tuple[float, float]:
-    """Weights of meta-loss and imitation loss in one window.
-
-    Args:
-        mode: ``"sum"``: 1 and the imitation weight; ``"switch"``: imitation alone with that
-            probability, else the meta-loss alone; ``"imitation"`` or ``"meta"``: that one alone.
-        imitation_weight: The stage's weight, or ``switch``'s probability.
-        generator: Decides in ``switch``, which alone draws from it.
-
-    Raises:
-        ValueError: There is no such mode, or ``switch`` has no generator.
-    """
-    if mode == "sum":
-        return 1.0, imitation_weight
-    if mode == "imitation":
-        return 0.0, 1.0
-    if mode == "meta":
-        return 1.0, 0.0
-    if mode != "switch":
-        raise ValueError(
-            f"mode must be one of {list(MODES)}, not {mode!r}{did_you_mean(mode, MODES)}"
-        )
-    if generator is None:
-        raise ValueError("generator must be given for the mode 'switch', not None")
-    drawn = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
-    return (0.0, 1.0) if drawn.item() < imitation_weight else (1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Unrolls:
-    """How optimizees are unrolled.
-
-    Attributes:
-        unroll: Steps of a window.
-        windows: Windows of an episode.
-        episodes: Episodes.
-        warmup_windows: Windows of SGD before an episode's first.
-        warmup_lr: Its learning rate.
-    """
-
-    unroll: int
-    windows: int
-    episodes: int
-    warmup_windows: int
-    warmup_lr: float
-
-    @property
-    def meta_steps(self) -> int:
-        """Windows in all."""
-        return self.windows * self.episodes
-
-
-@dataclass(frozen=True)
-class Period:
-    """A period to train.
-
-    Attributes:
-        stage: Its stage, from 0; 0 where a strategy has none.
-        period: Its number in the stage, from 0.
-        repeat: How often it was done before.
-        begin_from: The checkpoint to begin from: :data:`INITIAL`, or another period's ``name``.
-            It holds the meta-optimizer's state, too.
-        training: What to train.
-        imitation_weight: Weight of the imitation loss.
-        validation: What to validate on afterwards; without teachers, and with one seed for all.
-    """
-
-    stage: int
-    period: int
-    repeat: int
-    begin_from: str
-    training: Unrolls
-    imitation_weight: float
-    validation: Unrolls
-
-    @property
-    def name(self) -> str:
-        """The name of the checkpoint that it is to leave."""
-        return _name(self)
-
-
-@dataclass(frozen=True)
-class Finish:
-    """Training is over.
-
-    Attributes:
-        checkpoint: The checkpoint to keep.
-    """
-
-    checkpoint: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """How a period came out.
-
-    Attributes:
-        stage: Its stage.
-        period: Its number.
-        repeat: How often it was done before.
-        meta_loss: Mean meta-loss of its training.
-        validation: Mean meta-loss of its validation.
-    """
-
-    stage: int
-    period: int
-    repeat: int
-    meta_loss: float
-    validation: float
-
-    @classmethod
-    def of(cls, period: Period, *, meta_loss: float, validation: float) -> Record:
-        """The record of a period with these results."""
-        return cls(period.stage, period.period, period.repeat, meta_loss, validation)
-
-    @property
-    def name(self) -> str:
-        """The name of the checkpoint that it left."""
-        return _name(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it: numbers that are not finite become strings."""
-        return {
-            key: value if math.isfinite(value) else str(value)
-            for key, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Record:
-        """The record whose :meth:`to_json` this is."""
-        return cls(
-            stage=int(stored["stage"]),
-            period=int(stored["period"]),
-            repeat=int(stored["repeat"]),
-            meta_loss=float(stored["meta_loss"]),
-            validation=float(stored["validation"]),
-        )
-
-
-def _name(of: Period | Record) -> str:
-    return f"stage_{of.stage}.{of.period}.{of.repeat}"
-
-
 @dataclass(frozen=True)
 class _Place:
-    """Where a strategy stands: the period to do, and what it begins from."""
+    """Which period a strategy does next, and from which checkpoint."""
 
     stage: int = 0
     period: int = 0
@@ -196,15 +47,21 @@ class _Place:
     begin_from: str = INITIAL
 
 
-class Strategy(ABC):
-    """What comes next, given all that came before."""
+class _RuleByRecords(ABC):
+    """A strategy as a rule that says where to go from the last of some records."""
+
+    @property
+    def goes_back(self) -> bool:
+        """See :class:`amalgam.meta.periods.Strategy`."""
+        return True
+
+    @property
+    def meta_steps(self) -> int | None:
+        """See :class:`amalgam.meta.periods.Strategy`."""
+        return None
 
     def next(self, records: Sequence[Record]) -> Period | Finish:
-        """What to do after these periods, which were done in this order.
-
-        Raises:
-            ValueError: They are not the periods that this strategy would have done.
-        """
+        """See :class:`amalgam.meta.periods.Strategy`."""
         place: _Place | Finish = _Place()
         for index, record in enumerate(records):
             if isinstance(place, Finish):
@@ -222,25 +79,102 @@ class Strategy(ABC):
 
     @abstractmethod
     def _after(self, records: Sequence[Record]) -> _Place | Finish:
-        """Where it goes from the last of one or more records."""
+        """Where to go from the last of one or more records."""
 
     @abstractmethod
     def _period(self, place: _Place) -> Period:
-        """What is to be trained there."""
+        """What to train there."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of meta-training.
+
+    Attributes:
+        episodes: Episodes, each with a new optimizee.
+        windows: Windows of each; a meta-step follows every one.
+        imitation_weight: Weight of the imitation loss beside the meta-loss.
+    """
+
+    episodes: int = 10
+    windows: int = 1
+    imitation_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be run."""
+        for name in ("episodes", "windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not self.imitation_weight >= 0:
+            raise ValueError(f"imitation_weight must be 0 or more, not {self.imitation_weight}")
+
+
+@dataclass(frozen=True)
+class Stages(_RuleByRecords):
+    """Fixed stages, one period each, trained straight on.
+
+    Their episodes warm up as the student's configuration says. The run validates every
+    :attr:`amalgam.meta.Training.validate_every` meta-steps, and keeps the best student.
+
+    Attributes:
+        stages: The stages, in order; a recipe may give tables.
+        unroll: Steps of a window.
+    """
+
+    stages: tuple[Stage, ...] = (Stage(),)
+    unroll: int = 100
+
+    def __post_init__(self) -> None:
+        """Make stages of tables, and refuse what can't be run."""
+        stages = (Stage(**s) if isinstance(s, Mapping) else s for s in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
+        if not self.stages:
+            raise ValueError("stages must hold at least one stage, not none")
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"stages must hold stages, as in (Stage(10, 2),), not {stage!r}")
+        if self.unroll < 1:
+            raise ValueError(f"unroll must be 1 or more, not {self.unroll}")
+
+    @property
+    def goes_back(self) -> bool:
+        """See :class:`amalgam.meta.periods.Strategy`."""
+        return False
+
+    @property
+    def meta_steps(self) -> int:
+        """See :class:`amalgam.meta.periods.Strategy`."""
+        return sum(stage.episodes * stage.windows for stage in self.stages)
+
+    def _period(self, place: _Place) -> Period:
+        stage = self.stages[place.stage]
+        return Period(
+            **asdict(place),
+            training=Unrolls(self.unroll, stage.windows, stage.episodes, 0, 0.0),
+            imitation_weight=stage.imitation_weight,
+            validation=None,
+            own_warmup=True,
+        )
+
+    def _after(self, records: Sequence[Record]) -> _Place | Finish:
+        last = records[-1]
+        if last.stage + 1 == len(self.stages):
+            return Finish(last.name)
+        return _Place(last.stage + 1, 0, 0, last.name)
 
 
 def _exploded(loss: float, reference: float, threshold: float) -> bool:
-    """Whether a loss exceeds its reference by more than a share of it; never so for NaN."""
+    """Whether a loss exceeds its reference by more than a share of it; NaN never does."""
     return loss > reference + threshold * abs(reference)
 
 
 def _best(records: Sequence[Record]) -> Record | None:
-    """The first of those with the lowest validation; NaN is never that."""
+    """The record with the lowest validation, the first of equals; NaN does not count."""
     known = [record for record in records if not math.isnan(record.validation)]
     return min(known, key=lambda record: record.validation) if known else None
 
 
-def _of(records: Sequence[Record], stage: int, period: int | None = None) -> list[Record]:
+def _records_of(records: Sequence[Record], stage: int, period: int | None = None) -> list[Record]:
     return [r for r in records if r.stage == stage and period in (None, r.period)]
 
 
@@ -275,16 +209,16 @@ _SCHEDULES = (
 
 def _unrolls(strategy: Curriculum | Repeat, index: int) -> Unrolls:
     return Unrolls(
-        unroll=int(at(strategy.unroll, index)),
-        windows=int(at(strategy.windows, index)),
-        episodes=int(at(strategy.episodes, index)),
-        warmup_windows=int(at(strategy.warmup_windows, index)),
-        warmup_lr=at(strategy.warmup_lr, index),
+        unroll=int(value_at(strategy.unroll, index)),
+        windows=int(value_at(strategy.windows, index)),
+        episodes=int(value_at(strategy.episodes, index)),
+        warmup_windows=int(value_at(strategy.warmup_windows, index)),
+        warmup_lr=value_at(strategy.warmup_lr, index),
     )
 
 
 @dataclass(frozen=True)
-class Curriculum(Strategy):
+class Curriculum(_RuleByRecords):
     """Longer and longer unrolls, stage by stage, each as long as it helps (the paper's strategy).
 
     A stage has at least ``num_periods + 1`` periods, and goes on until ``num_chances`` of them were
@@ -333,7 +267,7 @@ class Curriculum(Strategy):
         return Period(
             **asdict(place),
             training=_unrolls(self, place.stage),
-            imitation_weight=at(self.imitation_weight, place.stage),
+            imitation_weight=value_at(self.imitation_weight, place.stage),
             validation=_unrolls(self, place.stage + 1),
         )
 
@@ -342,7 +276,7 @@ class Curriculum(Strategy):
         if self._must_repeat(records):
             begin_from = self._previous(records)
             return _Place(last.stage, last.period, last.repeat + 1, begin_from)
-        best = _best(_of(records, last.stage))
+        best = _best(_records_of(records, last.stage))
         if last.period < self.num_periods or (
             best is not None and last.period - best.period < self.num_chances
         ):
@@ -357,10 +291,10 @@ class Curriculum(Strategy):
         if self.max_repeat and last.repeat >= self.max_repeat:
             return False
         if last.period:
-            reference = _best(_of(records, last.stage, last.period - 1))
+            reference = _best(_records_of(records, last.stage, last.period - 1))
             loss = last.validation
         else:
-            reference = _best(_of(records, last.stage - 1))
+            reference = _best(_records_of(records, last.stage - 1))
             loss = last.meta_loss
         if reference is None:
             return False
@@ -371,21 +305,21 @@ class Curriculum(Strategy):
         last = records[-1]
         if not last.period:
             return self._best_until(records, last.stage - 1)
-        best = _best(_of(records, last.stage, last.period - 1))
+        best = _best(_records_of(records, last.stage, last.period - 1))
         assert best is not None  # Without one nothing is repeated.
         return best.name
 
     def _best_until(self, records: Sequence[Record], stage: int) -> str:
         """The best of a stage, or of the one before where all of it is NaN."""
         for number in range(stage, -1, -1):
-            best = _best(_of(records, number))
+            best = _best(_records_of(records, number))
             if best is not None:
                 return best.name
         return INITIAL
 
 
 @dataclass(frozen=True)
-class Repeat(Strategy):
+class Repeat(_RuleByRecords):
     """A fixed number of periods, each done again if its loss exploded (the choice's strategy).
 
     A period that is not the first is done again, from the checkpoint of the one before, if its
@@ -413,7 +347,7 @@ class Repeat(Strategy):
     imitation_weight: Schedule | str = 0.0
     warmup_windows: Schedule = 0
     warmup_lr: Schedule = 0.0
-    validation: Unrolls = Unrolls(100, 5, 2, 0, 0.01)
+    validation: Unrolls = _REPEAT_VALIDATION
     max_repeat: int = 4
     repeat_threshold: float = 0.8
 
@@ -429,14 +363,14 @@ class Repeat(Strategy):
         return Period(
             **asdict(place),
             training=_unrolls(self, place.period),
-            imitation_weight=at(self.imitation_weight, place.period),
+            imitation_weight=value_at(self.imitation_weight, place.period),
             validation=self.validation,
         )
 
     def _after(self, records: Sequence[Record]) -> _Place | Finish:
         last = records[-1]
         if last.period and not (self.max_repeat and last.repeat >= self.max_repeat):
-            before = _of(records, 0, last.period - 1)[-1]
+            before = _records_of(records, 0, last.period - 1)[-1]
             if _exploded(last.validation, before.validation, self.repeat_threshold):
                 return _Place(0, last.period, last.repeat + 1, before.name)
         if last.period + 1 == self.num_periods:
@@ -460,7 +394,7 @@ def simple(
     unroll: Schedule = 20,
     windows: Schedule = 25,
     episodes: Schedule = 10,
-    validation: Unrolls = Unrolls(20, 25, 2, 0, 0.01),
+    validation: Unrolls = _SIMPLE_VALIDATION,
     **more: Any,
 ) -> Repeat:
     """A fixed number of periods, none of them repeated; arguments as :class:`Repeat`'s."""
@@ -484,3 +418,7 @@ def choice_strategy() -> Repeat:
         validation=Unrolls(100, 10, 1, 1, 0.05),
         repeat_threshold=0.9,
     )
+
+
+STRATEGIES: dict[str, type] = {"stages": Stages, "curriculum": Curriculum, "repeat": Repeat}
+"""The strategies by their names in recipes; each is a :class:`amalgam.meta.periods.Strategy`."""

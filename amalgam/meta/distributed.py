@@ -1,7 +1,7 @@
-"""Several processes meta-train as one: what they have to agree on, by ``torch.distributed``.
+"""Several processes that meta-train as one, by ``torch.distributed``.
 
-Every process runs the whole program; where ``torchrun`` started it, they meet in :func:`join`.
-Without one, all of this is the one process's own.
+Every process runs the whole program. Those that ``torchrun`` started meet in :func:`join`; a
+process alone is the first of one, and every function here works for it, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ T = TypeVar("T")
 def join() -> None:
     """Meet the other processes that ``torchrun`` started, if it did and they have not met.
 
-    Tensors on the CPU travel by gloo, those on GPUs by NCCL; a process's own GPU becomes the one
-    that its ``LOCAL_RANK`` counts, where there are that many.
+    They exchange tensors of the CPU by gloo and those of GPUs by NCCL. A process's current GPU
+    becomes the one with the number ``LOCAL_RANK``, where there is one.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
@@ -36,7 +36,10 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from them, when all are there: who goes while others still talk may abort."""
+    """Leave the other processes once all of them are here.
+
+    A process that leaves while others still exchange tensors may abort them.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -53,7 +56,7 @@ def world() -> int:
 
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Means over the processes."""
+    """Each tensor's mean over the processes."""
     if world() == 1:
         return list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -64,7 +67,7 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, at the first one; elsewhere nothing."""
+    """The values of all processes in the first one; in the others an empty list."""
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
@@ -82,10 +85,10 @@ def from_first(value: Any) -> Any:
 
 
 def by_first(do: Callable[[], T]) -> T:
-    """What ``do`` gives the first process, which alone does it.
+    """Call a function in the first process alone, and return its result in all of them.
 
     Raises:
-        SystemExit: In the others, where it failed; the first one raises the error itself.
+        SystemExit: In the others, if the call failed; the first process raises the error itself.
     """
     if world() == 1:
         return do()
@@ -100,7 +103,7 @@ def by_first(do: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if failed:
-        # torchrun ends everybody when one ends: the first is to say why before that.
+        # torchrun ends all processes when one ends; the first has to print its error before that.
         with contextlib.suppress(RuntimeError):
             dist.barrier()
         raise SystemExit(2)

@@ -1,93 +1,41 @@
-"""Students and their teachers, who train the same optimizees side by side.
+"""Students and teachers side by side on optimizees of one task, before any meta-gradient.
 
 An *episode* begins with random optimizees, each given to its student and to all teachers, and a
-warm-up by SGD; then come *windows* of steps through which the meta-gradient flows, parameters and
-states carried from window to window as constants. Source: Optimizer Amalgamation (ICLR 2022),
-sections 3.2 and 3.3, in the form of the authors' code.
+warm-up by SGD. Then come *windows* of steps (:mod:`amalgam.meta.window`), between which parameters
+and states are carried as constants. Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and
+3.3, in the form of the authors' code.
 
-Several optimizees run as one: R = S B *rows*, of S students (replicates) with B optimizees each.
+Several optimizees run as one. A *row* is one optimizee: S students (replicates) with B optimizees
+each make R = S B rows, the first dimension of most tensors here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from amalgam import ops
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Memory
-from amalgam.meta.steps import AutogradSteps, FusedSteps, Steps
+from amalgam.meta.objective import Amalgamation
+from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
 from amalgam.policies import Policy, Pool, Student
 from amalgam.tasks import Batch, Task
 
-MECHANISMS = ("mean", "min-max")
-NORMALISERS = ("first-batch", "every-batch")
-
-
-@dataclass(frozen=True)
-class Amalgamation:
-    """How the student is held to its task and to its teachers.
-
-    Attributes:
-        mechanism: ``"mean"`` or ``"min-max"``: the mean, or at each step the largest, of the log
-            distances to the teachers (paper, eq. 2 and 3).
-        second_order: Whether the meta-gradient sees how updates change later gradients. Without,
-            gradients count as constants: cheaper, and biased.
-        scale_spread: Parameters are optimised as p / s with s = exp(U(-spread, spread)) drawn for
-            each coordinate and episode; 0 for none.
-        scale_teachers: Whether teachers, too, must cope with the scaling; otherwise they follow
-            the unscaled trajectory.
-        log_objective: Meta-loss of log losses and imitation loss of log distances; otherwise of
-            the loss over the window's first, and of exp of the log distances.
-        normaliser: The loss of the window's first parameters that the meta-loss is over: the
-            ``"first-batch"``'s, which is known, or ``"every-batch"``'s own as in the authors'
-            code, for a forward pass a step. To log losses it adds a constant that no gradient sees.
-        huber_delta: Where given, parameter differences beyond it count linearly.
-        eps: Added inside logs, and to divisors.
-        stack: Whether optimizees of one shape run as one batched module; where ``None``, those
-            that are faster so (see :attr:`amalgam.tasks.Task.stacks`).
-        backend: Computes the student's and the teachers' operations.
-    """
-
-    mechanism: Literal["mean", "min-max"] = "min-max"
-    second_order: bool = True
-    scale_spread: float = 3.0
-    scale_teachers: bool = False
-    log_objective: bool = True
-    normaliser: Literal["first-batch", "every-batch"] = "first-batch"
-    huber_delta: float | None = None
-    eps: float = 1e-10
-    stack: bool | None = None
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be computed."""
-        for name, known in (("mechanism", MECHANISMS), ("normaliser", NORMALISERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        if not self.scale_spread >= 0:
-            raise ValueError(f"scale_spread must be 0 or more, not {self.scale_spread}")
-        if self.huber_delta is not None and not self.huber_delta > 0:
-            raise ValueError(f"huber_delta must be positive, not {self.huber_delta}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, not {self.eps}")
-        ops.check_backend(self.backend)
-
 
 class Trajectories(NamedTuple):
-    """Where everybody stands in an episode: R rows of N coordinates, S students, K teachers.
+    """Where students and teachers stand: R rows of N coordinates, S students, K teachers.
 
     Attributes:
         scale: The episode's scaling s, shape (R, N); all parameters here are p / s.
         params: The students' parameters, shape (R, N).
-        states: The students' states, one for each, of its rows' coordinates one after another.
+        states: The students' states, one a student; it holds the coordinates of the student's rows
+            one row after another.
         teacher_params: The teachers' parameters, shape (K, R, N), or (K, 1, N) where rows share.
-        teacher_state: The teachers' states: one of R N coordinates, or one a row where some of them
-            look at whole tensors.
+        teacher_state: The pool's states: a single one of R N coordinates, or one a row where some
+            teachers look at whole tensors.
     """
 
     scale: Tensor
@@ -97,18 +45,19 @@ class Trajectories(NamedTuple):
     teacher_state: tuple[Any, ...]
 
 
-class Rows:
-    """Optimizees of one task that run as one, each with its student and its teachers.
+class Episodes:
+    """Begins episodes of one task, warms up, and steps the teachers.
 
     Args:
         task: The optimizee and its data; its device is everybody's.
         student: The learned optimizer, or several of one kind and configuration: replicates, which
-            share nothing but the machine.
+            are trained independently.
         pool: The teachers; may be empty.
         amalgamation: How the students are held to both.
         memory: What windows may keep for their way back.
-        optimizees: B, how many each student trains at once; its losses are their means.
-        shared: Whether all rows have the same optimizee and batches; the teachers then run once.
+        optimizees: B, how many each student trains at once; its losses are means over them.
+        shared: Whether all rows have the same optimizee and batches; the teachers then run once,
+            on a single row.
     """
 
     def __init__(
@@ -141,7 +90,7 @@ class Rows:
         self.shared = shared
         self._graph_bytes: int | None = None
         first = self.students[0]
-        self.steps: Steps = (
+        self.steps: PolicySteps = (
             FusedSteps(first, amalgamation.backend)
             if isinstance(first, Student)
             else AutogradSteps(first, task.layout, amalgamation.backend)
@@ -165,7 +114,7 @@ class Rows:
         """
         params = torch.stack([self.task.init_params(generator) for generator in generators])
         spread = self.amalgamation.scale_spread
-        # Up to the exponential where they are drawn: its last bits are the device's own.
+        # The exponential is taken on the CPU, too: its last bits differ from device to device.
         uniform = torch.stack(
             [
                 torch.rand(params.shape[1:], generator=each, dtype=params.dtype, device=each.device)
@@ -187,7 +136,7 @@ class Rows:
             return Trajectories(
                 scale,
                 params,
-                tuple(self.steps.initial(rows) for rows in self.by_student(params)),
+                tuple(self.steps.initial(ours) for ours in self.by_student(params)),
                 params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone(),
                 tuple(
                     self.pool.initial_state(params[rows].reshape(-1), self.task.layout)
@@ -196,15 +145,15 @@ class Rows:
             )
 
     def by_student(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows (R, ...) as each student's own, (B, ...)."""
+        """A tensor of rows (R, ...) split by student, into S tensors (B, ...)."""
         return rows.split(self.optimizees)
 
     def warm_up(
         self, begin: Trajectories, batches: Sequence[Batch], lr: float | None = None
     ) -> Trajectories:
-        """SGD at the student's warm-up rate; every policy sees the gradients, none acts.
+        """SGD steps, whose gradients move every policy's moments, while no policy acts.
 
-        The LSTM waits, moments move; afterwards all go on from the same parameters.
+        Afterwards all go on from the same parameters.
 
         Args:
             begin: Where everybody stands.
@@ -222,17 +171,17 @@ class Rows:
             with torch.no_grad():
                 params = torch.where(ok[:, None], params - lr * grads, params)
                 states = tuple(
-                    self.steps.warm_up(rows, state, mine)
-                    for rows, state, mine in zip(
+                    self.steps.warm_up(seen, state, moved)
+                    for seen, state, moved in zip(
                         self.by_student(grads), states, self.by_student(ok), strict=True
                     )
                 )
                 own = slice(self.teacher_rows)
                 everybody = params[own].expand(len(self.pool), -1, -1)
                 seen = self.to_teachers(grads[own], scale[own]).expand_as(everybody)
-                went = ok[own].expand(len(self.pool), -1)
+                moved = ok[own].expand(len(self.pool), -1)
                 _, teacher_state = self._pool_step(
-                    everybody, teacher_state, seen, scale[own], went, warming=True
+                    everybody, teacher_state, seen, scale[own], moved, warming=True
                 )
         teacher_params = params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone()
         return Trajectories(scale, params, states, teacher_params, teacher_state)
@@ -268,7 +217,7 @@ class Rows:
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                # The graph holds what it saves until the end: no address comes twice.
+                # The graph holds all that it saves until the end, so no address comes twice.
                 _kept = self.gradients(params, scale, batch, graph=True)
             for given in batch:
                 sizes.pop(given.untyped_storage().data_ptr(), None)
@@ -276,22 +225,22 @@ class Rows:
         return self._graph_bytes
 
     def to_teachers(self, grads: Tensor, scale: Tensor) -> Tensor:
-        """Gradients in scaled parameters as the teachers are to see them."""
+        """What the teachers see of gradients in scaled parameters."""
         return grads if self.amalgamation.scale_teachers else grads / scale
 
     def teachers_step(
         self, params: Tensor, state: tuple[Any, ...], grads: Tensor, scale: Tensor
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
-        """The teachers' new parameters (K, R, N) and state, and who did step (K, R)."""
+        """The teachers' new parameters (K, R, N) and state, and which of them moved (K, R)."""
         scale = scale[: self.teacher_rows]
         seen = self.to_teachers(grads, scale)
         ok = usable(seen)
         with torch.no_grad():
             updates, new = self._pool_step(params, state, seen, scale, ok)
-            went = ok & usable(updates)
-            if not torch.equal(went, ok):
-                updates, new = self._pool_step(params, state, seen, scale, went)
-            return params - updates, new, went
+            moved = ok & usable(updates)
+            if not torch.equal(moved, ok):
+                updates, new = self._pool_step(params, state, seen, scale, moved)
+            return params - updates, new, moved
 
     def _pool_step(
         self,
@@ -302,15 +251,18 @@ class Rows:
         ok: Tensor,
         warming: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Updates (K, R, N) of scaled parameters, and the new state, of those that are ok (K, R).
+        """The teachers' updates of scaled parameters, and their new states.
 
         Args:
             params: The teachers' parameters, (K, R, N).
             state: Their states.
             seen: The gradients that they see, (K, R, N).
             scale: The scaling, (R, N).
-            ok: Who is to step, (K, R).
-            warming: Whether states move and nobody does: updates are zero.
+            ok: Which teachers are to step in which rows, (K, R); others' updates are zero.
+            warming: Whether only the states move, and all updates are zero.
+
+        Returns:
+            Updates (K, R, N), to be subtracted, and one state a pool step.
         """
         if not len(self.pool):
             return params, state
@@ -319,13 +271,17 @@ class Rows:
         updates, states = torch.zeros_like(params), []
         for rows, old in zip(self._pool_rows, state, strict=True):
             k, _, n = params.shape
-            grads, at = seen[:, rows].reshape(k, -1), own[:, rows].reshape(k, -1)
-            told: Any = {"params": at, "layout": self.task.layout, "backend": how.backend}
+            grads = seen[:, rows].reshape(k, -1)
+            options: Any = {
+                "params": own[:, rows].reshape(k, -1),
+                "layout": self.task.layout,
+                "backend": how.backend,
+            }
             if warming:
-                new = self.pool.warm_up(grads, old, **told)
+                new = self.pool.warm_up(grads, old, **options)
             else:
-                of_rows, new = self.pool.step(grads, old, **told)
-                updates[:, rows] = of_rows.view(k, -1, n)
+                flat, new = self.pool.step(grads, old, **options)
+                updates[:, rows] = flat.view(k, -1, n)
             states.append(self.pool.keep(ok[:, rows], new, old))
         if not how.scale_teachers:
             updates /= scale
@@ -333,7 +289,7 @@ class Rows:
 
     @property
     def _pool_rows(self) -> list[slice]:
-        """The rows that teachers step as one: all, or each on its own where they see tensors."""
+        """Which rows the pool steps as one: all, or each alone where teachers see tensors."""
         if self.pool.coordinatewise:
             return [slice(0, self.teacher_rows)]
         return [slice(row, row + 1) for row in range(self.teacher_rows)]

@@ -1,4 +1,4 @@
-"""Which values a trajectory can go on with, and going on without the others."""
+"""Values that are not finite: finding them, and keeping the old state where they appear."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def usable(values: Tensor) -> Tensor:
 
 
 def keep(new: Any, old: Any, ok: Tensor, n: int) -> Any:
-    """A state with the new values of those rows that are ok, and the old ones of others.
+    """A state that takes the new values in the rows that are ok, and keeps the old ones in others.
 
     Args:
         new: A tuple of tensors (..., rows n).

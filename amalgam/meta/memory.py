@@ -1,9 +1,9 @@
-"""Which steps of an unroll to keep for the way back, when not all of them fit into memory.
+"""Memory of a window's way back: how much there is, and which points to keep in it.
 
-To go back through T steps, every step's starting point is needed, the last one first. Kept points
-are taken as they are; others are computed again from the nearest kept one before them. With c kept
-points, the first step's included, C(c + r, r) steps can be reversed so that none is computed again
-more than r - 1 times, and no schedule needs fewer (Griewank and Walther, Algorithm 799, 2000).
+Going back through T steps needs every step's starting point, the last one first. Some points are
+kept; the others are computed again from the nearest kept one before them. With c kept points, the
+first step's included, C(c + r, r) steps can be reversed so that none is computed again more than
+r - 1 times, and no other choice of points needs fewer (Griewank and Walther, Algorithm 799, 2000).
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ import torch
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARE_OF_FREE, _MOST_OF_FREE = 0.5, 0.9
 
-# Of a kept point: (steps to reverse from it on, points that may be kept beside it) -> how many
-# steps to go to the next point to keep, 1 or more.
+# (steps to reverse from a kept point on, points that may be kept beside it) -> how many steps there
+# are from it to the next point to keep, 1 or more.
 NextKept = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What an unroll may keep for its way back, at the price of computing the rest again.
+    """What a window may keep for its way back; it computes the rest again.
 
     First-order meta-gradients need none of it: they keep 8 bytes a coordinate and step.
 
     Attributes:
-        budget: Bytes for points and optimizees' graphs, as in ``"4GiB"``; where ``None``, half of
-            what is free when a window begins, or up to nine tenths where less does not do.
-            Whatever it is, the bits are the same.
-        segment: By hand instead: keep every such step, and within a segment all.
+        budget: Bytes for points and optimizees' graphs, as in ``"4GiB"``. Where ``None``, half of
+            what is free when a window begins, or up to nine tenths if less is too little. The bits
+            of the meta-gradient do not depend on it.
+        segment: Instead of a budget: keep the point of every so many steps, and all points of the
+            segment that is being reversed.
         cells: Dtype in which kept points hold the student's h and c. ``"bfloat16"`` halves them
-            and rounds them, so what the meta-gradient is then depends on the other two; one of
-            them must be given.
+            and rounds them. Then the meta-gradient depends on which points are kept, so that
+            ``budget`` or ``segment`` must be given.
     """
 
     budget: str | int | None = None
@@ -47,7 +48,7 @@ class Memory:
     cells: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        """Refuse what can't be kept to."""
+        """Refuse what can't be done."""
         if self.budget is not None:
             parse_bytes(self.budget)
             if self.segment is not None:
@@ -63,7 +64,7 @@ class Memory:
             raise ValueError("cells='bfloat16' needs a budget or a segment: they decide the bits")
 
     def bytes(self, device: torch.device, least: int) -> int:
-        """The budget, or half of what is free on a device now; more, where ``least`` needs it."""
+        """The budget in bytes, or half of what is free on a device now, or more for ``least``."""
         if self.budget is not None:
             return parse_bytes(self.budget)
         free = free_bytes(device)
@@ -75,8 +76,9 @@ class Plan:
     """What one window keeps.
 
     Attributes:
-        points: Points beside the first one's, at most.
-        graphs: Optimizees' graphs, of the last steps; those of others are built again.
+        points: How many points beside the first, at most.
+        graphs: Of how many steps, the last ones, the optimizees' graphs are kept; the others are
+            built again.
         next_kept: Which points.
     """
 
@@ -90,13 +92,13 @@ def plan(steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes:
 
     Args:
         steps: Steps of the window.
-        memory: How.
-        budget: Bytes that it amounts to.
+        memory: Says whether to keep segments.
+        budget: Bytes to share.
         point_bytes: Size of a point.
         graph_bytes: Size of the graph of an optimizee's loss and gradient.
 
     Raises:
-        ValueError: The budget does not hold what reversing takes at least.
+        ValueError: The budget is too small for the one point that reversing needs.
     """
     if memory.segment is not None:
         segment = min(memory.segment, steps)
@@ -121,7 +123,12 @@ def segments(length: int) -> NextKept:
 
 
 def binomial(steps: int, free: int) -> int:
-    """The next point to keep so that the fewest steps are computed again; see the module."""
+    """The next point to keep so that the fewest steps are computed again; see the module.
+
+    Args:
+        steps: Steps to reverse from a kept point on.
+        free: Points that may be kept beside it.
+    """
     kept = free + 1
     repeats = 1
     while math.comb(kept + repeats, repeats) < steps:
@@ -147,9 +154,9 @@ def parse_bytes(amount: str | int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has free, within what this process's control group leaves it."""
+    """How many bytes of a device are free, of the CPU's within this process's control group."""
     if device.type == "cuda":
-        # What PyTorch's allocator holds of it and nobody uses is free for this process, too.
+        # What PyTorch's allocator holds unused is free for this process, too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Perturbations: what a student's weights are moved by while it is trained, for its stability.
+"""Perturbations of a student's weights in training, which make the student more stable.
 
 Stability-aware amalgamation (Optimizer Amalgamation, ICLR 2022) takes the meta-gradient at
 phi + psi, weights and perturbation, and applies it to phi. A *random* psi is drawn; an
@@ -9,15 +9,15 @@ phi + psi, weights and perturbation, and applies it to phi. A *random* psi is dr
         grads = gradients of the window's loss at weights + psi
         psi = perturbation.ascend(psi, weights, grads)
 
-Everything is per tensor of weights. Where paper and authors' code differ, both are here, and say
-which they are. Noise on the gradients that the student sees is :class:`InputNoise`.
+Everything is per tensor of weights. Where the paper and its authors' code differ, both are here,
+and the docstrings say which is which. :class:`InputNoise` is noise on the gradients that the
+student sees.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -54,7 +54,7 @@ class AdversarialPerturbation(Protocol):
         ...
 
     def start(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The perturbation before the first climb: none."""
+        """The perturbation before the first climb: zeros."""
         ...
 
     def ascend(
@@ -76,15 +76,15 @@ class AdversarialPerturbation(Protocol):
 Perturbation = RandomPerturbation | AdversarialPerturbation
 
 
-def _check_positive(of: Any, *names: str) -> None:
+def _check_positive(settings: Any, *names: str) -> None:
     for name in names:
-        if not 0 < getattr(of, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, not {getattr(of, name)}")
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {getattr(settings, name)}")
 
 
-def _check_steps(of: Any) -> None:
-    if of.steps < 1:
-        raise ValueError(f"steps must be 1 or more, not {of.steps}")
+def _check_steps(settings: Any) -> None:
+    if settings.steps < 1:
+        raise ValueError(f"steps must be 1 or more, not {settings.steps}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Gaussian:
     tensor of the optimizee; here all its coordinates share a step's draw, as they share weights.
 
     Attributes:
-        std: Standard deviation; relative, over the tensor's root mean square.
-        relative: Whether it is.
+        std: Standard deviation; where relative, over the tensor's root mean square.
+        relative: Whether the noise is.
         fresh_each_step: Whether every inner step has its own draw (the authors' ``Random``), or
             the window one (their ``PersistentRandom``).
         floor: Added to the mean square where relative; 0 for the paper's form.
@@ -127,7 +127,7 @@ class Gaussian:
 
 
 class _FromZero:
-    """An adversarial perturbation begins at none."""
+    """An adversarial perturbation that begins at zero."""
 
     def start(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`AdversarialPerturbation.start`."""
@@ -165,12 +165,12 @@ class FGSM(_FromZero):
 class PGD(_FromZero):
     """Projected gradient descent (Madry et al. 2018), as the code or the paper of the authors.
 
-    The code projects what has gathered: psi <- project(psi + lr grad). The paper clips each
+    The code projects the sum so far: psi <- project(psi + lr grad). The paper clips each
     gradient: psi += lr clip(grad). Both by ``norm`` and ``magnitude``.
 
     Attributes:
         steps: Climbs.
-        magnitude: Radius of the ball that is projected on.
+        magnitude: Radius of the ball to project on.
         norm: ``"l2"``; ``"scale"``, l2 with the radius times the tensor's number of weights; or
             ``"inf"``, each weight on its own.
         lr: Factor on the gradients.
@@ -218,7 +218,7 @@ class AdaptivePGD(_FromZero):
         steps: Climbs.
         magnitude: Length of a step over that of the tensor of weights.
         normalise: Whether every step has that length, as in the paper. Otherwise it is the
-            longest, and shorter gradients are taken as they are, as in the authors' code ("CGD").
+            longest, and shorter gradients are added as they are, as in the authors' code ("CGD").
     """
 
     steps: int = 1
@@ -240,7 +240,7 @@ class AdaptivePGD(_FromZero):
             length = self.magnitude * weight.norm()
             if self.normalise:
                 norm = grad.norm()
-                # A gradient of zero has no direction; there psi stays.
+                # A gradient of zero has no direction, so psi stays.
                 climbed.append(p + grad * torch.where(norm > 0, length / norm, 0))
             else:
                 climbed.append(p + _clip_norm(grad, length))
@@ -248,7 +248,7 @@ class AdaptivePGD(_FromZero):
 
 
 def _clip_norm(x: Tensor, longest: Tensor) -> Tensor:
-    """``x``, shortened to a norm where it is longer."""
+    """``x``, shortened where its norm is larger than ``longest``."""
     norm = x.norm()
     return torch.where(norm > longest, x * (longest / norm), x)
 
@@ -285,44 +285,4 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "adaptive_pgd": (AdaptivePGD, {"normalise": True}),
     "cgd": (AdaptivePGD, {"normalise": False}),
 }
-"""What :func:`make` makes of a kind: a class, and the fields that the kind settles."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "gaussian": {"kind": "gaussian", "std": 1e-3},
-    "gaussian_rel": {"kind": "gaussian_rel", "std": 5e-4},
-    "fgsm": {"kind": "fgsm", "step_size": 1e-3},
-    "pgd": {"kind": "pgd", "steps": 1, "magnitude": 1e-4, "norm": "inf", "lr": 0.1},
-    "cgd": {"kind": "cgd", "steps": 1, "magnitude": 1e-3},
-}
-"""The authors' presets, as recipes of :func:`make`."""
-
-
-def make(recipe: Mapping[str, Any]) -> Perturbation:
-    """A perturbation from a recipe.
-
-    Args:
-        recipe: ``kind``, one of ``gaussian`` and ``gaussian_rel`` (drawn in every inner step),
-            ``persistent_gaussian`` and ``persistent_gaussian_rel`` (once a window), ``fgsm``,
-            ``pgd`` (projects psi), ``pgd_clipped_gradient`` (the paper's), ``adaptive_pgd`` (the
-            paper's) and ``cgd`` (the authors' code's); and the fields of that kind's class that
-            the kind does not settle.
-
-    Raises:
-        ValueError: There is no such kind, a field is not that kind's, or is out of range.
-    """
-    fields = dict(recipe)
-    kind = fields.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(
-            f"kind must be one of {list(KINDS)}, not {kind!r}{did_you_mean(kind, KINDS)}"
-        )
-    constructor, settled = KINDS[kind]
-    known = [name for name in inspect.signature(constructor).parameters if name not in settled]
-    for name in fields:
-        if name not in known:
-            raise ValueError(
-                f"a {kind} perturbation has the fields {known}, not {name!r}"
-                f"{did_you_mean(name, known)}"
-            )
-    made: Perturbation = constructor(**settled, **fields)
-    return made
+"""The perturbations by their names in recipes: a class, and the fields that the name settles."""

@@ -1,6 +1,6 @@
-"""A window as anybody would write it, by plain autograd: the truth for the unroll engine.
+"""One window by plain autograd, which the unroll engine is tested against.
 
-Slow, and its memory grows with every step.
+It is slow, and its memory grows with every step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.meta.unroll import Amalgamation, Trajectories
+from amalgam.meta.episode import Trajectories
+from amalgam.meta.objective import Amalgamation
 from amalgam.ops import teacher_distance
 from amalgam.policies import Pool, Student
 from amalgam.tasks import Batch, Task
@@ -34,9 +35,9 @@ def window(
         student: Whose step it is.
         pool: The teachers.
         how: The losses.
-        begin: Where everybody stands; of one student, or of one a row.
+        begin: Where everybody stands.
         batches: One a step, each tensor (R, samples, ...).
-        weights: What the student steps with at each step.
+        weights: The student's weights at each step.
         row: Which row.
 
     Returns:
@@ -45,13 +46,13 @@ def window(
     scale, n = begin.scale[row], begin.scale.shape[1]
     params = begin.params[row].detach().requires_grad_()
     each = len(begin.params) // len(begin.states)
-    mine = slice(row % each * n, row % each * n + n)
+    in_student = slice(row % each * n, row % each * n + n)
     state: Any = begin.states[row // each]
-    state = type(state)(*(t[..., mine] for t in state))
+    state = type(state)(*(t[..., in_student] for t in state))
     teachers = begin.teacher_params[:, row]
-    mine = slice(row * n, row * n + n)
+    in_pool = slice(row * n, row * n + n)
     (teacher_state,) = begin.teacher_state
-    teacher_state = type(teacher_state)(*(t[..., mine] for t in teacher_state))
+    teacher_state = type(teacher_state)(*(t[..., in_pool] for t in teacher_state))
     meta = imitation = params.new_zeros(())
     start = None
     for t, stacked in enumerate(batches):
@@ -72,8 +73,8 @@ def window(
         grads = []
         for teacher in teachers:
             leaf = teacher.detach().requires_grad_()
-            (of,) = torch.autograd.grad(task.objective(leaf * scale, batch), leaf)
-            grads.append(of if how.scale_teachers else of / scale)
+            (slope,) = torch.autograd.grad(task.objective(leaf * scale, batch), leaf)
+            grads.append(slope if how.scale_teachers else slope / scale)
         with torch.no_grad():
             updates, teacher_state = pool.step(
                 torch.stack(grads), teacher_state, backend="reference"

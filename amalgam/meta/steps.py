@@ -1,7 +1,8 @@
-"""A policy's steps as an unroll takes them: forward without a graph, and backward by hand.
+"""One policy's steps as an unroll takes them: forward without a graph, and backward by hand.
 
-A student trains B optimizees of N coordinates; what it carries for them is one *state* here,
-whatever that is. Rows that stand still at a step keep theirs.
+A policy trains B optimizees of N coordinates each, the *rows* of the tensors here. What it carries
+for all of them is one *state*, whatever that is. A row that does not move in a step keeps its part
+of the state.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from amalgam import nests
 from amalgam.layout import Layout
 from amalgam.meta.finite import keep
 from amalgam.operations import lstm
@@ -19,18 +21,25 @@ from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StudentState
 from amalgam.policies import Policy, Student
 
-# A row's number at a step -> the source of the noise that a policy trains with there.
-Draws = Callable[[int], torch.Generator | None]
+# A row's number -> the source of the noise that a policy trains with, in one step.
+RowDraws = Callable[[int], torch.Generator | None]
 
 
-class Steps(Protocol):
-    """What an unroll asks of a policy."""
+class PolicySteps(Protocol):
+    """What an unroll asks of a policy.
+
+    Attributes:
+        by_coordinates: Whether :func:`amalgam.ops.student_unroll_backward` can go back through
+            these steps, so that first-order meta-gradients need no points.
+    """
+
+    by_coordinates: bool
 
     def initial(self, like: Tensor) -> Any:
-        """The state before the first step, for optimizees like these (B, N)."""
+        """The state before the first step, for parameters like these (B, N)."""
 
     def warm_up(self, grads: Tensor, state: Any, moved: Tensor) -> Any:
-        """The state after a warm-up step's gradients (B, N), for rows that moved (B,)."""
+        """The state after a warm-up step on gradients (B, N), of the rows that moved (B,)."""
 
     def forward(
         self,
@@ -38,10 +47,22 @@ class Steps(Protocol):
         state: Any,
         weights: Sequence[Tensor],
         moved: Tensor,
-        draws: Draws,
+        draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
-        """The updates (B, N), and the new state, which may lie where the old one does if reuse."""
+        """One step.
+
+        Args:
+            grads: The gradients, shape (B, N).
+            state: The state; not changed, unless its memory may be used again.
+            weights: The policy's weights.
+            moved: Which rows are to move, shape (B,).
+            draws: Where the noise comes from that the policy trains with.
+            reuse: Whether the new state may lie where the old one does.
+
+        Returns:
+            The updates (B, N), to be subtracted, and the new state.
+        """
 
     def backward(
         self,
@@ -51,15 +72,28 @@ class Steps(Protocol):
         state: Any,
         weights: Sequence[Tensor],
         moved: Tensor,
-        draws: Draws,
+        draws: RowDraws,
     ) -> tuple[Tensor, Any, list[Tensor]]:
-        """Gradients in grads, the old state (may lie where ``d_state`` does) and the weights."""
+        """Back through one step.
+
+        Args:
+            d_updates: Gradients in the updates, shape (B, N).
+            d_state: The gradient in the new state; its memory is used again.
+            grads: As in :meth:`forward`, like all that follows.
+            state: The state before the step.
+            weights: The weights.
+            moved: Which rows moved.
+            draws: Where the noise came from.
+
+        Returns:
+            Gradients in ``grads``, in the state before the step, and in the weights.
+        """
 
     def zeros(self, state: Any) -> Any:
-        """A gradient of nothing in a state."""
+        """A gradient of zero in a state."""
 
     def release(self, state: Any) -> None:
-        """Take back the memory of a state that nobody needs any more."""
+        """Take back the memory of a state, or of a gradient in one, that nobody needs any more."""
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """The state with its cells in another dtype."""
@@ -70,8 +104,10 @@ class FusedSteps:
 
     Args:
         student: The student.
-        backend: Computes them.
+        backend: Which backend computes them.
     """
+
+    by_coordinates = True
 
     def __init__(self, student: Student, backend: str) -> None:
         self._student = student
@@ -80,7 +116,7 @@ class FusedSteps:
         self._spare: dict[tuple[torch.Size, torch.dtype], list[StudentState]] = {}
 
     def initial(self, like: Tensor) -> StudentState:
-        """See :class:`Steps`; one zero is seen as all of it, for steps make another anyway."""
+        """See :class:`PolicySteps`; a view of a single zero, which no step writes to."""
         weights = self._student.weights()
         layers, hidden = lstm.architecture(weights, 1)
         zero, n = weights[0].new_zeros(()), like.numel()
@@ -88,7 +124,7 @@ class FusedSteps:
         return StudentState(zero.expand(n), zero.expand(n), cells, cells)
 
     def warm_up(self, grads: Tensor, state: StudentState, moved: Tensor) -> StudentState:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         new = self._student.warm_up(grads.reshape(-1), state)
         warmed: StudentState = keep(new, state, moved, grads.shape[1])
         return warmed
@@ -99,19 +135,19 @@ class FusedSteps:
         state: StudentState,
         weights: Sequence[Tensor],
         moved: Tensor,
-        draws: Draws,
+        draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, StudentState]:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         flat = grads.reshape(-1)
         new, source = (state if reuse else self._take(state)), state
         if not state.h.is_contiguous():
-            # The first step's: in the new state's place there is one copy of it and not two.
+            # The kernel wants the initial state contiguous; this copy lies where the new one will.
             for to, value in zip(new, state, strict=True):
                 to.copy_(value)
             source = new
         update = torch.empty_like(flat)
-        step_into((update, *new), flat, source, weights, self._settings, self._backend)
+        step_into(update, new, flat, source, weights, self._settings, self._backend)
         return update.view(grads.shape), keep(new, state, moved, grads.shape[1])
 
     def backward(
@@ -122,39 +158,39 @@ class FusedSteps:
         state: StudentState,
         weights: Sequence[Tensor],
         moved: Tensor,
-        draws: Draws,
+        draws: RowDraws,
     ) -> tuple[Tensor, StudentState, list[Tensor]]:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         n = grads.shape[1]
-        went = d_state
+        d_moved = d_state
         if not moved.all():
             d_updates = torch.where(moved[:, None], d_updates, 0)
             nothing = StudentState(*(torch.zeros_like(tensor) for tensor in d_state))
-            went = keep(d_state, nothing, moved, n)
+            d_moved = keep(d_state, nothing, moved, n)
         d_grads, d_weights = backward_into(
             d_updates.reshape(-1),
-            went,
+            d_moved,
             grads.reshape(-1),
             state,
             weights,
             self._settings,
             self._backend,
         )
-        return d_grads.view(grads.shape), keep(went, d_state, moved, n), d_weights
+        return d_grads.view(grads.shape), keep(d_moved, d_state, moved, n), d_weights
 
     def zeros(self, state: StudentState) -> StudentState:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         zeros = self._take(state)
         for tensor in zeros:
             tensor.zero_()
         return zeros
 
     def release(self, state: StudentState) -> None:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         self._spare.setdefault((state.h.shape, state.h.dtype), []).append(state)
 
     def stored(self, state: StudentState, cells: torch.dtype) -> StudentState:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         stored = self._take(state, cells)
         for to, value in zip(stored, state, strict=True):
             to.copy_(value)
@@ -175,15 +211,17 @@ class FusedSteps:
 
 
 class AutogradSteps:
-    """Any policy's steps, a row after another, differentiated by autograd.
+    """Any policy's steps, one row after another, differentiated by autograd.
 
-    A state is a tuple of the rows' own, a gradient in it a list of the rows' tensors.
+    A state is a tuple of one state a row, a gradient in it a list of one list of tensors a row.
 
     Args:
         policy: The policy.
         layout: Which tensors an optimizee's coordinates are.
-        backend: Computes what is fused in it.
+        backend: Which backend computes the policy's fused operations.
     """
+
+    by_coordinates = False
 
     def __init__(self, policy: Policy, layout: Layout, backend: str) -> None:
         self._policy = policy
@@ -191,11 +229,11 @@ class AutogradSteps:
         self._backend = backend
 
     def initial(self, like: Tensor) -> tuple[Any, ...]:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         return tuple(self._policy.initial_state(row, self._layout) for row in like)
 
     def warm_up(self, grads: Tensor, state: tuple[Any, ...], moved: Tensor) -> tuple[Any, ...]:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         return tuple(
             self._policy.warm_up(grad, old, layout=self._layout) if ok else old
             for grad, old, ok in zip(grads, state, moved, strict=True)
@@ -207,10 +245,10 @@ class AutogradSteps:
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
         moved: Tensor,
-        draws: Draws,
+        draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         updates, new = [], []
         for row, (grad, old, ok) in enumerate(zip(grads, state, moved, strict=True)):
             update, after = torch.zeros_like(grad), old
@@ -228,20 +266,23 @@ class AutogradSteps:
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
         moved: Tensor,
-        draws: Draws,
+        draws: RowDraws,
     ) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
-        """See :class:`Steps`."""
+        """See :class:`PolicySteps`."""
         d_grads, before = torch.zeros_like(grads), list(d_state)
         d_weights = [torch.zeros_like(w) for w in weights]
         for row in moved.nonzero().flatten().tolist():
-            old = tensors_of(state[row])
+            old = nests.tensors(state[row])
             leaves = [t.detach().requires_grad_() for t in (grads[row], *old, *weights)]
             rest = len(old) + 1
             with torch.enable_grad():
                 update, new = self._step(
-                    leaves[0], with_tensors(state[row], leaves[1:rest]), leaves[rest:], draws(row)
+                    leaves[0],
+                    nests.with_tensors(state[row], leaves[1:rest]),
+                    leaves[rest:],
+                    draws(row),
                 )
-            outs = (update, *tensors_of(new))
+            outs = (update, *nests.tensors(new))
             d_outs = (d_updates[row], *d_state[row])
             pairs = [(o, d) for o, d in zip(outs, d_outs, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
@@ -257,14 +298,14 @@ class AutogradSteps:
         return d_grads, before, d_weights
 
     def zeros(self, state: tuple[Any, ...]) -> list[list[Tensor]]:
-        """See :class:`Steps`."""
-        return [[torch.zeros_like(tensor) for tensor in tensors_of(row)] for row in state]
+        """See :class:`PolicySteps`."""
+        return [[torch.zeros_like(tensor) for tensor in nests.tensors(row)] for row in state]
 
     def release(self, state: tuple[Any, ...]) -> None:
-        """See :class:`Steps`; every step has memory of its own."""
+        """See :class:`PolicySteps`; does nothing, for every step has memory of its own."""
 
     def stored(self, state: tuple[Any, ...], cells: torch.dtype) -> tuple[Any, ...]:
-        """See :class:`Steps`; kept as they are."""
+        """See :class:`PolicySteps`; cells keep their dtype."""
         return state
 
     def _step(
@@ -282,25 +323,3 @@ class AutogradSteps:
             generator=generator,
             backend=self._backend,
         )
-
-
-def tensors_of(state: Any) -> list[Tensor]:
-    """The tensors that stand in a nest of tuples, in order."""
-    if isinstance(state, Tensor):
-        return [state]
-    return [t for part in state for t in tensors_of(part)] if isinstance(state, tuple) else []
-
-
-def with_tensors(state: Any, tensors: Sequence[Tensor]) -> Any:
-    """The nest with other tensors in its tensors' places."""
-    left = iter(tensors)
-
-    def put(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return next(left)
-        if isinstance(part, tuple):
-            parts = [put(inner) for inner in part]
-            return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
-        return part
-
-    return put(state)

@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import lstm, registry
-from amalgam.operations.teacher_step import KINDS
+from amalgam.operations.checks import check_floating, check_like
+from amalgam.operations.student_step import STATE_SCHEMA, StudentState
+from amalgam.operations.teacher_step import POOL_SCHEMA, PoolSettings
 
 _NAME = "choice_step"
 RANKS = (1, 2, 3)
@@ -73,6 +75,36 @@ class ChoiceSettings(NamedTuple):
     time_scale: float = 2000.0
     learning_rate: float = 1.0
 
+    def pool(self) -> PoolSettings:
+        """The teachers.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        return PoolSettings.of(self.kinds, self.lr, self.beta1, self.beta2, self.eps)
+
+
+class ChoiceArguments(NamedTuple):
+    """What a choice's step depends on beside gradient, state and weights, as backends take it.
+
+    Attributes:
+        ranks: The rank of the parameter that each coordinate belongs to, shape (N,), int64.
+        pool: The teachers.
+        time: The LSTM's feature: steps over the time scale.
+        learning_rate: Factor on the mixture.
+    """
+
+    ranks: Tensor
+    pool: PoolSettings
+    time: float
+    learning_rate: float
+
+
+_ARGUMENTS_SCHEMA = (
+    f"Tensor grad, {STATE_SCHEMA}, Tensor[] weights, Tensor ranks, {POOL_SCHEMA}, float time, "
+    "float learning_rate, str backend"
+)
+
 
 def features(teachers: int) -> int:
     """How many inputs the LSTM has over a pool of this size."""
@@ -109,88 +141,64 @@ def choice_step(
         ValueError: Shapes, lengths, kinds, dtypes or devices do not fit together.
         RuntimeError: The backend asked for can't compute this here.
     """
-    _check(grad, state, weights, ranks, settings)
+    check_floating("grad", grad)
+    if not isinstance(ranks, Tensor):
+        raise TypeError(f"ranks must be a tensor of integers, not {type(ranks).__name__}")
+    if not settings.kinds:
+        raise ValueError("kinds must name one teacher or more, not none")
+    if not 0 < settings.time_scale < math.inf:
+        raise ValueError(f"time_scale must be positive and finite, not {settings.time_scale}")
+    pool = settings.pool()
+    time, learning_rate = state.steps / settings.time_scale, settings.learning_rate
+    carried = StudentState(*state[:4])
     chosen = registry.resolve(_NAME, backend, grad)
-    arguments = (
-        grad,
-        *state[:4],
-        list(weights),
-        ranks,
-        [KINDS.index(kind) for kind in settings.kinds],
-        list(settings.lr),
-        list(settings.beta1),
-        list(settings.beta2),
-        list(settings.eps),
-        state.steps / settings.time_scale,
-        settings.learning_rate,
-    )
     if chosen == registry.REFERENCE:
-        out = _reference(*arguments)
+        _check(grad, carried, weights, ranks, pool)
+        arguments = ChoiceArguments(ranks, pool, time, learning_rate)
+        update, new, mixture = _reference(grad, carried, weights, arguments)
     else:
-        out = torch.ops.amalgam.choice_step(*arguments, chosen)
-    update, m, v, h, c, mixture = out
-    return update, ChoiceState(m, v, h, c, state.steps + 1), mixture
+        update, *moved, mixture = torch.ops.amalgam.choice_step(
+            grad, *carried, list(weights), ranks, *pool, time, learning_rate, chosen
+        )
+        new = StudentState(*moved)
+    return update, ChoiceState(new.m, new.v, new.h, new.c, state.steps + 1), mixture
 
 
 def _check(
     grad: Tensor,
-    state: ChoiceState,
+    state: StudentState,
     weights: Sequence[Tensor],
     ranks: Tensor,
-    settings: ChoiceSettings,
+    pool: PoolSettings,
 ) -> None:
-    if not isinstance(grad, Tensor) or not grad.is_floating_point():
-        kind = getattr(grad, "dtype", type(grad).__name__)
-        raise TypeError(f"grad must be a floating-point tensor, not {kind}")
+    check_floating("grad", grad)
     if grad.dim() != 1:
         raise ValueError(f"grad must have shape (N,), not {tuple(grad.shape)}")
-    if not isinstance(ranks, Tensor) or ranks.is_floating_point() or ranks.is_complex():
-        kind = getattr(ranks, "dtype", type(ranks).__name__)
-        raise TypeError(f"ranks must be a tensor of integers, not {kind}")
+    if ranks.is_floating_point() or ranks.is_complex():
+        raise TypeError(f"ranks must be a tensor of integers, not {ranks.dtype}")
     if ranks.shape != grad.shape or ranks.device != grad.device:
         raise ValueError(
             f"ranks must have shape {tuple(grad.shape)} on {grad.device} as grad has, "
             f"not {tuple(ranks.shape)} on {ranks.device}"
         )
-    _check_settings(settings)
-    k = len(settings.kinds)
+    pool.check()
+    k = len(pool.kinds)
     lstm.check_weights(weights, state.h, grad, features(k), k)
-    pool, cells = (k, *grad.shape), (*state.h.shape[:2], *grad.shape)
-    for name, want in (("m", pool), ("v", pool), ("h", cells), ("c", cells)):
-        tensor = getattr(state, name)
-        if tuple(tensor.shape) != want:
-            raise ValueError(f"state.{name} must have shape {want}, not {tuple(tensor.shape)}")
-        if tensor.dtype != grad.dtype or tensor.device != grad.device:
-            raise ValueError(
-                f"state.{name} must be {grad.dtype} on {grad.device}, "
-                f"not {tensor.dtype} on {tensor.device}"
-            )
+    _check_state(state, k, state.h.shape[:2], grad)
 
 
-def _check_settings(settings: ChoiceSettings) -> None:
-    for unknown in set(settings.kinds) - set(KINDS):
-        raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
-    k = len(settings.kinds)
-    if not k:
-        raise ValueError("kinds must name one teacher or more, not none")
-    for name in ("lr", "beta1", "beta2", "eps"):
-        values = getattr(settings, name)
-        if len(values) != k:
-            raise ValueError(f"{name} must hold {k} numbers, one a kind, not {len(values)}")
-        for value in values if name in ("beta1", "beta2") else ():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must hold numbers in [0, 1), not {value}")
-    if not 0 < settings.time_scale < math.inf:
-        raise ValueError(f"time_scale must be positive and finite, not {settings.time_scale}")
+def _check_state(state: StudentState, k: int, architecture: Sequence[int], grad: Tensor) -> None:
+    per_teacher, cells = (k, *grad.shape), (*architecture, *grad.shape)
+    for name, shape in zip("mvhc", (per_teacher, per_teacher, cells, cells), strict=True):
+        check_like(f"state.{name}", getattr(state, name), shape, grad)
 
 
 def pool_inputs(
-    grad: Tensor, m: Tensor, v: Tensor, ranks: Tensor, time: float, *pool: Sequence[float]
+    grad: Tensor, m: Tensor, v: Tensor, ranks: Tensor, time: float, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The teachers' updates, m and v, (K, N) each, and the LSTM's inputs, (K + 4, N)."""
-    u, m, v = registry.compute(
-        "teacher_step", registry.REFERENCE, grad, grad.expand(m.shape), m, v, *pool
-    )
+    teachers = registry.reference.kernels["teacher_step"].function
+    u, m, v = teachers(grad.expand(m.shape), m, v, pool)
     is_rank = torch.stack([ranks == rank for rank in RANKS]).to(u.dtype)
     return u, m, v, torch.cat((u, torch.full_like(u[:1], time), is_rank))
 
@@ -203,52 +211,32 @@ def soft_mixture(logits: Tensor) -> Tensor:
 
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """grad, ranks (N,), m, v (K, N), h, c (layers, hidden, N) -> update, m, v, h, c, mixture."""
-    u, m, v, x = pool_inputs(grad, m, v, ranks, time, kinds, lr, beta1, beta2, eps)
-    out, h, c = lstm.step(x, h, c, weights)
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], arguments: ChoiceArguments
+) -> tuple[Tensor, StudentState, Tensor]:
+    """Gives the update (N,), the new state, and the mixture (K, N)."""
+    ranks, pool, time, learning_rate = arguments
+    u, m, v, x = pool_inputs(grad, state.m, state.v, ranks, time, pool)
+    out, h, c = lstm.step(x, state.h, state.c, weights)
     head, head_bias = weights[-2:]
     mixture = soft_mixture(torch.addmm(head_bias[:, None], head, out))
-    return learning_rate * (mixture * u).sum(0), m, v, h, c, mixture
+    update = learning_rate * (mixture * u).sum(0)
+    return update, StudentState(m, v, h, c), mixture
 
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
 def _reference_backward(
-    grads_out: Sequence[Tensor],
+    d_update: Tensor,
+    d_state: StudentState,
+    d_mixture: Tensor,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    arguments: ChoiceArguments,
+) -> tuple[Tensor, StudentState, list[Tensor]]:
     """The step's vector-Jacobian product; only its inputs were kept, the gates come again."""
-    d_update, d_m, d_v, d_h, d_c, d_mixture = grads_out
-    pool = (kinds, lr, beta1, beta2, eps)
-    u, _, _, x = pool_inputs(grad, m, v, ranks, time, *pool)
-    traced = lstm.trace(x, h, c, weights)
+    ranks, pool, time, learning_rate = arguments
+    u, _, _, x = pool_inputs(grad, state.m, state.v, ranks, time, pool)
+    traced = lstm.trace(x, state.h, state.c, weights)
     out = traced.inputs[-1]
     head, head_bias = weights[-2:]
     mixture = soft_mixture(torch.addmm(head_bias[:, None], head, out))
@@ -256,88 +244,81 @@ def _reference_backward(
     d_update = learning_rate * d_update
     d_mixture = d_mixture + d_update * u
     d_logits = mixture * (d_mixture - (mixture * d_mixture).sum(0))
-    d_x, in_h, in_c, d_weights = lstm.backward(traced, head.T @ d_logits, d_h, d_c, h, c, weights)
-    d_weights += [d_logits @ out.T, d_logits.sum(1)]
-    d_u = d_update * mixture + d_x[: len(kinds)]
-    in_grads, in_m, in_v = registry.compute(
-        "teacher_step_backward",
-        registry.REFERENCE,
-        grad,
-        *([d_u, d_m, d_v], grad.expand(m.shape), m, v, *pool),
+    d_x, in_h, in_c, d_weights = lstm.backward(
+        traced, head.T @ d_logits, d_state.h, d_state.c, state.h, state.c, weights
     )
-    return in_grads.sum(0), in_m, in_v, in_h, in_c, d_weights
+    d_weights += [d_logits @ out.T, d_logits.sum(1)]
+    d_u = d_update * mixture + d_x[: len(u)]
+    teachers_backward = registry.reference.kernels["teacher_step_backward"].function
+    in_grads, in_m, in_v = teachers_backward(
+        [d_u, d_state.m, d_state.v], grad.expand(u.shape), state.m, state.v, pool
+    )
+    return in_grads.sum(0), StudentState(in_m, in_v, in_h, in_c), d_weights
 
 
-@torch.library.custom_op("amalgam::choice_step", mutates_args=())
-def _op(
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    update, m, v, h, c, mixture = registry.compute(
-        _NAME,
+# ---- the torch operators
+
+
+def _structured(
+    *flat: Any,
+) -> tuple[Tensor, StudentState, Sequence[Tensor], ChoiceArguments, str]:
+    grad, m, v, h, c, weights, ranks, *columns, time, learning_rate, backend = flat
+    pool, state = PoolSettings(*columns), StudentState(m, v, h, c)
+    _check(grad, state, weights, ranks, pool)
+    arguments = ChoiceArguments(ranks.to(torch.int64), pool, time, learning_rate)
+    return grad, state, weights, arguments, backend
+
+
+@torch.library.custom_op(
+    "amalgam::choice_step",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _op(*flat: Any) -> tuple[Tensor, ...]:
+    grad, state, weights, arguments, backend = _structured(*flat)
+    update, new, mixture = registry.compute(_NAME, backend, grad, grad, state, weights, arguments)
+    return update, *new, mixture
+
+
+@torch.library.custom_op(
+    "amalgam::choice_step_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] grads_out, {_ARGUMENTS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+)
+def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list[Tensor], ...]:
+    grad, state, weights, arguments, backend = _structured(*flat)
+    d_update, *d_new, d_mixture = grads_out
+    d_state = StudentState(*d_new)
+    check_like("grads_out[0]", d_update, grad.shape, grad)
+    _check_state(d_state, len(arguments.pool.kinds), state.h.shape[:2], grad)
+    check_like("grads_out[5]", d_mixture, state.m.shape, grad)
+    d_grad, d_old, d_weights = registry.compute(
+        f"{_NAME}_backward",
         backend,
         grad,
-        *(grad, m, v, h, c, weights, ranks, kinds, lr, beta1, beta2, eps, time, learning_rate),
+        *(d_update, d_state, d_mixture, grad, state, weights, arguments),
     )
-    return update, m, v, h, c, mixture
-
-
-@torch.library.custom_op("amalgam::choice_step_backward", mutates_args=())
-def _backward_op(
-    grads_out: Sequence[Tensor],
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    ranks: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    time: float,
-    learning_rate: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    constants = (ranks, kinds, lr, beta1, beta2, eps, time, learning_rate)
-    in_grad, in_m, in_v, in_h, in_c, in_weights = registry.compute(
-        f"{_NAME}_backward", backend, grad, *(grads_out, grad, m, v, h, c, weights, *constants)
-    )
-    return in_grad, in_m, in_v, in_h, in_c, in_weights
+    return d_grad, *d_old, d_weights
 
 
 @_op.register_fake
-def _(grad, m, v, h, c, weights, *constants):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (grad, m, v, h, c, m))
+def _(grad: Tensor, m: Tensor, v: Tensor, h: Tensor, c: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grad, m, v, h, c, m))
 
 
 @_backward_op.register_fake
-def _(grads_out, grad, m, v, h, c, weights, *constants):  # type: ignore[no-untyped-def]
-    state = tuple(t.new_empty(t.shape) for t in (grad, m, v, h, c))
-    return *state, [w.new_empty(w.shape) for w in weights]
+def _(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list[Tensor], ...]:
+    found = (tensor.new_empty(tensor.shape) for tensor in flat[:5])
+    return *found, [weight.new_empty(weight.shape) for weight in flat[5]]
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     grad, m, v, h, c, weights, ranks, *ctx.constants = inputs
     ctx.save_for_backward(grad, m, v, h, c, ranks, *weights)
 
 
-def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
     grad, m, v, h, c, ranks, *weights = ctx.saved_tensors
     *found, in_weights = torch.ops.amalgam.choice_step_backward(
         list(grads_out), grad, m, v, h, c, weights, ranks, *ctx.constants

@@ -12,23 +12,23 @@ authors of Optimizer Amalgamation, ICLR 2022, use it; no bias correction that de
 
 Coordinates are the last, fastest dimension of every array: eager PyTorch runs that order 1.2 to 3
 times as fast as the transposed one, and it is the order that fills whole vectors and sectors.
+:mod:`amalgam.operations.student_step_in_place` has the form that trains models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import lstm, registry
-from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.operations.checks import check_floating, check_like
 
 _NAME = "student_step"
 FEATURES = 2
 OUTPUTS = 1
-CHUNK = 16384
 
 
 class StudentState(NamedTuple):
@@ -65,6 +65,11 @@ class StepSettings(NamedTuple):
 
 DEFAULTS = StepSettings()
 
+# How the torch operators spell what the structures above hold.
+STATE_SCHEMA = "Tensor m, Tensor v, Tensor h, Tensor c"
+SETTINGS_SCHEMA = "float alpha, float beta1, float beta2, float eps"
+_ARGUMENTS_SCHEMA = f"Tensor grad, {STATE_SCHEMA}, Tensor[] weights, {SETTINGS_SCHEMA}, str backend"
+
 
 def student_step(
     grad: Tensor,
@@ -94,155 +99,38 @@ def student_step(
         RuntimeError: The backend asked for can't compute this here.
     """
     check_floating("grad", grad)
+    chosen = registry.resolve(_NAME, backend, grad)
+    if chosen == registry.REFERENCE:
+        _check(grad, state, weights)
+        return _reference(grad, state, weights, settings)
+    update, *new = torch.ops.amalgam.student_step(grad, *state, list(weights), *settings, chosen)
+    return update, StudentState(*new)
+
+
+def _check(grad: Tensor, state: StudentState, weights: Sequence[Tensor]) -> None:
+    check_floating("grad", grad)
     lstm.check_weights(weights, state.h, grad, FEATURES, OUTPUTS)
     if grad.dim() != 1:
         raise ValueError(f"grad must have shape (N,), not {tuple(grad.shape)}")
-    check_state(state, grad, grad.shape, state.h.shape[:2], grad)
-    chosen = registry.resolve(_NAME, backend, grad)
-    if chosen == registry.REFERENCE:
-        out = _reference(grad, *state, weights, *settings)
-    else:
-        out = torch.ops.amalgam.student_step(grad, *state, list(weights), *settings, chosen)
-    return out[0], StudentState(*out[1:])
+    check_state(state, grad.shape, state.h.shape[:2], grad, grad)
 
 
-def student_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: Sequence[StudentState],
-    weights: Sequence[Tensor],
-    settings: StepSettings = DEFAULTS,
-    *,
-    lr: float | Tensor = 1.0,
-    weight_decay: float | Tensor = 0.0,
-    steps: Sequence[Tensor] | None = None,
-    warmup_steps: int = 0,
-    warmup_lr: float = 0.0,
-    skip: Tensor | None = None,
-    seeds: Sequence[int] | None = None,
-    backend: str = "auto",
+def check_state(
+    state: StudentState,
+    shape: Sequence[int],
+    architecture: Sequence[int],
+    like: Tensor,
+    cells_like: Tensor,
 ) -> None:
-    """One step in place over many tensors, without a graph (for training with a fixed student).
+    """Raise ValueError unless m, v have this shape, and h, c (layers, hidden) before it.
 
-    Every parameter becomes ``p (1 - lr weight_decay) - lr update``. What is passed as a tensor
-    stays on its device: a step in a CUDA graph goes by what they hold when it is replayed.
-
-    Args:
-        params: Parameters of any shape and floating-point dtype.
-        grads: Their gradients, same shapes; computed with in the states' dtype.
-        states: Their states, with m, v of the parameter's shape S and h, c of shape
-            (layers, hidden, *S), contiguous, all in the weights' dtype; beside float32, h and c
-            may be bfloat16 (all of them), to which they are rounded after every step.
-        weights: As in :func:`student_step`, float32 or float64.
-        settings: The student's constants.
-        lr: Factor on every update; a number, or a tensor without dimensions.
-        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW; likewise.
-        steps: How many steps each parameter has taken, float32 tensors without dimensions on the
-            parameters' device; not changed.
-        warmup_steps: Parameters that have taken fewer ``steps`` take one of SGD, during which
-            moments follow and h, c wait.
-        warmup_lr: Its learning rate, multiplied by ``lr``.
-        skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
-        seeds: A number in [0, 2^32) a parameter has h, c and the parameter, where they are
-            bfloat16, rounded up or down at random, right on average and by the same bits in every
-            backend: a function of seed, of ``steps`` where given, and of the place.
-        backend: ``"auto"``, or a backend's name.
-
-    Raises:
-        TypeError: A parameter, gradient or state is not a floating-point tensor.
-        ValueError: Lists of different lengths; shapes, dtypes or devices that do not fit; a state
-            that is not contiguous; warm-up without ``steps``; a seed out of range.
-        RuntimeError: The backend asked for can't compute this here.
+    In dtype and device m, v must be like ``like``, and h, c like ``cells_like``.
     """
-    if not len(params) == len(grads) == len(states):
-        raise ValueError(
-            f"params, grads and states must be equally many, "
-            f"not {len(params)}, {len(grads)} and {len(states)}"
-        )
-    if not params:
-        return
-    first = states[0]
-    check_floating("state.m", first.m)
-    lstm.check_weights(weights, first.h, first.m, FEATURES, OUTPUTS)
-    narrow = first.h.dtype == torch.bfloat16 and first.m.dtype == torch.float32
-    for param, grad, state in zip(params, grads, states, strict=True):
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"grads must have their parameters' shapes: {tuple(grad.shape)} "
-                f"stands against {tuple(param.shape)}"
-            )
-        for name, tensor in (("params", param), ("grads", grad)):
-            check_floating(name, tensor)
-        cells_like = first.h if narrow else first.m
-        check_state(state, first.m, param.shape, first.h.shape[:2], cells_like)
-        for name, tensor in zip(StudentState._fields, state, strict=True):
-            if not tensor.is_contiguous():
-                raise ValueError(f"state.{name} must be contiguous")
-        for name, tensor in (("grads", grad), ("states", state.m)):
-            if tensor.device != param.device:
-                raise ValueError(f"{name} must be on {param.device}, not on {tensor.device}")
-    _check_steps_and_seeds(steps, warmup_steps, seeds, first.m.device, len(params))
-    m, v, h, c = (list(column) for column in zip(*states, strict=True))
-    tensors = (list(params), list(grads), m, v, h, c, list(weights))
-    chosen = registry.resolve(f"{_NAME}_", backend, m[0], *tensors)
-    control, number, decay = None, 0.0, 0.0
-    given = (lr, weight_decay, skip)
-    if steps or seeds or any(isinstance(value, Tensor) for value in given):
-        control = _control(lr, weight_decay, warmup_lr, skip, first.m.device)
-    else:
-        number, decay = float(lr), float(weight_decay)
-    torch.ops.amalgam.student_step_(
-        *(*tensors, *settings, number, decay),
-        *(control, list(steps or ()), warmup_steps, list(seeds or ()), chosen),
-    )
-
-
-def _check_steps_and_seeds(
-    steps: Sequence[Tensor] | None,
-    warmup_steps: int,
-    seeds: Sequence[int] | None,
-    device: torch.device,
-    count: int,
-) -> None:
-    if warmup_steps and steps is None:
-        raise ValueError(f"warmup_steps={warmup_steps} needs steps, to know who has taken as many")
-    for name, values in (("steps", steps), ("seeds", seeds)):
-        if values is not None and len(values) != count:
-            raise ValueError(f"{name} must be one a parameter, {count}, not {len(values)}")
-    for step in steps or ():
-        if step.dtype != torch.float32 or step.dim() or step.device != device:
-            raise ValueError(
-                f"steps must be float32 tensors of shape () on {device}, "
-                f"not {step.dtype} of {tuple(step.shape)} on {step.device}"
-            )
-    for seed in seeds or ():
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seeds must lie in [0, 2^32), not {seed}")
-
-
-def _control(
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    warmup_lr: float,
-    skip: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """Float64 (4,) on the device: 1 - lr weight_decay, lr, warm-up's rate, and the skip flag.
-
-    In float64 as the numbers are that the host computes, so that both round to the same.
-    """
-
-    def on_device(name: str, value: float | Tensor) -> Tensor:
-        if not isinstance(value, Tensor):
-            # Filled and not copied: a captured graph can't copy what the host holds.
-            return torch.full((), value, dtype=torch.float64, device=device)
-        if value.numel() != 1:
-            raise ValueError(f"{name} must hold one number, not {tuple(value.shape)}")
-        return value.reshape(()).to(device, torch.float64, non_blocking=True)
-
-    rate, decay = on_device("lr", lr), on_device("weight_decay", weight_decay)
-    flag = on_device("skip", 0.0 if skip is None else skip)
-    return torch.stack((1 - rate * decay, rate, rate * warmup_lr, flag))
+    cells = (*architecture, *shape)
+    check_like("state.m", state.m, shape, like)
+    check_like("state.v", state.v, shape, like)
+    check_like("state.h", state.h, cells, cells_like)
+    check_like("state.c", state.c, cells, cells_like)
 
 
 def initial_state(
@@ -282,164 +170,112 @@ def update_moments(
     return new_m, new_v
 
 
-def warm_up_(
-    param: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    settings: StepSettings,
-    keep: float,
-    rate: float,
-    key: Tensor | None = None,
-    row: int = 0,
-) -> None:
-    """A step of SGD in place, during which the moments follow.
-
-    Args:
-        param: Becomes ``keep param - rate grad``; of any floating-point dtype.
-        grad: Of its shape.
-        m: Of its shape, in the dtype to compute in.
-        v: Like ``m``.
-        settings: The student's constants.
-        keep: 1 without weight decay.
-        rate: The learning rate.
-        key: Of the bits that a bfloat16 parameter is rounded with; ``None`` rounds to nearest.
-        row: Which row of bits are its own.
-    """
-    grad = grad.to(m.dtype)
-    new_m, new_v = update_moments(grad, m, v, settings)
-    m.copy_(new_m)
-    v.copy_(new_v)
-    moved = param.to(m.dtype) * keep - rate * grad
-    if key is not None:
-        moved = _stored(moved, param.dtype, key, row, range(param.numel()))
-    param.copy_(moved)
-
-
-def _stored(
-    values: Tensor, dtype: torch.dtype, key: Tensor, row: int, places: range, shift: int = 16
-) -> Tensor:
-    """Values as they are stored with random bits: rounded to bfloat16, for others as they are."""
-    if dtype != torch.bfloat16:
-        return values
-    rows = values.numel() // max(1, len(places))
-    bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
-    return rounded_stochastically(values.float(), bits.view(values.shape))
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless this is a tensor of a floating-point dtype."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
-
-
-def check_state(
-    state: StudentState,
-    like: Tensor,
-    shape: Sequence[int],
-    architecture: Sequence[int],
-    cells_like: Tensor,
-) -> None:
-    """Raise ValueError unless m, v have this shape and h, c these two dimensions before it.
-
-    In dtype and device m, v must be like ``like``, and h, c like ``cells_like``.
-    """
-    cells = (*architecture, *shape)
-    for name, tensor, want, example in (
-        ("m", state.m, shape, like),
-        ("v", state.v, shape, like),
-        ("h", state.h, cells, cells_like),
-        ("c", state.c, cells, cells_like),
-    ):
-        if tuple(tensor.shape) != tuple(want):
-            raise ValueError(
-                f"state.{name} must have shape {tuple(want)}, not {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != example.dtype or tensor.device != example.device:
-            raise ValueError(
-                f"state.{name} must be {example.dtype} on {example.device}, "
-                f"not {tensor.dtype} on {tensor.device}"
-            )
+# ---- what backends compute
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """grad, m, v (N,) and h, c (layers, hidden, N) -> update, m, v, h, c."""
-    m, v = update_moments(grad, m, v, StepSettings(alpha, beta1, beta2, eps))
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> tuple[Tensor, StudentState]:
+    alpha, beta1, beta2, eps = settings
+    m, v = update_moments(grad, state.m, state.v, settings)
     scale = (v / (1 - beta2) + eps).rsqrt()
     x = torch.stack((m / (1 - beta1) * scale, grad * scale))
-    x, h, c = lstm.step(x, h, c, weights)
+    x, h, c = lstm.step(x, state.h, state.c, weights)
     head, head_bias = weights[-2:]
     update = alpha * (head @ x + head_bias[:, None]).tanh().squeeze(0)
-    return update, m, v, h, c
+    return update, StudentState(m, v, h, c)
 
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
 def _reference_backward(
-    grads_out: Sequence[Tensor],
+    d_update: Tensor,
+    d_state: StudentState,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    settings: StepSettings,
+) -> tuple[Tensor, StudentState, list[Tensor]]:
     """The step's vector-Jacobian product; only its inputs were kept, the gates come again."""
-    d_update, d_m, d_v, d_h, d_c = grads_out
-    m, v = update_moments(grad, m, v, StepSettings(alpha, beta1, beta2, eps))
+    alpha, beta1, beta2, eps = settings
+    m, v = update_moments(grad, state.m, state.v, settings)
     scale = (v / (1 - beta2) + eps).rsqrt()
     m_hat = m / (1 - beta1)
 
-    traced = lstm.trace(torch.stack((m_hat * scale, grad * scale)), h, c, weights)
+    inputs = torch.stack((m_hat * scale, grad * scale))
+    traced = lstm.trace(inputs, state.h, state.c, weights)
     out = traced.inputs[-1]
     head, head_bias = weights[-2:]
     top = (head @ out + head_bias[:, None]).tanh()
     d_top = d_update * alpha * (1 - top.square())
-    d_x, in_h, in_c, d_weights = lstm.backward(traced, head.T @ d_top, d_h, d_c, h, c, weights)
+    d_x, in_h, in_c, d_weights = lstm.backward(
+        traced, head.T @ d_top, d_state.h, d_state.c, state.h, state.c, weights
+    )
     d_weights += [d_top @ out.T, d_top.sum(1)]
 
     d_scale = d_x[0] * m_hat + d_x[1] * grad
-    d_m = d_m + d_x[0] * scale / (1 - beta1)
-    d_v = d_v - 0.5 * d_scale * scale.pow(3) / (1 - beta2)
+    d_m = d_state.m + d_x[0] * scale / (1 - beta1)
+    d_v = d_state.v - 0.5 * d_scale * scale.pow(3) / (1 - beta2)
     d_grad = d_x[1] * scale + (1 - beta1) * d_m + 2 * (1 - beta2) * grad * d_v
-    return d_grad, beta1 * d_m, beta2 * d_v, in_h, in_c, d_weights
+    return d_grad, StudentState(beta1 * d_m, beta2 * d_v, in_h, in_c), d_weights
+
+
+def register_into(backend: registry.Backend, **how: Any) -> None:
+    """Register ``student_step_into`` and its backward for a backend whose kernels allocate.
+
+    Args:
+        backend: One that has ``student_step`` and its backward.
+        **how: As :meth:`amalgam.operations.registry.Backend.kernel` takes it.
+    """
+    step, backward = (backend.kernels[name].function for name in (_NAME, f"{_NAME}_backward"))
+
+    def into(update: Tensor, new: StudentState, *arguments: Any, **numerics: Any) -> None:
+        computed, state = step(*arguments, **numerics)
+        for target, value in zip((update, *new), (computed, *state), strict=True):
+            target.copy_(value)
+
+    def backward_into(
+        d_update: Tensor, d_state: StudentState, *arguments: Any, **numerics: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        d_grad, d_old, d_weights = backward(d_update, d_state, *arguments, **numerics)
+        for target, value in zip(d_state, d_old, strict=True):
+            target.copy_(value)
+        return d_grad, d_weights
+
+    backend.kernel(f"{_NAME}_into", **how)(into)
+    backend.kernel(f"{_NAME}_backward_into", **how)(backward_into)
+
+
+register_into(registry.reference, dtypes=None)
 
 
 def step_into(
-    out: Sequence[Tensor],
+    update: Tensor,
+    new: StudentState,
     grad: Tensor,
     state: StudentState,
     weights: Sequence[Tensor],
     settings: StepSettings,
     backend: str,
 ) -> None:
-    """:func:`student_step` without checks or graph, into memory that the caller has.
+    """:func:`student_step` without a graph, into memory that the caller has.
 
     Args:
-        out: Gets the update and the new m, v, h, c; the last four may be the old ones.
+        update: Gets the update.
+        new: Gets the new state; may be the old one.
         grad: As in :func:`student_step`, like all that follows.
         state: The carried state.
         weights: The weights.
         settings: The student's constants.
         backend: A backend's name, or ``"auto"``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or outputs share memory.
     """
-    registry.compute(f"{_NAME}_into", backend, grad, out, grad, *state, weights, *settings)
+    _check(grad, state, weights)
+    check_like("update", update, grad.shape, grad)
+    check_state(new, grad.shape, state.h.shape[:2], grad, grad)
+    registry.compute(f"{_NAME}_into", backend, grad, update, new, grad, state, weights, settings)
 
 
 def backward_into(
@@ -451,7 +287,7 @@ def backward_into(
     settings: StepSettings,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The step's vector-Jacobian product without checks or graph, from and into ``d_state``.
+    """The step's vector-Jacobian product without a graph, from and into ``d_state``.
 
     Args:
         d_update: Gradient in the update, shape (N,).
@@ -464,216 +300,87 @@ def backward_into(
 
     Returns:
         Gradients in ``grad`` and in the weights.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or outputs share memory.
     """
+    _check_backward(d_update, d_state, grad, state, weights)
     d_grad, d_weights = registry.compute(
-        f"{_NAME}_backward_into", backend, grad, d_update, d_state, grad, *state, weights, *settings
+        f"{_NAME}_backward_into", backend, grad, d_update, d_state, grad, state, weights, settings
     )
     return d_grad, d_weights
 
 
-def register_into(backend: registry.Backend, **how: Any) -> None:
-    """Register ``student_step_into`` and its backward for a backend whose kernels allocate.
-
-    Args:
-        backend: One that has ``student_step`` and its backward.
-        **how: As :meth:`amalgam.operations.registry.Backend.kernel` takes it.
-    """
-    step, back = (backend.kernels[name].function for name in (_NAME, f"{_NAME}_backward"))
-
-    def into(out: Sequence[Tensor], *arguments: Any, **numerics: Any) -> None:
-        for to, value in zip(out, step(*arguments, **numerics), strict=True):
-            to.copy_(value)
-
-    def back_into(
-        d_update: Tensor, d_state: Sequence[Tensor], *arguments: Any, **numerics: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        d_grad, *d_old, d_weights = back((d_update, *d_state), *arguments, **numerics)
-        for to, value in zip(d_state, d_old, strict=True):
-            to.copy_(value)
-        return d_grad, d_weights
-
-    backend.kernel(f"{_NAME}_into", **how)(into)
-    backend.kernel(f"{_NAME}_backward_into", **how)(back_into)
-
-
-@registry.reference.kernel(f"{_NAME}_", dtypes=None)
-def _reference_in_place(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    h: Sequence[Tensor],
-    c: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    lr: float,
-    weight_decay: float,
-    control: Tensor | None = None,
-    steps: Sequence[Tensor] = (),
-    warmup_steps: int = 0,
-    seeds: Sequence[int] = (),
-) -> None:
-    """Runs of at most CHUNK coordinates: the step's temporaries stay in cache, and small."""
-    flat_m, flat_v = ([t.view(-1) for t in ts] for ts in (m, v))
-    flat_h, flat_c = ([t.view(*t.shape[:2], -1) for t in ts] for ts in (h, c))
-    flat_p = [p.reshape(-1) for p in params]
-    flat_g = [g.reshape(-1) for g in grads]
-    dtype = weights[0].dtype
-    keep: float | Tensor = 1 - lr * weight_decay
-    rate: float | Tensor = lr
-    skip = None
-    if control is not None:
-        skip = control[3] != 0
-        keep, rate, warm_rate, _ = control.to(dtype).unbind()
-    no_step = weights[0].new_zeros(())
-    keys = [key_of(seed, steps[i] if steps else no_step) for i, seed in enumerate(seeds)]
-    cell_rows = h[0].shape[0] * h[0].shape[1]
-    for run in _runs([p.numel() for p in params], CHUNK):
-
-        def gather(tensors: Sequence[Tensor], run: list[tuple[int, slice]] = run) -> Tensor:
-            return torch.cat([tensors[i][..., part].to(dtype) for i, part in run], -1)
-
-        param, grad = gather(flat_p), gather(flat_g)
-        old = gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c)
-        update, *new = _reference(grad, *old, weights, alpha, beta1, beta2, eps)
-        moved = param * keep - rate * update
-        sizes = [part.stop - part.start for _, part in run]
-        if steps:
-            flags = [steps[i] < warmup_steps for i, _ in run]
-            warm = torch.cat([f.expand(n) for f, n in zip(flags, sizes, strict=True)])
-            moved = torch.where(warm, param * keep - warm_rate * grad, moved)
-            new[2:] = [torch.where(warm, *both) for both in zip(old[2:], new[2:], strict=True)]
-        if skip is not None:
-            moved = torch.where(skip, param, moved)
-            new = [torch.where(skip, *both) for both in zip(old, new, strict=True)]
-        places = [(flat_p, cell_rows, 16), (flat_m, 0, 0), (flat_v, 0, 0)]
-        places += [(flat_h, 0, 16), (flat_c, 0, 0)]
-        for (tensors, row, shift), values in zip(places, (moved, *new), strict=True):
-            for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
-                if seeds:
-                    of = range(part.start, part.stop)
-                    value = _stored(value, tensors[i].dtype, keys[i], row, of, shift)
-                tensors[i][..., part].copy_(value)
-    for param, flat in zip(params, flat_p, strict=True):
-        if not param.is_contiguous():
-            param.copy_(flat.view(param.shape))
-
-
-def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
-    """Cut tensors of these sizes into runs of at most ``limit`` coordinates in all."""
-    run: list[tuple[int, slice]] = []
-    room = limit
-    for index, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            stop = min(size, start + room)
-            run.append((index, slice(start, stop)))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield run
-                run, room = [], limit
-    if run:
-        yield run
-
-
-register_into(registry.reference, dtypes=None)
-
-
-@torch.library.custom_op("amalgam::student_step", mutates_args=())
-def _op(
+def _check_backward(
+    d_update: Tensor,
+    d_state: StudentState,
     grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    update, m, v, h, c = registry.compute(
-        _NAME, backend, grad, grad, m, v, h, c, weights, alpha, beta1, beta2, eps
-    )
-    return update, m, v, h, c
-
-
-@torch.library.custom_op("amalgam::student_step_backward", mutates_args=())
-def _backward_op(
-    grads_out: Sequence[Tensor],
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    in_grad, in_m, in_v, in_h, in_c, in_weights = registry.compute(
-        f"{_NAME}_backward",
-        backend,
-        grad,
-        *(grads_out, grad, m, v, h, c, weights, alpha, beta1, beta2, eps),
-    )
-    return in_grad, in_m, in_v, in_h, in_c, in_weights
-
-
-@torch.library.custom_op("amalgam::student_step_", mutates_args=("params", "m", "v", "h", "c"))
-def _in_place_op(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    h: Sequence[Tensor],
-    c: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    lr: float,
-    weight_decay: float,
-    control: Tensor | None,
-    steps: Sequence[Tensor],
-    warmup_steps: int,
-    seeds: Sequence[int],
-    backend: str,
 ) -> None:
-    registry.compute(
-        f"{_NAME}_",
-        backend,
-        m[0],
-        *(params, grads, m, v, h, c, weights, alpha, beta1, beta2, eps, lr, weight_decay),
-        *(control, steps, warmup_steps, seeds),
+    _check(grad, state, weights)
+    check_like("grads_out[0]", d_update, grad.shape, grad)
+    check_state(d_state, grad.shape, state.h.shape[:2], grad, grad)
+
+
+# ---- the torch operators
+
+
+def _structured(
+    grad: Tensor, m: Tensor, v: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, StudentState, Sequence[Tensor], StepSettings, str]:
+    *settings, backend = rest
+    return grad, StudentState(m, v, h, c), weights, StepSettings(*settings), backend
+
+
+@torch.library.custom_op(
+    "amalgam::student_step",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _op(*flat: Any) -> tuple[Tensor, ...]:
+    grad, state, weights, settings, backend = _structured(*flat)
+    _check(grad, state, weights)
+    update, new = registry.compute(_NAME, backend, grad, grad, state, weights, settings)
+    return update, *new
+
+
+@torch.library.custom_op(
+    "amalgam::student_step_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] grads_out, {_ARGUMENTS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+)
+def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list[Tensor], ...]:
+    grad, state, weights, settings, backend = _structured(*flat)
+    d_update, *d_new = grads_out
+    d_state = StudentState(*d_new)
+    _check_backward(d_update, d_state, grad, state, weights)
+    d_grad, d_old, d_weights = registry.compute(
+        f"{_NAME}_backward", backend, grad, d_update, d_state, grad, state, weights, settings
     )
+    return d_grad, *d_old, d_weights
 
 
 @_op.register_fake
-def _(grad, m, v, h, c, weights, alpha, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (grad, m, v, h, c))
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    grad, state, *_ = _structured(*flat)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grad, *state))
 
 
 @_backward_op.register_fake
-def _(grads_out, grad, m, v, h, c, weights, alpha, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    state = tuple(t.new_empty(t.shape) for t in (grad, m, v, h, c))
-    return *state, [w.new_empty(w.shape) for w in weights]
+def _(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list[Tensor], ...]:
+    grad, state, weights, *_ = _structured(*flat)
+    found = (tensor.new_empty(tensor.shape) for tensor in (grad, *state))
+    return *found, [weight.new_empty(weight.shape) for weight in weights]
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     grad, m, v, h, c, weights, *ctx.constants = inputs
     ctx.save_for_backward(grad, m, v, h, c, *weights)
 
 
-def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
     grad, m, v, h, c, *weights = ctx.saved_tensors
     *found, in_weights = torch.ops.amalgam.student_step_backward(
         list(grads_out), grad, m, v, h, c, weights, *ctx.constants

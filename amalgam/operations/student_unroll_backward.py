@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from amalgam.operations import lstm, registry
+from amalgam.operations.checks import check_floating, check_like
 from amalgam.operations.student_step import (
     DEFAULTS,
     FEATURES,
     OUTPUTS,
+    SETTINGS_SCHEMA,
+    STATE_SCHEMA,
     StepSettings,
     StudentState,
-    check_floating,
     check_state,
 )
 
@@ -70,32 +72,28 @@ def student_unroll_backward(
     """
     for name, tensor in (("grads", grads), ("adjoints", adjoints)):
         check_floating(name, tensor)
-    if grads.dim() != 2:
-        raise ValueError(f"grads must have shape (T, N), not {tuple(grads.shape)}")
-    if adjoints.shape != grads.shape:
-        raise ValueError(
-            f"adjoints must have shape {tuple(grads.shape)} as grads has, "
-            f"not {tuple(adjoints.shape)}"
-        )
-    if adjoints.dtype != grads.dtype or adjoints.device != grads.device:
-        raise ValueError(
-            f"adjoints must be {grads.dtype} on {grads.device} as grads is, "
-            f"not {adjoints.dtype} on {adjoints.device}"
-        )
-    lstm.check_weights(weights, state.h, grads, FEATURES, OUTPUTS)
-    check_state(state, grads, grads.shape[1:], state.h.shape[:2], grads)
-    chosen = registry.resolve(_NAME, backend, grads)
     return torch.ops.amalgam.student_unroll_backward(
-        grads, adjoints, *state, list(weights), *settings, chosen
+        grads, adjoints, *state, list(weights), *settings, backend
     )
 
 
+def _check(grads: Tensor, adjoints: Tensor, state: StudentState, weights: Sequence[Tensor]) -> None:
+    check_floating("grads", grads)
+    if grads.dim() != 2:
+        raise ValueError(f"grads must have shape (T, N), not {tuple(grads.shape)}")
+    check_like("adjoints", adjoints, grads.shape, grads)
+    lstm.check_weights(weights, state.h, grads, FEATURES, OUTPUTS)
+    check_state(state, grads.shape[1:], state.h.shape[:2], grads, grads)
+
+
 def by_steps(
-    step: Callable[..., Sequence[Tensor]],
-    backward: Callable[..., Sequence[Any]],
-    inputs: Sequence[Tensor],
+    step: Callable[..., tuple[Tensor, StudentState]],
+    backward: Callable[..., tuple[Tensor, StudentState, list[Tensor]]],
+    grads: Tensor,
+    adjoints: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    settings: Sequence[float],
+    settings: StepSettings,
     *,
     chunk: int,
     held: int,
@@ -105,9 +103,11 @@ def by_steps(
     Args:
         step: The kernel of ``student_step``.
         backward: The kernel of ``student_step_backward``.
-        inputs: grads and adjoints (T, N), m and v (N,), h and c (layers, hidden, N).
+        grads: Shape (T, N).
+        adjoints: Shape (T, N).
+        state: Before the first step.
         weights: The student's weights.
-        settings: alpha, beta1, beta2 and eps.
+        settings: Its constants.
         chunk: How many coordinates to compute at a time.
         held: Bytes that the states of a chunk may take. Where all T need more, those at the begin
             of some sqrt(T) segments are held, and those of a segment are computed again.
@@ -116,33 +116,37 @@ def by_steps(
         The gradients of the weights.
     """
     totals = [torch.zeros_like(weight) for weight in weights]
-    for parts in zip(*(tensor.split(chunk, -1) for tensor in inputs), strict=True):
-        grads, adjoints, *first = (part.contiguous() for part in parts)
-        steps, n = grads.shape
+    columns = zip(*(tensor.split(chunk, -1) for tensor in (grads, adjoints, *state)), strict=True)
+    for column in columns:
+        seen, slopes, *rest = (part.contiguous() for part in column)
+        first = StudentState(*rest)
+        steps, n = seen.shape
         if not steps or not n:
             continue
         each = sum(tensor.numel() * tensor.element_size() for tensor in first)
         length = steps if steps * each <= held else math.isqrt(steps - 1) + 1
 
-        checkpoints: list[Sequence[Tensor]] = [first]
-        segments = list(zip(grads.split(length), adjoints.split(length), strict=True))
-        for seen, _ in segments[:-1]:
-            state = checkpoints[-1]
-            for grad in seen:
-                state = step(grad, *state, weights, *settings)[1:]
-            checkpoints.append(state)
-        d_state: Sequence[Tensor] = [torch.zeros_like(tensor) for tensor in first]
-        for seen, slopes in reversed(segments):
+        checkpoints = [first]
+        segments = list(zip(seen.split(length), slopes.split(length), strict=True))
+        for segment, _ in segments[:-1]:
+            at_begin = checkpoints[-1]
+            for grad in segment:
+                _, at_begin = step(grad, at_begin, weights, settings)
+            checkpoints.append(at_begin)
+        d_state = StudentState(*map(torch.zeros_like, first))
+        for segment, slopes_of_segment in reversed(segments):
             states = [checkpoints.pop()]
-            for grad in seen[:-1]:
-                states.append(step(grad, *states[-1], weights, *settings)[1:])
-            for grad, slope in zip(reversed(seen.unbind()), reversed(slopes.unbind()), strict=True):
-                grads_out = (slope, *d_state)
-                _, *d_state, in_weights = backward(
-                    grads_out, grad, *states.pop(), weights, *settings
+            for grad in segment[:-1]:
+                states.append(step(grad, states[-1], weights, settings)[1])
+            backwards = zip(
+                reversed(segment.unbind()), reversed(slopes_of_segment.unbind()), strict=True
+            )
+            for grad, slope in backwards:
+                _, d_state, d_weights = backward(
+                    slope, d_state, grad, states.pop(), weights, settings
                 )
-                for total, in_weight in zip(totals, in_weights, strict=True):
-                    total += in_weight
+                for total, d_weight in zip(totals, d_weights, strict=True):
+                    total += d_weight
     return totals
 
 
@@ -150,54 +154,36 @@ def by_steps(
 def _reference(
     grads: Tensor,
     adjoints: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
+    state: StudentState,
     weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    settings: StepSettings,
 ) -> list[Tensor]:
     kernels = registry.reference.kernels
     return by_steps(
         kernels["student_step"].function,
         kernels["student_step_backward"].function,
-        (grads, adjoints, m, v, h, c),
-        weights,
-        (alpha, beta1, beta2, eps),
+        *(grads, adjoints, state, weights, settings),
         chunk=CHUNK,
         held=HELD,
     )
 
 
-@torch.library.custom_op("amalgam::student_unroll_backward", mutates_args=())
-def _op(
-    grads: Tensor,
-    adjoints: Tensor,
-    m: Tensor,
-    v: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weights: Sequence[Tensor],
-    alpha: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
-    return registry.compute(
-        _NAME,
-        backend,
-        grads,
-        *(grads, adjoints, m, v, h, c, weights, alpha, beta1, beta2, eps),
-    )
+@torch.library.custom_op(
+    "amalgam::student_unroll_backward",
+    mutates_args=(),
+    schema=f"(Tensor grads, Tensor adjoints, {STATE_SCHEMA}, Tensor[] weights, {SETTINGS_SCHEMA}, "
+    "str backend) -> Tensor[]",
+)
+def _op(grads: Tensor, adjoints: Tensor, *rest: Any) -> list[Tensor]:
+    m, v, h, c, weights, alpha, beta1, beta2, eps, backend = rest
+    state, settings = StudentState(m, v, h, c), StepSettings(alpha, beta1, beta2, eps)
+    _check(grads, adjoints, state, weights)
+    return registry.compute(_NAME, backend, grads, grads, adjoints, state, weights, settings)
 
 
 @_op.register_fake
-def _(grads, adjoints, m, v, h, c, weights, alpha, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    return [weight.new_empty(weight.shape) for weight in weights]
+def _(grads: Tensor, adjoints: Tensor, *rest: Any) -> list[Tensor]:
+    return [weight.new_empty(weight.shape) for weight in rest[4]]
 
 
 registry.refuse_differentiation(

@@ -10,11 +10,13 @@ the squared distance over all parameters jointly, its log, less the log of their
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import registry
+from amalgam.operations.checks import check_floating, check_like
 
 _NAME = "teacher_distance"
 
@@ -44,19 +46,60 @@ def teacher_distance(
         ValueError: Shapes, dtypes, devices or ``huber_delta`` do not fit together.
         RuntimeError: The backend asked for can't compute this here.
     """
-    _check(student, teachers, huber_delta)
+    for name, tensor in (("student", student), ("teachers", teachers)):
+        check_floating(name, tensor)
     chosen = registry.resolve(_NAME, backend, student)
     if chosen == registry.REFERENCE:
+        _check(student, teachers, huber_delta)
         return _reference(student, teachers, eps, huber_delta)[0]
     distances, _ = torch.ops.amalgam.teacher_distance(student, teachers, eps, huber_delta, chosen)
     return distances
 
 
+def distances_and_slope(
+    student: Tensor,
+    teachers: Tensor,
+    gradient: Callable[[Tensor], Tensor] | None,
+    *,
+    eps: float = 1e-10,
+    huber_delta: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`teacher_distance` without a graph, and a gradient in the student at once.
+
+    Args:
+        student: As in :func:`teacher_distance`.
+        teachers: Likewise.
+        gradient: Of the distances (K,), a loss's gradient in them (K,); ``None`` where none is
+            wanted.
+        eps: As in :func:`teacher_distance`.
+        huber_delta: Likewise.
+        backend: Likewise.
+
+    Returns:
+        The distances (K,), and the loss's gradient in ``student`` (N,), or ``None``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As :func:`teacher_distance`.
+    """
+    _check(student, teachers, huber_delta)
+    distances, totals = registry.compute(
+        _NAME, backend, student, student, teachers, eps, huber_delta
+    )
+    if gradient is None:
+        return distances, None
+    slope, _ = registry.compute(
+        f"{_NAME}_backward",
+        backend,
+        student,
+        *(gradient(distances), student, teachers, totals, eps, huber_delta, False),
+    )
+    return distances, slope
+
+
 def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None:
-    for name, tensor in (("student", student), ("teachers", teachers)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = getattr(tensor, "dtype", type(tensor).__name__)
-            raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
+    check_floating("student", student)
+    check_floating("teachers", teachers)
     if student.dim() != 1:
         raise ValueError(f"student must have shape (N,), not {tuple(student.shape)}")
     if teachers.dim() != 2 or teachers.shape[1] != student.shape[0]:
@@ -64,11 +107,7 @@ def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None
             f"teachers must have shape (K, {student.shape[0]}) to fit student, "
             f"not {tuple(teachers.shape)}"
         )
-    if teachers.dtype != student.dtype or teachers.device != student.device:
-        raise ValueError(
-            f"teachers must be {student.dtype} on {student.device} as student is, "
-            f"not {teachers.dtype} on {teachers.device}"
-        )
+    check_like("teachers", teachers, teachers.shape, student)
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta must be positive or None (no Huber), not {huber_delta}")
 
@@ -111,6 +150,7 @@ def _reference_backward(
 def _op(
     student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check(student, teachers, huber_delta)
     distances, total = registry.compute(
         _NAME, backend, student, student, teachers, eps, huber_delta
     )
@@ -128,17 +168,14 @@ def _backward_op(
     need_teachers: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    _check(student, teachers, huber_delta)
+    for name, tensor in (("grad", grad), ("total", total)):
+        check_like(name, tensor, teachers.shape[:1], student)
     in_student, in_teachers = registry.compute(
         f"{_NAME}_backward",
         backend,
         student,
-        grad,
-        student,
-        teachers,
-        total,
-        eps,
-        huber_delta,
-        need_teachers,
+        *(grad, student, teachers, total, eps, huber_delta, need_teachers),
     )
     return in_student, in_teachers
 

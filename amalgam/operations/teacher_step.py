@@ -1,45 +1,77 @@
 """``teacher_step``: the moments and updates of a whole pool of analytical teachers in one pass.
 
-Every teacher k has its own gradient, moments and hyper-parameters::
-
-    m <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
-
-    sgd                  lr g
-    momentum             lr m
-    rmsprop              lr g / sqrt(v + eps)
-    adam                 lr m / (1 - beta1) / sqrt(v / (1 - beta2) + eps)
-    powersign            lr exp(s) g                    s = tanh(g / r) tanh(m / r)
-    addsign              lr (1 + s) g                   r = sqrt(v + eps)
-    adaptive_powersign   lr exp(s) g / r
-    adaptive_addsign     lr (1 + s) g / r
-
-No bias correction depends on time, and sign() is a tanh: the forms of the authors' code of
-Optimizer Amalgamation (ICLR 2022), which the student's input distribution presumes. They differ
-from torch.optim's: Adam's step here is its first step's size at first and falls to 0.316 of it.
+Every teacher k has its own gradient, moments and hyper-parameters. What a kind computes of them
+stands in :mod:`amalgam.operations.teacher_kinds`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import registry
+from amalgam.operations.checks import check_floating, check_like
+from amalgam.operations.teacher_kinds import KINDS, TEACHER_KINDS, Coefficients
 
 _NAME = "teacher_step"
-KINDS = (
-    "sgd",
-    "momentum",
-    "rmsprop",
-    "adam",
-    "powersign",
-    "addsign",
-    "adaptive_powersign",
-    "adaptive_addsign",
-)
-_NO_M = ("sgd", "rmsprop")
-_NO_V = ("sgd", "momentum")
+
+
+class PoolSettings(NamedTuple):
+    """A pool of K teachers, an entry each.
+
+    Attributes:
+        kinds: Their kinds, as indices into :data:`KINDS`.
+        lr: Their learning rates.
+        beta1: Their decays of m, in [0, 1).
+        beta2: Their decays of v, in [0, 1).
+        eps: What they add to v inside the root.
+    """
+
+    kinds: Sequence[int]
+    lr: Sequence[float]
+    beta1: Sequence[float]
+    beta2: Sequence[float]
+    eps: Sequence[float]
+
+    @classmethod
+    def of(
+        cls,
+        kinds: Sequence[str],
+        lr: Sequence[float],
+        beta1: Sequence[float],
+        beta2: Sequence[float],
+        eps: Sequence[float],
+    ) -> PoolSettings:
+        """The settings with kinds by name.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        for unknown in set(kinds) - set(KINDS):
+            raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
+        numbers = [KINDS.index(kind) for kind in kinds]
+        return cls(numbers, list(lr), list(beta1), list(beta2), list(eps))
+
+    def check(self) -> None:
+        """Raise ValueError unless there is an entry of each a teacher, and each in its range."""
+        k = len(self.kinds)
+        if any(not 0 <= kind < len(KINDS) for kind in self.kinds):
+            raise ValueError(f"kinds must be numbers below {len(KINDS)}, not {list(self.kinds)}")
+        for name, values in self._asdict().items():
+            if len(values) != k:
+                raise ValueError(f"{name} must hold {k} numbers, one a kind, not {len(values)}")
+        for name in ("beta1", "beta2"):
+            for value in getattr(self, name):
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name} must hold numbers in [0, 1), not {value}")
+
+
+# How the torch operators spell them.
+POOL_SCHEMA = "SymInt[] kinds, float[] lr, float[] beta1, float[] beta2, float[] eps"
+_ARGUMENTS_SCHEMA = f"Tensor grads, Tensor m, Tensor v, {POOL_SCHEMA}, str backend"
 
 
 def teacher_step(
@@ -60,7 +92,7 @@ def teacher_step(
         grads: Each teacher's gradient, shape (K, N), floating point.
         m: First moments, shape (K, N), same dtype and device; rows of teachers without one stay.
         v: Second moments, likewise.
-        kinds: The K teachers' kinds, from :data:`KINDS`.
+        kinds: The K teachers' kinds, from :data:`amalgam.ops.KINDS`.
         lr: Their learning rates.
         beta1: Their decays of m, in [0, 1).
         beta2: Their decays of v, in [0, 1); RMSProp's rho.
@@ -75,134 +107,64 @@ def teacher_step(
         ValueError: An unknown kind, or shapes, lengths, dtypes or devices that do not fit.
         RuntimeError: The backend asked for can't compute this here.
     """
-    _check(grads, m, v, kinds, lr, beta1, beta2, eps)
+    pool = PoolSettings.of(kinds, lr, beta1, beta2, eps)
+    check_floating("grads", grads)
     chosen = registry.resolve(_NAME, backend, grads)
-    numbers = [KINDS.index(kind) for kind in kinds]
-    arguments = (grads, m, v, numbers, list(lr), list(beta1), list(beta2), list(eps))
     if chosen == registry.REFERENCE:
-        return _reference(*arguments)
-    updates, m, v = torch.ops.amalgam.teacher_step(*arguments, chosen)
+        _check(grads, m, v, pool)
+        return _reference(grads, m, v, pool)
+    updates, m, v = torch.ops.amalgam.teacher_step(grads, m, v, *pool, chosen)
     return updates, m, v
 
 
-def _check(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[str],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-) -> None:
-    if not isinstance(grads, Tensor) or not grads.is_floating_point():
-        kind = getattr(grads, "dtype", type(grads).__name__)
-        raise TypeError(f"grads must be a floating-point tensor, not {kind}")
-    if grads.dim() != 2 or grads.shape[0] != len(kinds):
+def _check(grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings) -> None:
+    check_floating("grads", grads)
+    pool.check()
+    if grads.dim() != 2 or len(grads) != len(pool.kinds):
         raise ValueError(
-            f"grads must have shape ({len(kinds)}, N), a row a kind, not {tuple(grads.shape)}"
+            f"grads must have shape ({len(pool.kinds)}, N), a row a kind, not {tuple(grads.shape)}"
         )
-    for unknown in set(kinds) - set(KINDS):
-        raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
-    for name, values in (("lr", lr), ("beta1", beta1), ("beta2", beta2), ("eps", eps)):
-        if len(values) != len(kinds):
-            raise ValueError(
-                f"{name} must hold {len(kinds)} numbers, one a kind, not {len(values)}"
-            )
-    for name, values in (("beta1", beta1), ("beta2", beta2)):
-        for value in values:
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must hold numbers in [0, 1), not {value}")
-    for name, tensor in (("m", m), ("v", v)):
-        if tensor.shape != grads.shape:
-            raise ValueError(
-                f"{name} must have the shape of grads, {tuple(grads.shape)}, "
-                f"not {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != grads.dtype or tensor.device != grads.device:
-            raise ValueError(
-                f"{name} must be {grads.dtype} on {grads.device} as grads is, "
-                f"not {tensor.dtype} on {tensor.device}"
-            )
+    check_like("m", m, grads.shape, grads)
+    check_like("v", v, grads.shape, grads)
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grads, m, v (K, N), kinds as indices into KINDS -> updates, m, v (K, N)."""
+    """grads, m, v (K, N) -> updates, m, v (K, N)."""
+    kinds, lr, beta1, beta2, eps = pool
     if not kinds:
         return grads.clone(), m.clone(), v.clone()
     updates, new_m, new_v = [], [], []
     for k, number in enumerate(kinds):
-        kind, g = KINDS[number], grads[k]
-        m_k, v_k = _moments(kind, g, m[k], v[k], beta1[k], beta2[k])
-        updates.append(lr[k] * _direction(kind, g, m_k, v_k, beta1[k], beta2[k], eps[k]))
+        kind, g = TEACHER_KINDS[KINDS[number]], grads[k]
+        coefficients = Coefficients(beta1[k], beta2[k], eps[k])
+        m_k, v_k = kind.moments(g, m[k], v[k], coefficients)
+        updates.append(lr[k] * kind.direction(g, m_k, v_k, coefficients))
         new_m.append(m_k)
         new_v.append(v_k)
     return torch.stack(updates), torch.stack(new_m), torch.stack(new_v)
 
 
-def _moments(
-    kind: str, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float
-) -> tuple[Tensor, Tensor]:
-    if kind not in _NO_M:
-        m = beta1 * m + (1 - beta1) * g
-    if kind not in _NO_V:
-        v = beta2 * v + (1 - beta2) * g.square()
-    return m, v
-
-
-def _direction(
-    kind: str, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float
-) -> Tensor:
-    """The update over the learning rate, from moments that have seen g."""
-    if kind == "sgd":
-        return g
-    if kind == "momentum":
-        return m
-    if kind == "adam":
-        return m / (1 - beta1) / (v / (1 - beta2) + eps).sqrt()
-    root = (v + eps).sqrt()
-    if kind == "rmsprop":
-        return g / root
-    agreement = (g / root).tanh() * (m / root).tanh()
-    bracket = agreement.exp() if "power" in kind else 1 + agreement
-    return bracket * g / root if "adaptive" in kind else bracket * g
-
-
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
 def _reference_backward(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The step's vector-Jacobian product in grads, m and v."""
+    kinds, lr, beta1, beta2, eps = pool
     if not kinds:
         return grads.clone(), m.clone(), v.clone()
     in_grads, in_m, in_v = [], [], []
     for k, number in enumerate(kinds):
-        kind, g, b1, b2 = KINDS[number], grads[k], beta1[k], beta2[k]
-        m_k, v_k = _moments(kind, g, m[k], v[k], b1, b2)
-        d_direction = lr[k] * grads_out[0][k]
-        d_g, d_m, d_v = _direction_backward(kind, d_direction, g, m_k, v_k, b1, b2, eps[k])
+        kind, g, b1, b2 = TEACHER_KINDS[KINDS[number]], grads[k], beta1[k], beta2[k]
+        coefficients = Coefficients(b1, b2, eps[k])
+        m_k, v_k = kind.moments(g, m[k], v[k], coefficients)
+        d_g, d_m, d_v = kind.gradients(lr[k] * grads_out[0][k], g, m_k, v_k, coefficients)
         d_m, d_v = d_m + grads_out[1][k], d_v + grads_out[2][k]
-        if kind not in _NO_M:
+        if kind.has_m:
             d_g, d_m = d_g + (1 - b1) * d_m, b1 * d_m
-        if kind not in _NO_V:
+        if kind.has_v:
             d_g, d_v = d_g + 2 * (1 - b2) * g * d_v, b2 * d_v
         in_grads.append(d_g)
         in_m.append(d_m)
@@ -210,96 +172,56 @@ def _reference_backward(
     return torch.stack(in_grads), torch.stack(in_m), torch.stack(in_v)
 
 
-def _direction_backward(
-    kind: str, d: Tensor, g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the direction in g and in the moments that have seen it."""
-    zero = torch.zeros_like(d)
-    if kind == "sgd":
-        return d, zero, zero
-    if kind == "momentum":
-        return zero, d, zero
-    if kind == "adam":
-        scale = (v / (1 - beta2) + eps).rsqrt()
-        d_scale = d * m / (1 - beta1)
-        return zero, d * scale / (1 - beta1), -0.5 * d_scale * scale.pow(3) / (1 - beta2)
-    scale = (v + eps).rsqrt()
-    if kind == "rmsprop":
-        return d * scale, zero, -0.5 * d * g * scale.pow(3)
-    tanh_g, tanh_m = (g * scale).tanh(), (m * scale).tanh()
-    agreement = tanh_g * tanh_m
-    bracket = agreement.exp() if "power" in kind else 1 + agreement
-    d_scale = zero
-    if "adaptive" in kind:
-        d_scale = d * bracket * g
-        d = d * scale
-    d_agreement = d * g * bracket if "power" in kind else d * g
-    d_scaled_g = d_agreement * tanh_m * (1 - tanh_g.square())
-    d_scaled_m = d_agreement * tanh_g * (1 - tanh_m.square())
-    d_scale = d_scale + d_scaled_g * g + d_scaled_m * m
-    return (
-        d * bracket + d_scaled_g * scale,
-        d_scaled_m * scale,
-        -0.5 * d_scale * scale.pow(3),
-    )
-
-
-@torch.library.custom_op("amalgam::teacher_step", mutates_args=())
-def _op(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    updates, m, v = registry.compute(
-        _NAME, backend, grads, grads, m, v, kinds, lr, beta1, beta2, eps
-    )
+@torch.library.custom_op(
+    "amalgam::teacher_step",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def _op(grads: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *columns, backend = rest
+    pool = PoolSettings(*columns)
+    _check(grads, m, v, pool)
+    updates, m, v = registry.compute(_NAME, backend, grads, grads, m, v, pool)
     return updates, m, v
 
 
-@torch.library.custom_op("amalgam::teacher_step_backward", mutates_args=())
+@torch.library.custom_op(
+    "amalgam::teacher_step_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] grads_out, {_ARGUMENTS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 def _backward_op(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-    backend: str,
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    in_grads, in_m, in_v = registry.compute(
-        f"{_NAME}_backward",
-        backend,
-        grads,
-        *(grads_out, grads, m, v, kinds, lr, beta1, beta2, eps),
+    *columns, backend = rest
+    pool = PoolSettings(*columns)
+    _check(grads, m, v, pool)
+    for index, tensor in enumerate(grads_out):
+        check_like(f"grads_out[{index}]", tensor, grads.shape, grads)
+    d_grads, d_m, d_v = registry.compute(
+        f"{_NAME}_backward", backend, grads, grads_out, grads, m, v, pool
     )
-    return in_grads, in_m, in_v
+    return d_grads, d_m, d_v
 
 
 @_op.register_fake
-def _(grads, m, v, kinds, lr, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (grads, m, v))
+def _(grads: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
 
 
 @_backward_op.register_fake
-def _(grads_out, grads, m, v, kinds, lr, beta1, beta2, eps, backend):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (grads, m, v))
+def _(
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (grads, m, v))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     grads, m, v, *ctx.constants = inputs
     ctx.save_for_backward(grads, m, v)
 
 
-def _autograd(ctx, *grads_out):  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
     found = torch.ops.amalgam.teacher_step_backward(
         list(grads_out), *ctx.saved_tensors, *ctx.constants
     )

@@ -1,4 +1,7 @@
-"""What turns gradients into updates: learned policies, and the teachers that they learn from."""
+"""What turns gradients into updates: learned policies, and the teachers that they learn from.
+
+A policy enters :data:`POLICIES` when its module is imported, which the lines below do.
+"""
 
 from __future__ import annotations
 
@@ -18,46 +21,48 @@ from amalgam.policies.baselines import (
 )
 from amalgam.policies.choice import POOLS, Choice, ChoiceConfig
 from amalgam.policies.hierarchical import ScaleHierarchical, ScaleHierarchicalConfig, ScaleState
-from amalgam.policies.policy import LearnedPolicy, Policy, PolicyConfig
-from amalgam.policies.policy_teacher import PolicyTeacher
-from amalgam.policies.student import Student, StudentConfig
-from amalgam.policies.teachers import (
-    LEARNING_RATES,
-    AnyTeacher,
-    MixedPoolState,
-    Pool,
-    PoolState,
-    Teacher,
-    state_from_tensors,
-    state_tensors,
+from amalgam.policies.lstm_policy import LSTMConfig, LSTMPolicy, MomentConfig, MomentPolicy
+from amalgam.policies.policy import (
+    POLICIES,
+    Policy,
+    PolicyConfig,
+    ReferencePolicy,
+    policy_type,
 )
+from amalgam.policies.policy_teacher import PolicyTeacher
+from amalgam.policies.pool import Pool, PoolState, state_from_tensors, state_tensors
+from amalgam.policies.student import Student, StudentConfig
+from amalgam.policies.teachers import LEARNING_RATES, AnyTeacher, Teacher
 from amalgam.policies.torch_teacher import TorchTeacher
-
-POLICIES: dict[str, type[Policy]] = {
-    policy.kind: policy
-    for policy in (Student, Choice, DM, RNNPropExt, AdamLR, RMSPropLR, ScaleHierarchical)
-}
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
     """Read a learned policy of whatever kind its file holds.
+
+    The file of a user's own policy may name its class by a dotted path, whose module is then
+    imported: open such files only if they come from someone you trust.
 
     Args:
         name_or_path: A shipped policy's name, or a path.
 
     Raises:
         FileNotFoundError: It is neither.
-        ValueError: The file is cut short, foreign, holds no learned policy, or its weights do not
-            fit its configuration.
+        ValueError: The file is cut short, foreign, holds no learned policy, its weights do not
+            fit its configuration, or its policy's class can't be imported.
     """
     path = weight_files.locate(name_or_path)
     _, kind, _ = weight_files.read_any(path, "an amalgam policy")
-    if kind not in POLICIES:
+    if kind not in POLICIES and "." not in kind:
         raise ValueError(
             f"{str(path)!r} must hold one of {list(POLICIES)}, but is an amalgam {kind}"
-            f"{did_you_mean(kind, POLICIES)}"
+            f"{did_you_mean(kind, POLICIES)}; if that is a policy of your own, import its module "
+            f"first"
         )
-    return POLICIES[kind].load(path)
+    try:
+        found = policy_type(kind)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} holds a {kind}: {error}") from error
+    return found.load(path)
 
 
 __all__ = [
@@ -72,8 +77,10 @@ __all__ = [
     "DMConfig",
     "DMState",
     "DynamicRateConfig",
-    "LearnedPolicy",
-    "MixedPoolState",
+    "LSTMConfig",
+    "LSTMPolicy",
+    "MomentConfig",
+    "MomentPolicy",
     "Policy",
     "PolicyConfig",
     "PolicyTeacher",
@@ -82,6 +89,7 @@ __all__ = [
     "RMSPropLR",
     "RNNPropExt",
     "RNNPropExtConfig",
+    "ReferencePolicy",
     "ScaleHierarchical",
     "ScaleHierarchicalConfig",
     "ScaleState",
@@ -90,6 +98,7 @@ __all__ = [
     "Teacher",
     "TorchTeacher",
     "load_policy",
+    "policy_type",
     "state_from_tensors",
     "state_tensors",
 ]

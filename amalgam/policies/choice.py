@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from amalgam import ops
@@ -15,18 +15,12 @@ from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations import lstm
 from amalgam.operations.choice_step import pool_inputs, soft_mixture
-from amalgam.ops import KINDS, ChoiceSettings, ChoiceState
-from amalgam.policies.policy import (
-    Cell,
-    Policy,
-    check_fields,
-    glorot_head,
-    reference_only,
-    zero_head,
-)
-from amalgam.policies.teachers import Pool, PoolState, Teacher
+from amalgam.ops import ChoiceSettings, ChoiceState
+from amalgam.policies.lstm_policy import LSTMConfig, LSTMPolicy
+from amalgam.policies.policy import check_fields, reference_only, zero_head
+from amalgam.policies.teachers import Teacher, step_together
 
-# Of all the teachers in the authors' choice pools RMSProp alone kept its class's eps.
+# In the authors' choice pools only RMSProp keeps the eps of its class.
 _SHALLOW_SMALL = (Teacher("rmsprop", 0.005, eps=1e-7), Teacher("adam", 0.02))
 _LARGE = ("sgd", "momentum", "rmsprop", "adam", "powersign", "addsign")
 POOLS: dict[str, tuple[Teacher, ...]] = {
@@ -44,15 +38,16 @@ POOLS: dict[str, tuple[Teacher, ...]] = {
 }
 """Pools to choose from, by name.
 
-``small`` and ``large`` have the paper's rates (as its teachers, and the authors' runs of May 2021);
-the ``-shallow`` ones those that the authors' code has had since September 2021, two of them beyond
-the paper's grid; ``adam-sgd`` is the pool that the authors added in review.
+``small`` and ``large`` have the paper's learning rates, which its teachers and the authors' runs of
+May 2021 have too. The ``-shallow`` pools have the learning rates of the authors' code since
+September 2021, two of which lie beyond the paper's grid. ``adam-sgd`` is the pool that the authors
+added in review.
 """
 
 
-@dataclass(frozen=True)
-class ChoiceConfig:
-    """What a choice is, beside its weights.
+@dataclass(frozen=True, kw_only=True)
+class ChoiceConfig(LSTMConfig):
+    """Architecture and constants of a choice, and the pool that it chooses from.
 
     Attributes:
         teachers: The pool it chooses from: teachers, or their kinds for those with default
@@ -61,42 +56,43 @@ class ChoiceConfig:
         hidden: Units in each.
         time_scale: Steps that make the time feature one.
         learning_rate: Factor on the mixture of the teachers' updates.
-        hardness: 0 to mix softly. Otherwise one teacher is chosen, and training stands in for
-            that by a Gumbel-softmax of temperature 1 / hardness.
+        hardness: 0 to mix softly. Otherwise one teacher is chosen, and training replaces the
+            choice by a Gumbel-softmax of temperature 1 / hardness.
         lr_multiplier_scale: Where not 0, each teacher's update is multiplied by a learned
             factor between exp(-scale) and exp(scale).
-        warmup_steps: SGD steps that it is to follow on from.
-        warmup_lr: Their learning rate.
+        warmup_steps: Steps of SGD before the policy acts, in meta-training and after.
+        warmup_lr: The learning rate of those steps.
     """
 
-    teachers: tuple[Teacher | str, ...] | str = ("rmsprop", "adam")
-    layers: int = 2
-    hidden: int = 20
+    teachers: tuple[Teacher | str, ...] | str = field(default=("rmsprop", "adam"), kw_only=False)
     time_scale: float = 2000.0
     learning_rate: float = 1.0
     hardness: float = 0.0
     lr_multiplier_scale: float = 0.0
-    warmup_steps: int = 100
-    warmup_lr: float = 0.05
 
     def __post_init__(self) -> None:
         """Fill in the pool, and refuse what can't be computed."""
         object.__setattr__(self, "teachers", _pool(self.teachers))
         if not self.teachers:
             raise ValueError("teachers must be one or more, not none")
+        super().__post_init__()
         check_fields(
             self,
-            counts=("layers", "hidden"),
             positive=("time_scale", "learning_rate"),
-            not_negative=("hardness", "lr_multiplier_scale", "warmup_steps", "warmup_lr"),
+            not_negative=("hardness", "lr_multiplier_scale"),
         )
+
+    @property
+    def pool(self) -> tuple[Teacher, ...]:
+        """The teachers, as :meth:`__post_init__` has made them."""
+        return cast(tuple[Teacher, ...], self.teachers)
 
     @property
     def settings(self) -> ChoiceSettings:
         """The constants of :func:`amalgam.ops.choice_step`."""
 
         def column(name: str) -> list[Any]:
-            return [getattr(teacher, name) for teacher in self.teachers]
+            return [getattr(teacher, name) for teacher in self.pool]
 
         return ChoiceSettings(
             kinds=column("kind"),
@@ -127,19 +123,20 @@ def _pool(
     return tuple(t if isinstance(t, Teacher) else Teacher(t) for t in given)
 
 
-class Choice(Policy):
+class Choice(LSTMPolicy):
     """The optimal-choice policy (Optimizer Amalgamation, ICLR 2022, section 2.3).
 
-    The soft mixture without rate multipliers is :func:`amalgam.ops.choice_step`, on any backend;
-    what ``hardness`` and ``lr_multiplier_scale`` add is computed in plain PyTorch::
+    :func:`amalgam.ops.choice_step` computes the soft mixture without rate multipliers, on any
+    backend; plain PyTorch computes what ``hardness`` and ``lr_multiplier_scale`` add::
 
         factor_k = exp(lr_multiplier_scale tanh(lr_head . LSTM + lr_head_bias))
-        w = softmax(hardness (z + Gumbel noise))   with a generator, that is in training
-        w = one-hot of the largest z               without
+        w = softmax(hardness (z + Gumbel noise))   with a generator (in training)
+        w = one-hot of the largest z               without a generator
         update = learning_rate sum_k w_k factor_k u_k
 
-    Initialised as the authors' Keras cells are: Glorot-uniform input kernels and head, orthogonal
-    recurrent kernels, zero biases but for the forget gates' ones; the multipliers begin at one.
+    Its initial weights are drawn as those of the authors' Keras cells: Glorot-uniform input kernels
+    and head, orthogonal recurrent kernels, zero biases but for the forget gates' ones. The
+    multipliers begin at one.
 
     Args:
         config: Its pool, architecture and constants.
@@ -151,32 +148,17 @@ class Choice(Policy):
     config_type = ChoiceConfig
     config: ChoiceConfig
 
-    def __init__(
-        self,
-        config: ChoiceConfig | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(config, provenance=provenance)
-        k, hidden = len(self.config.teachers), self.config.hidden
-        self.cells = nn.ModuleList(
-            Cell(hidden if layer else k + 4, hidden, generator)
-            for layer in range(self.config.layers)
-        )
-        self.head = glorot_head(hidden, k, generator)
+    def build(self, generator: torch.Generator | None) -> None:
+        """Make an LSTM that sees the pool's updates and four features, and a head for the pool."""
+        k = len(self.config.teachers)
+        self.build_lstm(k + 4, generator, outputs=k)
         if self.config.lr_multiplier_scale:
-            self.lr_head = zero_head(hidden, k)
+            self.lr_head = zero_head(self.config.hidden, k)
 
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> ChoiceState:
         """The zero state, in the weights' dtype, for coordinates like these, of shape (N,)."""
-        k, config, dtype = len(self.config.teachers), self.config, self.head.weight.dtype
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros((*shape, *like.shape), dtype=dtype, device=like.device)
-
-        cells = (config.layers, config.hidden)
-        return ChoiceState(zeros(k), zeros(k), zeros(*cells), zeros(*cells))
+        k = len(self.config.teachers)
+        return ChoiceState(self.zeros(like, k), self.zeros(like, k), *self.zero_cells(like))
 
     def step(
         self,
@@ -188,7 +170,7 @@ class Choice(Policy):
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, ChoiceState]:
-        """One differentiable step: that of :meth:`mix`, which says more, without the mixture."""
+        """One differentiable step: that of :meth:`mix`, without the mixture."""
         update, new_state, _ = self.mix(
             grad, state, weights, layout=layout, generator=generator, backend=backend
         )
@@ -204,16 +186,16 @@ class Choice(Policy):
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, ChoiceState, Tensor]:
-        """One differentiable step, and what was chosen.
+        """One differentiable step, with the mixture that was chosen.
 
         Args:
             grad: The optimizee's gradient, shape (N,).
             state: The carried state.
             weights: Weights to use in place of its own.
-            layout: Which tensors the coordinates are, whose ranks it looks at; where absent, one
+            layout: Which tensors the coordinates are; their ranks are a feature. Where absent, one
                 vector.
-            generator: Source of the noise where ``hardness`` is not 0; without, none is added
-                and the choice is hard. A soft choice is the same with and without.
+            generator: Source of the noise where ``hardness`` is not 0; without a generator there
+                is no noise and the choice is hard. A soft choice is the same with and without.
             backend: As in :func:`amalgam.ops.choice_step`; ``"reference"`` or ``"auto"`` where
                 ``hardness`` or ``lr_multiplier_scale`` is not 0.
 
@@ -246,18 +228,16 @@ class Choice(Policy):
         ranks: Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, ChoiceState, Tensor]:
-        how, settings = self.config, self.config.settings
+        config, settings = self.config, self.config.settings
         lr_head = []
-        if how.lr_multiplier_scale:
+        if config.lr_multiplier_scale:
             weights, lr_head = weights[:-2], weights[-2:]
         u, m, v, x = pool_inputs(
-            *(grad, state.m, state.v, ranks, state.steps / how.time_scale),
-            [KINDS.index(kind) for kind in settings.kinds],
-            *(settings.lr, settings.beta1, settings.beta2, settings.eps),
+            *(grad, state.m, state.v, ranks, state.steps / config.time_scale, settings.pool())
         )
         out, h, c = lstm.step(x, state.h, state.c, weights)
         logits = torch.addmm(weights[-1][:, None], weights[-2], out)
-        if not how.hardness:
+        if not config.hardness:
             mixture = soft_mixture(logits)
         elif generator is None:
             winner = functional.one_hot(logits.argmax(0), logits.shape[0])
@@ -268,19 +248,18 @@ class Choice(Policy):
             )
             tiny = torch.finfo(logits.dtype).tiny
             gumbel = -(-uniform.clamp_min(tiny).log()).log()
-            mixture = (how.hardness * (logits + gumbel.to(logits.device))).softmax(0)
+            mixture = (config.hardness * (logits + gumbel.to(logits.device))).softmax(0)
         if lr_head:
             factor = torch.addmm(lr_head[1][:, None], lr_head[0], out).tanh()
-            u = u * (how.lr_multiplier_scale * factor).exp()
-        update = how.learning_rate * (mixture * u).sum(0)
+            u = u * (config.lr_multiplier_scale * factor).exp()
+        update = config.learning_rate * (mixture * u).sum(0)
         return update, ChoiceState(m, v, h, c, state.steps + 1), mixture
 
     def warm_up(
         self, grad: Tensor, state: ChoiceState, *, layout: Layout | None = None
     ) -> ChoiceState:
-        """The state after a warm-up step's gradient: moments and time move, the LSTM waits."""
-        moments = Pool(self.config.teachers).warm_up(
-            grad.expand_as(state.m), PoolState(state.m, state.v), backend="reference"
+        """The state after a warm-up step's gradient: moments and time move, the LSTM does not."""
+        _, m, v = step_together(
+            self.config.pool, grad.expand_as(state.m), state.m, state.v, backend="reference"
         )
-        assert isinstance(moments, PoolState)
-        return state._replace(m=moments.m, v=moments.v, steps=state.steps + 1)
+        return state._replace(m=m, v=v, steps=state.steps + 1)

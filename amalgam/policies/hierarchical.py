@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from amalgam.layout import Layout
-from amalgam.policies.policy import Policy, check_fields, reference_only, zero_head
+from amalgam.policies.policy import PolicyConfig, ReferencePolicy, check_fields, zero_head
 
 _LOGIT_09 = math.log(0.9 / 0.1)
 _LOGIT_0999 = math.log(0.999 / 0.001)
 
 
 class ScaleState(NamedTuple):
-    """What :class:`ScaleHierarchical` carries, for S timescales, N coordinates, T tensors.
+    """The state of a :class:`ScaleHierarchical`, for S timescales, N coordinates, T tensors.
 
     Attributes:
         m: Means of the gradient over every timescale, shape (S, N).
@@ -39,20 +39,21 @@ class ScaleState(NamedTuple):
     whole: Tensor
 
 
-@dataclass(frozen=True)
-class ScaleHierarchicalConfig:
-    """What a :class:`ScaleHierarchical` is, beside its weights.
+@dataclass(frozen=True, kw_only=True)
+class ScaleHierarchicalConfig(PolicyConfig):
+    """Architecture and constants of a :class:`ScaleHierarchical`.
 
     Attributes:
         param_units: Units of the coordinates' GRU.
-        tensor_units: Units of the tensors'.
-        global_units: Units of that of the whole.
-        timescales: Means of the gradient, each of twice the decay time of the one after.
+        tensor_units: Units of the tensors' GRU.
+        global_units: Units of the whole's GRU.
+        timescales: Number of running means of the gradient, each of twice the decay time of the
+            one before it.
         initial_lr: Learning rate of every coordinate at first.
         lr_offset: Added to all learning rates.
         eps: Added to the second moments inside the root.
-        warmup_steps: SGD steps that it is to follow on from.
-        warmup_lr: Their learning rate.
+        warmup_steps: Steps of SGD before the policy acts, in meta-training and after.
+        warmup_lr: The learning rate of those steps.
     """
 
     param_units: int = 20
@@ -62,23 +63,23 @@ class ScaleHierarchicalConfig:
     initial_lr: float = 1e-3
     lr_offset: float = 1e-2
     eps: float = 1e-10
-    warmup_steps: int = 100
-    warmup_lr: float = 0.05
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
+        super().__post_init__()
         check_fields(
             self,
             counts=("param_units", "tensor_units", "global_units", "timescales"),
             positive=("initial_lr", "eps"),
-            not_negative=("lr_offset", "warmup_steps", "warmup_lr"),
+            not_negative=("lr_offset",),
         )
 
 
 class _GRU(nn.Module):
     """Weights of a GRU, gates in the order update, reset, candidate, as Keras initialises them.
 
-    The biases are two rows: of the inputs, and of the recurrence, inside the reset gate's reach.
+    The biases are two rows: one is added to what the inputs give, the other to what the last output
+    gives, before the reset gate multiplies that.
     """
 
     def __init__(self, inputs: int, hidden: int, generator: torch.Generator | None) -> None:
@@ -93,11 +94,11 @@ class _GRU(nn.Module):
 def _gru(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """One step of x (inputs, N) and h (hidden, N): the new h."""
     w_ih, w_hh, bias = weights
-    of_input = torch.addmm(bias[0, :, None], w_ih, x).chunk(3)
-    of_state = torch.addmm(bias[1, :, None], w_hh, h).chunk(3)
-    update = (of_input[0] + of_state[0]).sigmoid()
-    reset = (of_input[1] + of_state[1]).sigmoid()
-    candidate = (of_input[2] + reset * of_state[2]).tanh()
+    from_input = torch.addmm(bias[0, :, None], w_ih, x).chunk(3)
+    from_state = torch.addmm(bias[1, :, None], w_hh, h).chunk(3)
+    update = (from_input[0] + from_state[0]).sigmoid()
+    reset = (from_input[1] + from_state[1]).sigmoid()
+    candidate = (from_input[2] + reset * from_state[2]).tanh()
     return update * h + (1 - update) * candidate
 
 
@@ -106,7 +107,7 @@ def _head(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.addmm(weights[1][:, None], weights[0], x)[0]
 
 
-class ScaleHierarchical(Policy):
+class ScaleHierarchical(ReferencePolicy):
     """Learned Optimizers that Scale and Generalize (Wichrowska et al. 2017).
 
     Per coordinate, with h its GRU's output before the step, for timescale s = 0, 1, ..::
@@ -121,13 +122,10 @@ class ScaleHierarchical(Policy):
         update = (exp(eta_now) + lr_offset) (head(h) + head(a))              (eq. 5, app. B.1, D.3)
         whole <- GRU(mean of tensor over tensors, whole)                     (eq. 12)
 
-    Every head begins with a zero kernel, and so the update at zero. All of an optimizee's tensors
-    are stepped together, as a layout tells them apart; without one they are one tensor.
+    Every head begins with a zero kernel, so that the first updates are zero. All of an optimizee's
+    tensors are stepped together; a layout says which they are, and without one they are one tensor.
 
-    Args:
-        config: Its architecture and constants.
-        generator: Source of its initial weights; torch's global one where absent.
-        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    It takes the arguments of :class:`Policy`.
     """
 
     kind = "scale-hierarchical"
@@ -137,84 +135,69 @@ class ScaleHierarchical(Policy):
     shared = ("whole",)
     config: ScaleHierarchicalConfig
 
-    def __init__(
-        self,
-        config: ScaleHierarchicalConfig | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(config, provenance=provenance)
-        how = self.config
-        units = how.param_units
-        inputs = 2 * how.timescales + 1 + how.tensor_units + how.global_units
+    def build(self, generator: torch.Generator | None) -> None:
+        """Make the three GRUs, then the heads, which draw nothing."""
+        config = self.config
+        units = config.param_units
+        inputs = 2 * config.timescales + 1 + config.tensor_units + config.global_units
         self.param_gru = _GRU(inputs, units, generator)
-        self.tensor_gru = _GRU(units + how.global_units, how.tensor_units, generator)
-        self.global_gru = _GRU(how.tensor_units, how.global_units, generator)
+        self.tensor_gru = _GRU(units + config.global_units, config.tensor_units, generator)
+        self.global_gru = _GRU(config.tensor_units, config.global_units, generator)
         self.direction = zero_head(units, 1)
         self.rate = zero_head(units, 1)
         self.decay_m = zero_head(units, 1, _LOGIT_09)
         self.decay_v = zero_head(units, 1, _LOGIT_0999)
-        self.shortcut = zero_head(how.timescales, 1)
+        self.shortcut = zero_head(config.timescales, 1)
         self.gamma = nn.Parameter(torch.tensor(3.2))
 
     def weights(self) -> list[Tensor]:
-        """The GRUs' (coordinates', tensors', the whole's), the heads' and gamma, in that order."""
+        """Those of the GRUs (coordinates, tensors, whole), those of the heads, and gamma."""
         modules = (self.param_gru, self.tensor_gru, self.global_gru, self.direction, self.rate)
         heads = (self.decay_m, self.decay_v, self.shortcut)
         return [*(w for module in (*modules, *heads) for w in module.parameters()), self.gamma]
 
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> ScaleState:
         """The state before the first step, of coordinates like these, shape (N,)."""
-        how, n = self.config, like.numel()
+        config, n = self.config, like.numel()
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=self.gamma.dtype, device=like.device)
 
         return ScaleState(
-            m=zeros(how.timescales, n),
-            v=zeros(how.timescales, n),
-            eta=torch.full_like(zeros(n), math.log(how.initial_lr)),
+            m=zeros(config.timescales, n),
+            v=zeros(config.timescales, n),
+            eta=torch.full_like(zeros(n), math.log(config.initial_lr)),
             eta_rel=zeros(n),
-            h=zeros(how.param_units, n),
-            tensor=zeros(how.tensor_units, len(_sizes(like, layout))),
-            whole=zeros(how.global_units, 1),
+            h=zeros(config.param_units, n),
+            tensor=zeros(config.tensor_units, len(_sizes(like, layout))),
+            whole=zeros(config.global_units, 1),
         )
 
-    def step(
-        self,
-        grad: Tensor,
-        state: ScaleState,
-        weights: Sequence[Tensor] | None = None,
-        *,
-        layout: Layout | None = None,
-        generator: torch.Generator | None = None,
-        backend: str = "auto",
+    def compute(
+        self, grad: Tensor, state: ScaleState, weights: Sequence[Tensor], layout: Layout | None
     ) -> tuple[Tensor, ScaleState]:
-        """One step; see :meth:`amalgam.policies.LearnedPolicy.step`.
+        """One step; see :meth:`amalgam.policies.ReferencePolicy.compute`.
 
         Raises:
             ValueError: ``layout`` does not fit the gradient, or the state.
         """
-        reference_only(self.kind, backend)
-        chosen = list(self.weights() if weights is None else weights)
-        sizes, how = _sizes(grad, layout), self.config
+        sizes, config = _sizes(grad, layout), self.config
         if state.tensor.shape[1] != len(sizes):
             raise ValueError(
                 f"layout must have the {state.tensor.shape[1]} tensors that the state was made "
                 f"for, not {len(sizes)}"
             )
-        gamma, heads = chosen[-1], [chosen[i : i + 2] for i in range(9, 19, 2)]
+        gamma, heads = weights[-1], [weights[i : i + 2] for i in range(9, 19, 2)]
         direction, rate, decay_m, decay_v, shortcut = heads
 
-        powers = torch.tensor([0.5**s for s in range(how.timescales)], dtype=grad.dtype)
+        powers = torch.tensor([0.5**s for s in range(config.timescales)], dtype=grad.dtype)
         powers = powers.to(grad.device)[:, None]
         beta1 = _head(state.h, decay_m).sigmoid() ** powers
         beta2 = _head(state.h, decay_v).sigmoid() ** powers
         m = beta1 * state.m + (1 - beta1) * grad
         v = beta2 * state.v + (1 - beta2) * grad.square()
-        average = m * (v + how.eps).rsqrt()
-        magnitude = (v + how.eps).log()
+        average = m * (v + config.eps).rsqrt()
+        magnitude = (v + config.eps).log()
         magnitude = magnitude - magnitude.mean(0)
 
         x = torch.cat(
@@ -226,29 +209,31 @@ class ScaleHierarchical(Policy):
                 state.whole.expand(-1, grad.numel()),
             )
         )
-        h = _gru(x, state.h, chosen[0:3])
-        of_tensors = torch.cat((_to_tensors(h, sizes), state.whole.expand(-1, len(sizes))))
-        tensor = _gru(of_tensors, state.tensor, chosen[3:6])
+        h = _gru(x, state.h, weights[0:3])
+        tensor_inputs = torch.cat((_to_tensors(h, sizes), state.whole.expand(-1, len(sizes))))
+        tensor = _gru(tensor_inputs, state.tensor, weights[3:6])
 
         eta_now = state.eta + _head(h, rate)
         keep = gamma.sigmoid()
         eta = keep * state.eta + (1 - keep) * eta_now
         mean_eta = _to_coordinates(_to_tensors(eta_now[None], sizes), sizes)[0]
-        update = (eta_now.exp() + how.lr_offset) * (_head(h, direction) + _head(average, shortcut))
+        update = (eta_now.exp() + config.lr_offset) * (
+            _head(h, direction) + _head(average, shortcut)
+        )
         whole = state.whole
         if sizes:
-            whole = _gru(tensor.mean(1, keepdim=True), whole, chosen[6:9])
+            whole = _gru(tensor.mean(1, keepdim=True), whole, weights[6:9])
         return update, ScaleState(m, v, eta, eta_now - mean_eta, h, tensor, whole)
 
     def warm_up(
         self, grad: Tensor, state: ScaleState, *, layout: Layout | None = None
     ) -> ScaleState:
-        """The state after a warm-up step's gradient: all of it follows, as the authors' does."""
+        """The state after a warm-up step's gradient: all of it moves, as in the authors' code."""
         return self.step(grad, state, layout=layout)[1]
 
 
 def _sizes(like: Tensor, layout: Layout | None) -> list[int]:
-    """How many coordinates each tensor has; those without any count for nothing."""
+    """The number of coordinates of each tensor that has any."""
     sizes = [like.numel()] if layout is None else layout.sizes
     if sum(sizes) != like.numel():
         raise ValueError(
@@ -265,8 +250,8 @@ def _to_tensors(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _to_coordinates(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """What each tensor has, for each of its coordinates: (units, T) -> (units, N)."""
-    # A gather's gradient adds up in an order of chance on a GPU; an expansion's does not.
+    """Each tensor's values, repeated for each of its coordinates: (units, T) -> (units, N)."""
+    # On a GPU a gather's gradient is summed in a random order; an expansion's is not.
     if not sizes:
         return x.new_zeros(x.shape[0], 0)
     return torch.cat([x[:, t, None].expand(-1, size) for t, size in enumerate(sizes)], 1)

@@ -1,31 +1,38 @@
 """A frozen learned policy as a teacher: the optimal choice for a student, or a student for another.
 
-Its weights are constants; only where it goes reaches whom it teaches (paper, eq. 4).
+Its weights are constants. A student learns from the parameters that it reaches (paper, eq. 4).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
 from amalgam.layout import Layout
 from amalgam.policies.policy import Policy
-from amalgam.policies.torch_teacher import TorchState
 
 
 class PolicyTeacher:
-    """A learned policy that teaches, its weights as they are now.
+    """A learned policy that teaches with the weights that it has now.
 
-    Equal and hashed by its kind, configuration and weights, which ``repr`` shows in short. What it
-    carries is a dictionary of its state's fields, tensors and numbers, ``{}`` before the first
-    step.
+    Two are equal, and hash alike, if their kinds, configurations and weights are equal; ``repr``
+    shows the first two and a digest of the weights. The state is a dictionary of the fields of the
+    policy's state, ``{}`` before the first step.
 
     Args:
         policy: The policy; copied, so that training it further does not change the teacher.
+
+    Attributes:
+        policy: The copy.
+        digest: A digest of its weights, 16 hexadecimal digits.
+        lr: ``None``: a policy has no learning rate.
     """
+
+    lr: ClassVar[None] = None
 
     def __init__(self, policy: Policy) -> None:
         self.policy = copy.deepcopy(policy).requires_grad_(False)
@@ -40,16 +47,35 @@ class PolicyTeacher:
         """The policy's kind."""
         return self.policy.kind
 
+    @property
+    def label(self) -> str:
+        """The digest of its weights."""
+        return self.digest
+
+    def at(self, lr: float) -> NoReturn:
+        """Raise ValueError: a policy has no learning rate."""
+        raise ValueError(f"lr can't be set to {lr:g}: {self} has no learning rate")
+
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> dict[str, Any]:
+        """The state before the first step, ``{}``: the first step knows the layout."""
+        return {}
+
     def step(
-        self, grad: Tensor, state: TorchState, layout: Layout, backend: str = "auto"
-    ) -> tuple[Tensor, TorchState]:
+        self,
+        params: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        layout: Layout,
+        backend: str = "auto",
+    ) -> tuple[Tensor, dict[str, Any]]:
         """One step, outside any graph.
 
         Args:
+            params: The parameters, shape (N,); not used.
             grad: The gradient, shape (N,), on any device.
             state: The carried state, on any device; not changed.
             layout: Which tensors the coordinates are.
-            backend: What computes it; see :meth:`amalgam.policies.LearnedPolicy.step`.
+            backend: What computes it; see :meth:`amalgam.policies.Policy.step`.
 
         Returns:
             The update (N,), to be subtracted, and the new state.
@@ -64,29 +90,32 @@ class PolicyTeacher:
             )
         return update, new._asdict()
 
-    def warm_up(self, grad: Tensor, state: TorchState, layout: Layout) -> TorchState:
+    def warm_up(
+        self, params: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout
+    ) -> dict[str, Any]:
         """The state after a warm-up step's gradient (N,), on which the policy does not act."""
         with torch.no_grad():
             warmed = self._policy_for(grad).warm_up(
                 grad, self._filled(grad, state, layout), layout=layout
             )
-        carried: TorchState = warmed._asdict()
-        return carried
+        fields: dict[str, Any] = warmed._asdict()
+        return fields
 
-    def _filled(self, grad: Tensor, state: TorchState, layout: Layout) -> object:
+    def _filled(self, grad: Tensor, state: dict[str, Any], layout: Layout) -> Any:
+        """The policy's own state, on the gradient's device."""
         begin = self._policy_for(grad).initial_state(grad, layout)
-        carried = {
+        fields = {
             name: value.to(grad.device) if isinstance(value, Tensor) else value
             for name, value in state.items()
         }
-        return begin._replace(**carried)
+        return begin._replace(**fields)
 
     def _policy_for(self, grad: Tensor) -> Policy:
         """The policy on a gradient's device."""
         device = grad.device
         if device not in self._policies:
-            here = self.policy.weights()[0].device == device
-            self._policies[device] = self.policy if here else copy.deepcopy(self.policy).to(device)
+            fits = self.policy.weights()[0].device == device
+            self._policies[device] = self.policy if fits else copy.deepcopy(self.policy).to(device)
         return self._policies[device]
 
     def __eq__(self, other: object) -> bool:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.ops import StepSettings, StudentState
-from amalgam.policies.policy import Cell, Policy, check_fields, glorot_head
+from amalgam.policies.lstm_policy import MomentConfig, MomentPolicy
+from amalgam.policies.policy import check_fields
 
 
-@dataclass(frozen=True)
-class StudentConfig:
-    """What a student is, beside its weights.
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(MomentConfig):
+    """Architecture and constants of a student.
 
     Attributes:
         layers: LSTM layers, 1 or more.
@@ -26,27 +26,16 @@ class StudentConfig:
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
         eps: Added to the second moment inside the root.
-        warmup_steps: SGD steps that it was meta-trained to follow on from.
-        warmup_lr: Their learning rate.
+        warmup_steps: Steps of SGD before the student acts, in meta-training and after.
+        warmup_lr: The learning rate of those steps.
     """
 
-    layers: int = 2
-    hidden: int = 20
     alpha: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-10
-    warmup_steps: int = 100
-    warmup_lr: float = 0.05
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
-        check_fields(
-            self,
-            counts=("layers", "hidden"),
-            decays=("beta1", "beta2"),
-            positive=("eps", "alpha"),
-        )
+        super().__post_init__()
+        check_fields(self, positive=("alpha",))
 
     @property
     def settings(self) -> StepSettings:
@@ -54,11 +43,11 @@ class StudentConfig:
         return StepSettings(self.alpha, self.beta1, self.beta2, self.eps)
 
 
-class Student(Policy):
+class Student(MomentPolicy):
     """The learned optimizer (RNNProp as in Optimizer Amalgamation, ICLR 2022, section 3).
 
-    Initialised as the authors' Keras cells are: Glorot-uniform input kernels and head, orthogonal
-    recurrent kernels, zero biases but for the forget gates' ones.
+    Its initial weights are drawn as those of the authors' Keras cells: Glorot-uniform input kernels
+    and head, orthogonal recurrent kernels, zero biases but for the forget gates' ones.
 
     Args:
         config: Its architecture and constants.
@@ -70,23 +59,9 @@ class Student(Policy):
     config_type = StudentConfig
     config: StudentConfig
 
-    def __init__(
-        self,
-        config: StudentConfig | None = None,
-        *,
-        generator: torch.Generator | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(config, provenance=provenance)
-        hidden = self.config.hidden
-        self.cells = nn.ModuleList(
-            Cell(hidden if layer else 2, hidden, generator) for layer in range(self.config.layers)
-        )
-        self.head = glorot_head(hidden, 1, generator)
-
-    def initial_state(self, like: Tensor, layout: Layout | None = None) -> StudentState:
-        """The zero state for coordinates like these; see :func:`amalgam.ops.initial_state`."""
-        return ops.initial_state(like, self.weights())
+    def build(self, generator: torch.Generator | None) -> None:
+        """Make an LSTM that sees two features, and its head."""
+        self.build_lstm(2, generator)
 
     def step(
         self,
@@ -104,19 +79,16 @@ class Student(Policy):
             grad: The optimizee's gradient, shape (N,).
             state: The carried state.
             weights: Weights to use in place of its own.
-            layout: Not looked at: all coordinates are alike.
-            generator: Not looked at: nothing is random.
+            layout: Not used: all coordinates are alike.
+            generator: Not used: nothing is random.
             backend: As in :func:`amalgam.ops.student_step`.
 
         Returns:
             The update (N,), to be subtracted, and the new state.
+
+        Raises:
+            ValueError: Shapes, dtypes or devices do not fit, or the backend's name is unknown.
+            RuntimeError: The backend asked for can't compute this here.
         """
         chosen = self.weights() if weights is None else weights
         return ops.student_step(grad, state, chosen, self.config.settings, backend=backend)
-
-    def warm_up(
-        self, grad: Tensor, state: StudentState, *, layout: Layout | None = None
-    ) -> StudentState:
-        """The state after a warm-up step's gradient: moments move, the LSTM waits."""
-        m, v = ops.update_moments(grad, state.m, state.v, self.config.settings)
-        return state._replace(m=m, v=v)

@@ -1,24 +1,24 @@
-"""Any ``torch.optim.Optimizer`` as a teacher: only where it goes matters, not how."""
+"""Any ``torch.optim.Optimizer`` as a teacher: students learn from its parameters alone."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from amalgam import dotted
 from amalgam.layout import Layout
 
 TorchState = dict[str, Any]
-"""What a torch optimizer carries: ``<tensor>/<name>`` -> tensor or number.
+"""What a torch optimizer carries: ``<tensor>/<name>`` -> tensor, number or ``None``.
 
-A tensor is named by its place among the layout's, and an optimizer's own entries (which few have)
-by the place of the optimizer and ``group``.
+``<tensor>`` is the index of a tensor in the layout. Entries of an optimizer's group, which few
+optimizers have, are under ``group0`` for the first optimizer and ``group1`` for the one for others.
 """
 
 
@@ -42,14 +42,7 @@ def find_optimizer(path: str) -> type[Optimizer]:
     Raises:
         ValueError: There is nothing of that name, or it is no optimizer.
     """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"optimizer must be a class that can be imported, such as 'torch.optim.Muon', "
-            f"not {path!r} ({error})"
-        ) from error
+    found = dotted.find(path, "optimizer", "a class", "torch.optim.Muon")
     if not isinstance(found, type) or not issubclass(found, Optimizer):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, which {path!r} is not")
     return found
@@ -73,22 +66,23 @@ def _frozen(value: Any) -> Any:
 class TorchTeacher:
     """A ``torch.optim`` optimizer, or any other of its interface, as a teacher.
 
-    Equal and hashed by what it is made of, which ``repr`` shows. The optimizer is made anew in
-    every step and given its ``state`` and what has changed in its group; what it keeps elsewhere
-    is lost.
+    Two are equal, and hash alike, if their optimizers and arguments are, which ``repr`` shows. The
+    optimizer is made anew in every step and given its ``state`` and what has changed in its group;
+    what it keeps elsewhere is lost.
 
     Args:
         optimizer: Its class, or that class's dotted path.
         arguments: Its arguments.
         others: Class or path, and arguments, of the optimizer for tensors that the first one
             refuses, as Muon does all but matrices.
-        **more: Further arguments, so that ``TorchTeacher(torch.optim.Muon, lr=0.02)`` reads as
-            what it is.
+        **more: Further arguments, as in ``TorchTeacher(torch.optim.Muon, lr=0.02)``.
 
     Raises:
         ValueError: Either is no optimizer that can be imported, its arguments do not fit, or its
             step needs a closure (LBFGS) or sparse gradients (SparseAdam).
     """
+
+    policy: ClassVar[None] = None
 
     def __init__(
         self,
@@ -128,8 +122,13 @@ class TorchTeacher:
         """Its learning rate."""
         return float(self._first.make([torch.zeros(1, 1)]).param_groups[0]["lr"])
 
+    @property
+    def label(self) -> str:
+        """Its learning rate."""
+        return f"{self.lr:g}"
+
     def at(self, lr: float) -> TorchTeacher:
-        """The same teacher at another learning rate; others' change in proportion."""
+        """The same teacher at another learning rate; that for others changes in proportion."""
         factor = lr / self.lr
         others = None
         if self._others is not None:
@@ -138,8 +137,18 @@ class TorchTeacher:
         arguments = {**dict(self._first.arguments), "lr": lr}
         return TorchTeacher(self._first.path, arguments, others=others)
 
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> TorchState:
+        """The state before the first step, ``{}``: the optimizer itself makes what it needs.
+
+        Raises:
+            ValueError: The optimizer refuses a tensor of ``layout``, and there is none for others.
+        """
+        if layout is not None:
+            self.routes(layout, like)
+        return {}
+
     def routes(self, layout: Layout, like: Tensor) -> tuple[tuple[int, ...], ...]:
-        """Which of a layout's tensors, by index, go to the optimizer, and which to the others'.
+        """Which of a layout's tensors, by index, each optimizer steps: the first, that for others.
 
         Args:
             layout: The tensors.
@@ -151,7 +160,7 @@ class TorchTeacher:
         return _routes(self._all(), tuple(layout.shapes.values()), like.dtype, like.device)
 
     def step(
-        self, params: Tensor, grad: Tensor, state: TorchState, layout: Layout
+        self, params: Tensor, grad: Tensor, state: TorchState, layout: Layout, backend: str = "auto"
     ) -> tuple[Tensor, TorchState]:
         """One step.
 
@@ -160,6 +169,7 @@ class TorchTeacher:
             grad: Their gradient, shape (N,).
             state: The carried state, ``{}`` at first, on any device; not changed.
             layout: Which tensors the coordinates are.
+            backend: Not used: the optimizer computes it.
 
         Returns:
             The update (N,), to be subtracted, and the new state.
@@ -168,7 +178,7 @@ class TorchTeacher:
             ValueError: The optimizer refuses a tensor, and there is none for others.
         """
         params, grad = params.detach(), grad.detach()
-        # Each tensor in memory of its own: an optimizer may change any of it in place.
+        # Copies, because an optimizer changes parameters, and may change gradients, in place.
         scratch = [part.clone() for part in layout.unflatten(params).values()]
         for tensor, part in zip(scratch, layout.unflatten(grad).values(), strict=True):
             tensor.grad = part.clone()
@@ -185,7 +195,7 @@ class TorchTeacher:
                 stored = _under(state, str(index))
                 if stored:
                     optimizer.state[scratch[index]] = {
-                        key: value.to(_home(group, key, value, params.device), copy=True)
+                        key: value.to(_device_of(group, key, value, params.device), copy=True)
                         if isinstance(value, Tensor)
                         else value
                         for key, value in stored.items()
@@ -200,6 +210,12 @@ class TorchTeacher:
         after = torch.cat([tensor.reshape(-1) for tensor in scratch]) if scratch else params
         return params - after, new_state
 
+    def warm_up(
+        self, params: Tensor, grad: Tensor, state: TorchState, layout: Layout
+    ) -> TorchState:
+        """The state after a warm-up step: that after a step, whose update is not taken."""
+        return self.step(params, grad, state, layout)[1]
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TorchTeacher) and self._all() == other._all()
 
@@ -212,7 +228,7 @@ class TorchTeacher:
 
 
 def _under(state: TorchState, head: str) -> TorchState:
-    """The entries of a state whose names begin so, by the rest of their names."""
+    """The entries of a state whose names begin with ``<head>/``, by the rest of their names."""
     return {
         key.removeprefix(f"{head}/"): value
         for key, value in state.items()
@@ -220,8 +236,10 @@ def _under(state: TorchState, head: str) -> TorchState:
     }
 
 
-def _home(group: Mapping[str, Any], key: str, value: Tensor, device: torch.device) -> torch.device:
-    """Where an optimizer wants a tensor of its state, as Optimizer.load_state_dict has it."""
+def _device_of(
+    group: Mapping[str, Any], key: str, value: Tensor, device: torch.device
+) -> torch.device:
+    """The device of a tensor of an optimizer's state, by Optimizer.load_state_dict's rule."""
     on_host = key == "step" and not group.get("capturable") and not group.get("fused")
     return value.device if on_host else device
 
@@ -242,7 +260,7 @@ def _routes(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[tuple[int, ...], ...]:
-    """Which tensors, by index, each optimizer steps: the first that takes it."""
+    """Which tensors, by index, each optimizer steps: the first that takes a tensor steps it."""
     routes: list[list[int]] = [[] for _ in optimizers]
     for index, shape in enumerate(shapes):
         for made, route in zip(optimizers, routes, strict=True):
@@ -259,33 +277,3 @@ def _routes(
                 f"others=(class, arguments) names an optimizer for such"
             )
     return tuple(map(tuple, routes))
-
-
-_KINDS: dict[type, tuple[str, torch.dtype]] = {
-    bool: ("bool", torch.bool),
-    int: ("int", torch.int64),
-    float: ("float", torch.float64),
-    type(None): ("none", torch.bool),
-}
-
-
-def to_tensors(state: TorchState) -> Iterator[tuple[str, Tensor]]:
-    """A state's entries as tensors, numbers with their type in the name."""
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            yield f"{key}:tensor", value
-        else:
-            name, dtype = _KINDS[type(value)]
-            yield f"{key}:{name}", torch.tensor(False if value is None else value, dtype=dtype)
-
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> TorchState:
-    """The state whose :func:`to_tensors` these are."""
-    state: TorchState = {}
-    for name, tensor in tensors.items():
-        key, _, kind = name.rpartition(":")
-        if kind == "tensor":
-            state[key] = tensor
-        else:
-            state[key] = None if kind == "none" else tensor.item()
-    return state

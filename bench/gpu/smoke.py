@@ -204,7 +204,7 @@ def into_case(place: Place, direction: str) -> Row:
     old = StudentState(*state)
     if direction == "forward":
         out = [torch.full_like(t, math.nan) for t in (grad, *old)]
-        step_into(out, grad, old, weights, SETTINGS, "triton")
+        step_into(out[0], StudentState(*out[1:]), grad, old, weights, SETTINGS, "triton")
         expected = torch.ops.amalgam.student_step(grad, *old, weights, *SETTINGS, "triton")
     else:
         ones = [torch.ones_like(t) for t in (grad, *old)]

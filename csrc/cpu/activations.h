@@ -1,8 +1,12 @@
-// tanh, sigmoid and exp on vectors; only for *_simd.cpp.
+// tanh, sigmoid and exp on vectors.
 //
 // float: within 4 ulp of the exact value for every argument (tests sweep all of them), saturating,
 // NaN to NaN. double: the C library's, lane by lane; it serves gradient checks, not speed.
 #pragma once
+
+#ifndef AMALGAM_ISA
+#error "activations.h is for *_simd.cpp, which setup.py compiles once per instruction set with AMALGAM_ISA"
+#endif
 
 #ifdef __AVX2__
 #include <immintrin.h>

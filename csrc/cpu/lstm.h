@@ -1,8 +1,12 @@
-// LSTM layers on one tile of coordinates, forward and backward; only for *_simd.cpp.
+// LSTM layers on one tile of coordinates, forward and backward.
 //
 // A tile is kTile coordinates; a row is one value of each, contiguous. Rows of one kind follow each
 // other: a layer's `in` rows are its inputs, then its h of before.
 #pragma once
+
+#ifndef AMALGAM_ISA
+#error "lstm.h is for *_simd.cpp, which setup.py compiles once per instruction set with AMALGAM_ISA"
+#endif
 
 #include "activations.h"
 #include "lstm_layout.h"

@@ -1,6 +1,9 @@
-// An LSTM's weights as the inner loops want them, and their gradients as PyTorch wants them; only
-// for files compiled once.
+// An LSTM's weights as the inner loops want them, and their gradients as PyTorch wants them.
 #pragma once
+
+#ifdef AMALGAM_ISA
+#error "lstm_weights.h is for files compiled once: AVX-512's copy of its functions could be linked for all"
+#endif
 
 #include <cstdint>
 #include <vector>

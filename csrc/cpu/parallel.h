@@ -1,6 +1,10 @@
 // Runs fixed blocks of work on the caller's number of threads.
 #pragma once
 
+#ifdef AMALGAM_ISA
+#error "parallel.h is for files compiled once: AVX-512's copy of its functions could be linked for all"
+#endif
+
 #include <algorithm>
 #include <cstdint>
 

@@ -1,6 +1,10 @@
 // Stochastic rounding to bfloat16; amalgam/operations/rounding.py has the arithmetic.
 #pragma once
 
+#ifdef AMALGAM_ISA
+#error "rounding.h is for files compiled once: AVX-512's copy of its functions could be linked for all"
+#endif
+
 #include <cmath>
 #include <cstdint>
 

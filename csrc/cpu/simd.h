@@ -1,9 +1,13 @@
 // Vectors of the instruction set this file is compiled for, by the compilers' vector extensions.
 //
-// Only for *_simd.cpp. Those files include no standard header with inline functions: an inline
-// function compiled here with AVX-512 could be the copy the linker keeps for everyone, and crash
-// a machine without it.
+// Files that include it include no standard header with inline functions: of an inline function that
+// several files compile, the linker keeps one copy, and one compiled with AVX-512 would crash a
+// machine without it.
 #pragma once
+
+#ifndef AMALGAM_ISA
+#error "simd.h is for *_simd.cpp, which setup.py compiles once per instruction set with AMALGAM_ISA"
+#endif
 
 #include <cstdint>
 

@@ -1,6 +1,10 @@
 // Numbers in memory of one type, rows of a tile in another.
 #pragma once
 
+#ifdef AMALGAM_ISA
+#error "storage.h is for files compiled once: AVX-512's copy of its functions could be linked for all"
+#endif
+
 #include <cstdint>
 #include <cstring>
 

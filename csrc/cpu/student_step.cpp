@@ -69,7 +69,7 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
 
   const auto state_of = [&](const StudentTensor& tensor) {
     return LstmState{step.cells,   tensor.numel,    tensor.h,  tensor.c, tensor.new_h,
-                     tensor.new_c, step.stochastic, tensor.key};
+                     tensor.new_c, step.stochastic, static_cast<uint32_t>(tensor.key)};
   };
   const auto run_tile = [&](int64_t index) {
     StudentTile<T> tile = tile_for<T>(lstm.shapes(), false);
@@ -96,7 +96,7 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
         values = moved;
       }
       if (step.stochastic && step.out == Storage::bfloat16) {
-        store_row_stochastically(RowOfBits(tensor.key, rows), Half::upper, values, piece.count,
+        store_row_stochastically(RowOfBits(static_cast<uint32_t>(tensor.key), rows), Half::upper, values, piece.count,
                                  static_cast<uint16_t*>(tensor.out), piece.start);
       } else {
         store_row(step.out, values, piece.count, tensor.out, piece.start);
@@ -109,50 +109,49 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
 
 template <typename T>
 void student_step_backward(int layers, int hidden, const StudentConstants& constants,
-                           const T* const* weights, int64_t n, const T* grad, const T* m,
-                           const T* v, const T* h, const T* c, const T* d_update,
-                           const T* d_new_m, const T* d_new_v, const T* d_new_h, const T* d_new_c,
-                           T* d_grad, T* d_m, T* d_v, T* d_h, T* d_c, T* const* d_weights,
-                           int threads) {
+                           const T* const* weights, int64_t n, const T* grad,
+                           const StudentState<const T>& state, const T* d_update,
+                           const StudentState<const T>& d_new, T* d_grad,
+                           const StudentState<T>& d_state, T* const* d_weights, int threads) {
   const StudentKernels<T> kernels = AMALGAM_DISPATCH(student_kernels<T>);
   const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, true);
   const StudentNetwork<T> network = network_of(lstm, constants, weights + 3 * layers);
   const std::vector<LayerShape>& shapes = lstm.shapes();
 
-  const LstmState state{storage_of<T>(), n, h, c, nullptr, nullptr};
-  const LstmGradients<T> gradients{n, d_new_h, d_new_c, d_h, d_c};
+  const LstmState cells{storage_of<T>(), n, state.h, state.c, nullptr, nullptr};
+  const LstmGradients<T> gradients{n, d_new.h, d_new.c, d_state.h, d_state.c};
   const auto run_tile = [&](int64_t index, double* sums) {
     StudentTile<T> tile = tile_for<T>(shapes, true);
     const Piece piece = only_piece(index, n);
     copy_in(grad, n, 1, piece, tile.grad);
-    copy_in(m, n, 1, piece, tile.m);
-    copy_in(v, n, 1, piece, tile.v);
-    load_state(shapes, state, piece, tile.lstm);
+    copy_in(state.m, n, 1, piece, tile.m);
+    copy_in(state.v, n, 1, piece, tile.v);
+    load_state(shapes, cells, piece, tile.lstm);
     clear_tile_after(piece.count, shapes, tile);
     copy_in(d_update, n, 1, piece, tile.d_update);
-    copy_in(d_new_m, n, 1, piece, tile.d_m);
-    copy_in(d_new_v, n, 1, piece, tile.d_v);
+    copy_in(d_new.m, n, 1, piece, tile.d_m);
+    copy_in(d_new.v, n, 1, piece, tile.d_v);
     for (T* row : {tile.d_update, tile.d_m, tile.d_v}) clear_after(piece.count, 1, row);
     load_gradients(shapes, gradients, piece, tile.lstm);
 
     kernels.backward(network, tile, sums);
 
     copy_out(tile.d_grad, 1, piece, d_grad, n);
-    copy_out(tile.d_m, 1, piece, d_m, n);
-    copy_out(tile.d_v, 1, piece, d_v, n);
+    copy_out(tile.d_m, 1, piece, d_state.m, n);
+    copy_out(tile.d_v, 1, piece, d_state.v, n);
     store_gradients(shapes, tile.lstm, piece, gradients);
   };
   const std::vector<double> sums = sum_over_tiles(n, gradient_size(lstm), threads, run_tile);
   unpack_gradients(lstm, sums.data(), d_weights);
 }
 
-#define AMALGAM_INSTANTIATE(T)                                                                  \
+#define AMALGAM_INSTANTIATE(T)                                                                   \
   template void student_step(const StudentStep&, const T* const*, const StudentTensor*, int64_t, \
-                             int);                                                              \
-  template void student_step_backward(int, int, const StudentConstants&, const T* const*,       \
-                                      int64_t, const T*, const T*, const T*, const T*, const T*, \
-                                      const T*, const T*, const T*, const T*, const T*, T*, T*, \
-                                      T*, T*, T*, T* const*, int);
+                             int);                                                               \
+  template void student_step_backward(int, int, const StudentConstants&, const T* const*,        \
+                                      int64_t, const T*, const StudentState<const T>&, const T*, \
+                                      const StudentState<const T>&, T*, const StudentState<T>&,  \
+                                      T* const*, int);
 AMALGAM_INSTANTIATE(float)
 AMALGAM_INSTANTIATE(double)
 #undef AMALGAM_INSTANTIATE

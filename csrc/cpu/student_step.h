@@ -4,6 +4,7 @@
 // computed in and what weights and moments are stored in.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "isa.h"
@@ -17,7 +18,14 @@ struct StudentConstants {
   double alpha, beta1, beta2, eps;
 };
 
-// The coordinates of one tensor. New state may lie where the old one does.
+// m, v (n,) and h, c (layers, hidden, n); or gradients in them.
+template <typename T>
+struct StudentState {
+  T *m, *v, *h, *c;
+};
+
+// The coordinates of one tensor. New state may lie where the old one does. Python writes a table of
+// these, a row of 64-bit words each, by the fields' names.
 struct StudentTensor {
   int64_t numel;
   const void* grad;
@@ -30,8 +38,12 @@ struct StudentTensor {
   void* new_h;
   void* new_c;
   void* out;           // the update where `in_place` is false, else the parameter to move
-  uint32_t key;        // of its random bits, where rounding is stochastic
+  uint64_t key;        // 32 bits: of its random bits, where rounding is stochastic
 };
+
+inline constexpr std::array<const char*, 12> kStudentTensorFields = {
+    "numel", "grad", "m", "v", "h", "c", "new_m", "new_v", "new_h", "new_c", "out", "key"};
+static_assert(sizeof(StudentTensor) == 8 * kStudentTensorFields.size());
 
 struct StudentStep {
   int layers;
@@ -54,12 +66,10 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
 // Gradients of one functional step on n coordinates. d_weights: one array a weight.
 template <typename T>
 void student_step_backward(int layers, int hidden, const StudentConstants& constants,
-                           const T* const* weights, int64_t n,
-                           const T* grad, const T* m, const T* v, const T* h, const T* c,
-                           const T* d_update, const T* d_new_m, const T* d_new_v, const T* d_new_h,
-                           const T* d_new_c,
-                           T* d_grad, T* d_m, T* d_v, T* d_h, T* d_c, T* const* d_weights,
-                           int threads);
+                           const T* const* weights, int64_t n, const T* grad,
+                           const StudentState<const T>& state, const T* d_update,
+                           const StudentState<const T>& d_new, T* d_grad,
+                           const StudentState<T>& d_state, T* const* d_weights, int threads);
 
 // A student as the inner loops want it.
 template <typename T>

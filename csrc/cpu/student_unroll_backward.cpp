@@ -120,7 +120,7 @@ class Unroll {
     }
   }
 
-  void load_first_state(const StudentState<T>& state, int64_t n, const Piece& piece) {
+  void load_first_state(const StudentState<const T>& state, int64_t n, const Piece& piece) {
     copy_in(state.m, n, 1, piece, m_);
     copy_in(state.v, n, 1, piece, v_);
     for (T* row : {m_, v_}) clear_after(piece.count, 1, row);
@@ -196,7 +196,7 @@ template <typename T>
 void student_unroll_backward(int layers, int hidden, const StudentConstants& constants,
                              const T* const* weights, int64_t steps, int64_t n,
                              const StepRows<T>& grads, const StepRows<T>& adjoints,
-                             const StudentState<T>& state, T* const* d_weights, int threads) {
+                             const StudentState<const T>& state, T* const* d_weights, int threads) {
   const StudentKernels<T> kernels = AMALGAM_DISPATCH(student_kernels<T>);
   const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, true);
   const StudentNetwork<T> network = network_of(lstm, constants, weights + 3 * layers);
@@ -243,7 +243,7 @@ void student_unroll_backward(int layers, int hidden, const StudentConstants& con
 #define AMALGAM_INSTANTIATE(T)                                                                  \
   template void student_unroll_backward(int, int, const StudentConstants&, const T* const*,     \
                                         int64_t, int64_t, const StepRows<T>&,                   \
-                                        const StepRows<T>&, const StudentState<T>&, T* const*,  \
+                                        const StepRows<T>&, const StudentState<const T>&, T* const*,  \
                                         int);
 AMALGAM_INSTANTIATE(float)
 AMALGAM_INSTANTIATE(double)

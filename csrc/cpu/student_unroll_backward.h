@@ -1,5 +1,5 @@
-// The gradient of many student steps in the weights; amalgam/operations/student_unroll_backward.py has the
-// formulas.
+// The gradient of many student steps in the weights; the formulas are in
+// amalgam/operations/student_unroll_backward.py.
 #pragma once
 
 #include <cstdint>
@@ -15,17 +15,11 @@ struct StepRows {
   int64_t stride;
 };
 
-// The state before the first step: m, v (n,) and h, c (layers, hidden, n).
-template <typename T>
-struct StudentState {
-  const T *m, *v, *h, *c;
-};
-
-// d_weights: one array a weight.
+// state: before the first step. d_weights: one array a weight.
 template <typename T>
 void student_unroll_backward(int layers, int hidden, const StudentConstants& constants,
                              const T* const* weights, int64_t steps, int64_t n,
                              const StepRows<T>& grads, const StepRows<T>& adjoints,
-                             const StudentState<T>& state, T* const* d_weights, int threads);
+                             const StudentState<const T>& state, T* const* d_weights, int threads);
 
 }  // namespace amalgam::cpu

@@ -1,6 +1,8 @@
 #include "teacher_step.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "dispatch.h"
@@ -35,7 +37,13 @@ void for_each_part(int64_t n, int64_t k, int threads, const Body& body) {
 
 template <typename T>
 TeacherConstants<T> teacher_constants(const TeacherSettings& settings, int64_t row) {
-  return {static_cast<Teacher>(settings.kinds[row]),
+  const int kind = settings.kinds[row];
+  const int known = AMALGAM_DISPATCH(teacher_step_kernels<T>).kinds;
+  if (kind < 0 || kind >= known) {
+    throw std::invalid_argument("kinds must be numbers below " + std::to_string(known) + ", not " +
+                                std::to_string(kind));
+  }
+  return {kind,
           static_cast<T>(settings.lr[row]),
           static_cast<T>(settings.beta1[row]),
           static_cast<T>(settings.beta2[row]),

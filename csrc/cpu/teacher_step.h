@@ -1,4 +1,4 @@
-// One step of a pool of analytical teachers; amalgam/operations/teacher_step.py has the formulas. T is
+// One step of a pool of analytical teachers; amalgam/operations/teacher_kinds.py has the formulas. T is
 // float or double.
 #pragma once
 
@@ -8,21 +8,9 @@
 
 namespace amalgam::cpu {
 
-// In the order of KINDS in amalgam/operations/teacher_step.py.
-enum class Teacher : int {
-  sgd,
-  momentum,
-  rmsprop,
-  adam,
-  powersign,
-  addsign,
-  adaptive_powersign,
-  adaptive_addsign,
-};
-
 // The K teachers' settings, arrays of K.
 struct TeacherSettings {
-  const int* kinds;
+  const int* kinds;   // places in KINDS of amalgam/operations/teacher_kinds.py
   const double* lr;
   const double* beta1;
   const double* beta2;
@@ -56,7 +44,7 @@ void teacher_step_backward(const TeacherSettings& settings,
 // One teacher's settings, and what the loops make of them.
 template <typename T>
 struct TeacherConstants {
-  Teacher kind;
+  int kind;
   T lr;
   T beta1;
   T beta2;
@@ -65,12 +53,14 @@ struct TeacherConstants {
   T rest2;  // 1 - beta2
 };
 
-// Of the teacher in that row.
+// Of the teacher in that row. Throws std::invalid_argument where this core has no such kind.
 template <typename T>
 TeacherConstants<T> teacher_constants(const TeacherSettings& settings, int64_t row);
 
 template <typename T>
 struct TeacherStepKernels {
+  int kinds;  // how many there are
+
   // Of one teacher and `count` coordinates. Outputs may lie where inputs do.
   void (*step)(const TeacherConstants<T>& constants, const T* grad, const T* m, const T* v,
                T* update, T* new_m, T* new_v, int64_t count);

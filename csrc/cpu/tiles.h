@@ -1,5 +1,9 @@
-// Tiles of coordinates between memory and rows, and sums over tiles; only for files compiled once.
+// Tiles of coordinates between memory and rows, and sums over tiles.
 #pragma once
+
+#ifdef AMALGAM_ISA
+#error "tiles.h is for files compiled once: AVX-512's copy of its functions could be linked for all"
+#endif
 
 #include <algorithm>
 #include <cstdint>

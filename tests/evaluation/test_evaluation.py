@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from amalgam.evaluation import Contender, Curve, Result, evaluate, tables, train, tune
+from amalgam.evaluation import (
+    Contender,
+    Curve,
+    Result,
+    contenders,
+    evaluate,
+    protocol,
+    tables,
+    train,
+    tune,
+)
 from amalgam.tasks import Task
 
 
@@ -48,6 +58,26 @@ def test_contenders_start_alike(task) -> None:
 
 def test_tuning_finds_the_rate(task) -> None:
     assert tune(task, torch.optim.SGD, steps=30, rates=(0.0, 1e-6, 0.5)) == 0.5
+
+
+def test_reports_name_what_is_about_to_run(task, monkeypatch) -> None:
+    """Whoever shows the last report shows what goes on: "tuning Adam" until that is over."""
+    events = []
+    measured = train
+
+    def watched(*arguments, **options):
+        events.append("a run")
+        return measured(*arguments, **options)
+
+    monkeypatch.setattr(protocol, "train", watched)
+    everybody = [SGD, *contenders.torch_contenders(task, steps=1, report=events.append)]
+    rates = len(protocol.RATES)
+    tuning = ["tuning Adam", *["a run"] * rates, "tuning AdamW", *["a run"] * rates]
+    assert events == tuning
+    evaluate(task, everybody, steps=1, seeds=2, report=events.append)
+    names = [contender.name for contender in everybody for _ in range(2)]
+    assert events[len(tuning) :: 2] == names
+    assert events[len(tuning) + 1 :: 2] == ["a run"] * len(names)
 
 
 def test_summaries_and_tables() -> None:

@@ -8,22 +8,22 @@ from pathlib import Path
 
 from runs import Killed, killer, trainer
 
-from amalgam.meta import Curriculum, Stage, Training, distributed
+from amalgam.meta import Curriculum, Stage, Stages, Training, distributed
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 
 
 def plain(folder: Path, optimizees: int) -> None:
     training = Training(
-        unroll=3, optimizees=optimizees, input_noise=0.05, validate_every=2, validation_steps=3
+        optimizees=optimizees, input_noise=0.05, validate_every=2, validation_steps=3
     )
-    stages = (Stage(2, 2, 0.1),)
-    trainer(folder, training=training, stages=stages, perturbation=Gaussian(0.01)).run()
+    strategy = Stages((Stage(2, 2, 0.1),), 3)
+    trainer(folder, training=training, strategy=strategy, perturbation=Gaussian(0.01)).run()
 
 
 def adversarial(folder: Path, optimizees: int) -> None:
-    training = Training(unroll=3, optimizees=optimizees, validate_every=0)
-    stages = (Stage(2, 2, 0.1),)
-    trainer(folder, training=training, stages=stages, perturbation=AdaptivePGD(2, 0.05)).run()
+    training = Training(optimizees=optimizees, validate_every=0)
+    strategy = Stages((Stage(2, 2, 0.1),), 3)
+    trainer(folder, training=training, strategy=strategy, perturbation=AdaptivePGD(2, 0.05)).run()
 
 
 def curriculum(folder: Path, optimizees: int, cut: int | None = None) -> None:
@@ -31,7 +31,7 @@ def curriculum(folder: Path, optimizees: int, cut: int | None = None) -> None:
         num_stages=2, num_periods=1, num_chances=1, unroll=3, windows=(1, 2), episodes=1,
         imitation_weight=0.1,
     )  # fmt: skip
-    training = Training(unroll=3, optimizees=optimizees, checkpoint_every=2)
+    training = Training(optimizees=optimizees, checkpoint_every=2)
 
     def make():
         return trainer(folder, training=training, strategy=strategy)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from amalgam.meta import Amalgamation, Stage, Trainer, Training
-from amalgam.meta.trainer import METRICS
+from amalgam.meta import Amalgamation, Stage, Stages, Trainer, Training
+from amalgam.meta.perturbation import KINDS, Perturbation
+from amalgam.meta.run_folder import METRICS
 from amalgam.policies import (
     DM,
     AdamLR,
@@ -48,6 +49,13 @@ def tiny_student(seed: int, **changes: Any) -> Student:
     return Student(config, generator=generator_for(seed, "student"))
 
 
+def perturbation_of(kind: str, **fields: Any) -> Perturbation:
+    """A perturbation by its name in recipes."""
+    constructor, settled = KINDS[kind]
+    made: Perturbation = constructor(**settled, **fields)
+    return made
+
+
 SMALL = {"layers": 1, "hidden": 3, "warmup_steps": 2}
 
 
@@ -76,9 +84,9 @@ def trainer(
     settings: dict[str, Any] = {
         "amalgamation": Amalgamation(scale_spread=1.0, backend="reference"),
         "training": Training(
-            unroll=4, validate_every=3, validation_steps=6, validation_seeds=1, checkpoint_every=2
+            validate_every=3, validation_steps=6, validation_seeds=1, checkpoint_every=2
         ),
-        "stages": (Stage(3, 1, 0.2), Stage(2, 2, 0.05)),
+        "strategy": Stages((Stage(3, 1, 0.2), Stage(2, 2, 0.05)), 4),
         "seed": 7,
         "device": "cpu",
     } | changes

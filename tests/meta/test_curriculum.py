@@ -9,18 +9,16 @@ import pytest
 import torch
 
 from amalgam.meta.curriculum import (
-    INITIAL,
+    STRATEGIES,
     Curriculum,
-    Finish,
-    Period,
-    Record,
     Repeat,
-    Strategy,
-    Unrolls,
+    Stage,
+    Stages,
     choice_strategy,
-    loss_weights,
     simple,
 )
+from amalgam.meta.objective import loss_weights
+from amalgam.meta.periods import INITIAL, Finish, Period, Record, Strategy, Unrolls
 
 NAN, INF = math.nan, math.inf
 Losses = Callable[[Period], tuple[float, float]]
@@ -196,6 +194,27 @@ def test_simple_goes_straight_on() -> None:
     assert {p.training for p in done} == {Unrolls(20, 25, 10, 0, 0.0)}
     assert {p.validation for p in done} == {Unrolls(20, 25, 2, 0, 0.01)}
     assert finish == Finish("stage_0.5.0")
+
+
+def test_fixed_stages_are_trained_straight_on() -> None:
+    strategy = Stages((Stage(3, 1, 0.2), Stage(2, 2, 0.05)), unroll=4)
+    done, finish = follow(strategy, lambda p: (NAN, NAN))
+    assert [place(period) for period in done] == [(0, 0, 0, INITIAL), (1, 0, 0, "stage_0.0.0")]
+    assert [p.training for p in done] == [Unrolls(4, 1, 3, 0, 0.0), Unrolls(4, 2, 2, 0, 0.0)]
+    assert [p.imitation_weight for p in done] == [0.2, 0.05]
+    assert all(p.own_warmup and p.validation is None for p in done)
+    assert finish == Finish("stage_1.0.0")
+    assert sum(p.training.meta_steps for p in done) == strategy.meta_steps == 7
+    assert Stages([{"episodes": 3}], 4) == Stages((Stage(3),), 4)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_who_goes_back_says_so(name: str) -> None:
+    strategy: Strategy = STRATEGIES[name]()
+    assert strategy.goes_back == (strategy.meta_steps is None) == (name != "stages")
+    first = strategy.next([])
+    assert isinstance(first, Period)
+    assert first.own_warmup == (first.validation is None) == (name == "stages")
 
 
 @pytest.mark.parametrize(

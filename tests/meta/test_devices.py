@@ -20,6 +20,7 @@ from runs import (
     killer,
     linear_task,
     metrics,
+    perturbation_of,
     policies,
     tiny_student,
     trainer,
@@ -29,18 +30,18 @@ from torch import Tensor, nn
 from amalgam import tasks
 from amalgam.meta import (
     Amalgamation,
-    Estimator,
     Memory,
+    PersistentEvolution,
     Repeat,
     Stage,
+    Stages,
     Trainer,
     Training,
     Unroll,
     distributed,
 )
-from amalgam.meta.curriculum import Unrolls
 from amalgam.meta.memory import free_bytes
-from amalgam.meta.perturbation import make
+from amalgam.meta.periods import Unrolls
 from amalgam.policies import (
     Choice,
     ChoiceConfig,
@@ -57,10 +58,8 @@ from amalgam.tasks import Task
 # PyTorch takes a device that pretends for one without memory.
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 
-EVERY_STEP = Training(
-    unroll=3, validate_every=4, validation_steps=3, validation_seeds=1, checkpoint_every=1
-)
-TWO_WINDOWS = (Stage(2, 2, 0.1),)
+EVERY_STEP = Training(validate_every=4, validation_steps=3, validation_seeds=1, checkpoint_every=1)
+TWO_WINDOWS = Stages((Stage(2, 2, 0.1),), 3)
 REFERENCE = Amalgamation(scale_spread=1.0, backend="reference")
 NOISES: list[dict[str, Any]] = [
     {"kind": "gaussian"},
@@ -94,12 +93,13 @@ def every_teacher() -> list[Any]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     **{kind: partial(lambda kind: {"students": policies()[kind]}, kind) for kind in policies()},
     **{
-        " ".join(map(str, how.values())): partial(dict, perturbation=make(how)) for how in NOISES
+        " ".join(map(str, how.values())): partial(dict, perturbation=perturbation_of(**how))
+        for how in NOISES
     },
     "input noise": lambda: {"training": replace(EVERY_STEP, input_noise=0.05)},
     "every teacher": lambda: {"pool": every_teacher()},
     "no teacher": lambda: {"pool": ()},
-    "pes": lambda: {"estimator": Estimator("pes", pairs=2)},
+    "pes": lambda: {"estimator": PersistentEvolution(pairs=2)},
     "replicates": lambda: {
         "students": [tiny_student(7), tiny_student(8)],
         "training": replace(EVERY_STEP, optimizees=2),
@@ -121,7 +121,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def settings_of(name: str) -> dict[str, Any]:
     """A trainer's; students and teachers are made here, on the CPU."""
-    common = {"students": tiny_student(7), "training": EVERY_STEP, "stages": TWO_WINDOWS}
+    common = {"students": tiny_student(7), "training": EVERY_STEP, "strategy": TWO_WINDOWS}
     return common | RUNS[name]()
 
 
@@ -172,10 +172,10 @@ def test_an_unroll_is_where_its_task_is(count) -> None:
         task = linear_task().to(device)
         unroll = Unroll(task, students, Pool(["adam", "rmsprop"]), REFERENCE)
         begin = unroll.begin(*(generator_for(s, "episode") for s in range(count)))
-        of_rows = [task.batches(generator_for(s, "batches"), 5) for s in range(count)]
+        by_row = [task.batches(generator_for(s, "batches"), 5) for s in range(count)]
         batches = [
-            tuple(torch.stack(parts) for parts in zip(*at, strict=True))
-            for at in zip(*of_rows, strict=True)
+            tuple(torch.stack(parts) for parts in zip(*step, strict=True))
+            for step in zip(*by_row, strict=True)
         ]
         window = unroll.window(unroll.warm_up(begin, batches[:2]), batches[2:])
         assert window.end.params.device == window.skipped.device == device
@@ -228,8 +228,8 @@ def digits(folder: Path, device: str, **settings: Any) -> Trainer:
         settings.pop("pool", None) or Pool(["adam", "rmsprop"]),
         folder=folder,
         amalgamation=settings.pop("amalgamation", None) or Amalgamation(backend="reference"),
-        training=Training(unroll=5, validate_every=2, validation_steps=3, checkpoint_every=1),
-        stages=(Stage(1, 3, 0.1),),
+        training=Training(validate_every=2, validation_steps=3, checkpoint_every=1),
+        strategy=Stages((Stage(1, 3, 0.1),), 5),
         device=device,
         **settings,
     )
@@ -243,9 +243,9 @@ ON_GPU: dict[str, Callable[[], dict[str, Any]]] = {
     "student": dict,
     "fused": lambda: {"amalgamation": Amalgamation()},
     "choice": lambda: {"student": small_choice(), "pool": Pool([])},
-    "pes": lambda: {"estimator": Estimator("pes", pairs=2)},
+    "pes": lambda: {"estimator": PersistentEvolution(pairs=2)},
     "replicates": lambda: {"student": [tiny_student(0), tiny_student(1)]},
-    "noise": lambda: {"perturbation": make({"kind": "gaussian"})},
+    "noise": lambda: {"perturbation": perturbation_of("gaussian")},
     "every teacher": lambda: {"pool": Pool(every_teacher())},
 }
 

@@ -11,7 +11,7 @@ from amalgam.meta.memory import binomial, free_bytes, parse_bytes, plan, segment
 
 @functools.cache
 def fewest(steps: int, free: int) -> int:
-    """Steps that any schedule has to compute again, by trying all."""
+    """The fewest steps that have to be computed again, by trying all choices of points."""
     if steps <= 1:
         return 0
     if not free:
@@ -23,7 +23,7 @@ def fewest(steps: int, free: int) -> int:
 
 @functools.cache
 def taken(steps: int, free: int) -> int:
-    """Steps that the binomial schedule computes again."""
+    """Steps that the binomial choice computes again."""
     if steps <= 1:
         return 0
     if not free:
@@ -34,7 +34,7 @@ def taken(steps: int, free: int) -> int:
 
 
 @pytest.mark.parametrize("free", [1, 2, 3, 5, 8, 13, 40])
-def test_no_schedule_computes_fewer_steps_again(free: int) -> None:
+def test_no_choice_computes_fewer_steps_again(free: int) -> None:
     for steps in range(1, 60):
         assert taken(steps, free) == fewest(steps, free)
 

@@ -9,6 +9,7 @@ import torch
 from runs import (
     linear_task,
     metrics,
+    perturbation_of,
     policies,
     resumes_to_the_same_bits,
     tiny_student,
@@ -17,20 +18,24 @@ from runs import (
 from torch import Tensor
 
 from amalgam import weight_files
-from amalgam.meta import Curriculum, Estimator, Repeat, Stage, Training, Unroll
-from amalgam.meta.curriculum import (
-    INITIAL,
-    Finish,
-    Period,
-    Strategy,
-    Unrolls,
-    choice_strategy,
-    simple,
+from amalgam.meta import (
+    Curriculum,
+    PersistentEvolution,
+    Repeat,
+    Stage,
+    Stages,
+    Training,
+    Truncation,
+    Unroll,
+    validation,
 )
-from amalgam.meta.estimators import by_evolution, through_window
-from amalgam.meta.perturbation import AdaptivePGD, Gaussian, make
-from amalgam.meta.trainer import PERIODS, Trainer, _Rows
-from amalgam.meta.unroll import Amalgamation
+from amalgam.meta.curriculum import choice_strategy, simple
+from amalgam.meta.estimators import ESTIMATORS
+from amalgam.meta.objective import Amalgamation
+from amalgam.meta.periods import INITIAL, Finish, Period, Unrolls
+from amalgam.meta.perturbation import AdaptivePGD, Gaussian
+from amalgam.meta.run_folder import PERIODS
+from amalgam.meta.sampling import StackedBatches
 from amalgam.policies import (
     PolicyTeacher,
     Pool,
@@ -38,9 +43,7 @@ from amalgam.policies import (
 )
 from amalgam.seeding import generator_for
 
-EVERY_STEP = Training(
-    unroll=3, validate_every=2, validation_steps=4, validation_seeds=1, checkpoint_every=1
-)
+EVERY_STEP = Training(validate_every=2, validation_steps=4, validation_seeds=1, checkpoint_every=1)
 
 
 @pytest.mark.parametrize("kind", policies())
@@ -48,7 +51,9 @@ def test_every_policy_is_trained_and_resumes(kind, tmp_path) -> None:
     before = policies()[kind].weights()
 
     def run(folder):
-        return trainer(folder, policies()[kind], training=EVERY_STEP, stages=(Stage(1, 2, 0.1),))
+        return trainer(
+            folder, policies()[kind], training=EVERY_STEP, strategy=Stages((Stage(1, 2, 0.1),), 3)
+        )
 
     rows = resumes_to_the_same_bits(run, tmp_path)
     assert [row["skipped_meta_steps"] for row in rows] == [0, 0]
@@ -62,7 +67,9 @@ def test_teachers_of_all_kinds_resume(tmp_path) -> None:
     pool = ["adam", muon, PolicyTeacher(policies()["choice"])]
 
     def run(folder):
-        return trainer(folder, pool=pool, training=EVERY_STEP, stages=(Stage(2, 2, 0.1),))
+        return trainer(
+            folder, pool=pool, training=EVERY_STEP, strategy=Stages((Stage(2, 2, 0.1),), 3)
+        )
 
     rows = resumes_to_the_same_bits(run, tmp_path)
     assert set(rows[0]["loss"]) == {"student", "adam", "Muon", "choice"}
@@ -72,8 +79,11 @@ def test_teachers_of_all_kinds_resume(tmp_path) -> None:
 
 
 @dataclass(frozen=True)
-class There(Strategy):
+class There:
     """Goes back to the period before, and to the initial weights, and keeps the third period."""
+
+    goes_back = True
+    meta_steps = None
 
     def next(self, records):
         unrolls = Unrolls(3, 2, 1, 1, 0.05)
@@ -87,12 +97,6 @@ class There(Strategy):
             return Finish("stage_0.1.1")
         period, repeat, begin_from = script[len(records)]
         return Period(0, period, repeat, begin_from, unrolls, 0.1, replace(unrolls, windows=1))
-
-    def _after(self, records):
-        raise NotImplementedError
-
-    def _period(self, place):
-        raise NotImplementedError
 
 
 SHORT = {"unroll": 3, "episodes": 1}
@@ -135,19 +139,29 @@ def test_a_strategy_goes_back(tmp_path) -> None:
     assert student.provenance["kept_meta_step"] == "stage_0.1.1"
 
 
-def test_a_curriculum_that_only_ever_gave_nan_keeps_the_initial_weights(tmp_path) -> None:
+def test_a_curriculum_that_only_ever_gave_nan_keeps_the_initial_weights(
+    tmp_path, monkeypatch
+) -> None:
     run = trainer(tmp_path, training=EVERY_STEP, strategy=STRATEGIES["curriculum"])
-    run._meta_validation = lambda period: math.nan
+    monkeypatch.setattr(validation, "by_meta_loss", lambda *of, **how: math.nan)
     before = [w.clone() for w in run.student.weights()]
     assert all(map(torch.equal, before, run.run().weights()))
     assert {row["meta_validation"] for row in metrics(tmp_path) if "period" in row} == {None}
+
+
+def period_score(run) -> float:
+    """What the strategy's first period would score now."""
+    unrolls = run.strategy.next([]).validation
+    return validation.by_meta_loss(
+        run.student, run.tasks, unrolls, run.amalgamation, run.training, seed=run.seed
+    )
 
 
 def test_meta_validation_is_on_the_data_asked_for(tmp_path) -> None:
     def score(task, data: str) -> float:
         training = replace(EVERY_STEP, validation_data=data)
         run = trainer(tmp_path, tasks=task, training=training, strategy=STRATEGIES["curriculum"])
-        return run._meta_validation(run.strategy.next([]))
+        return period_score(run)
 
     task = linear_task()
     assert score(task, "train") != score(task, "validation")
@@ -164,12 +178,12 @@ def test_meta_validation_is_on_the_data_asked_for(tmp_path) -> None:
         {},
         {"perturbation": Gaussian(0.01, relative=True)},
         {"perturbation": AdaptivePGD(2, 0.01)},
-        {"training": Training(unroll=3, input_noise=0.1, optimizees=2, validate_every=0)},
+        {"training": Training(input_noise=0.1, optimizees=2, validate_every=0)},
     ],
     ids=["plain", "gaussian", "adversarial", "input-noise"],
 )
 def test_replicates_are_single_runs(changes, tmp_path) -> None:
-    how = {"stages": (Stage(2, 2, 0.1),)} | changes
+    how = {"strategy": Stages((Stage(2, 2, 0.1),), 3)} | changes
     together = trainer(tmp_path / "all", [tiny_student(s) for s in (7, 8, 9)], **how)
     together.run()
     rows = metrics(tmp_path / "all")
@@ -180,8 +194,8 @@ def test_replicates_are_single_runs(changes, tmp_path) -> None:
             assert torch.allclose(one, other, atol=2e-5)
         saved = type(alone).load(tmp_path / "all" / f"replicate-{index}" / "student.safetensors")
         assert saved.provenance["seed"] == seed
-        mine = [row for row in rows if row["replicate"] == index]
-        for row, single in zip(mine, metrics(tmp_path / str(seed)), strict=True):
+        own = [row for row in rows if row["replicate"] == index]
+        for row, single in zip(own, metrics(tmp_path / str(seed)), strict=True):
             for key in ("meta_loss", "imitation_loss", "grad_norm"):
                 assert row[key] == pytest.approx(single[key], rel=2e-3, abs=1e-4)
             assert row["loss"] == pytest.approx(single["loss"], rel=1e-4)
@@ -191,7 +205,9 @@ def test_replicates_are_single_runs(changes, tmp_path) -> None:
 def test_replicates_resume(tmp_path) -> None:
     def run(folder):
         students = [tiny_student(s) for s in (7, 8)]
-        return trainer(folder, students, training=EVERY_STEP, stages=(Stage(2, 2, 0.1),))
+        return trainer(
+            folder, students, training=EVERY_STEP, strategy=Stages((Stage(2, 2, 0.1),), 3)
+        )
 
     resumes_to_the_same_bits(run, tmp_path)
     for cut in (1, 4):
@@ -205,13 +221,27 @@ def test_replicates_resume(tmp_path) -> None:
     ("changes", "named"),
     [
         ({"strategy": simple()}, "strategy goes back .* 2 replicates"),
-        ({"estimator": Estimator("pes")}, "'pes' takes one student"),
+        ({"estimator": PersistentEvolution()}, "'pes' takes one student"),
         ({"task_weights": (1.0, 2.0)}, "task_weights must be 1 positive"),
     ],
 )
 def test_what_two_replicates_cannot_do_is_named(changes, named, tmp_path) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(tmp_path, [tiny_student(7), tiny_student(8)], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"training": Training(optimizees=2)}, "'pes' takes one student with one optimizee"),
+        ({"training": Training(input_noise=0.1)}, "'pes' perturbs weights itself"),
+        ({"perturbation": Gaussian()}, "'pes' perturbs weights itself"),
+    ],
+)
+def test_what_evolution_cannot_do_is_named(changes, named, tmp_path) -> None:
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path, estimator=PersistentEvolution(), **changes)
+    assert trainer(tmp_path, estimator=Truncation(), **changes).meta_step == 0
 
 
 # ---- losses, tasks
@@ -224,8 +254,8 @@ def test_il_modes(tmp_path) -> None:
         return (
             trainer(
                 tmp_path / f"{mode}-{weight}-{next(number)}",
-                training=Training(unroll=3, validate_every=0, il_mode=mode),
-                stages=(Stage(3, 1, weight),),
+                training=Training(validate_every=0, il_mode=mode),
+                strategy=Stages((Stage(3, 1, weight),), 3),
             )
             .run()
             .weights()
@@ -255,7 +285,7 @@ def test_several_tasks(kind, tmp_path) -> None:
             tasks=[linear_task(4, "four"), linear_task(3, "three")],
             task_weights=(1.0, 2.0),
             training=EVERY_STEP,
-            stages=(Stage(5, 2, 0.1),),
+            strategy=Stages((Stage(5, 2, 0.1),), 3),
             seed=8,
         )
 
@@ -270,7 +300,7 @@ def test_tasks_are_taken_by_weight(tmp_path) -> None:
     run = trainer(
         tmp_path, tasks=[linear_task(4, "a"), linear_task(3, "b")], task_weights=(1.0, 3.0)
     )
-    taken = [run._task_of(episode) for episode in range(400)]
+    taken = [run._meta_steps._sampler.task_of(episode) for episode in range(400)]
     # 300 of 400 in the mean, with a standard deviation of 8.7.
     assert abs(sum(taken) - 300) < 35
 
@@ -288,7 +318,7 @@ def one_window(student, particles: int = 1, pool=("adam",)):
     )
     begin = unroll.begin(*(generator_for(1) for _ in range(particles)))
     task = unroll.task
-    batches = _Rows([task.batches(generator_for(2), 4) for _ in range(particles)])
+    batches = StackedBatches([task.batches(generator_for(2), 4) for _ in range(particles)])
     return unroll, begin, batches
 
 
@@ -296,12 +326,18 @@ def numbers(student: int, *purpose) -> torch.Generator:
     return generator_for(student, *purpose)
 
 
+def through_window(student, perturbation=None):
+    """Back-propagation through that window."""
+    window = one_window(student)
+    return Truncation().estimate(*window, (1.0, 0.1), numbers, perturbation=perturbation)
+
+
 def test_pes_points_where_back_propagation_does() -> None:
     student = tiny_student(3, hidden=2)
-    how = Estimator("pes", std=0.003, pairs=256)
-    exact = through_window(*one_window(student), (1.0, 0.1), numbers)
-    unroll, begin, batches = one_window(student, how.particles)
-    guess = by_evolution(unroll, begin, batches, (1.0, 0.1), numbers, how, [])
+    pes = PersistentEvolution(std=0.003, pairs=256)
+    exact = through_window(student)
+    unroll, begin, batches = one_window(student, pes.particles)
+    guess = pes.estimate(unroll, begin, batches, (1.0, 0.1), numbers)
     one, other = (torch.cat([g.flatten() for g in e.grads[0]]) for e in (exact, guess))
     # 43 weights, 256 pairs: the estimate's own noise alone leaves sqrt(256 / 299) = 0.93.
     assert torch.cosine_similarity(one, other, dim=0) > 0.8
@@ -309,12 +345,35 @@ def test_pes_points_where_back_propagation_does() -> None:
     assert guess.loss.item() == pytest.approx(exact.loss.item(), abs=0.01)
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_have_names(name) -> None:
+    estimator = ESTIMATORS[name]()
+    assert estimator.particles == {"truncation": 1, "pes": 16}[name]
+    window = one_window(tiny_student(3), estimator.particles)
+    estimate = estimator.estimate(*window, (1.0, 0.1), numbers)
+    assert len(estimate.carried) == (len(estimate.grads[0]) if name == "pes" else 0)
+    assert all(grad.any() for grad in estimate.grads[0][-2:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"std": 0.0}, "std must be positive and finite, not 0.0"),
+        ({"std": math.inf}, "std must be positive and finite, not inf"),
+        ({"pairs": 0}, "pairs must be 1 or more, not 0"),
+    ],
+)
+def test_evolution_that_cannot_be_run_is_named(wrong, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        PersistentEvolution(**wrong)
+
+
 def test_pes_sums_an_episodes_perturbations() -> None:
     student = tiny_student(3, hidden=2)
-    how = Estimator("pes", std=0.01, pairs=2)
-    unroll, begin, batches = one_window(student, how.particles)
-    first = by_evolution(unroll, begin, batches, (1.0, 0.0), numbers, how, [])
-    again = by_evolution(unroll, begin, batches, (1.0, 0.0), numbers, how, first.carried)
+    pes = PersistentEvolution(std=0.01, pairs=2)
+    unroll, begin, batches = one_window(student, pes.particles)
+    first = pes.estimate(unroll, begin, batches, (1.0, 0.0), numbers)
+    again = pes.estimate(unroll, begin, batches, (1.0, 0.0), numbers, carried=first.carried)
     for once, twice in zip(first.carried, again.carried, strict=True):
         assert torch.allclose(2 * once, twice)
 
@@ -324,8 +383,8 @@ def test_pes_resumes(tmp_path) -> None:
         return trainer(
             folder,
             training=EVERY_STEP,
-            stages=(Stage(2, 2, 0.1),),
-            estimator=Estimator("pes", pairs=2),
+            strategy=Stages((Stage(2, 2, 0.1),), 3),
+            estimator=PersistentEvolution(pairs=2),
         )
 
     rows = resumes_to_the_same_bits(run, tmp_path)
@@ -336,8 +395,8 @@ def test_pes_resumes(tmp_path) -> None:
 def test_adversaries_raise_the_loss(kind) -> None:
     student = tiny_student(3)
     steps = {} if kind == "fgsm" else {"steps": 3}
-    plain = through_window(*one_window(student), (1.0, 0.1), numbers)
-    moved = through_window(*one_window(student), (1.0, 0.1), numbers, make({"kind": kind} | steps))
+    plain = through_window(student)
+    moved = through_window(student, perturbation_of(kind, **steps))
     assert moved.loss.item() > plain.loss.item() + 1e-5
     assert not all(map(torch.equal, plain.grads[0], moved.grads[0]))
 
@@ -345,7 +404,7 @@ def test_adversaries_raise_the_loss(kind) -> None:
 def test_fresh_noise_is_not_persistent_noise() -> None:
     student = tiny_student(3)
     plain, fresh, persistent = (
-        through_window(*one_window(student), (1.0, 0.1), numbers, noise).loss.item()
+        through_window(student, noise).loss.item()
         for noise in (
             None,
             Gaussian(0.05, fresh_each_step=True),
@@ -353,9 +412,7 @@ def test_fresh_noise_is_not_persistent_noise() -> None:
         )
     )
     assert len({plain, fresh, persistent}) == 3
-    again = through_window(
-        *one_window(student), (1.0, 0.1), numbers, Gaussian(0.05, fresh_each_step=False)
-    )
+    again = through_window(student, Gaussian(0.05, fresh_each_step=False))
     assert again.loss.item() == persistent
 
 
@@ -364,13 +421,13 @@ def test_validation_is_without_noise(noise, tmp_path) -> None:
     noisy = replace(EVERY_STEP, input_noise=1.0)
 
     def scores(training: Training, perturbation) -> tuple[float, float]:
-        run: Trainer = trainer(
+        run = trainer(
             tmp_path,
             training=training,
             perturbation=perturbation,
             strategy=STRATEGIES["curriculum"],
         )
-        return run._meta_validation(run.strategy.next([])), run._validate(0)
+        return period_score(run), run._validate(0)
 
     assert scores(EVERY_STEP, None) == scores(noisy, noise)
 
@@ -380,7 +437,10 @@ def test_perturbed_runs_resume(kind, tmp_path) -> None:
     def run(folder):
         training = replace(EVERY_STEP, input_noise=0.01)
         return trainer(
-            folder, training=training, stages=(Stage(2, 2, 0.1),), perturbation=make({"kind": kind})
+            folder,
+            training=training,
+            strategy=Stages((Stage(2, 2, 0.1),), 3),
+            perturbation=perturbation_of(kind),
         )
 
     resumes_to_the_same_bits(run, tmp_path)

@@ -10,8 +10,8 @@ from runs import Killed, metrics, trainer
 from torch import Tensor
 
 from amalgam import weight_files
-from amalgam.meta import Amalgamation, Stage, Training, clip_adaptively
-from amalgam.meta.trainer import CHECKPOINT, METRICS, STUDENT
+from amalgam.meta import Amalgamation, Stage, Stages, Training, clip_adaptively
+from amalgam.meta.run_folder import CHECKPOINT, METRICS, STUDENT
 from amalgam.policies import Student
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -21,8 +21,8 @@ def test_a_run_learns(tmp_path) -> None:
     """Meta-training brings the meta-loss of a task it can learn down."""
     run = trainer(
         tmp_path,
-        training=Training(unroll=10, meta_lr=0.01, validate_every=0),
-        stages=(Stage(60, 1, 0.05),),
+        training=Training(meta_lr=0.01, validate_every=0),
+        strategy=Stages((Stage(60, 1, 0.05),), 10),
         amalgamation=Amalgamation(scale_spread=0.0, backend="reference"),
     )
     run.run()
@@ -93,7 +93,8 @@ def test_random_state_outside_does_not_matter(tmp_path) -> None:
     ("changes", "named"),
     [
         ({"seed": 8}, "seed = 7, not 8"),
-        ({"stages": (Stage(3, 1, 0.2),)}, "stages"),
+        ({"strategy": Stages((Stage(3, 1, 0.2),), 4)}, "strategy = Stages"),
+        ({"strategy": Stages((Stage(3, 1, 0.2), Stage(2, 2, 0.05)), 5)}, "unroll=4.*unroll=5"),
         ({"amalgamation": Amalgamation(mechanism="mean")}, "mechanism"),
     ],
 )
@@ -101,6 +102,15 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, changes, named) -> None:
     trainer(tmp_path).run()
     with pytest.raises(ValueError, match=named):
         trainer(tmp_path, **changes).run(resume=True)
+
+
+def test_a_checkpoint_from_before_formats_were_numbered_is_refused(tmp_path) -> None:
+    trainer(tmp_path).run()
+    tensors, about = weight_files.read(tmp_path / CHECKPOINT, "checkpoint")
+    assert about.pop("format") == 2
+    weight_files.write(tmp_path / CHECKPOINT, "checkpoint", tensors, about)
+    with pytest.raises(ValueError, match="format 1, .* format 2 alone; finish that run with the"):
+        trainer(tmp_path).run(resume=True)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
@@ -112,8 +122,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
 
 
 def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
-    run = trainer(tmp_path, training=Training(unroll=4, validate_every=0))
-    (unroll,) = run._unrolls
+    run = trainer(tmp_path, training=Training(validate_every=0))
+    (unroll,) = run._meta_steps.unrolls
     plain = unroll.window
     at = []
 
@@ -144,7 +154,7 @@ def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
 
 
 def test_a_window_without_a_usable_step_is_skipped(tmp_path) -> None:
-    run = trainer(tmp_path, training=Training(unroll=4, validate_every=0))
+    run = trainer(tmp_path, training=Training(validate_every=0))
     run.tasks[0].loss = lambda out, target: out.sum() * math.nan
     before = [w.clone() for w in run.student.weights()]
     run.run()
@@ -183,7 +193,8 @@ def test_clipping_matches_the_authors() -> None:
     [
         (Stage, {"episodes": 0}, "episodes"),
         (Stage, {"imitation_weight": -1.0}, "imitation_weight"),
-        (Training, {"unroll": 0}, "unroll"),
+        (Stages, {"unroll": 0}, "unroll"),
+        (Stages, {"stages": ()}, "stages must hold at least one"),
         (Training, {"meta_lr": 0.0}, "meta_lr"),
         (Training, {"validate_every": -1}, "validate_every"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amalgam.meta.unroll import Amalgamation, Unroll
+from amalgam.meta import Amalgamation, Unroll
 from amalgam.policies import Pool, Student, StudentConfig, Teacher
 from amalgam.tasks import Task
 

@@ -59,10 +59,10 @@ def episode(unroll: Unroll, steps: int = STEPS) -> tuple[Any, list[Any]]:
     """The second window of an episode, where teachers are apart, on batches of each row's own."""
     rows = range(unroll.rows)
     begin = unroll.begin(*(generator_for(row, "episode") for row in rows))
-    of_rows = [unroll.task.batches(generator_for(row, "batches"), steps + 3) for row in rows]
+    by_row = [unroll.task.batches(generator_for(row, "batches"), steps + 3) for row in rows]
     batches = [
-        tuple(torch.stack(parts) for parts in zip(*at, strict=True))
-        for at in zip(*of_rows, strict=True)
+        tuple(torch.stack(parts) for parts in zip(*step, strict=True))
+        for step in zip(*by_row, strict=True)
     ]
     with torch.no_grad():
         return unroll.window(begin, batches[:3]).end, batches[3:]
@@ -277,8 +277,8 @@ def test_a_row_that_stands_still_leaves_the_others_alone() -> None:
 
         theirs: list[list[Tensor]] = []
         for row in range(2):
-            mine = [tuple(t[row : row + 1] for t in batch) for batch in batches]
-            one = alone.window(only(row), mine)
+            own = [tuple(t[row : row + 1] for t in batch) for batch in batches]
+            one = alone.window(only(row), own)
             assert torch.equal(one.end.params[0], window.end.params[row]) or torch.allclose(
                 one.end.params[0], window.end.params[row], rtol=1e-12
             )
@@ -308,7 +308,7 @@ def test_an_update_that_is_not_finite_is_not_taken() -> None:
         assert all(g.isfinite().all() for g in gradients_of(loss, [learner.weights()]))
 
 
-def test_teachers_of_rows_that_share_all_run_once() -> None:
+def test_teachers_by_row_that_share_all_run_once() -> None:
     """Students apart, on one optimizee and the same batches: as if each had teachers of its own."""
     learners = students(3)
     how = Amalgamation(scale_spread=1.0)

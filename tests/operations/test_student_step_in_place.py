@@ -384,7 +384,7 @@ def test_steps_into_memory_that_is_there(backend: str) -> None:
     same = StudentState(*(t.clone() for t in state))
     for target, source in ((apart, state), (same, same)):
         moved = torch.empty_like(grad)
-        step_into((moved, *target), grad, source, weights, settings, backend)
+        step_into(moved, StudentState(*target), grad, source, weights, settings, backend)
         assert torch.equal(moved, update)
         assert all(map(torch.equal, target, new))
 
@@ -406,6 +406,6 @@ def test_memory_to_write_to_is_checked() -> None:
     state = initial_state(grad, weights)
     twice = state._replace(v=state.m)
     with pytest.raises(ValueError, match="share memory"):
-        step_into((torch.empty(8), *twice), grad, state, weights, StepSettings(), "cpu")
+        step_into(torch.empty(8), StudentState(*twice), grad, state, weights, StepSettings(), "cpu")
     with pytest.raises(ValueError, match="must have shape"):
-        step_into((torch.empty(9), *state), grad, state, weights, StepSettings(), "cpu")
+        step_into(torch.empty(9), state, grad, state, weights, StepSettings(), "cpu")

@@ -13,10 +13,8 @@ from places import by_triton, compiled, of_each
 from student_cases import draw, make_state, make_weights, moved, wanting
 from torch import Tensor
 
-from amalgam.backends.pointers import checked_rows
+from amalgam.backends.memory import with_contiguous_rows
 from amalgam.operations import registry
-
-# The package's functions hide the modules of their names.
 from amalgam.operations import student_unroll_backward as module
 from amalgam.ops import (
     StepSettings,
@@ -258,7 +256,7 @@ def test_rows_may_lie_anywhere(backend: str, layout: str) -> None:
 def test_columns_of_a_buffer_are_not_copied() -> None:
     buffer = torch.zeros(6, 100)
     view = buffer[:, 20:80]
-    rows, stride = checked_rows("grads", view, (6, 60), buffer)
+    rows, stride = with_contiguous_rows(view)
     assert rows.data_ptr() == view.data_ptr()
     assert stride == 100
 

@@ -609,6 +609,17 @@ def test_kernels_check_before_they_take_addresses(
         torch.ops.amalgam.teacher_step(**arguments, backend=backend)
 
 
+@pytest.mark.parametrize("kind", [-1, K])
+@pytest.mark.parametrize("name", ["teacher_step_float32", "teacher_step_backward_float32"])
+def test_the_core_refuses_kinds_that_it_does_not_have(name: str, kind: int) -> None:
+    """As one of an older build would where Python knows more kinds than it does."""
+    addresses = [0] * (9 if "backward" in name else 6)
+    function = getattr(core.core().cpu, name)
+    with pytest.raises(ValueError, match=f"kinds must be numbers below {K}, not {kind}"):
+        function(*addresses, n=0, k=1, kinds=[kind], lr=[1.0], beta1=[0.5], beta2=[0.5], eps=[1.0],
+                 threads=1)  # fmt: skip
+
+
 def compiled_for(kernel: str, dtype: torch.dtype, arch: int) -> MachineCode:
     from amalgam.kernels import teacher_step as kernels
 

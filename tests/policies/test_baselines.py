@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from authors import GOLDEN, close, close_by_coordinate
 from torch import Tensor
 
 from amalgam import weight_files
@@ -14,7 +15,6 @@ from amalgam.policies import (
     DM,
     POLICIES,
     AdamLR,
-    LearnedPolicy,
     Policy,
     RMSPropLR,
     RNNPropExt,
@@ -24,7 +24,6 @@ from amalgam.policies import (
     load_policy,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 RECURRENT = {
     "deepmind": (DM, "lstm"),
     "rnnprop_ext": (RNNPropExt, "rnn"),
@@ -34,27 +33,12 @@ RECURRENT = {
 LAYOUT = Layout({"a": (2, 3), "nothing": (0, 4), "b": (), "c": (5,)})
 
 
-def close(ours: Tensor, theirs: np.ndarray, scale: float | None = None) -> None:
-    """Within 1e-5 of the array's largest magnitude, or of a scale."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    bound = 1e-5 * (expected.abs().max().item() if scale is None else scale)
-    assert (ours - expected).abs().max().item() <= bound
-
-
-def close_by_coordinate(ours: Tensor, theirs: np.ndarray) -> None:
-    """Within 1e-5 of each coordinate's largest; gradients span as many decades as coordinates."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    assert ((ours - expected).abs() <= 1e-5 * expected.abs().amax(0)).all()
-
-
 def keras_layout(weight: Tensor, key: str) -> Tensor:
     return weight.T if key.endswith("kernel") else weight
 
 
 def put_golden_weights(policy: Policy, data: Any) -> list[str]:
-    """The golden weights into a policy; their keys."""
+    """Give a policy the golden weights; returns their keys."""
     keys = [key for key in data.files if key.startswith("weight.")]
     with torch.no_grad():
         for weight, key in zip(policy.weights(), keys, strict=True):
@@ -63,7 +47,7 @@ def put_golden_weights(policy: Policy, data: Any) -> list[str]:
 
 
 def check(policy: Policy, data: Any, begin: Any, keys: list[str]) -> Any:
-    """Updates, loss and gradients through all steps against the golden ones; the final state."""
+    """Compare updates, loss and gradients with the golden ones; returns the final state."""
     grads = torch.from_numpy(data["grads"]).double().requires_grad_()
     state, updates = begin, []
     for grad in grads:
@@ -134,7 +118,7 @@ def leaves(state: Any) -> list[Tensor]:
 def test_policies_share_one_interface(kind: str) -> None:
     """A step leaves its arguments alone, is differentiable twice, and takes others' weights."""
     policy = made(kind)
-    assert isinstance(policy, LearnedPolicy)
+    assert isinstance(policy, Policy)
     assert policy.kind == kind
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(LAYOUT.numel, generator=generator, dtype=torch.float64).requires_grad_()
@@ -200,7 +184,7 @@ def test_warm_up_moves_moments_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dm", "scale-hierarchical"])
-def test_warm_up_moves_all_that_the_authors_mask_not(kind: str) -> None:
+def test_warm_up_moves_what_the_authors_do_not_mask(kind: str) -> None:
     policy = made(kind)
     grad = torch.linspace(-1, 1, LAYOUT.numel, dtype=torch.float64)
     begin = policy.initial_state(grad, LAYOUT)
@@ -210,8 +194,8 @@ def test_warm_up_moves_all_that_the_authors_mask_not(kind: str) -> None:
     assert not any(map(torch.equal, warm, begin))
 
 
-def test_tensors_meet_in_the_whole_alone() -> None:
-    """One step of two tensors is each one's own, but for the GRU of the whole."""
+def test_tensors_share_only_the_whole() -> None:
+    """A step of two tensors equals a step of each alone, except in the GRU of the whole."""
     policy = made("scale-hierarchical")
     grad = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     layout = Layout({"a": (3,), "b": (2, 2)})

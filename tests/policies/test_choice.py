@@ -7,37 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from authors import GOLDEN, close, close_by_coordinate, keras_layout
 from torch import Tensor
 
 from amalgam.layout import Layout
 from amalgam.policies import POOLS, Choice, ChoiceConfig, Pool, Teacher, TorchTeacher, load_policy
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPE = (4, 9)
 LAYOUT = Layout({"weight": SHAPE})
 SMALL, LARGE = POOLS["small-shallow"], POOLS["large-shallow"]
-# Which of the op's moments the authors keep, under which name.
+# The op's moments that the authors' files hold, by the end of their names there.
 MOMENTS = {"sgd": {}, "momentum": {"": "m"}, "rmsprop": {"": "v"}}
 BOTH = {".m": "m", ".v": "v"}
-
-
-def close(ours: Tensor, theirs: np.ndarray, scale: float | None = None) -> None:
-    """Within 1e-5 of the array's largest magnitude, or of a scale."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    bound = 1e-5 * (expected.abs().max().item() if scale is None else scale)
-    assert (ours - expected).abs().max().item() <= bound
-
-
-def close_by_coordinate(ours: Tensor, theirs: np.ndarray) -> None:
-    """Within 1e-5 of each coordinate's largest; gradients span as many decades as coordinates."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    assert ((ours - expected).abs() <= 1e-5 * expected.abs().amax(0)).all()
-
-
-def keras_layout(weight: Tensor) -> Tensor:
-    return weight.T if weight.dim() == 2 else weight
 
 
 def golden_choice(data: Any, pool: tuple[Teacher, ...]) -> Choice:
@@ -192,7 +173,7 @@ def test_pool_errors() -> None:
 
 
 def test_pools_by_name() -> None:
-    """The paper's rates, and those that its authors' code has had since."""
+    """The learning rates of the paper, and those of its authors' later code."""
     rates = {
         name: {teacher.kind: teacher.lr for teacher in ChoiceConfig(name).teachers}
         for name in POOLS
@@ -213,7 +194,7 @@ def test_pools_by_name() -> None:
 
 
 def extended(pool: str = "small", **config: Any) -> Choice:
-    """A choice whose heads say something, with weights that depend on the pool alone."""
+    """A choice whose heads are not zero, with weights that depend on the pool alone."""
     generator = torch.Generator().manual_seed(0)
     choice = Choice(ChoiceConfig(pool, hidden=4, **config), generator=generator).double()
     with torch.no_grad():
@@ -261,7 +242,7 @@ def test_gumbel_noise_chooses_as_often_as_the_softmax_says() -> None:
     assert 0.05 < chance < 0.95
     wins = (mixture[0] > mixture[1]).double().mean().item()
     assert abs(wins - chance) <= 5 * math.sqrt(chance * (1 - chance) / n)
-    # Log odds are hardness times what the noise made of the logits' difference.
+    # Log odds are hardness times the difference of the noisy logits; less that without noise.
     odds = (mixture[0] / mixture[1]).log() / 5.0 - math.log(chance / (1 - chance))
     # The difference of two Gumbel variables is logistic: mean 0, variance pi^2 / 3.
     assert abs(odds.mean().item()) <= 5 * math.pi / math.sqrt(3 * n)
@@ -269,7 +250,7 @@ def test_gumbel_noise_chooses_as_often_as_the_softmax_says() -> None:
 
 
 def test_the_noise_is_gumbels_for_any_number_of_teachers() -> None:
-    """Of more than two, only Gumbel's sign and shape give the softmax's chances."""
+    """With more than two teachers, only Gumbel noise gives the softmax's probabilities."""
     choice, soft, n = extended("large", hardness=5.0), extended("large"), 20_000
     grad = torch.full((n,), 0.3, dtype=torch.float64)
     state = choice.initial_state(grad)
@@ -364,4 +345,5 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
 
 
 def test_repr_shows_the_configuration() -> None:
-    assert "ChoiceConfig(teachers=(Teacher(kind='rmsprop'" in repr(Choice())
+    assert "ChoiceConfig(" in repr(Choice())
+    assert "teachers=(Teacher(kind='rmsprop'" in repr(Choice())

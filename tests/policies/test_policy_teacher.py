@@ -40,13 +40,13 @@ def test_it_goes_where_the_policy_goes(kind) -> None:
     params = torch.ones(2, LAYOUT.numel)
     state, own = pool.initial_state(params[0], LAYOUT), policy.initial_state(params[0], LAYOUT)
     for step, grad in enumerate(gradients(6)):
-        told = {"params": params, "layout": LAYOUT, "backend": "reference"}
+        settings = {"params": params, "layout": LAYOUT, "backend": "reference"}
         both = grad.expand(2, -1)
         if step < 2:
-            state = pool.warm_up(both, state, **told)
+            state = pool.warm_up(both, state, **settings)
             own = policy.warm_up(grad, own, layout=LAYOUT)
             continue
-        updates, state = pool.step(both, state, **told)
+        updates, state = pool.step(both, state, **settings)
         update, own = policy.step(grad, own, layout=LAYOUT, backend="reference")
         assert torch.equal(updates[1], update)
         assert not updates.requires_grad
@@ -60,7 +60,7 @@ def test_a_choices_clock_survives_a_file() -> None:
     state = pool.initial_state(torch.zeros(8), LAYOUT)
     for grad in gradients(3):
         _, state = pool.step(grad[None], state, params=torch.zeros(1, 8), layout=LAYOUT)
-    (carried,) = state_from_tensors(state_tensors(state)).torch
+    (carried,) = state_from_tensors(state_tensors(state)).others
     assert carried["steps"] == 3
     assert isinstance(carried["steps"], int)
 
@@ -71,11 +71,11 @@ def test_training_the_policy_further_does_not_move_the_teacher() -> None:
     assert teacher == twin
     assert hash(teacher) == hash(twin)
     grad = gradients(1)[0]
-    before, _ = teacher.step(grad, {}, LAYOUT)
+    before, _ = teacher.step(torch.zeros(8), grad, {}, LAYOUT)
     with torch.no_grad():
         for weight in policy.weights():
             weight.add_(1)
-    assert torch.equal(teacher.step(grad, {}, LAYOUT)[0], before)
+    assert torch.equal(teacher.step(torch.zeros(8), grad, {}, LAYOUT)[0], before)
     assert PolicyTeacher(policy) != teacher
     assert not any(w.requires_grad for w in teacher.policy.weights())
 
@@ -88,7 +88,7 @@ def test_two_of_a_kind_are_told_apart() -> None:
 
 
 def test_an_optimizee_of_real_data_is_trained() -> None:
-    """The choice of two teachers that work lowers the loss of what it trains."""
+    """A choice between two working teachers lowers the loss of the optimizee."""
     task = tasks.load("digits-mlp", 64)
     pool = Pool([PolicyTeacher(make("choice"))])
     params = task.init_params(generator_for(0))[None]

@@ -1,35 +1,15 @@
 """The student computes what the authors' code computes, starts as theirs does, refuses nonsense."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from authors import GOLDEN, close, close_by_coordinate, keras_layout
 from torch import Tensor
 
 from amalgam.policies import Student, StudentConfig
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def close(ours: Tensor, theirs: np.ndarray) -> None:
-    """Within 1e-5 of the array's largest magnitude."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def close_by_coordinate(ours: Tensor, theirs: np.ndarray) -> None:
-    """Within 1e-5 of each coordinate's largest; gradients span as many decades as coordinates."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    assert ((ours - expected).abs() <= 1e-5 * expected.abs().amax(0)).all()
-
-
-def keras_layout(weight: Tensor) -> Tensor:
-    return weight.T if weight.dim() == 2 else weight
 
 
 def golden_student(data: Any, layers: int) -> Student:
@@ -74,7 +54,7 @@ def test_student_matches_the_authors(name: str, layers: int, backend: str) -> No
 
 
 def test_float32_student_stays_within_its_rounding() -> None:
-    """Twice the sum of 12 steps' roundings, one of the longest dot product (42 terms) each."""
+    """The bound is twice 12 steps' rounding, each that of the longest dot product (42 terms)."""
     data = np.load(GOLDEN / "rnnprop.npz")
     runs = []
     for dtype in (torch.float32, torch.float64):
@@ -110,9 +90,10 @@ def test_initial_weights_are_keras_like(layers: int, hidden: int) -> None:
 
 
 def glorot_uniform(weight: Tensor, fan: int) -> None:
-    """Inside the bound, near it somewhere, and of a uniform's deviation within 5 standard errors.
+    """Check that values lie within the bound, come near it, and vary as a uniform's do.
 
-    The deviation of a uniform's sample variance is sqrt(4/5) / sqrt(n) of it (its kurtosis is 1.8).
+    Their variance may be off by 5 standard errors. The deviation of a uniform's sample variance is
+    sqrt(4/5) / sqrt(n) of it (its kurtosis is 1.8).
     """
     bound = math.sqrt(6 / fan)
     assert weight.abs().max() <= bound
@@ -207,4 +188,5 @@ def test_step_errors_reach_the_caller() -> None:
 
 
 def test_repr_shows_the_configuration() -> None:
-    assert "StudentConfig(layers=2, hidden=20" in repr(Student())
+    assert "StudentConfig(" in repr(Student())
+    assert "layers=2, hidden=20" in repr(Student())

@@ -1,17 +1,16 @@
 """The teachers compute what the authors' code computes, one alone and all side by side."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from authors import GOLDEN, close, close_by_coordinate
 from torch import Tensor
 
 from amalgam import ops
 from amalgam.policies import LEARNING_RATES, Pool, Teacher
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {kind: f"teacher_{kind.replace('_', '')}.npz" for kind in ops.KINDS}
 # The adaptive variants ran at the plain ones' rate, 0.1; the paper rates neither.
 GOLDEN_TEACHERS = {kind: Teacher(kind, 0.1 if "adaptive" in kind else None) for kind in ops.KINDS}
@@ -19,21 +18,6 @@ GOLDEN_TEACHERS = {kind: Teacher(kind, 0.1 if "adaptive" in kind else None) for 
 
 def golden(kind: str) -> Any:
     return np.load(GOLDEN / FILES[kind])
-
-
-def close(ours: Tensor, theirs: np.ndarray, scale: float | None = None) -> None:
-    """Within 1e-5 of the array's largest magnitude, or of a scale."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    bound = 1e-5 * (expected.abs().max().item() if scale is None else scale)
-    assert (ours - expected).abs().max().item() <= bound
-
-
-def close_by_coordinate(ours: Tensor, theirs: np.ndarray) -> None:
-    """Within 1e-5 of each coordinate's largest."""
-    expected = torch.from_numpy(theirs).double()
-    assert ours.shape == expected.shape
-    assert ((ours - expected).abs() <= 1e-5 * expected.abs().amax(0)).all()
 
 
 def unroll(pool: Pool, grads: Tensor, backend: str = "reference") -> tuple[Tensor, Any]:
@@ -115,6 +99,11 @@ def test_adam_is_torchs_without_its_correction_for_time() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
+    assert LEARNING_RATES == {
+        **{"sgd": 0.2, "momentum": 0.5, "rmsprop": 0.005, "adam": 0.005},
+        **{"powersign": 0.1, "addsign": 0.1},
+        **{"adaptive_powersign": 0.005, "adaptive_addsign": 0.005},  # RMSProp's: it rates neither
+    }
     for kind, lr in LEARNING_RATES.items():
         teacher = Teacher(kind)
         assert (teacher.lr, teacher.beta1, teacher.eps) == (lr, 0.9, 1e-10)

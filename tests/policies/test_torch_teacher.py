@@ -1,4 +1,4 @@
-"""Torch's optimizers as teachers go where the same optimizers go on a module."""
+"""Torch's optimizers as teachers reach the parameters that they reach on a module."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from amalgam.layout import Layout
 from amalgam.policies import (
-    MixedPoolState,
     Pool,
     PoolState,
     Teacher,
@@ -142,8 +141,8 @@ def test_resumed_pools_go_on_to_the_same_bits(name: str) -> None:
 def test_a_state_comes_back_as_it_was() -> None:
     pool = Pool([TorchTeacher(Counting)])
     _, state = run(pool, start(), pool.initial_state(start()[0]), gradients(2))
-    (carried,) = state_from_tensors(state_tensors(state)).torch
-    assert carried == state.torch[0]
+    (carried,) = state_from_tensors(state_tensors(state)).others
+    assert carried == state.others[0]
     types = {key: type(value) for key, value in carried.items() if key[0] in "0g"}
     assert types == {
         "0/count": int,
@@ -166,11 +165,20 @@ def test_analytical_states_keep_their_form() -> None:
         state_from_tensors({"m": state.m})
 
 
+def test_states_of_earlier_versions_are_refused() -> None:
+    state = Pool(["adam"]).initial_state(torch.zeros(3))
+    old = {**state_tensors(state), "torch": torch.tensor(1), "torch.0.0/step:int": torch.tensor(2)}
+    with pytest.raises(ValueError, match="earlier version of amalgam.*begin the run anew"):
+        state_from_tensors(old)
+
+
 def test_a_mixed_pool_is_its_teachers_side_by_side() -> None:
     teachers = [TEACHERS["adamw"], "momentum", MUON, Teacher("adam", 0.02), "sgd"]
     pool, grads, params = Pool(teachers), list(gradients(4, k=5)), start(5)
     together, state = run(pool, params, pool.initial_state(params[0]), iter(grads))
-    assert isinstance(state, MixedPoolState)
+    assert isinstance(state, PoolState)
+    assert len(state.m) == 3
+    assert len(state.others) == 2
     for k, teacher in enumerate(teachers):
         alone = Pool([teacher])
         row = slice(k, k + 1)
@@ -205,7 +213,7 @@ def test_steps_work_without_gradient_mode() -> None:
 
 
 def test_warm_up_moves_the_state_and_not_the_parameters() -> None:
-    """After warm-up Adam is where two steps at the warm parameters would have left its moments."""
+    """Warm-up leaves Adam's moments as two steps with the same gradients do."""
     pool, params = Pool([TEACHERS["adam"], "sgd"]), start(2)
     state = pool.initial_state(params[0])
     kept = params.clone()
@@ -215,9 +223,9 @@ def test_warm_up_moves_the_state_and_not_the_parameters() -> None:
     m = torch.zeros(LAYOUT.numel, dtype=torch.float64)
     for grads in gradients(2, k=2):
         m = 0.9 * m + 0.1 * grads[0]
-    found = torch.cat([state.torch[0][f"{i}/exp_avg"].flatten() for i in range(len(SHAPES))])
+    found = torch.cat([state.others[0][f"{i}/exp_avg"].flatten() for i in range(len(SHAPES))])
     assert torch.allclose(found, m, rtol=1e-12)
-    assert state.torch[0]["0/step"] == 2
+    assert state.others[0]["0/step"] == 2
 
 
 def test_teachers_that_did_not_move_keep_their_state() -> None:
@@ -228,7 +236,7 @@ def test_teachers_that_did_not_move_keep_their_state() -> None:
     kept = pool.keep(torch.tensor([True, False, True, False]), new, old)
     assert torch.equal(kept.m, torch.stack((new.m[0], old.m[1])))
     assert torch.equal(kept.v, torch.stack((new.v[0], old.v[1])))
-    assert kept.torch == (old.torch[0], new.torch[1])
+    assert kept.others == (old.others[0], new.others[1])
     plain = Pool(["adam", "sgd"])
     old, new = PoolState(start(2), start(2)), PoolState(start(2) + 1, start(2) + 2)
     kept = plain.keep(torch.tensor([False, True]), new, old)

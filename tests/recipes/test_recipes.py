@@ -7,9 +7,18 @@ from dataclasses import replace
 import pytest
 
 from amalgam import recipes
-from amalgam.meta import Curriculum, Repeat, Training, perturbation
+from amalgam.meta import (
+    Curriculum,
+    PersistentEvolution,
+    Repeat,
+    Stages,
+    Training,
+    Truncation,
+)
 from amalgam.meta.curriculum import choice_strategy, simple
+from amalgam.meta.perturbation import FGSM, PGD, AdaptivePGD, Gaussian
 from amalgam.policies import (
+    POLICIES,
     ChoiceConfig,
     PolicyTeacher,
     ScaleHierarchicalConfig,
@@ -45,17 +54,18 @@ def test_defaults_and_overrides(minimal) -> None:
     recipe = recipes.load(
         minimal,
         [
-            "training.unroll=7",
+            "strategy.kind=stages",
+            "strategy.unroll=7",
             "teachers.0.lr=0.01",
             "amalgamation.mechanism=mean",
-            "stages=[{episodes=2, windows=3}]",
+            "strategy.stages=[{episodes=2, windows=3}]",
             "evaluation.tasks=['digits-cnn']",
         ],
     )
-    assert recipe.training.unroll == 7
+    assert recipe.strategy.settings.unroll == 7
     assert recipe.teachers[0].lr == 0.01
     assert recipe.amalgamation.mechanism == "mean"
-    assert [(s.episodes, s.windows) for s in recipe.stages] == [(2, 3)]
+    assert [(s.episodes, s.windows) for s in recipe.strategy.settings.stages] == [(2, 3)]
     assert recipe.evaluation.tasks == ("digits-cnn",)
     assert json.loads(json.dumps(recipe.as_dict())) == recipe.as_dict()
 
@@ -63,13 +73,17 @@ def test_defaults_and_overrides(minimal) -> None:
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("training.unrol=3", "'training.unrol'; the nearest is 'training.unroll'"),
+        ("training.optimizes=3", "'training.optimizes'; the nearest is 'training.optimizees'"),
         ("unroll=3", "there is no key 'unroll'"),
-        ("stages.0.windowz=2", "nothing"),
-        ("training.unroll=0", "unroll must be 1 or more, not 0"),
-        ("training.unroll='3'", "training.unroll: .*valid integer, not '3'"),
-        ("training.unroll=3.5", "training.unroll: .*valid integer, not 3.5"),
-        ("training.unroll=true", "training.unroll"),
+        ("strategy.unrol=3", "'strategy.unrol'; the nearest is 'strategy.unroll'"),
+        ("strategy.stages.0.windowz=2", "stages.0.windowz'; the nearest is .*stages.0.windows'"),
+        ("strategy.unroll=0", "strategy: unroll must be 1 or more, not 0"),
+        ("strategy.stages.0.windows=0", "strategy.stages.0: windows must be 1 or more, not 0"),
+        ("strategy.unroll='3'", "strategy.unroll: .*valid integer, not '3'"),
+        ("strategy.unroll=3.5", "strategy.unroll: .*valid integer, not 3.5"),
+        ("strategy.unroll=true", "strategy.unroll"),
+        ("training.optimizees=0", "training: optimizees must be 1 or more, not 0"),
+        ("training.optimizees='3'", "training.optimizees: .*valid integer, not '3'"),
         ("amalgamation.second_order=1", "amalgamation.second_order: .*boolean, not 1"),
         ("amalgamation.mechanism=max", "amalgamation.mechanism: .*'mean' or 'min-max', not 'max'"),
         ("amalgamation.backend=gpu", "backend must be one of"),
@@ -80,7 +94,11 @@ def test_defaults_and_overrides(minimal) -> None:
         ("task.name=digits", "did you mean"),
         ("task.batch_size=9999", "batch_size must be between 1 and the 1437"),
         ("evaluation.seeds=0", "seeds must be 1 or more"),
-        ("stages=[]", "at least one stage"),
+        ("strategy.stages=[]", "strategy: stages must hold at least one stage"),
+        ("tasks=[]", "task and tasks can't both be given"),
+        ("stages=[]", r"no key 'stages' any more; write \[strategy\] with kind = \"stages\", and"),
+        ("stages.0.episodes=3", "no key 'stages' any more"),
+        ("training.unroll=3", "no key 'training.unroll' any more; it is strategy.unroll now"),
         ("task.name.x=1", "which has no keys"),
         ("threads=0", "threads must be 1 or more"),
         ("device=gpu", "device must be 'auto', 'cpu', 'cuda' or 'cuda:NUMBER', not 'gpu'"),
@@ -91,9 +109,9 @@ def test_defaults_and_overrides(minimal) -> None:
     ],
 )
 def test_bad_keys_are_named(minimal, override, named) -> None:
-    if override.startswith("stages.0"):
-        minimal.write_text(MINIMAL + "[[stages]]\nepisodes = 1\n")
-        named = "'stages.0.windowz'; the nearest is 'stages.0.windows'"
+    if override.startswith("strategy"):
+        stages = '[strategy]\nkind = "stages"\n[[strategy.stages]]\nepisodes = 1\n'
+        minimal.write_text(MINIMAL + stages)
     with pytest.raises(RecipeError, match=named):
         recipes.load(minimal, [override])
 
@@ -116,7 +134,7 @@ others = { kind = "torch.optim.AdamW", arguments = { lr = 0.01, betas = [0.9, 0.
 kind = "policy"
 file = "digits"
 [policy]
-kind = "scale"
+kind = "scale-hierarchical"
 param_units = 5
 [strategy]
 kind = "simple"
@@ -147,7 +165,7 @@ def test_tables_of_a_kind(kinds) -> None:
         ("digits-mlp", 1.0),
         ("digits-cnn", 0.5),
     ]
-    adam, muon, student = recipe.pool()
+    adam, muon, student = recipe.pool.teachers
     assert adam == Teacher("adam", 0.01)
     others = ("torch.optim.AdamW", {"lr": 0.01, "betas": (0.9, 0.99)})
     assert muon == TorchTeacher("torch.optim.Muon", {"lr": 0.02}, others=others)
@@ -156,26 +174,37 @@ def test_tables_of_a_kind(kinds) -> None:
     assert recipe.strategy.settings == simple(
         unroll=7, windows=(1, 2), imitation_weight=(0.2, 0.1, 0.05, 0.02)
     )
-    assert recipe.perturbation.settings == perturbation.make({"kind": "gaussian_rel", "std": 2e-3})
-    assert (recipe.estimator.pairs, recipe.memory.budget) == (3, "1GiB")
+    assert recipe.perturbation.settings == Gaussian(2e-3, relative=True)
+    assert recipe.estimator.settings == PersistentEvolution(pairs=3)
+    assert recipe.memory.budget == "1GiB"
     assert recipes.from_dict(recipe.as_dict()) == recipe
-    assert "stages" not in recipe.as_dict()
 
 
-@pytest.mark.parametrize("kind", recipes.POLICIES)
+@pytest.mark.parametrize("kind", POLICIES)
 def test_every_policy_has_a_name(kind, minimal) -> None:
     recipe = recipes.load(minimal, [f"policy.kind={kind}", "policy.warmup_steps=7"])
-    policy = recipes.POLICIES[kind]
+    policy = POLICIES[kind]
     assert recipe.policy.settings == policy.config_type(warmup_steps=7)
     assert recipes.from_dict(recipe.as_dict()) == recipe
     with pytest.raises(RecipeError, match=r"'policy.warmup_stepz'; the nearest is .*warmup_steps'"):
         recipes.load(minimal, [f"policy.kind={kind}", "policy.warmup_stepz=7"])
 
 
-@pytest.mark.parametrize("kind", ["curriculum", "repeat", "simple", "choice"])
+def test_a_strategy_that_is_none_is_stages_and_a_table_has_a_kind(minimal) -> None:
+    """No table without a kind: it was a curriculum once, and stages have the same keys."""
+    recipe = recipes.load(minimal)
+    assert recipe.strategy.settings == Stages()
+    assert recipe.estimator.settings == Truncation()
+    assert recipe.as_dict()["strategy"]["unroll"] == 100
+    with pytest.raises(RecipeError, match=r"strategy: kind is missing; it must be .*'stages', 'cu"):
+        recipes.load(minimal, ["strategy.unroll=7"])
+
+
+@pytest.mark.parametrize("kind", ["stages", "curriculum", "repeat", "simple", "choice"])
 def test_every_strategy_has_a_name(kind, minimal) -> None:
     recipe = recipes.load(minimal, [f"strategy.kind={kind}"])
     made = {
+        "stages": Stages(),
         "curriculum": Curriculum(),
         "repeat": Repeat(),
         "simple": simple(),
@@ -185,18 +214,34 @@ def test_every_strategy_has_a_name(kind, minimal) -> None:
     assert recipes.from_dict(recipe.as_dict()) == recipe
 
 
-@pytest.mark.parametrize("preset", perturbation.PRESETS.values(), ids=str)
-def test_every_preset_of_a_perturbation_is_a_table(preset, minimal) -> None:
-    content = tomllib.loads(minimal.read_text()) | {"perturbation": preset}
+PRESETS = [
+    ({"kind": "gaussian", "std": 1e-3}, Gaussian(1e-3)),
+    ({"kind": "gaussian_rel", "std": 5e-4}, Gaussian(5e-4, relative=True)),
+    ({"kind": "fgsm", "step_size": 1e-3}, FGSM(1e-3)),
+    (
+        {"kind": "pgd", "steps": 1, "magnitude": 1e-4, "norm": "inf", "lr": 0.1},
+        PGD(1, 1e-4, "inf", 0.1),
+    ),
+    ({"kind": "cgd", "steps": 1, "magnitude": 1e-3}, AdaptivePGD(1, 1e-3, normalise=False)),
+]
+
+
+@pytest.mark.parametrize(("table", "made"), PRESETS, ids=[table["kind"] for table, _ in PRESETS])
+def test_every_preset_of_the_authors_perturbations_is_a_table(table, made, minimal) -> None:
+    content = tomllib.loads(minimal.read_text()) | {"perturbation": table}
     recipe = recipes.from_dict(content)
-    assert recipe.perturbation.settings == perturbation.make(preset)
+    assert recipe.perturbation.settings == made
     assert recipes.from_dict(recipe.as_dict()) == recipe
 
 
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("policy.kind=scal", "policy: kind must be one of .* not 'scal'; did you mean 'scale'"),
+        ("policy.kind=scale-hier", "policy: kind must be .*; did you mean 'scale-hierarchical'"),
+        ("policy.kind=rnnprop_ext", "policy: kind 'rnnprop_ext' is now called 'rnnprop-ext'"),
+        ("policy.kind=adam_lr", "policy: kind 'adam_lr' is now called 'adam-lr'"),
+        ("policy.kind=rmsprop_lr", "policy: kind 'rmsprop_lr' is now called 'rmsprop-lr'"),
+        ("policy.kind=scale", "policy: kind 'scale' is now called 'scale-hierarchical'"),
         ("policy.hidden=3", "'policy.hidden'; the nearest is"),
         ("policy.param_units='5'", "policy.param_units: .*valid integer, not '5'"),
         ("policy.param_units=0", "policy: param_units must be 1 or more, not 0"),
@@ -208,19 +253,25 @@ def test_every_preset_of_a_perturbation_is_a_table(preset, minimal) -> None:
         ("strategy.unroll=0", "strategy: unroll must be 1 or more"),
         ("strategy.imitation_weight=il_mor", "did you mean 'il_more'"),
         ("strategy.validation.unrol=3", "no key 'strategy.validation.unrol'"),
-        ("stages=[{episodes=1}]", "stages and strategy can't both be given"),
-        ("replicates=2", "replicates must be 1 with a strategy, .* not 2"),
+        ("strategy.stages=[{episodes=1}]", "no key 'strategy.stages'"),
+        ("strategy.kind=stagez", "strategy: kind must be .*; did you mean 'stages'"),
+        ("strategy.kind=[3]", r"strategy: kind must be one of .*, not \[3\]"),
+        ("replicates=2", "replicates must be 1 with a strategy that .* as 'simple' does, not 2"),
         ("replicates=0", "replicates must be 1 or more, not 0"),
-        ("estimator.kind=es", "estimator.kind: .*'truncation' or 'pes', not 'es'"),
-        ("estimator.std=0.0", "std must be positive"),
+        ("estimator.kind=es", r"estimator: kind must be one of \['truncation', 'pes'\], not 'es'"),
+        ("estimator.kind=truncation", "no key 'estimator.pairs'"),
+        ("estimator.std=0.0", "estimator: std must be positive"),
         ("memory.budget=much", "budget must read as in '4GiB'"),
         ("perturbation.kind=gauss", "did you mean 'gaussian'"),
+        ("perturbation={}", "perturbation: kind is missing; it must be one of .*'cgd'"),
+        ("perturbation={kind='fgsm', step=0.1}", "'perturbation.step'; the nearest is .*step_size"),
+        ("perturbation={kind='cgd', normalise=true}", "no key 'perturbation.normalise'"),
         ("perturbation.stdd=1.0", "'perturbation.stdd'; the nearest is 'perturbation.std'"),
         ("perturbation.relative=true", "no key 'perturbation.relative'"),
         ("perturbation.std=x", "perturbation.std: .*valid number, not 'x'"),
         ("tasks.1.weight=0", "weight must be positive and finite, not 0"),
         ("task.name=digits-mlp", "task and tasks can't both be given"),
-        ("teachers.1.kind=torch.optim.Muom", "teachers.1: optimizer must be a class .*'torch.opti"),
+        ("teachers.1.kind=torch.optim.Muom", "teachers.1: kind must be a class .*'torch.optim.M"),
         ("teachers.1.arguments={lrr=1}", "can't be made"),
         ("teachers.1.others={knd=1}", "others must hold kind and arguments"),
         ("teachers.1.argument={}", "'teachers.1.argument'; the nearest is 'teachers.1.arguments'"),
@@ -240,9 +291,13 @@ def test_a_choice_comes_instead_of_teachers(tmp_path) -> None:
     recipe = recipes.load(path, ["choice.strategy.num_periods=2"])
     assert recipe.choice.policy == ChoiceConfig("large")
     assert recipe.choice.strategy.settings == replace(choice_strategy(), num_periods=2)
-    assert recipe.pool() == ()
+    assert recipe.pool.teachers == ()
     assert recipes.from_dict(recipe.as_dict()) == recipe
-    assert recipes.load(path, ["choice.training.unroll=3"]).choice.training == Training(unroll=3)
+    assert recipes.load(path, ["choice.training.meta_lr=0.5"]).choice.training == Training(
+        meta_lr=0.5
+    )
+    with pytest.raises(RecipeError, match=r"choice.training.unroll' any more; it is choice.strat"):
+        recipes.load(path, ["choice.training.unroll=3"])
     with pytest.raises(RecipeError, match=r"'choice.policy.teacher'; the nearest is"):
         recipes.load(path, ["choice.policy.teacher=small"])
 

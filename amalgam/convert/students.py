@@ -1,4 +1,4 @@
-"""The authors' released students into ours.
+"""Converts the authors' released students into ours.
 
 Two sources are read: an ``.npz`` of many students, with keys such as
 ``"min-max/1/recurrent/0/kernel"``, and a TensorFlow checkpoint as their ``package()`` writes it, a
@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from amalgam.convert.tensor_bundle import TensorBundle
 from amalgam.policies.student import Student, StudentConfig
-from amalgam.tensor_bundle import TensorBundle
 from amalgam.version import __version__
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -183,24 +183,6 @@ def student_from_keras(
         for weight, tensor in zip(student.weights(), ours, strict=True):
             weight.copy_(tensor)
     return student
-
-
-def npz_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The students in an ``.npz``, sorted.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What :func:`convert` takes as ``key``; ``""`` for one whose arrays have no prefix.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a whole ``.npz``.
-    """
-    path = Path(path)
-    with _open_npz(path) as file:
-        return _keys(file.files)
 
 
 def read_npz(

@@ -170,8 +170,8 @@ def _read_table(table: bytes, path: str) -> dict[bytes, bytes]:
     if len(table) < _FOOTER or int.from_bytes(table[-8:], "little") != _MAGIC:
         raise ValueError(f"{path!r} does not end as a TensorFlow index does; was it cut short?")
     body, footer = table[:-_FOOTER], table[-_FOOTER:-8]
-    _, _, at = _handle(footer, 0, path)
-    offset, size, _ = _handle(footer, at, path)
+    _, _, position = _handle(footer, 0, path)
+    offset, size, _ = _handle(footer, position, path)
     pairs: dict[bytes, bytes] = {}
     last: bytes | None = None
     for _, value in _entries(_block(body, offset, size, path), path):
@@ -207,34 +207,34 @@ def _entries(block: bytes, path: str) -> Iterator[tuple[bytes, bytes]]:
     end = len(block) - 4 - 4 * restarts
     if len(block) < 4 or end < 0:
         raise ValueError(f"{path!r} is damaged: a block has no room for its restarts")
-    at, key = 0, b""
-    while at < end:
-        shared, at = _varint(block, at, path)
-        fresh, at = _varint(block, at, path)
-        length, at = _varint(block, at, path)
-        if shared > len(key) or at + fresh + length > end:
+    position, key = 0, b""
+    while position < end:
+        shared, position = _varint(block, position, path)
+        fresh, position = _varint(block, position, path)
+        length, position = _varint(block, position, path)
+        if shared > len(key) or position + fresh + length > end:
             raise ValueError(f"{path!r} is damaged: an entry passes the end of its block")
-        key = key[:shared] + block[at : at + fresh]
-        at += fresh + length
-        yield key, block[at - length : at]
+        key = key[:shared] + block[position : position + fresh]
+        position += fresh + length
+        yield key, block[position - length : position]
 
 
-def _handle(data: bytes, at: int, path: str) -> tuple[int, int, int]:
+def _handle(data: bytes, position: int, path: str) -> tuple[int, int, int]:
     """Offset and size of a block, and where the handle ends."""
-    offset, at = _varint(data, at, path)
-    size, at = _varint(data, at, path)
-    return offset, size, at
+    offset, position = _varint(data, position, path)
+    size, position = _varint(data, position, path)
+    return offset, size, position
 
 
-def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:
+def _varint(data: bytes, position: int, where: str) -> tuple[int, int]:
     """An unsigned number in base 128, and where it ends."""
     value = 0
-    for index, byte in enumerate(data[at : at + 10]):
+    for index, byte in enumerate(data[position : position + 10]):
         value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             if value >> 64:
                 break
-            return value, at + index + 1
+            return value, position + index + 1
     raise ValueError(f"{where} is damaged: a number is cut short or too long")
 
 
@@ -245,24 +245,24 @@ def _signed(value: int) -> int:
 
 def _fields(message: bytes, where: str) -> Iterator[tuple[int, int, int | bytes]]:
     """Field number, wire type and value of everything in a protobuf message."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at, where)
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position, where)
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
-            value, at = _varint(message, at, where)
+            value, position = _varint(message, position, where)
             yield number, wire, value
             continue
         if wire == _BYTES:
-            length, at = _varint(message, at, where)
+            length, position = _varint(message, position, where)
         elif wire in (_FIXED64, _FIXED32):
             length = 8 if wire == _FIXED64 else 4
         else:
             raise ValueError(f"{where} is damaged: there is no protobuf wire type {wire}")
-        if at + length > len(message):
+        if position + length > len(message):
             raise ValueError(f"{where} is damaged: field {number} passes its end")
-        part = message[at : at + length]
-        at += length
+        part = message[position : position + length]
+        position += length
         yield number, wire, part if wire == _BYTES else int.from_bytes(part, "little")
 
 

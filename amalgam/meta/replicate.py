@@ -1,0 +1,118 @@
+"""One student in training: its weights, its meta-optimizer, and its best meta-validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amalgam import nests
+from amalgam.meta import distributed
+from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.training import Training
+from amalgam.policies import Policy
+
+# Torch's eps stands beside the bias-corrected root, as Keras's nearly does; this is Keras's value.
+_META_EPS = 1e-7
+
+
+class Replicate:
+    """One student of a run, and what changes with it.
+
+    Args:
+        student: The student, trained in place.
+        training: How.
+
+    Attributes:
+        student: The student.
+        skipped_meta_steps: Meta-steps whose gradient was not finite.
+        best_score: The lowest score of its meta-validations so far; infinite before the first.
+        best_meta_step: The meta-step of that validation.
+    """
+
+    def __init__(self, student: Policy, training: Training) -> None:
+        self.student = student
+        self.skipped_meta_steps = 0
+        self.best_score = math.inf
+        self.best_meta_step = 0
+        self._training = training
+        self._best = _weights_of(student)
+        self._optimizer = torch.optim.Adam(student.parameters(), lr=training.meta_lr, eps=_META_EPS)
+
+    def update(self, loss: Tensor, grads: Sequence[Tensor] | None, moved: bool) -> float:
+        """One step of the meta-optimizer, unless the meta-gradient is not finite.
+
+        Args:
+            loss: The student's loss in this process, a scalar.
+            grads: The meta-gradient of this process; ``None`` for zero.
+            moved: Whether the student took any step in the window. Where it took none in any
+                process, the meta-gradient counts as not finite.
+
+        Returns:
+            The norm of the meta-gradient, averaged over the processes.
+        """
+        weights = self.student.weights()
+        own = list(grads) if grads is not None else [torch.zeros_like(w) for w in weights]
+        loss_and_moved = torch.stack((loss, torch.full_like(loss, float(moved))))
+        *means, loss_and_moved = distributed.average([*own, loss_and_moved])
+        mean_loss, share_moved = loss_and_moved.tolist()
+        norm = torch.nn.utils.get_total_norm(means).item() if share_moved else math.nan
+        if not math.isfinite(norm) or not math.isfinite(mean_loss):
+            self.skipped_meta_steps += 1
+            return norm
+        clipped = clip_adaptively(
+            weights, means, ratio=self._training.clip_ratio, floor=self._training.clip_floor
+        )
+        for weight, grad in zip(weights, clipped, strict=True):
+            weight.grad = grad.detach()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def note_score(self, score: float, meta_step: int) -> None:
+        """Remember the weights if a meta-validation's score is the lowest so far."""
+        if score < self.best_score:
+            self.best_score = score
+            self.best_meta_step = meta_step
+            self._best = _weights_of(self.student)
+
+    def take_best(self) -> None:
+        """Give the student the weights of its best meta-validation."""
+        self.student.load_state_dict(self._best)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, best weights and the meta-optimizer's state by name, for a file."""
+        named = nests.prefixed("student", _weights_of(self.student))
+        named |= nests.prefixed("best", self._best)
+        for number, state in self._optimizer.state_dict()["state"].items():
+            named |= nests.prefixed(f"optimizer.{number}", state)
+        return named
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`tensors` gave."""
+        self.student.load_state_dict(nests.under("student", named))
+        self._best = nests.under("best", named)
+        state = nests.by_number(nests.under("optimizer", named))
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def to_json(self) -> dict[str, Any]:
+        """The rest, as JSON can hold it."""
+        return {
+            "skipped_meta_steps": self.skipped_meta_steps,
+            "best_score": repr(self.best_score),
+            "best_meta_step": self.best_meta_step,
+        }
+
+    def load_json(self, stored: Mapping[str, Any]) -> None:
+        """Take over what :meth:`to_json` gave."""
+        self.skipped_meta_steps = stored["skipped_meta_steps"]
+        self.best_score = float(stored["best_score"])
+        self.best_meta_step = stored["best_meta_step"]
+
+
+def _weights_of(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}

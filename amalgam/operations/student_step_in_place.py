@@ -1,0 +1,446 @@
+"""``student_step_``: the student's step in place over many tensors, as it trains models.
+
+The formulas are those of :mod:`amalgam.operations.student_step`. Parameters and states stay where
+they are from step to step, so :class:`StudentTensors` holds them: they are checked once, and
+backends keep what they make of their addresses, until one of them moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amalgam.operations import lstm, registry
+from amalgam.operations.checks import check_distinct, check_floating
+from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
+from amalgam.operations.student_step import (
+    DEFAULTS,
+    FEATURES,
+    OUTPUTS,
+    SETTINGS_SCHEMA,
+    StepSettings,
+    StudentState,
+    check_state,
+    update_moments,
+)
+
+_NAME = "student_step_"
+CHUNK = 16384
+_dtype, _device, _shape = attrgetter("dtype"), attrgetter("device"), attrgetter("shape")
+
+
+class StudentTensors:
+    """Parameters and their states, which steps in place write to.
+
+    Args:
+        params: Parameters of any shape S and floating-point dtype.
+        states: Their states, with m, v of the parameter's shape S and h, c of shape
+            (layers, hidden, *S), contiguous.
+
+    Attributes:
+        params: The parameters.
+        m: Their first moments; and ``v``, ``h``, ``c`` likewise.
+        made: What backends keep with these tensors, by a key of theirs; emptied when one moves.
+    """
+
+    def __init__(self, params: Sequence[Tensor], states: Sequence[StudentState]) -> None:
+        self.params = list(params)
+        self.m, self.v, self.h, self.c = (
+            [list(column) for column in zip(*states, strict=True)] if states else ([], [], [], [])
+        )
+        self.made: dict[Any, Any] = {}
+        self._checked: list[Any] = []
+
+    def written(self) -> list[Tensor]:
+        """All tensors that a step writes to."""
+        return [*self.params, *self.m, *self.v, *self.h, *self.c]
+
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Hold the tensors against each other and the weights, unless they are as last time.
+
+        Raises:
+            TypeError: One is not a floating-point tensor.
+            ValueError: Shapes, dtypes or devices do not fit, a state is not contiguous, or two
+                tensors share memory.
+        """
+        lstm.check_weights(weights, self.h[0], self.m[0], FEATURES, OUTPUTS)
+        if self._checked and self._checked == self._stamp():
+            return
+        self._checked = []
+        self._check()
+        self.made.clear()
+        self._checked = self._stamp()
+
+    def _stamp(self) -> list[Any]:
+        """What a change of which has the tensors checked again, and addresses read again."""
+        written = self.written()
+        return [
+            list(map(Tensor.data_ptr, written)),
+            list(map(Tensor.numel, written)),
+            list(map(_dtype, self.params)),
+            list(map(Tensor.is_contiguous, self.params)),
+        ]
+
+    def _check(self) -> None:
+        m, h = self.m[0], self.h[0]
+        check_floating("state.m", m)
+        cells_like = h if (h.dtype, m.dtype) == (torch.bfloat16, torch.float32) else m
+        states = map(StudentState, self.m, self.v, self.h, self.c)
+        for param, state in zip(self.params, states, strict=True):
+            check_floating("params", param)
+            check_state(state, param.shape, h.shape[:2], m, cells_like)
+            for name, tensor in state._asdict().items():
+                if not tensor.is_contiguous():
+                    raise ValueError(f"state.{name} must be contiguous")
+            if param.device != m.device:
+                raise ValueError(f"params must be on {m.device}, not on {param.device}")
+            if param.is_sparse or param.is_quantized:
+                raise ValueError(f"params must be dense tensors, not {param.layout}")
+        check_distinct("params and states", self.written())
+
+
+class InPlaceStep(NamedTuple):
+    """A step in place, checked, as backends are given it.
+
+    Attributes:
+        tensors: What it writes to.
+        grads: A gradient a parameter.
+        weights: The student's weights.
+        settings: Its constants.
+        lr: Factor on every update.
+        weight_decay: A parameter becomes ``p (1 - lr weight_decay) - lr update``.
+        control: Float64 (4,), on the device: what stands for 1 - lr weight_decay and for lr, the
+            learning rate of warm-up, and whether to skip the step; ``None`` for none of that.
+        steps: How many steps each parameter has taken, float32 of shape (), or none.
+        warmup_steps: How many of them are of warm-up.
+        seeds: In [0, 2^32), one a parameter, to round to bfloat16 at random; or none.
+    """
+
+    tensors: StudentTensors
+    grads: list[Tensor]
+    weights: list[Tensor]
+    settings: StepSettings
+    lr: float
+    weight_decay: float
+    control: Tensor | None
+    steps: list[Tensor]
+    warmup_steps: int
+    seeds: list[int]
+
+
+def student_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[StudentState],
+    weights: Sequence[Tensor],
+    settings: StepSettings = DEFAULTS,
+    **how: Any,
+) -> None:
+    """One step in place over many tensors, without a graph (for training with a fixed student).
+
+    Every parameter becomes ``p (1 - lr weight_decay) - lr update``. What is passed as a tensor
+    stays on its device: a step in a CUDA graph goes by what they hold when it is replayed.
+
+    Args:
+        params: Parameters of any shape and floating-point dtype.
+        grads: Their gradients, same shapes; computed with in the states' dtype.
+        states: Their states, with m, v of the parameter's shape S and h, c of shape
+            (layers, hidden, *S), contiguous, all in the weights' dtype; beside float32, h and c
+            may be bfloat16 (all of them), to which they are rounded after every step.
+        weights: As in :func:`amalgam.ops.student_step`, float32 or float64.
+        settings: The student's constants.
+        **how: As in :func:`step_tensors_`.
+
+    Raises:
+        TypeError: A parameter, gradient or state is not a floating-point tensor.
+        ValueError: Lists of different lengths; shapes, dtypes or devices that do not fit; a state
+            that is not contiguous; warm-up without ``steps``; a seed out of range.
+        RuntimeError: The backend asked for can't compute this here.
+    """
+    if not len(params) == len(grads) == len(states):
+        raise ValueError(
+            f"params, grads and states must be equally many, "
+            f"not {len(params)}, {len(grads)} and {len(states)}"
+        )
+    for name, tensors in (("params", params), ("grads", grads)):
+        for tensor in tensors:
+            check_floating(name, tensor)
+    step_tensors_(StudentTensors(params, states), grads, weights, settings, **how)
+
+
+def step_tensors_(
+    tensors: StudentTensors,
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    settings: StepSettings = DEFAULTS,
+    *,
+    lr: float | Tensor = 1.0,
+    weight_decay: float | Tensor = 0.0,
+    steps: Sequence[Tensor] | None = None,
+    warmup_steps: int = 0,
+    warmup_lr: float = 0.0,
+    skip: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:
+    """:func:`student_step_` over tensors that are stepped again and again.
+
+    Args:
+        tensors: The parameters and their states.
+        grads: A gradient a parameter.
+        weights: The student's weights.
+        settings: The student's constants.
+        lr: Factor on every update; a number, or a tensor without dimensions.
+        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW; likewise.
+        steps: How many steps each parameter has taken, float32 tensors without dimensions on the
+            parameters' device; not changed.
+        warmup_steps: Parameters that have taken fewer ``steps`` take one of SGD, during which
+            moments follow and h, c wait.
+        warmup_lr: Its learning rate, multiplied by ``lr``.
+        skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
+        seeds: One a parameter, in [0, 2^32). With seeds, h, c and parameters that are bfloat16 are
+            rounded up or down at random, right on average. Every backend takes the same bits: a
+            function of the seed, of ``steps`` where given, and of the place.
+        backend: ``"auto"``, or a backend's name.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As :func:`student_step_`.
+    """
+    if not tensors.params:
+        return
+    device = tensors.m[0].device
+    _check_steps_and_seeds(steps, warmup_steps, seeds, device, len(tensors.params))
+    control, number, decay = None, 0.0, 0.0
+    given = (lr, weight_decay, skip)
+    if steps or seeds or any(isinstance(value, Tensor) for value in given):
+        control = _control(lr, weight_decay, warmup_lr, skip, device)
+    else:
+        number, decay = float(lr), float(weight_decay)
+    step = InPlaceStep(
+        *(tensors, list(grads), list(weights), settings, number, decay, control),
+        *(list(steps or ()), warmup_steps, list(seeds or ())),
+    )
+    if registry.unobserved(tensors.params, grads):
+        _compute(step, backend)
+        torch.autograd.graph.increment_version(tensors.written())
+        return
+    t = tensors
+    torch.ops.amalgam.student_step_(
+        *(t.params, step.grads, t.m, t.v, t.h, t.c, step.weights, *settings, *step[4:], backend)
+    )
+
+
+def _compute(step: InPlaceStep, backend: str) -> None:
+    step.tensors.check(step.weights)
+    _check_grads(step.tensors, step.grads)
+    registry.compute(_NAME, backend, step.tensors.m[0], step)
+
+
+def _check_grads(tensors: StudentTensors, grads: Sequence[Tensor]) -> None:
+    for grad in grads:
+        if not grad.is_floating_point():
+            check_floating("grads", grad)
+    if list(map(_shape, grads)) != list(map(_shape, tensors.params)):
+        for param, grad in zip(tensors.params, grads, strict=True):
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"grads must have their parameters' shapes: {tuple(grad.shape)} "
+                    f"stands against {tuple(param.shape)}"
+                )
+    device = tensors.m[0].device
+    for strange in set(map(_device, grads)) - {device}:
+        raise ValueError(f"grads must be on {device}, not on {strange}")
+    for grad in grads:
+        if grad.is_sparse or grad.is_quantized:
+            raise ValueError(f"grads must be dense tensors, not {grad.layout}")
+
+
+def _check_steps_and_seeds(
+    steps: Sequence[Tensor] | None,
+    warmup_steps: int,
+    seeds: Sequence[int] | None,
+    device: torch.device,
+    count: int,
+) -> None:
+    if warmup_steps and steps is None:
+        raise ValueError(f"warmup_steps={warmup_steps} needs steps, to know who has taken as many")
+    for name, values in (("steps", steps), ("seeds", seeds)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name} must be one a parameter, {count}, not {len(values)}")
+    for step in steps or ():
+        if step.dtype != torch.float32 or step.dim() or step.device != device:
+            raise ValueError(
+                f"steps must be float32 tensors of shape () on {device}, "
+                f"not {step.dtype} of {tuple(step.shape)} on {step.device}"
+            )
+    for seed in seeds or ():
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seeds must lie in [0, 2^32), not {seed}")
+
+
+def _control(
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    warmup_lr: float,
+    skip: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Float64 (4,) on the device: 1 - lr weight_decay, lr, warm-up's rate, and the skip flag.
+
+    In float64 as the numbers are that the host computes, so that both round to the same.
+    """
+
+    def on_device(name: str, value: float | Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            # Filled and not copied: a captured graph can't copy what the host holds.
+            return torch.full((), value, dtype=torch.float64, device=device)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must hold one number, not {tuple(value.shape)}")
+        return value.reshape(()).to(device, torch.float64, non_blocking=True)
+
+    rate, decay = on_device("lr", lr), on_device("weight_decay", weight_decay)
+    flag = on_device("skip", 0.0 if skip is None else skip)
+    return torch.stack((1 - rate * decay, rate, rate * warmup_lr, flag))
+
+
+def warm_up_(
+    param: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    settings: StepSettings,
+    keep: float,
+    rate: float,
+    key: Tensor | None = None,
+    row: int = 0,
+) -> None:
+    """A step of SGD in place, during which the moments follow.
+
+    Args:
+        param: Becomes ``keep param - rate grad``; of any floating-point dtype.
+        grad: Of its shape.
+        m: Of its shape, in the dtype to compute in.
+        v: Like ``m``.
+        settings: The student's constants.
+        keep: 1 without weight decay.
+        rate: The learning rate.
+        key: Of the bits that a bfloat16 parameter is rounded with; ``None`` rounds to nearest.
+        row: Which row of bits are its own.
+    """
+    grad = grad.to(m.dtype)
+    new_m, new_v = update_moments(grad, m, v, settings)
+    m.copy_(new_m)
+    v.copy_(new_v)
+    moved = param.to(m.dtype) * keep - rate * grad
+    if key is not None:
+        moved = _stored(moved, param.dtype, key, row, range(param.numel()))
+    param.copy_(moved)
+
+
+def _stored(
+    values: Tensor, dtype: torch.dtype, key: Tensor, row: int, places: range, shift: int = 16
+) -> Tensor:
+    """Values as they are stored with random bits: rounded to bfloat16, for others as they are."""
+    if dtype != torch.bfloat16:
+        return values
+    rows = values.numel() // max(1, len(places))
+    bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
+    return rounded_stochastically(values.float(), bits.view(values.shape))
+
+
+@registry.reference.kernel(_NAME, dtypes=None)
+def _reference(step: InPlaceStep) -> None:
+    """Runs of at most CHUNK coordinates: the step's temporaries stay in cache, and small."""
+    tensors, weights, steps, seeds = step.tensors, step.weights, step.steps, step.seeds
+    functional = registry.reference.kernels["student_step"].function
+    params, m, v = tensors.params, tensors.m, tensors.v
+    flat_m, flat_v = ([t.view(-1) for t in ts] for ts in (m, v))
+    flat_h, flat_c = ([t.view(*t.shape[:2], -1) for t in ts] for ts in (tensors.h, tensors.c))
+    flat_p = [p.reshape(-1) for p in params]
+    flat_g = [g.reshape(-1) for g in step.grads]
+    dtype = weights[0].dtype
+    keep: float | Tensor = 1 - step.lr * step.weight_decay
+    rate: float | Tensor = step.lr
+    skip = None
+    if step.control is not None:
+        skip = step.control[3] != 0
+        keep, rate, warm_rate, _ = step.control.to(dtype).unbind()
+    no_step = weights[0].new_zeros(())
+    keys = [key_of(seed, steps[i] if steps else no_step) for i, seed in enumerate(seeds)]
+    layers, hidden = tensors.h[0].shape[:2]
+    for run in _runs([p.numel() for p in params], CHUNK):
+
+        def gather(sources: Sequence[Tensor], run: list[tuple[int, slice]] = run) -> Tensor:
+            return torch.cat([sources[i][..., part].to(dtype) for i, part in run], -1)
+
+        param, grad = gather(flat_p), gather(flat_g)
+        old = StudentState(gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c))
+        update, computed = functional(grad, old, weights, step.settings)
+        new = list(computed)
+        moved = param * keep - rate * update
+        sizes = [part.stop - part.start for _, part in run]
+        if steps:
+            flags = [steps[i] < step.warmup_steps for i, _ in run]
+            warm = torch.cat([f.expand(n) for f, n in zip(flags, sizes, strict=True)])
+            moved = torch.where(warm, param * keep - warm_rate * grad, moved)
+            new[2:] = [torch.where(warm, *both) for both in zip(old[2:], new[2:], strict=True)]
+        if skip is not None:
+            moved = torch.where(skip, param, moved)
+            new = [torch.where(skip, *both) for both in zip(old, new, strict=True)]
+        targets = [(flat_p, layers * hidden, 16), (flat_m, 0, 0), (flat_v, 0, 0)]
+        targets += [(flat_h, 0, 16), (flat_c, 0, 0)]
+        for (written, row, shift), values in zip(targets, (moved, *new), strict=True):
+            for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
+                if seeds:
+                    places = range(part.start, part.stop)
+                    value = _stored(value, written[i].dtype, keys[i], row, places, shift)
+                written[i][..., part].copy_(value)
+    for param, flat in zip(params, flat_p, strict=True):
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))
+
+
+def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut tensors of these sizes into runs of at most ``limit`` coordinates in all."""
+    run: list[tuple[int, slice]] = []
+    room = limit
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            run.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield run
+                run, room = [], limit
+    if run:
+        yield run
+
+
+@torch.library.custom_op(
+    "amalgam::student_step_",
+    mutates_args=("params", "m", "v", "h", "c"),
+    schema="(Tensor(a0!)[] params, Tensor[] grads, Tensor(a2!)[] m, Tensor(a3!)[] v, "
+    f"Tensor(a4!)[] h, Tensor(a5!)[] c, Tensor[] weights, {SETTINGS_SCHEMA}, float lr, "
+    "float weight_decay, Tensor? control, Tensor[] steps, SymInt warmup_steps, SymInt[] seeds, "
+    "str backend) -> ()",
+)
+def _op(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    h: list[Tensor],
+    c: list[Tensor],
+    weights: list[Tensor],
+    *rest: Any,
+) -> None:
+    alpha, beta1, beta2, eps, *how, backend = rest
+    states = list(map(StudentState, m, v, h, c))
+    settings = StepSettings(alpha, beta1, beta2, eps)
+    _compute(InPlaceStep(StudentTensors(params, states), grads, weights, settings, *how), backend)

@@ -1,0 +1,348 @@
+"""The student as an optimizer, by its fused step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import chain, compress
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amalgam import ops
+from amalgam.operations.kept import Kept
+from amalgam.operations.rounding import ROW
+from amalgam.ops import StudentState, StudentTensors
+from amalgam.optimizers.base import (
+    LearnedOptimizer,
+    check_before_capture,
+    computing_dtype,
+    digest,
+    finite,
+    largest,
+)
+from amalgam.policies import Student
+
+DEFAULT_STUDENT = "digits"
+_STATE = StudentState._fields
+
+
+class AmalgamatedOptimizer(LearnedOptimizer):
+    """A learned optimizer where AdamW was: the student steps on every coordinate.
+
+    The first ``warmup_steps`` are SGD, during which the student only watches (its moments follow,
+    its LSTM waits): so it was meta-trained. Then every parameter becomes
+    ``p (1 - lr weight_decay) - lr update``. Source: Optimizer Amalgamation (ICLR 2022).
+
+    A step in which any gradient is not finite is not taken, and counted in ``skipped_steps``.
+
+    Args:
+        params: Parameters or groups, floating point; float64 ones are computed in float64, all
+            others in float32, in which their state is kept.
+        lr: Factor on the student's updates and on warm-up's, 1 for as it was trained; schedulers
+            may drive it.
+        student: A :class:`Student`, a shipped one's name, or a path to a file it was saved to.
+            Its weights are taken once, here.
+        backend: ``"auto"`` for the fastest that works, or a backend's name.
+        warmup_steps: SGD steps before the student takes over; 0 for none, ``None`` for what the
+            student was trained with.
+        warmup_lr: Their learning rate; ``None`` for what the student was trained with.
+        weight_decay: Decoupled weight decay, multiplied by ``lr`` as in AdamW; as ``lr`` is 1 here
+            and not 1e-3, useful values are a thousand times smaller.
+        cells_dtype: ``torch.bfloat16`` keeps the LSTM's state of parameters that are computed in
+            float32 in half the memory, rounded after every step.
+        rounding: ``"nearest"``, or ``"stochastic"``: the LSTM's state and parameters, where they
+            are bfloat16, are rounded up or down at random and right on average, so that updates
+            below a parameter's last bit are not lost. (To float16, always nearest.)
+        seed: Of that, in [0, 2^32): the same seed, steps and gradients give the same bits.
+        capturable: As PyTorch's optimizers have it: a step waits for no GPU, so that a CUDA graph
+            can hold it. ``lr`` and ``weight_decay`` may be tensors on the device and count when the
+            graph is replayed; steps are counted, warm-up ended and non-finite gradients skipped on
+            the device, without the warning. Take a step before capturing, so that all state exists.
+
+    Raises:
+        TypeError: A parameter is not floating point.
+        ValueError: A setting is out of range, a backend's name unknown, or the file no student.
+        FileNotFoundError: ``student`` is neither a name nor a file.
+    """
+
+    _subject = "student"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        student: Student | str | os.PathLike[str] = DEFAULT_STUDENT,
+        backend: str = "auto",
+        warmup_steps: int | None = None,
+        warmup_lr: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        cells_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        capturable: bool = False,
+    ) -> None:
+        ops.check_backend(backend)
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
+        if cells_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"cells_dtype must be float32, bfloat16 or None, not {cells_dtype}")
+        if not isinstance(student, Student):
+            student = Student.load(student)
+        self.backend = backend
+        self.cells_dtype = cells_dtype
+        self.config = student.config
+        own = [
+            w.detach().cpu().clone(memory_format=torch.contiguous_format) for w in student.weights()
+        ]
+        self._weights = {(torch.device("cpu"), own[0].dtype): own}
+        self._kept = Kept()
+        self._batches: dict[int, _Made] = {}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "warmup_steps": self.config.warmup_steps if warmup_steps is None else warmup_steps,
+            "warmup_lr": self.config.warmup_lr if warmup_lr is None else warmup_lr,
+            "student": digest(own),
+            "rounding": rounding,
+            "seed": seed,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What GradScaler asks: whether step() reads its scale and flag, and the host need not."""
+        return all(group["capturable"] for group in self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_batches": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_batches" in state:  # a copy, and not load_state_dict
+            self._count_all_together()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another's :meth:`state_dict` with the same student."""
+        super().load_state_dict(state_dict)
+        self._count_all_together()
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if group["rounding"] == "stochastic":
+            self._step_with_steps(group, params, {})
+            return
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        for batch in self._batches_of(group, params):
+            if group["warmup_steps"]:
+                counts = batch.counts()
+                warming = [count < group["warmup_steps"] for count in counts]
+                self._warm_up(group, list(compress(batch.tensors.params, warming)))
+                batch.count(1)
+                if any(warming):
+                    trained = [not warm for warm in warming]
+                    batch = batch.of(compress(range(len(warming)), trained))
+            else:
+                batch.count(1)
+            self._run(batch, lr=lr, weight_decay=decay)
+
+    def _warm_up(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        for param in params:
+            state = self.state[param]
+            ops.warm_up_(
+                *(param, param.grad, state["m"], state["v"], self.config.settings),  # type: ignore[arg-type]
+                keep=1 - lr * decay,
+                rate=lr * float(group["warmup_lr"]),
+            )
+
+    def _step_on_device(self, gradients: list[Tensor]) -> None:
+        scale, found = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is not None:
+            for device in {grad.device for grad in gradients}:
+                on_device = [grad for grad in gradients if grad.device == device]
+                torch._foreach_div_(on_device, scale.to(device, non_blocking=True))
+        flags = [~finite(largest) for largest in largest(gradients)]
+        flags += [] if found is None else [found.reshape(()) != 0]
+        skip: dict[torch.device, Tensor] = {}
+        if flags:
+            home = flags[0].device
+            flag = torch.stack([each.to(home, non_blocking=True) for each in flags]).any()
+            if not isinstance(self._skipped, Tensor):
+                check_before_capture()
+                self._skipped = torch.full((), self._skipped, device=home)
+            self._skipped += flag.to(self._skipped.device, non_blocking=True)
+            for device in {grad.device for grad in gradients}:
+                skip[device] = flag.to(device, torch.float32, non_blocking=True)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            self._step_with_steps(group, params, skip)
+
+    def _step_with_steps(
+        self, group: dict[str, Any], params: list[Tensor], skip: dict[torch.device, Tensor]
+    ) -> None:
+        """A step by what the devices hold: how many steps were taken, and whether to skip this."""
+        seeds = None
+        if group["rounding"] == "stochastic":
+            every = chain.from_iterable(g["params"] for g in self.param_groups)
+            seeds = {p: _seed_of(group["seed"], number) for number, p in enumerate(every)}
+        for batch in self._batches_of(group, params):
+            written = batch.tensors.params
+            device = written[0].device
+            self._run(
+                batch,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                steps=batch.steps,
+                warmup_steps=group["warmup_steps"],
+                warmup_lr=float(group["warmup_lr"]),
+                skip=skip.get(device),
+                seeds=None if seeds is None else [seeds[param] for param in written],
+            )
+            batch.count(1 - skip[device] if device in skip else 1)
+
+    def _run(self, batch: _Batch, **how: Any) -> None:
+        params = batch.tensors.params
+        if not params:
+            return
+        with self._kept:
+            ops.step_tensors_(
+                batch.tensors,
+                [param.grad for param in params if param.grad is not None],
+                self._weights_for(params[0].device, computing_dtype(params[0].dtype)),
+                self.config.settings,
+                backend=self.backend,
+                **how,
+            )
+
+    def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[_Batch]:
+        """What one call each can step: parameters on one device, computed in one dtype.
+
+        Kept while these parameters are stepped and none of their state is replaced.
+        """
+        entries = [self.state[param] for param in params]
+        if not all(entries):
+            self._make_state(group, [p for p in params if not self.state[p]])
+        stored = list(chain.from_iterable(map(_stored, entries)))
+        made = self._batches.get(id(group))
+        if made is None or not (_same(made.params, params) and _same(made.stored, stored)):
+            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for param in params:
+                kind = param.device, computing_dtype(param.dtype)
+                kinds.setdefault(kind, []).append(param)
+            made = _Made(params, stored, [self._batch(alike) for alike in kinds.values()])
+            self._batches[id(group)] = made
+        return made.batches
+
+    def _batch(self, params: list[Tensor]) -> _Batch:
+        states = [StudentState(*(self.state[p][name] for name in _STATE)) for p in params]
+        return _Batch(StudentTensors(params, states), [self.state[p]["step"] for p in params])
+
+    def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        check_before_capture()
+        for param in params:
+            dtype = computing_dtype(param.dtype)
+            weights = self._weights_for(param.device, dtype)
+            cells = self.cells_dtype if dtype == torch.float32 else None
+            state = self.state[param]
+            state["step"] = torch.zeros(())
+            state.update(ops.initial_state(param, weights, cells)._asdict())
+        self._count_together(group, params)
+
+    def _count_all_together(self) -> None:
+        for group in self.param_groups:
+            self._count_together(group, [p for p in group["params"] if p in self.state])
+
+    def _count_together(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Make the parameters' counts of steps views of one tensor a device.
+
+        One operation then counts a step of them all. It is done when counts are made or loaded and
+        never later: a CUDA graph reads them where they are.
+        """
+        homes: dict[torch.device, list[dict[str, Any]]] = {}
+        for param in params:
+            home = _home_of_steps(group, param)
+            homes.setdefault(home, []).append(self.state[param])
+        for home, entries in homes.items():
+            counts = torch.stack([entry["step"].to(home, torch.float32) for entry in entries])
+            for entry, count in zip(entries, counts.unbind(), strict=True):
+                entry["step"] = count
+
+    def _weights_for(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        if (device, dtype) not in self._weights:
+            own = next(iter(self._weights.values()))
+            self._weights[device, dtype] = [w.to(device, dtype) for w in own]
+        return self._weights[device, dtype]
+
+
+def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
+    """Where a parameter's steps are counted: where they are read."""
+    on_device = group["capturable"] or group["rounding"] == "stochastic"
+    return param.device if on_device else torch.device("cpu")
+
+
+class _Batch:
+    """Parameters that one call steps, and how many steps they have taken."""
+
+    def __init__(self, tensors: StudentTensors, steps: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.steps = steps
+        base = steps[0]._base if steps else None
+        together = (
+            base is not None
+            and base.shape == (len(steps),)
+            and all(
+                step._base is base and step.storage_offset() == base.storage_offset() + index
+                for index, step in enumerate(steps)
+            )
+        )
+        self._together = base if together else None
+
+    def counts(self) -> list[float]:
+        """How many steps each has taken."""
+        counts: list[float]
+        counts = (torch.stack(self.steps) if self._together is None else self._together).tolist()
+        return counts
+
+    def count(self, steps: int | Tensor) -> None:
+        """Count so many steps more of each."""
+        if self._together is not None:
+            self._together += steps
+        elif isinstance(steps, Tensor):
+            # A list, as PyTorch would read one tensor back as a number, and wait for it.
+            torch._foreach_add_(self.steps, [steps] * len(self.steps))
+        else:
+            torch._foreach_add_(self.steps, steps)
+
+    def of(self, indices: Iterable[int]) -> _Batch:
+        """Some of its parameters, for one step."""
+        tensors, chosen = self.tensors, list(indices)
+        columns = (tensors.m, tensors.v, tensors.h, tensors.c)
+        states = [StudentState(*(column[i] for column in columns)) for i in chosen]
+        some = StudentTensors([tensors.params[i] for i in chosen], states)
+        return _Batch(some, [self.steps[i] for i in chosen])
+
+
+class _Made(NamedTuple):
+    """What a group's batches were made of, and these."""
+
+    params: list[Tensor]
+    stored: list[Tensor]
+    batches: list[_Batch]
+
+
+_stored = itemgetter(*_STATE, "step")
+
+
+def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(is_, ours, theirs))
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """A parameter's own seed; of neighbours, far apart."""
+    return (seed + number * ROW) % 2**32
