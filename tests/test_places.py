@@ -1,4 +1,4 @@
-"""One process computes by every instruction set, interprets kernels, and has others compile them."""
+"""One process takes every instruction set and interprets kernels; others compile them for it."""
 
 import pytest
 import torch
