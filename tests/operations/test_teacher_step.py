@@ -13,6 +13,7 @@ from machine_code import MachineCode, compile_kernel
 from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, at, compiled, on_gpus
 from torch import Tensor
 
+from amalgam.backends import core
 from amalgam.ops import KINDS, teacher_step
 
 SIZES = [0, 1, 31, 33, 1000]
