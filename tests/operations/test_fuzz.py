@@ -31,7 +31,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amalgam.backends import cpu
-from amalgam.operations import registry
 from amalgam.ops import KINDS
 
 EXAMPLES = 30
@@ -122,6 +121,11 @@ def tensors_in(argument: Any) -> Results:
     return [argument] if isinstance(argument, Tensor) else []
 
 
+def operation(name: str, backend: str) -> Function:
+    overload = getattr(torch.ops.amalgam, name)
+    return lambda *arguments: overload(*arguments, backend)
+
+
 def assert_accurate(
     name: str, arguments: Sequence[Any], dtype: torch.dtype, together: Together = of_a_row
 ) -> None:
@@ -133,9 +137,9 @@ def assert_accurate(
         dtype: What it computes in.
         together: Takes errors to the largest of those elements that share their intermediates.
     """
-    reference = registry.reference.kernels[name].function
+    reference = operation(name, "reference")
     before = mapped(torch.clone, arguments)
-    ours = flat(cpu.backend.kernels[name].function(*arguments))
+    ours = flat(operation(name, "cpu")(*arguments))
     for now, was in zip(tensors_in(arguments), tensors_in(before), strict=True):
         assert torch.equal(now, was)
     compare(name, ours, flat(reference(*arguments)), reference, arguments, dtype, together)
@@ -192,7 +196,7 @@ def test_teacher_distance(
     constants = 1e-10, huber_delta
 
     assert_accurate("teacher_distance", (student, teachers, *constants), dtype)
-    total = registry.reference.kernels["teacher_distance"].function(student, teachers, *constants)
+    total = operation("teacher_distance", "reference")(student, teachers, *constants)
     grad = laid_out(draws.values("normal", k), layout[0]) if k else student.new_empty(0)
     backward = grad, student, teachers, total[1], *constants
     for need_teachers in (False, True):
@@ -355,18 +359,17 @@ def test_student_step_in_place(
         params = [laid_out(p, how) for p in parts(param)]
         states = [parts(t.to(work)) for t in state]
         wide = [weight.to(work) for weight in weights]
-        run(params, list(grad.split(counts)), *states, wide, *constants, lr, decay)
+        run(params, list(grad.split(counts)), *states, wide, *constants, lr, decay, None, [], 0, [])
         return [torch.cat(list(column), -1) for column in (params, *states)]
 
-    ours = cpu.backend.kernels["student_step_"].function
-    reference = registry.reference.kernels["student_step_"].function
+    ours, reference = (operation("student_step_", name) for name in ("cpu", "reference"))
     whole = step(ours, [], dtype, "dense")
     split = step(ours, sorted(round(cut * n) for cut in cuts), dtype, layout[0])
     for one, many in zip(whole, split, strict=True):
         assert torch.equal(one.to(many.dtype), many)
 
     def functional(param: Tensor, *rest: Any) -> Results:
-        update, *new = registry.reference.kernels["student_step"].function(*rest)
+        update, *new = operation("student_step", "reference")(*rest)
         return [param * (1 - lr * decay) - lr * update, *new]
 
     arguments = (param, grad, *state, weights, *constants)
@@ -459,7 +462,7 @@ def test_an_error_of_a_few_units_is_found(result: int) -> None:
     weights = lstm_weights(draws, 2, 4, features=6, outputs=2)
     ranks = torch.randint(0, 5, (100,), generator=draws.generator)
     arguments = (*inputs, weights, ranks, [2, 3], *pool_constants(draws, 2), 0.3, 0.5)
-    reference = registry.reference.kernels["choice_step"].function
+    reference = operation("choice_step", "reference")
     plain = flat(reference(*arguments))
     rest = reference, arguments, torch.float32, of_a_coordinate
     compare("choice_step", plain, plain, *rest)
