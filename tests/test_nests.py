@@ -1,5 +1,6 @@
 """Nests of tuples, tensors and numbers survive being taken apart."""
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -43,8 +44,8 @@ def test_other_tensors_take_the_places_of_a_nests_own() -> None:
 
 def test_a_nest_survives_its_names() -> None:
     nest = state()
-    named = nests.to_named(nest)
-    assert list(named) == ["0", "1", "2", "3", "4"]
+    named = nests.to_named(nest, named_tuples=True)
+    assert list(named) == ["0", "1", "2", "structure"]
     assert all(isinstance(tensor, Tensor) for tensor in named.values())
     like = state(5.0)._replace(step=0)
     again = nests.from_named(named, like)
@@ -54,9 +55,19 @@ def test_a_nest_survives_its_names() -> None:
     assert again.inner[0][1] == 0.1
     assert type(again.inner[0][1]) is float
     assert all(map(torch.equal, nests.tensors(again), nests.tensors(nest)))
-    for wrong in ({**named, "5": named["0"]}, {"0": named["0"]}):
-        with pytest.raises(ValueError, match="named must hold the 5 leaves of the nest"):
-            nests.from_named(wrong, like)
+    assert nests.from_named(named)[1:] == (7, ((again.inner[0][0], 0.1), (), again.inner[2]))
+    with pytest.raises(ValueError, match="named must hold a nest of 6 leaves, not of 5"):
+        nests.from_named(named, (like, 0))
+    with pytest.raises(KeyError):
+        nests.from_named({name: named[name] for name in ("0", "structure")}, like)
+
+
+def test_what_is_no_nest_is_refused() -> None:
+    kinds = {"a": [True, None, "x", math.inf], "b": (1, 2.5)}
+    assert nests.from_named(nests.to_named(kinds)) == kinds
+    for strange in ({1: 2}, {"a": object()}, [{3}], state()):
+        with pytest.raises(TypeError, match="a state must be a nest of dictionaries"):
+            nests.to_named(strange)
 
 
 def test_names_are_grouped_and_found_by_their_beginnings() -> None:

@@ -100,11 +100,11 @@ class RunState:
             "params": where.params,
             "teacher_params": where.teacher_params,
         }
-        states = {name: t.contiguous() for name, t in nests.to_named(where.states).items()}
-        named |= nests.prefixed("states", states)
+        states = nests.to_named(where.states, named_tuples=True)
+        named |= nests.prefixed("states", {name: t.contiguous() for name, t in states.items()})
         for index, state in enumerate(where.teacher_state):
             named |= nests.prefixed(f"teacher_state.{index}", state_tensors(state))
-        named |= nests.prefixed("carried", nests.to_named(tuple(self.carried)))
+        named |= nests.prefixed("carried", nests.to_named(self.carried))
         return {name: tensor.cpu() for name, tensor in named.items()}
 
     def load_standing(
@@ -131,5 +131,4 @@ class RunState:
             there["teacher_params"],
             tuple(state_from_tensors(pools[index], device) for index in range(len(pools))),
         )
-        carried = nests.under("carried", there)
-        self.carried = [carried[str(index)] for index in range(len(carried))]
+        self.carried = nests.from_named(nests.under("carried", there))

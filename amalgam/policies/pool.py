@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam import nests
 from amalgam.layout import Layout
-from amalgam.policies import nest
 from amalgam.policies.teachers import AnyTeacher, Teacher, step_together
 
 _MEMBERS = tuple(name for name in vars(AnyTeacher) if not name.startswith("_"))
@@ -90,7 +90,7 @@ class Pool:
         others = tuple(t.initial_state(like, layout) for t in self._others.values())
         for teacher, state in zip(self._others.values(), others, strict=True):
             try:
-                nest.to_tensors(state)
+                nests.to_named(state)
             except TypeError as error:
                 raise TypeError(f"{teacher}: {error}") from error
         return PoolState(zeros, zeros.clone(), others)
@@ -245,7 +245,7 @@ def state_tensors(state: PoolState) -> dict[str, Tensor]:
     """
     tensors = {"m": state.m, "v": state.v}
     for index, other in enumerate(state.others):
-        tensors |= {f"others.{index}.{name}": t for name, t in nest.to_tensors(other).items()}
+        tensors |= {f"others.{index}.{name}": t for name, t in nests.to_named(other).items()}
     return tensors
 
 
@@ -275,4 +275,4 @@ def state_from_tensors(
         if name.startswith("others."):
             index, _, rest = name.removeprefix("others.").partition(".")
             others.setdefault(int(index), {})[rest] = tensor
-    return PoolState(m, v, tuple(nest.from_tensors(others[i]) for i in range(len(others))))
+    return PoolState(m, v, tuple(nests.from_named(others[i]) for i in range(len(others))))
