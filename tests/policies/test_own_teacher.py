@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from amalgam import PolicyOptimizer, Student, StudentConfig, Teacher, TeacherOptimizer, TorchTeacher
 from amalgam.layout import Layout
-from amalgam.meta import Amalgamation, Stage, Trainer, Training
+from amalgam.meta import Amalgamation, Stage, Stages, Trainer, Training
 from amalgam.optimizers import AmalgamatedOptimizer, optimizer_of_teacher
 from amalgam.policies import DM, PolicyTeacher, Pool, state_from_tensors, state_tensors
 from amalgam.seeding import generator_for
@@ -102,8 +102,8 @@ def test_a_run_with_it_resumes_to_the_same_bits(tmp_path: Path) -> None:
             Pool(["adam", Averaging()]),
             folder=tmp_path / folder,
             amalgamation=Amalgamation(backend="reference"),
-            training=Training(unroll=3, validate_every=9, validation_steps=2, checkpoint_every=1),
-            stages=(Stage(1, 3, 0.1),),
+            training=Training(validate_every=9, validation_steps=2, checkpoint_every=1),
+            strategy=Stages((Stage(1, 3, 0.1),), unroll=3),
             device="cpu",
         )
 
