@@ -10,7 +10,7 @@ import torch
 from own import LearnedSign, SignConfig
 
 from amalgam import PolicyOptimizer, Student, weight_files
-from amalgam.meta import Amalgamation, Stage, Trainer, Training
+from amalgam.meta import Amalgamation, Stage, Stages, Trainer, Training
 from amalgam.policies import (
     DM,
     POLICIES,
@@ -81,7 +81,7 @@ def test_names_that_lead_to_no_policy_are_refused(name: str, why: str) -> None:
 def test_ones_own_policy_is_trained_saved_and_found_by_another_process(tmp_path: Path) -> None:
     begin = LearnedSign(SignConfig(beta=0.5, warmup_steps=1), generator=generator_for(1))
     before = [weight.detach().clone() for weight in begin.weights()]
-    training = Training(unroll=3, validate_every=2, validation_steps=3, validation_seeds=1)
+    training = Training(validate_every=2, validation_steps=3, validation_seeds=1)
     trained = Trainer(
         begin,
         load("digits-mlp", 16),
@@ -89,7 +89,7 @@ def test_ones_own_policy_is_trained_saved_and_found_by_another_process(tmp_path:
         folder=tmp_path,
         amalgamation=Amalgamation(backend="reference"),
         training=training,
-        stages=(Stage(1, 1, 0.1),),
+        strategy=Stages((Stage(1, 1, 0.1),), unroll=3),
         device="cpu",
     ).run()
     assert not all(map(torch.equal, trained.weights(), before))
