@@ -1,6 +1,6 @@
 """The strategies: fixed stages, the paper's curriculum, and a fixed number of periods.
 
-What a strategy is, says :mod:`amalgam.meta.periods`. Source of :class:`Curriculum` and
+:mod:`amalgam.meta.periods` says what a strategy is. Source of :class:`Curriculum` and
 :class:`Repeat`: the code of the authors of Optimizer Amalgamation (ICLR 2022).
 """
 
