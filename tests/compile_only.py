@@ -111,7 +111,7 @@ def install(
 
 
 def fingerprint() -> dict[str, Any]:
-    """What the keys of kernels on the disk hold beside the kernels: it must agree on hardware."""
+    """The part of a compiled kernel's key on disk that must agree with the hardware's."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.backends.compiler import GPUTarget
@@ -152,7 +152,7 @@ class _Utils:
 
 
 class _Driver:
-    """As much of a driver of Triton's as compiling and launching take."""
+    """The part of Triton's driver that compiling and launching call."""
 
     utils = _Utils()
 
@@ -247,7 +247,7 @@ def _complete(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any
 
 
 def _let_triton_compute(results: bool) -> None:
-    """The ``triton`` backend works, on the CPU's tensors, and "auto" prefers it to all others."""
+    """Have the ``triton`` backend work on the CPU's tensors, and "auto" prefer it."""
     import amalgam.kernels.choice_step
     import amalgam.kernels.student_step
     from amalgam.backends import triton
@@ -269,7 +269,7 @@ def _let_triton_compute(results: bool) -> None:
 def _launched_and_computed(
     ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any, **numerics: Any
 ) -> Any:
-    # Of what is read and written, the kernel's results, which are anything here, are not to stay.
+    # The kernel wrote nothing sensible into what it reads and writes: put the old values back.
     read = args[1] if ours.__name__ == "back_into" else ()
     before = [tensor.clone() for tensor in read]
     nothing = ours(*args, **numerics)
@@ -360,5 +360,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{len(compilations):4} in all, {hits} kept, {seconds:.1f} s")
 
 
-# By this name pytest knows the plug-in; tests that import it must see the same lists.
+# pytest knows the plug-in by this name, and tests that import it must see the same lists.
 sys.modules.setdefault("compile_only", sys.modules[__name__])

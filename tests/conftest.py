@@ -62,7 +62,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the package allocates without filling holds NaN: what it forgets to write shows."""
+    """Memory that the package allocates unfilled holds NaN, so that a forgotten write shows."""
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
@@ -76,7 +76,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where Triton's kernels run: "cuda", or "cpu", where they are interpreted."""
+    """The device of Triton's kernels: "cuda", or "cpu", where they are interpreted."""
     interpreted = request.param == "cpu"
     places.enter("triton interpreted" if interpreted else "triton", monkeypatch)
     return request.param
@@ -84,7 +84,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def compilation(request: pytest.FixtureRequest) -> Any:
-    """What the function of the test's mark ``compiles`` returns of the test's parameters."""
+    """The result of the mark ``compiles``: of its function, given the test's parameters."""
     return compiling.result_of(request.node)
 
 

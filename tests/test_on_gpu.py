@@ -1,4 +1,4 @@
-"""bench/on_gpu.py: whatever becomes of a phase, its rows stay, and others run."""
+"""bench/on_gpu.py keeps a phase's rows and runs the others, however the phase ends."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def inside(name: str, x: Tensor) -> Tensor:
-    """exp serves arguments up to 1; its callers have none above 0."""
+    """Arguments that a function is made for: exp's callers have none above 0."""
     return -x.abs() if name == "exp" else x
 
 

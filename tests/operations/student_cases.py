@@ -1,4 +1,4 @@
-"""Arguments of ``student_step`` and its kin, and what tests of several files check of them."""
+"""Arguments for ``student_step``, and the checks that several files of tests share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from accuracy import doubled, flat
 from torch import Tensor
 
-# The package's student_step function hides the module of that name.
 from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
 from amalgam.ops import (
     StepSettings,
@@ -19,8 +18,6 @@ from amalgam.ops import (
 )
 
 SETTINGS = StepSettings(0.1, 0.9, 0.99, 1e-6)
-
-
 SIZES = [0, 1, 31, 33, 1000]
 
 
@@ -121,7 +118,7 @@ def skewed_inputs(
     )
 
 
-# What rounds at random, and what the device decides, of every backend.
+# --- Stochastic rounding and control by the device ---
 
 
 def two_tensors(
@@ -153,7 +150,7 @@ def check_in_place(
     layers: int,
     hidden: int,
 ) -> None:
-    """Two steps of empty, strided and many tensors are the reference's."""
+    """Check that two steps of many tensors, empty and strided ones too, are the reference's."""
     # Triton's interpreter truncates to bfloat16, in each of the two steps, where GPUs round.
     units = 4 if device == "cpu" and torch.bfloat16 in (dtype, cells) else 1
     weights = moved(make_weights(layers, hidden, dtype=torch.float32), device)
@@ -181,7 +178,7 @@ def check_in_place(
 
 
 def nearly(ours: Tensor, expected: Tensor) -> bool:
-    """But for last bits of float32, which seldom decide how bfloat16 is rounded."""
+    """Equal up to the last bits of float32, which seldom change how bfloat16 is rounded."""
     narrow = expected.dtype == torch.bfloat16
     unit = (1 if narrow else 8) * torch.finfo(expected.dtype).eps
     difference = (ours.float() - expected.float()).abs()
@@ -195,7 +192,7 @@ def check_rounding_by_seeds(
     hidden: int,
     alike: Callable[[Tensor, Tensor], bool] = torch.equal,
 ) -> None:
-    """What is stored in bfloat16 are the same float32 numbers, rounded by the bits of the seed."""
+    """Check that bfloat16 storage holds the float32 numbers, rounded by the bits of the seed."""
     counts = [torch.tensor(float(n), device=device) for n in (0, 7)]
     for warmup_steps in (0, 3):
         how = {"steps": counts, "warmup_steps": warmup_steps, "warmup_lr": 0.1}
@@ -221,7 +218,7 @@ def check_rounding_by_seeds(
 
 
 def check_control(backend: str, device: str, cells: torch.dtype, hidden: int) -> None:
-    """A step by tensors on the device is the step by numbers, to the bit; or none, or warm-up."""
+    """Tensors on the device control a step as numbers do: rate, decay, skipping and warm-up."""
 
     def run(**how: Any) -> list[Tensor]:
         return flat(two_tensors(backend, device, torch.float32, cells, hidden, **how))
@@ -280,7 +277,7 @@ of_dtypes = pytest.mark.parametrize(
 
 
 def errors_of_ten_steps(backend: str, device: str, size: int) -> tuple[Tensor, Tensor]:
-    """The largest of the last update, as of one in [-1, 1], and of h."""
+    """The largest errors of the last update, scaled to [-1, 1], and of h."""
     grad, state, weights = moved(skewed_inputs(size, 2, 20, torch.float32), device)
     exact = doubled([grad, *state])
     for _ in range(10):

@@ -209,7 +209,7 @@ def test_hand_written_backward_is_autograds(size: int, layers: int) -> None:
 @pytest.mark.parametrize("output", range(6))
 @pytest.mark.parametrize("index", [0, 5, len(make_inputs(0)) - 1])
 def test_unused_outputs_and_inputs_without_gradient(index: int, output: int) -> None:
-    """Moments are no function of weights, and cells none of the head's bias."""
+    """Moments do not depend on weights, and cells do not depend on the head's bias."""
     inputs = make_inputs(5)
 
     def gradient(path: Any) -> Tensor | None:
@@ -349,7 +349,7 @@ def test_compiled_step(
     backend: str, size: int, layers: int, hidden: int, k: int, dtype: torch.dtype
 ) -> None:
     forward, backward = [], []
-    # Of one coordinate the largest error is a single number, and takes more draws to average.
+    # One coordinate has one error, which takes more draws to average.
     draws = 1 if dtype == torch.float64 or not size else 16 if size > 1 else 100
     for seed in range(draws):
         arguments, upstream = skewed_arguments(size, layers, hidden, k, dtype, seed)
@@ -373,7 +373,7 @@ def test_compiled_weight_gradients_of_many_coordinates(backend: str) -> None:
 @pytest.mark.parametrize("shift", [-900.0, -30.0, -23.0, 0.0, 100.0, 900.0])
 def test_compiled_mixture_for_any_logits(backend: str, shift: float, dtype: torch.dtype) -> None:
     arguments, upstream = skewed_arguments(70, 1, 4, 6, dtype)
-    arguments[5][-2].zero_()  # so that the logits are the bias, unrounded
+    arguments[5][-2].zero_()  # so that the logits are the bias
     arguments[5][-1].add_(shift)
     mixture = torch.ops.amalgam.choice_step(*arguments, backend)[-1]
     expected = torch.ops.amalgam.choice_step(*arguments, "reference")[-1]
@@ -531,7 +531,7 @@ golden_choices = pytest.mark.parametrize(
 def golden_updates(
     name: str, teachers: tuple[Teacher, ...], backend: str, dtype: torch.dtype
 ) -> tuple[Any, Tensor, Choice, Tensor]:
-    """What the authors' code recorded, and ours of it: gradients, the policy, its updates."""
+    """The authors' record, and the gradients, the policy and the updates that we make of it."""
     data = np.load(GOLDEN / f"{name}.npz")
     choice = Choice(ChoiceConfig(teachers)).to(dtype)
     keys = [key for key in data.files if key.startswith("weight.")]
@@ -608,7 +608,7 @@ def test_triton_mixture_for_any_logits(device: str, shift: float) -> None:
 
 @by_triton
 def test_triton_choice_approximates(device: str) -> None:
-    """Where there is no instruction to approximate by, tanh of half the sum is precise."""
+    """The interpreter has no approximate instruction and computes tanh precisely."""
     bound = 1e-2 if device == "cuda" else 1e-5
     arguments = moved(skewed_arguments(70, 2, 20, 2, torch.float32)[0], device)
     ours = torch.ops.amalgam.choice_step(*arguments, "triton:ieee,approximate")
@@ -644,7 +644,7 @@ BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_t
 
 
 def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
-    """Of a choice of 2 x 20 units among k teachers."""
+    """The costs of a choice of 2 x 20 units among k teachers."""
     from amalgam.kernels import choice_step as kernels
     from amalgam.kernels import lstm
     from amalgam.kernels.configurations import configuration

@@ -1,4 +1,4 @@
-"""Arguments that vary compile nothing anew; count_compilations.py counts what GPU tests compile."""
+"""Launches whose arguments differ in counts alone share a compiled kernel."""
 
 from __future__ import annotations
 

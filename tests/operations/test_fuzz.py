@@ -51,7 +51,7 @@ architectures = st.sampled_from(((1, 1), (1, 4), (1, 8), (2, 4), (2, 20), (3, 5)
 
 
 def sizes(power: int) -> st.SearchStrategy[int]:
-    """0 to 300, and beside the powers of two up to ``2**power``."""
+    """Sizes from 0 to 300, and those beside the powers of two up to ``2**power``."""
     near = [2**p + d for p in range(3, power + 1) for d in (-1, 0, 1)]
     return st.integers(0, 300) | st.sampled_from(near)
 
@@ -89,7 +89,7 @@ class Draws:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The values in other strides; expanded ones become those of the first column."""
+    """The values in other strides; expanding repeats the first column."""
     if layout == "sliced":
         spread = values.new_full((*values.shape[:-1], 2 * values.shape[-1]), math.nan)
         spread[..., ::2] = values
@@ -239,14 +239,14 @@ def pool_constants(draws: Draws, k: int) -> list[list[float]]:
 
 
 def moments(draws: Draws, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """As gradients of about this size leave them; zero where it is."""
+    """Moments as gradients of about this size leave them; they are zero where it is zero."""
     sizes = torch.rand((2, *grad.shape), generator=draws.generator, dtype=torch.float64) + 0.1
     m, v = draws.normal(*grad.shape) * grad.double(), sizes[1] * grad.double().square()
     return m.to(draws.dtype), v.to(draws.dtype)
 
 
 def fitting(layout: Sequence[str]) -> list[str]:
-    """Moments expand only where the gradient does: others differ by decades, and saturate."""
+    """Let moments expand only where the gradient does; otherwise they differ by decades."""
     grad, *rest = layout
     alone = [how if how != "expanded" or how == grad else "sliced" for how in rest[:2]]
     return [grad, *alone, *rest[2:]]
@@ -369,7 +369,7 @@ def test_student_step_in_place(
     constants: tuple[float, ...],
     seed: int,
 ) -> None:
-    """Any split of the coordinates over tensors gives the bits of one tensor, and true ones."""
+    """However the coordinates are split over tensors, the bits are those of one tensor."""
     draws, lr, decay = Draws(seed, dtype), 0.7, 0.1
     grad = laid_out(draws.values(content, n).to(of_grads), layout[1])
     param = draws.normal(n).to(of_params)
@@ -481,7 +481,7 @@ def test_choice_step(
 
 @pytest.mark.parametrize("result", range(6))
 def test_an_error_of_a_few_units_is_found(result: int) -> None:
-    """Of each result of the choice's step, relative: 2^-17 is 64 units in the last place."""
+    """A relative error of 2^-17, 64 units in the last place, in any result of a step fails."""
     draws = Draws(3, torch.float32)
     grad = draws.normal(100).float()
     inputs = [grad, *moments(draws, grad.expand(2, 100)), *cells(draws, 2, 4, 100)]

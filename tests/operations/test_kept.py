@@ -1,4 +1,4 @@
-"""What is made of constant weights is made once, and anew when they change."""
+"""What kernels derive from weights is made once, and again when the weights change."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from machine_code import (
 
 from amalgam.operations import registry
 
-# Bytes of stack a thread, which reads and writes some KB.
+# Bytes of stack that a thread may use; it reads and writes some KB in all.
 TILES_STACK = {"sm_90": 360}
 
 
 def cuda_kernels(name: str) -> tuple[int, dict[tuple[str, str], tuple[int, int]]]:
-    """For how many architectures the core has kernels, and what those of this name take."""
+    """The number of architectures in the core, and what its kernels of this name take."""
     pytest.importorskip("triton")
     from amalgam.backends import core
 
@@ -36,7 +36,7 @@ def cuda_kernels(name: str) -> tuple[int, dict[tuple[str, str], tuple[int, int]]
 
 
 def test_cuda_kernels_keep_to_registers() -> None:
-    """A few bytes of stack at most, and so many warps a processor as their launches want."""
+    """Their launches ask for so many warps a processor that few registers are left."""
     archs, kernels = cuda_kernels("student_threads")
     assert len(kernels) == 30 * archs
     for name, (registers, stack) in kernels.items():
@@ -45,14 +45,14 @@ def test_cuda_kernels_keep_to_registers() -> None:
 
 
 def test_cuda_kernels_on_tensor_cores_keep_to_registers() -> None:
-    """What little does not fit is spilled once a tile."""
+    """A tile may spill a little, once."""
     archs, kernels = cuda_kernels("student_tiles")
     assert len(kernels) == 2 * (4 + 7) * archs
     for name, (_, stack) in kernels.items():
         assert stack <= TILES_STACK.get(name[0], 600), (name, stack)
 
 
-# Budgets: what a thread and a coordinate of each kernel cost, from the machine code.
+# --- Budgets: what a thread and a coordinate of each kernel cost, by its machine code ---
 
 FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "keep", "lr")
 
@@ -120,7 +120,7 @@ def costs_of_student(case: str) -> dict[str, int]:
 @pytest.mark.compiles(by=costs_of_student)
 @pytest.mark.parametrize("case", BUDGETS)
 def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, int]) -> None:
-    """No register spilled beyond the table, tensor cores and wide accesses used, no more work."""
+    """Kernels spill no more than the table has, use tensor cores, and do no more work."""
     assert_within(compilation, BUDGETS[case])
 
 
@@ -136,13 +136,13 @@ def step_in_place(numerics: str) -> MachineCode:
 def test_what_a_step_overwrites_all_threads_have_read(
     numerics: str, compilation: MachineCode
 ) -> None:
-    """On a GPU, where several warps load the same moments, a slow one read the new ones."""
+    """Several warps load the same moments; on a GPU a slow one once read the new ones."""
     assert compilation.count("ST") > 0
     assert compilation.stores_behind_loads() == 0
 
 
 def step_for_amd(student: str) -> str | None:
-    """Its assembly, or None where this Triton has no compiler for AMD."""
+    """The step's assembly, or None where this Triton has no compiler for AMD."""
     if importlib.util.find_spec("triton.backends.amd") is None:
         return None
     from amalgam.kernels import student_step as kernels
@@ -155,7 +155,7 @@ def step_for_amd(student: str) -> str | None:
 @pytest.mark.compiles(by=step_for_amd)
 @pytest.mark.parametrize("student", ["2x20", "1x4"])
 def test_kernels_compile_for_amd(student: str, compilation: str | None) -> None:
-    """Without PTX, and with matrix instructions where they are meant."""
+    """They hold no PTX, and matrix instructions for the larger student alone."""
     if compilation is None:
         pytest.skip("this Triton has no compiler for AMD's GPUs")
     assert ("v_mfma" in compilation) == (student == "2x20")

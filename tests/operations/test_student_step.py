@@ -22,7 +22,6 @@ from student_cases import (
 )
 from torch import Tensor
 
-# The package's student_step function hides the module of that name.
 from amalgam.ops import (
     StepSettings,
     StudentState,
@@ -209,8 +208,7 @@ def test_initial_state_checks_the_weights() -> None:
         initial_state(draw(3), make_weights()[:-1])
 
 
-# The compiled backends, held to the reference by one rule: the error, against float64, is at most
-# twice what plain PyTorch makes in that dtype.
+# --- The compiled backends, held to the reference by the rule of accuracy.py ---
 
 SHAPES = [(2, 20), (1, 20), (1, 8), (1, 4), (3, 5), (1, 1), (2, 33), (1, 64)]
 
@@ -223,7 +221,7 @@ def test_compiled_step(
     backend: str, size: int, layers: int, hidden: int, dtype: torch.dtype
 ) -> None:
     forward, backward = [], []
-    # Of one coordinate the largest error is a single number, and takes more draws to average.
+    # One coordinate has one error, which takes more draws to average.
     draws = 1 if dtype == torch.float64 else 16 if size > 1 else 150
     for seed in range(draws):
         grad, state, weights = skewed_inputs(size, layers, hidden, dtype, seed)

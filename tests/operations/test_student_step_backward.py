@@ -1,4 +1,4 @@
-"""``student_step_backward``: by hand, compiled, and autograd through the reference."""
+"""``student_step_backward``, by hand and compiled, against autograd through the reference."""
 
 from typing import Any
 
@@ -20,7 +20,6 @@ from student_cases import (
 )
 from torch import Tensor
 
-# The package's student_step function hides the module of that name.
 from amalgam.ops import (
     StudentState,
     initial_state,

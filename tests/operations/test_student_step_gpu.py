@@ -1,4 +1,4 @@
-"""``student_step`` by Triton and by CUDA: on a GPU, or as Triton's interpreter computes it."""
+"""``student_step`` by Triton and CUDA, on a GPU or under Triton's interpreter."""
 
 import math
 
@@ -26,8 +26,6 @@ from student_cases import (
 )
 
 from amalgam.operations import registry
-
-# The package's student_step function hides the module of that name.
 from amalgam.operations.kept import Kept
 from amalgam.ops import (
     StudentState,
@@ -66,7 +64,7 @@ def test_triton_in_place_is_the_references(
 @by_triton
 @pytest.mark.parametrize(("layers", "hidden"), [(2, 20), (1, 4)])
 def test_triton_adds_three_products_up_to_one(device: str, layers: int, hidden: int) -> None:
-    """3xtf32, by default on NVIDIA's GPUs, and not where kernels are interpreted."""
+    """This is 3xtf32, the default on NVIDIA's GPUs but not of interpreted kernels."""
     forward, backward = [], []
     for seed in range(4 if hidden == 20 else 12):
         grad, state, weights = skewed_inputs(70, layers, hidden, torch.float32, seed)
@@ -80,7 +78,7 @@ def test_triton_adds_three_products_up_to_one(device: str, layers: int, hidden: 
 @by_triton
 @pytest.mark.parametrize("hidden", [4, 20])
 def test_triton_approximates(device: str, hidden: int) -> None:
-    """Where there is no instruction to approximate by, tanh of half the sum is precise."""
+    """The interpreter has no approximate instruction and computes tanh precisely."""
     bound = 1e-2 if device == "cuda" else 1e-5
     grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
     ours = student_step(grad, state, weights, backend="triton:ieee,approximate")
@@ -203,7 +201,7 @@ def test_triton_steps_alike_with_places_of_64_bits(
 def test_steps_many_aligned_coordinates_to_the_same_bits(
     backend: str, cells: torch.dtype, bound: float
 ) -> None:
-    """In place, whatever warp comes first: what one overwrites, another may still have to read."""
+    """A warp may overwrite what another has not read yet; the results must not show it."""
     weights = moved(make_weights(2, 20, dtype=torch.float32), "cuda")
     grad, state, _ = moved(skewed_inputs(1 << 14, 2, 20, torch.float32), "cuda")
     narrow = state._replace(h=state.h.to(cells), c=state.c.to(cells))
@@ -223,7 +221,7 @@ def test_steps_many_aligned_coordinates_to_the_same_bits(
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.usefixtures("triton_works", "cuda_works")
 def test_steps_where_places_need_64_bits(backend: str) -> None:
-    """Beyond 2^31 numbers of h: the last coordinates are stepped, and as elsewhere."""
+    """h has more than 2^31 numbers; the last coordinates are stepped like any others."""
     n, few = 2**29 + 70, 100
     weights = moved(make_weights(1, 4, dtype=torch.float32), "cuda")
     param, grad = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
@@ -324,7 +322,7 @@ def test_cuda_lets_the_device_decide(backend: str, hidden: int, cells: torch.dty
 @pytest.mark.parametrize("hidden", [8, 20])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_cuda_alike_wherever_tensors_begin(narrow: bool, hidden: int) -> None:
-    """A number at a time where accesses of 16 bytes are not aligned, and to the same bits."""
+    """Unaligned tensors are read a number at a time, and the results have the same bits."""
     dtype = torch.bfloat16 if narrow else torch.float32
     weights = moved(make_weights(1, hidden, dtype=torch.float32), "cuda")
     results = []
@@ -425,7 +423,7 @@ def test_cuda_makes_of_permissions_what_is_fastest(
 def test_cuda_errs_no_more_than_permitted(
     size: int, layers: int, permitted: str, bound: float, cells: torch.dtype
 ) -> None:
-    """Of states and updates in [-1, 1], after ten steps; and cells as they are stored."""
+    """States and updates lie in [-1, 1]; ten steps add their errors up."""
     grad, start, weights = skewed_inputs(size, layers, 20, torch.float32)
     start = start._replace(h=start.h.to(cells), c=start.c.to(cells))
     if cells == torch.bfloat16:
@@ -453,7 +451,7 @@ def test_cuda_errs_no_more_than_permitted(
 @by_cuda
 @pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
 def test_cuda_steps_tensors_of_many_sizes_at_once(cells: torch.dtype) -> None:
-    """As each of them by itself: more tiles than warps, and many tensors in one warp's walk."""
+    """There are more tiles than warps, and a warp walks over many tensors."""
     sizes = [1 << 19, 64, *range(1, 200), 8, 1 << 18, 100003, *range(8, 1600, 8)]
     weights = moved(make_weights(2, 20, dtype=torch.float32), "cuda")
     params = [draw(n, seed=1).float().cuda() for n in sizes]

@@ -1,4 +1,4 @@
-"""``student_step_``: parameters and states that are stepped where they lie."""
+"""``student_step_``, which steps parameters and states in place."""
 
 import math
 import re
@@ -44,7 +44,7 @@ def test_opcheck_in_place() -> None:
 def expected_in_place(
     param: Tensor, grad: Tensor, state: StudentState, weights: list[Tensor], lr: float, decay: float
 ) -> tuple[Tensor, StudentState]:
-    """The functional form over the flattened tensor, in the weights' dtype."""
+    """What the functional form makes of the flattened tensor, in the weights' dtype."""
     dtype = weights[0].dtype
     flat = StudentState(
         state.m.reshape(-1),
@@ -174,7 +174,7 @@ def test_every_rank(rank: int) -> None:
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_half_params_round_once(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    """Computed in the state's float32; only the new parameter is rounded to its own dtype."""
+    """A step computes in the state's float32 and rounds the new parameter alone."""
     single = torch.float32
     weights = make_weights(dtype=single)
     param, grad = draw(33, seed=1, dtype=dtype), draw(33, seed=2, dtype=grad_dtype)
@@ -285,7 +285,7 @@ def test_in_place_errors_name_the_argument(
 def test_compiled_in_place_is_the_references(
     backend: str, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
-    """Parameters of several tensors, strided ones among them, whatever their storage."""
+    """Several tensors step as the reference steps them; some are strided."""
     weights = make_weights(2, 20, dtype=torch.float32)
     shapes = [(7, 9), (), (0, 3), (130,), (2, 3, 4, 2)]
     both = []
@@ -368,7 +368,7 @@ def test_compiled_tensors_must_not_share_memory(backend: str) -> None:
 
 @of_each
 def test_steps_into_memory_that_is_there(backend: str) -> None:
-    """As the functional form, out of place, in the old state's place, and backwards in place."""
+    """Out of place, in place and backwards, the results are the functional form's."""
     generator = torch.Generator().manual_seed(5)
     n, settings = 130, StepSettings()
     weights = [w.detach() for w in Student(StudentConfig(hidden=6)).double().weights()]

@@ -72,7 +72,7 @@ def by_autograd(inputs: Inputs, settings: StepSettings = SETTINGS) -> list[Tenso
 
 
 def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], bound: float) -> None:
-    """To ``bound`` of a weight's largest gradient: in the sums over coordinates terms cancel."""
+    """Compare to ``bound`` of a weight's largest gradient, as terms cancel in the sums."""
     for our, their in zip(ours, theirs, strict=True):
         assert our.shape == their.shape
         assert our.dtype == their.dtype
@@ -109,7 +109,7 @@ def test_compiled_and_reference_are_autograds(
 @compiled
 @pytest.mark.parametrize("steps", [102, 150, 301])
 def test_compiled_of_more_steps_than_are_kept(backend: str, steps: int) -> None:
-    """Of this student's tile, 50 float64 steps are: one segment is short, or none."""
+    """The cpu backend keeps 50 steps of this student: one segment is short, or none is."""
     inputs = inputs_of(steps, 33, 2, 20, torch.float64)
     ours = student_unroll_backward(*inputs, SETTINGS, backend=backend)
     assert_close(ours, by_autograd(inputs), 1e-12)
@@ -194,7 +194,7 @@ def test_from_nothing_with_zero_gradients(backend: str) -> None:
 
 @compiled
 def test_compiled_without_eps_and_with_what_forgets_at_once(backend: str) -> None:
-    """Lanes after the last coordinate hold moments, too, which must not decay to 0 / 0."""
+    """Lanes after the last coordinate hold moments too, and those must not become 0 / 0."""
     settings = StepSettings(0.1, 0.0, 0.0, 0.0)
     _, adjoints, state, weights = inputs_of(7, 5, 2, 4, torch.float64)
     inputs = draw(7, 5), adjoints, state, weights
@@ -241,7 +241,7 @@ def test_rows_may_lie_anywhere(backend: str, layout: str) -> None:
         return view
 
     spread = laid_out(grads), laid_out(adjoints)
-    if layout == "offset":  # each has a stride of its own
+    if layout == "offset":  # each has its own stride
         spread = spread[0], adjoints
     assert not spread[0].is_contiguous()
     loose = StudentState(*(torch.stack((t, t), -1)[..., 0] for t in state))

@@ -24,7 +24,7 @@ EPS = 1e-10
 GPUS = on_gpus("triton", "cuda")
 
 everywhere = at(*ON_CPU, *GPUS, *INTERPRETED)
-# Numerical gradients take the interpreter minutes, and contracts are those of any instructions.
+# The interpreter takes minutes for numerical gradients; one instruction set is enough for them.
 compiled_once = at(*ON_CPU_ONCE, *GPUS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 hubers = pytest.mark.parametrize("huber_delta", [None, 0.01])
@@ -95,13 +95,13 @@ def _assert_accurate(
 
 
 def _places_of(n: int) -> list[Any]:
-    """Interpreted, 4099 coordinates are three blocks already; 65537 take a minute."""
+    """The interpreter takes a minute for 65537 coordinates; 4099 are three blocks already."""
     places = [*ON_CPU, *GPUS, *(INTERPRETED if n < 65537 else ())]
     return [pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks) for p in places]
 
 
 def of_sizes(sizes: Sequence[int]) -> pytest.MarkDecorator:
-    """Everywhere, with as many coordinates as can be computed there."""
+    """Every place, with the sizes that it computes in seconds."""
     places = [place for n in sizes for place in _places_of(n)]
     return pytest.mark.parametrize(("backend", "device", "n"), places, indirect=["backend"])
 
@@ -183,7 +183,7 @@ def test_non_finite_inputs_propagate_as_in_pytorch(
                 student[where] = bad
             grad = torch.ones(3, device=device)
             results = _run(student, teachers, grad, huber_delta, backend)
-            # Not autograd of the reference: of torch.where it makes NaN from an infinity's 0 * inf.
+            # Autograd of the reference is no truth here: torch.where's makes NaN of 0 * inf.
             distances, total = torch.ops.amalgam.teacher_distance(
                 student, teachers, EPS, huber_delta, "reference"
             )

@@ -148,7 +148,7 @@ def test_no_kinds_is_nothing(path: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision_errs_as_rounding_does(dtype: torch.dtype) -> None:
-    """A dozen roundings at most stand between inputs and update, at conditions of order one."""
+    """An update takes a dozen roundings at most, and each moves it by about a unit."""
     inputs = [t.to(dtype) for t in make_inputs(1000)]
     truth = direct(*(t.double() for t in inputs))
     for ours, theirs in zip(direct(*inputs), truth, strict=True):
@@ -257,7 +257,7 @@ def test_compile_traces_the_operator_whole() -> None:
 # --- The compiled kernels ---
 
 everywhere = at(*ON_CPU, *on_gpus("triton"), *INTERPRETED)
-# Numerical gradients take the interpreter minutes, and contracts are those of any instructions.
+# The interpreter takes minutes for numerical gradients; one instruction set is enough for them.
 compiled_once = at(*ON_CPU_ONCE, *on_gpus("triton"))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 Long = np.longdouble
@@ -371,7 +371,7 @@ def kernel_inputs(
 def both_of_each(
     draws: Sequence[tuple[list[Tensor], list[Tensor]]], backend: str
 ) -> list[Sequence[Tensor]]:
-    """Of Triton by one call: interpreted programs that are not full take as long as full ones."""
+    """Both of each draw. Triton takes all in one call, as the interpreter is slow to start."""
     if backend != "triton":
         return [both(grads_out, *inputs, backend=backend) for grads_out, inputs in draws]
     flat = [(*grads_out, *inputs) for grads_out, inputs in draws]
@@ -613,7 +613,7 @@ def test_kernels_check_before_they_take_addresses(
 @pytest.mark.parametrize("kind", [-1, K])
 @pytest.mark.parametrize("name", ["teacher_step_float32", "teacher_step_backward_float32"])
 def test_the_core_refuses_kinds_that_it_does_not_have(name: str, kind: int) -> None:
-    """As one of an older build would where Python knows more kinds than it does."""
+    """A core of an older build may know fewer kinds than Python does."""
     addresses = [0] * (9 if "backward" in name else 6)
     function = getattr(core.core().cpu, name)
     with pytest.raises(ValueError, match=f"kinds must be numbers below {K}, not {kind}"):

@@ -20,7 +20,7 @@ choice = torch.ops.amalgam.choice_step
 
 @pytest.fixture
 def arithmetic(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device, computing as NVIDIA's do."""
+    """The device; where kernels are interpreted, they compute as on NVIDIA's GPUs."""
     if device == "cpu":
         import tensor_cores
 
@@ -101,7 +101,7 @@ def assert_ill_alone(
 
 
 def fall_ill(grad: Tensor, h: Tensor, c: Tensor) -> list[int]:
-    """Puts NaN, infinities and the largest numbers in; returns in which coordinates."""
+    """Put NaN, infinities and the largest numbers in, and return their coordinates."""
     grad[3], c[0, 0, 66], h[-1, 2, 50] = [math.nan] * 3
     grad[5], h[0, 1, 17], h[0, 3, 31], c[0, 4, 12] = math.inf, math.inf, -math.inf, -math.inf
     h[0, 2, 40], h[-1, 5, 60] = LARGEST, -LARGEST
