@@ -7,11 +7,14 @@ has, the address of how many steps it has taken, and a seed.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from amalgam.operations import kept
 
 COLUMNS = 9
 _NUMEL = 6
@@ -59,11 +62,8 @@ def table(rows: tuple[Row, ...], block: int, device: torch.device) -> tuple[Tens
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         values, blocks = _values(rows, block)
-        spares = _spares.get(len(values))
-        held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
-        held.copy_(values)
-        _captured.append(held)
-        return *_split(held.to(device, non_blocking=True), len(rows)), blocks
+        on_device = _held_for_graph(values).to(device, non_blocking=True)
+        return *_split(on_device, len(rows)), blocks
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _kept_table(rows, block, device, stream)
 
@@ -83,11 +83,31 @@ def _kept_table(
     return *_split(values, len(rows)), blocks
 
 
-# Pinned memory by size, as captures can't pin any, and what graphs copy from: how long they live,
-# they do not tell.
+# Pinned memory by size, for captures, which can't pin any.
 SPARES = 4
 _spares: dict[int, list[Tensor]] = {}
+# What graphs copy from that captured a step without an owner. It is kept until the process ends, as
+# nothing tells when such a graph is deleted.
 _captured: list[Tensor] = []
+
+
+def _held_for_graph(values: Tensor) -> Tensor:
+    """A copy in pinned memory, for the graph that is being captured to copy from at every replay.
+
+    It becomes a spare again when the step's owner, an optimizer, is deleted. A graph must not be
+    replayed after that anyway: it would write to state that the optimizer held. Spares are not
+    freed, since the last replay may still run; before the next capture writes to one,
+    ``torch.cuda.graph`` waits for the device.
+    """
+    spares = _spares.setdefault(len(values), [])
+    held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
+    held.copy_(values)
+    owner = kept.owner()
+    if owner is None:
+        _captured.append(held)
+    else:
+        weakref.finalize(owner, spares.append, held).atexit = False
+    return held
 
 
 def _values(rows: tuple[Row, ...], block: int) -> tuple[Tensor, int]:

@@ -150,7 +150,7 @@ def _student_step(
 
     inputs = checked_state((grad, m, v, h, c))
     weights = checked_weights(weights, grad)
-    return kernels.student_step(*inputs, weights, (alpha, beta1, beta2, eps), *numerics)
+    return kernels.student_step(inputs, weights, (alpha, beta1, beta2, eps), *numerics)
 
 
 @backend.kernel("student_step_backward", dtypes=SINGLE, takes_numerics=True)
@@ -175,7 +175,7 @@ def _student_step_backward(
     grads_out = checked_state(tuple(grads_out), like=grad, shapes=inputs)
     weights = checked_weights(weights, grad)
     settings = (alpha, beta1, beta2, eps)
-    return kernels.student_step_backward(grads_out, *inputs, weights, settings, numerics.precision)
+    return kernels.student_step_backward(grads_out, inputs, weights, settings, numerics.precision)
 
 
 register_into(backend, dtypes=SINGLE, takes_numerics=True)
@@ -203,7 +203,7 @@ def _student_step_in_place(
     *,
     numerics: Numerics,
 ) -> None:
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     weights = checked_weights(weights, m[0])
     tensors, put_back = checked_in_place(params, grads, m, v, h, c)
@@ -263,7 +263,8 @@ def _choice_step(
 ) -> tuple[Tensor, ...]:
     from amalgam.kernels import choice_step as kernels
 
-    pool = tuple(checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps).values())
+    pool = kinds, lr, beta1, beta2, eps
+    checked_teachers(len(kinds), *pool)
     inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
     return kernels.choice_step(inputs, weights, pool, time, learning_rate, *numerics)
 
@@ -290,7 +291,8 @@ def _choice_step_backward(
 ) -> tuple[Tensor | list[Tensor], ...]:
     from amalgam.kernels import choice_step as kernels
 
-    pool = tuple(checked_teachers(len(kinds), kinds, lr, beta1, beta2, eps).values())
+    pool = kinds, lr, beta1, beta2, eps
+    checked_teachers(len(kinds), *pool)
     inputs, weights = checked_choice(len(kinds), (grad, m, v, h, c, ranks), weights)
     grads_out = [
         checked(f"grads_out[{index}]", tensor, shaped.shape, grad)

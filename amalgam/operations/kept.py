@@ -63,6 +63,11 @@ class Kept:
 _current: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
+def owner() -> Kept | None:
+    """Whose step runs, or ``None`` of an operation that is called for itself."""
+    return _current.get()
+
+
 def kept(
     key: Hashable, weights: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:

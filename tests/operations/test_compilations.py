@@ -34,7 +34,7 @@ SELECTION = (
 BUDGETS = {
     "student_step.forward": 16,
     "student_step.backward": 10,
-    "student_step.in_place": 31,
+    "student_step_in_place.in_place": 31,
     "choice_step.forward": 8,
     "choice_step.backward": 6,
     "teacher_distance.sum_blocks": 13,
@@ -107,8 +107,8 @@ for each in compile_only.compilations:
 kernels = [each.kernel.rpartition("kernels.")[2] for each in compile_only.compilations]
 assert sorted(kernels) == [
     "student_step.backward",
-    "student_step.in_place",  # without control
-    "student_step.in_place",
+    "student_step_in_place.in_place",  # without control
+    "student_step_in_place.in_place",
     "teacher_distance.finish",
     "teacher_distance.gradients",
     "teacher_distance.sum_blocks",

@@ -1204,10 +1204,10 @@ def test_triton_takes_strided_inputs_and_repeats_bits(device: str) -> None:
 def test_triton_packs_kept_weights_once_and_when_they_change(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amalgam.kernels import lstm
+    from amalgam.kernels import lstm_weights
 
-    packs, pack = [], lstm.pack
-    monkeypatch.setattr(lstm, "pack", lambda *how: packs.append(how) or pack(*how))
+    packs, pack = [], lstm_weights.pack
+    monkeypatch.setattr(lstm_weights, "pack", lambda *how: packs.append(how) or pack(*how))
     grad, state, weights = moved(skewed_inputs(70, 2, 4, torch.float32), device)
     owner = Kept()
     for change in (0.0, 0.0, 0.5):
@@ -1241,14 +1241,15 @@ def test_triton_opcheck(device: str) -> None:
 def test_triton_steps_alike_with_places_of_64_bits(
     device: str, hidden: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step, student_step_in_place
 
     grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
     upstream = [torch.ones_like(t) for t in (grad, *state)]
     arguments = (grad, *state, weights, *SETTINGS, "triton")
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
+        for kernels in (student_step, student_step_in_place):
+            monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
         in_place = two_tensors("triton", device, torch.float32, torch.float32, hidden)
         forward = torch.ops.amalgam.student_step(*arguments)
         backward = torch.ops.amalgam.student_step_backward(upstream, *arguments)
@@ -1636,13 +1637,13 @@ def triton_constants(
     """Constants and options of a student "LAYERSxHIDDEN"; "stochastic" numerics round so."""
     import triton.language as tl
 
-    from amalgam.kernels import lstm
+    from amalgam.kernels import lstm_weights
     from amalgam.kernels.configurations import configuration
 
     stochastic = numerics.endswith(",stochastic")
     permitted = registry._parse(f"auto:{numerics.removesuffix(',stochastic')}")[1]
     layers, hidden = map(int, student.split("x"))
-    plan = lstm.packing(layers, hidden, 2, 1, torch.device("cpu"))
+    plan = lstm_weights.packing(layers, hidden, 2, 1, torch.device("cpu"))
     chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
     constants = {
@@ -1661,9 +1662,10 @@ def triton_constants(
 def test_kernels_keep_to_their_budgets(case: str) -> None:
     """No register spilled beyond the table, tensor cores and wide accesses used, no more work."""
     pytest.importorskip("triton")
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step, student_step_in_place
 
     name, arch, student, cells, numerics = case.split()
+    kernels = student_step_in_place if name == "in_place" else student_step
     constants, options = triton_constants(name, student, cells, numerics)
     number = int(arch.removeprefix("sm_"))
     divisible = name != "in_place"
@@ -1678,7 +1680,7 @@ def test_kernels_keep_to_their_budgets(case: str) -> None:
 def test_what_a_step_overwrites_all_threads_have_read(numerics: str) -> None:
     """On a GPU, where several warps load the same moments, a slow one read the new ones."""
     pytest.importorskip("triton")
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     constants, options = triton_constants("in_place", "2x20", "float32", numerics)
     code = compile_kernel(kernels.in_place, 90, types_of(numerics), constants, False, options)
@@ -1690,7 +1692,7 @@ def test_what_a_step_overwrites_all_threads_have_read(numerics: str) -> None:
 def test_kernels_compile_for_amd(student: str) -> None:
     """Without PTX, and with matrix instructions where they are meant."""
     pytest.importorskip("triton.backends.amd")
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     numerics = "bf16,approximate,stochastic"
     constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)
