@@ -23,8 +23,6 @@ from amalgam.operations.registry import register_backend
 from amalgam.operations.rounding import key_of
 from amalgam.operations.student_step import FEATURES, OUTPUTS, StepSettings, warm_up_
 
-NO_HUBER = -1.0
-
 
 def _probe() -> str | None:
     return core.load()[1]
@@ -56,7 +54,7 @@ def _teacher_distance(
         n=n,
         k=k,
         eps=eps,
-        huber_delta=NO_HUBER if huber_delta is None else huber_delta,
+        huber_delta=core.NO_HUBER if huber_delta is None else huber_delta,
         threads=torch.get_num_threads(),
     )
     return distances, totals
@@ -90,7 +88,7 @@ def _teacher_distance_backward(
         n=n,
         k=k,
         eps=eps,
-        huber_delta=NO_HUBER if huber_delta is None else huber_delta,
+        huber_delta=core.NO_HUBER if huber_delta is None else huber_delta,
         threads=torch.get_num_threads(),
     )
     return in_student, in_teachers
