@@ -9,149 +9,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amalgam.kernels import lstm
+from amalgam.kernels import lstm, lstm_weights
+from amalgam.kernels.choice_network import (
+    RANKS,
+    choice_cell,
+    mixture_of,
+    row_of,
+    teachers_gradients,
+    teachers_updates,
+    with_inputs,
+    with_row,
+)
 from amalgam.kernels.configurations import configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, processors, wide
-from amalgam.kernels.lstm import add, cell, column, recurrent_gradients, rows_of, sizes_of
-from amalgam.kernels.teacher_kinds import has_m, has_v, moments, of_kind
-from amalgam.kernels.teacher_step import WIDTH, settings_of, teacher_table
+from amalgam.kernels.lstm import (
+    add,
+    cell_gradients,
+    column,
+    of_gate,
+    recurrent_gradients,
+    rows_of,
+    sizes_of,
+)
+from amalgam.kernels.teacher_kinds import moments
+from amalgam.kernels.teacher_step import WIDTH, TeacherSettings, settings_of, teacher_table
 
-RANKS = tl.constexpr(3)  # features that say whether a coordinate's rank is 1, 2 or 3
-IDLE_LOGIT = tl.constexpr(-23.025850929940457)  # log(1e-10), of the option that moves nothing
 PROGRAMS_PER_PROCESSOR = 2
-
-
-@triton.jit
-def _row_of(tile, k, POOL: tl.constexpr):
-    """Row k of (POOL, BLOCK)."""
-    return tl.sum(tl.where(tl.arange(0, POOL)[:, None] == k, tile, 0.0), 0)
-
-
-@triton.jit
-def _with_row(tile, k, row, POOL: tl.constexpr):
-    """(POOL, BLOCK) with another row k."""
-    return tl.where(tl.arange(0, POOL)[:, None] == k, row[None, :], tile)
-
-
-@triton.jit
-def _updates(table, g, m, v, at, inside, n, K: tl.constexpr, POOL: tl.constexpr):
-    """The teachers' updates, (POOL, BLOCK), zeros in the rows that are none."""
-    result = tl.zeros((POOL, at.shape[0]), tl.float32)
-    place = at  # goes on by n: a product k n would need 64 bits
-    for k in range(K):
-        kind, lr, beta1, beta2, eps, rest1, rest2, inverse1, inverse2 = settings_of(
-            table + k * WIDTH
-        )
-        old_m = tl.load(m + place, mask=inside, other=0.0)
-        old_v = tl.load(v + place, mask=inside, other=1.0)
-        now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
-        row = of_kind(kind, 0.0, g, now_m, now_v, lr, eps, inverse1, inverse2, False)
-        result = _with_row(result, k, row, POOL)
-        place += n
-    return result
-
-
-@triton.jit
-def _first_sums(
-    packed,
-    updates,  # (POOL, BLOCK)
-    time,
-    rank,  # (BLOCK,)
-    GATE: tl.constexpr,
-    K: tl.constexpr,
-    POOL: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """What the first layer's gate takes of the features, (UNITS, BLOCK)."""
-    weights = packed + GATE * (K + 1 + RANKS) * UNITS
-    sums = (column(weights + K * UNITS, UNITS) * time)[:, None]
-    for r in tl.static_range(1, RANKS + 1):
-        is_rank = (rank == r).to(tl.float32)
-        sums += column(weights + (K + r) * UNITS, UNITS)[:, None] * is_rank[None, :]
-    for k in tl.static_range(K):
-        sums += column(weights + k * UNITS, UNITS)[:, None] * _row_of(updates, k, POOL)[None, :]
-    return sums
-
-
-@triton.jit
-def _with_inputs(
-    h,  # (UNITS, BLOCK)
-    updates,  # (POOL, BLOCK)
-    time,
-    rank,  # (BLOCK,)
-    LAYER: tl.constexpr,
-    K: tl.constexpr,
-    POOL: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """The old h with what FOLDED weights multiply in the rows that are no unit's."""
-    unit = tl.arange(0, UNITS)[:, None]
-    h = tl.where(unit < HIDDEN, h, (unit == HIDDEN).to(tl.float32))
-    if LAYER == 0:
-        for k in tl.static_range(K):
-            h = tl.where(unit == HIDDEN + 1 + k, _row_of(updates, k, POOL)[None, :], h)
-        h = tl.where(unit == HIDDEN + 1 + K, time, h)
-        of_rank = unit - (HIDDEN + 1 + K)
-        is_rank = (of_rank > 0) & (of_rank <= RANKS) & (rank[None, :] == of_rank)
-        h = tl.where(is_rank, 1.0, h)
-    return h
-
-
-@triton.jit
-def _cell(
-    packed,
-    other,
-    x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
-    h,  # (UNITS, BLOCK)
-    c,  # (UNITS, BLOCK)
-    updates,  # (POOL, BLOCK)
-    time,
-    rank,  # (BLOCK,)
-    LAYER: tl.constexpr,
-    K: tl.constexpr,
-    POOL: tl.constexpr,
-    UNITS: tl.constexpr,
-    FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PTX: tl.constexpr,
-    APPROXIMATE: tl.constexpr,
-):
-    """A layer's gates, its new c, and the tanh of that."""
-    if LAYER == 0 and not FOLDED:
-        i = _first_sums(packed, updates, time, rank, 0, K, POOL, UNITS)
-        f = _first_sums(packed, updates, time, rank, 1, K, POOL, UNITS)
-        a = _first_sums(packed, updates, time, rank, 2, K, POOL, UNITS)
-        o = _first_sums(packed, updates, time, rank, 3, K, POOL, UNITS)
-    else:
-        i = tl.zeros_like(h)
-        f = tl.zeros_like(h)
-        a = tl.zeros_like(h)
-        o = tl.zeros_like(h)
-    # Teachers' updates have no bound.
-    return cell(
-        packed, other, x, h, c, i, f, a, o,
-        LAYER, K + 1 + RANKS, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, LAYER == 0 and FOLDED,
-    )  # fmt: skip
-
-
-@triton.jit
-def _mixture(
-    packed_head,
-    top,  # (UNITS, BLOCK) the last layer's new h
-    K: tl.constexpr,
-    POOL: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """The teachers' shares, (POOL, BLOCK). The largest logit is subtracted: nothing overflows."""
-    logits = tl.full((POOL, top.shape[1]), float("-inf"), tl.float32)
-    for k in tl.static_range(K):
-        logit = tl.sum(column(packed_head + k * UNITS, UNITS)[:, None] * top, 0)
-        logits = _with_row(logits, k, logit + tl.load(packed_head + K * UNITS + k), POOL)
-    largest = tl.maximum(tl.max(logits, 0), IDLE_LOGIT)
-    terms = tl.exp(logits - largest[None, :])
-    # Rounded correctly, as gradients in logits cancel; / approximates.
-    return tl.div_rn(terms, (tl.sum(terms, 0) + tl.exp(-largest + IDLE_LOGIT))[None, :])
 
 
 @triton.jit
@@ -202,7 +85,7 @@ def forward(
         tl.store(new_m + place, now_m, mask=inside)
         tl.store(new_v + place, now_v, mask=inside)
         place += n
-    updates = _updates(table, g, m, v, at, inside, n, K, POOL)
+    updates = teachers_updates(table, g, m, v, at, inside, n, K, POOL)
 
     used = (tl.arange(0, UNITS) < HIDDEN)[:, None] & inside[None, :]
     x = tl.zeros((UNITS, BLOCK), tl.float32)
@@ -211,8 +94,8 @@ def forward(
         old_h = tl.load(h + rows, mask=used, other=0.0)
         old_c = tl.load(c + rows, mask=used, other=0.0)
         if FOLDED:
-            old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
-        _i, _f, _a, o, new_cell, squashed = _cell(
+            old_h = with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
+        _i, _f, _a, o, new_cell, squashed = choice_cell(
             packed, other, x, old_h, old_c, updates, time, rank,
             layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
@@ -221,7 +104,7 @@ def forward(
         tl.store(new_c + rows, new_cell, mask=used)
 
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, K + 1 + RANKS, UNITS, FOLDED)
-    shares = _mixture(packed + HEAD, x, K, POOL, UNITS)
+    shares = mixture_of(packed + HEAD, x, K, POOL, UNITS)
     pool = tl.arange(0, POOL)
     real = (pool < K)[:, None] & inside[None, :]
     tl.store(mixture + pool.to(at.dtype)[:, None] * n + at[None, :], shares, mask=real)
@@ -264,11 +147,57 @@ def _gate_gradients(
             is_rank = (rank == r).to(tl.float32)
             add(to + (K + r) * UNITS, tl.sum(d_gate * is_rank[None, :], 1), later)
         for k in tl.static_range(K):
-            row = _row_of(updates, k, POOL)
+            row = row_of(updates, k, POOL)
             add(to + k * UNITS, tl.sum(d_gate * row[None, :], 1), later)
             d_row = tl.sum(column(packed + first + k * UNITS, UNITS)[:, None] * d_gate, 0)
-            d_updates = _with_row(d_updates, k, _row_of(d_updates, k, POOL) + d_row, POOL)
+            d_updates = with_row(d_updates, k, row_of(d_updates, k, POOL) + d_row, POOL)
     return d_x, d_h, d_updates
+
+
+@triton.jit
+def _lower_layers(
+    packed,
+    other,
+    outputs,  # (LAYERS, UNITS, BLOCK) out: the layers' new h
+    here,  # (UNITS, BLOCK) places in one layer of it
+    used,  # (UNITS, BLOCK) which rows exist
+    at,  # (BLOCK,)
+    n,
+    h,  # (LAYERS, HIDDEN, N)
+    c,  # (LAYERS, HIDDEN, N)
+    updates,  # (POOL, BLOCK)
+    time,
+    rank,  # (BLOCK,)
+    K: tl.constexpr,
+    POOL: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Writes what every layer but the last gives to the one above, and returns the last of these.
+
+    The last layer's own new h comes with its gates, when gradients are computed.
+    """
+    x = tl.zeros((UNITS, BLOCK), tl.float32)
+    for layer in tl.static_range(LAYERS - 1):
+        rows = rows_of(layer, HIDDEN, UNITS, at, n)
+        old_h = tl.load(h + rows, mask=used, other=0.0)
+        old_c = tl.load(c + rows, mask=used, other=0.0)
+        if FOLDED:
+            old_h = with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
+        _i, _f, _a, o, _c, squashed = choice_cell(
+            packed, other, x, old_h, old_c, updates, time, rank,
+            layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
+        )  # fmt: skip
+        x = o * squashed
+        tl.store(outputs + layer * UNITS * BLOCK + here, x)
+    # Other threads of this program read what these wrote.
+    tl.debug_barrier()
+    return x
 
 
 @triton.jit(do_not_specialize=["blocks", "size"])
@@ -330,24 +259,12 @@ def backward(
         of_pool = pool.to(at.dtype)[:, None] * n + at[None, :]
         g = tl.load(grad + at, mask=inside, other=1.0)
         rank = tl.load(ranks + at, mask=inside, other=0)
-        updates = _updates(table, g, m, v, at, inside, n, K, POOL)
+        updates = teachers_updates(table, g, m, v, at, inside, n, K, POOL)
 
-        # What the upper layers see; the last layer's own comes with its gates below.
-        x = tl.zeros((UNITS, BLOCK), tl.float32)
-        for layer in tl.static_range(LAYERS - 1):
-            rows = rows_of(layer, HIDDEN, UNITS, at, n)
-            old_h = tl.load(h + rows, mask=used, other=0.0)
-            old_c = tl.load(c + rows, mask=used, other=0.0)
-            if FOLDED:
-                old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
-            _i, _f, _a, o, _c, squashed = _cell(
-                packed, other, x, old_h, old_c, updates, time, rank,
-                layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
-            )  # fmt: skip
-            x = o * squashed
-            tl.store(outputs + layer * UNITS * BLOCK + here, x)
-        # Other threads of this program read what these wrote.
-        tl.debug_barrier()
+        x = _lower_layers(
+            packed, other, outputs, here, used, at, n, h, c, updates, time, rank,
+            K, POOL, LAYERS, HIDDEN, UNITS, FOLDED, BLOCK, PRECISION, PTX,
+        )  # fmt: skip
 
         d_updates = tl.zeros((POOL, BLOCK), tl.float32)
         d_x = tl.zeros((UNITS, BLOCK), tl.float32)
@@ -358,39 +275,33 @@ def backward(
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             if FOLDED:
-                old_h = _with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
-            i, f, a, o, _c, squashed = _cell(
+                old_h = with_inputs(old_h, updates, time, rank, layer, K, POOL, HIDDEN, UNITS)
+            i, f, a, o, _c, squashed = choice_cell(
                 packed, other, x, old_h, old_c, updates, time, rank,
                 layer, K, POOL, UNITS, FOLDED, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
                 top = o * squashed
-                shares = _mixture(packed + HEAD, top, K, POOL, UNITS)
+                shares = mixture_of(packed + HEAD, top, K, POOL, UNITS)
                 d_all = learning_rate * tl.load(d_update + at, mask=inside, other=0.0)
                 d_shares = tl.load(d_mixture + of_pool, mask=real, other=0.0)
                 d_shares += d_all[None, :] * updates
                 d_updates = d_all[None, :] * shares
                 d_logits = shares * (d_shares - tl.sum(shares * d_shares, 0)[None, :])
                 for k in tl.static_range(K):
-                    d_logit = _row_of(d_logits, k, POOL)
+                    d_logit = row_of(d_logits, k, POOL)
                     of_head = HEAD + k * UNITS + unit
                     add(partials + of_head, tl.sum(top * d_logit[None, :], 1), later)
                     add(partials + HEAD + K * UNITS + k, tl.sum(d_logit, 0), later)
                     d_x += tl.load(packed + of_head)[:, None] * d_logit[None, :]
 
-            d_out = d_x + tl.load(d_new_h + rows, mask=used, other=0.0)
-            d_cell = tl.load(d_new_c + rows, mask=used, other=0.0)
-            d_cell += d_out * o * (1.0 - squashed * squashed)
-            tl.store(d_c + rows, d_cell * f, mask=used)
+            d_i, d_f, d_a, d_o = cell_gradients(
+                d_x, d_new_h, d_new_c, d_c, rows, used, old_c, i, f, a, o, squashed
+            )
             d_x = tl.zeros((UNITS, BLOCK), tl.float32)
             d_old_h = tl.zeros((UNITS, BLOCK), tl.float32)
-            d_i = d_cell * a * i * (1.0 - i)
-            d_f = d_cell * old_c * f * (1.0 - f)
-            d_a = d_cell * i * (1.0 - a * a)
-            d_o = d_out * squashed * o * (1.0 - o)
             for gate in tl.range(4, num_stages=1):
-                d_gate = tl.where(gate == 0, d_i, tl.where(gate == 1, d_f, d_a))
-                d_gate = tl.where(gate == 3, d_o, d_gate)
+                d_gate = of_gate(gate, d_i, d_f, d_a, d_o)
                 d_x, d_old_h, d_updates = _gate_gradients(
                     packed, other, partials, d_gate, x, old_h, updates, time, rank,
                     d_x, d_old_h, d_updates, later, gate,
@@ -401,41 +312,19 @@ def backward(
                 for k in tl.static_range(K):
                     of_k = (unit == HIDDEN + 1 + k)[:, None]
                     d_row = tl.sum(tl.where(of_k, d_old_h, 0.0), 0)
-                    d_updates = _with_row(d_updates, k, _row_of(d_updates, k, POOL) + d_row, POOL)
+                    d_updates = with_row(d_updates, k, row_of(d_updates, k, POOL) + d_row, POOL)
         # The next block's layers overwrite what these read.
         tl.debug_barrier()
 
-        d_g = tl.zeros((BLOCK,), tl.float32)
-        place = at  # goes on by n: a product k n would need 64 bits
-        for k in range(K):
-            kind, lr, beta1, beta2, eps, rest1, rest2, inverse1, inverse2 = settings_of(
-                table + k * WIDTH
-            )
-            old_m = tl.load(m + place, mask=inside, other=0.0)
-            old_v = tl.load(v + place, mask=inside, other=1.0)
-            now_m, now_v = moments(kind, g, old_m, old_v, beta1, beta2, rest1, rest2)
-            d_row = _row_of(d_updates, k, POOL)
-            of_g, of_m, of_v = of_kind(
-                kind, d_row, g, now_m, now_v, lr, eps, inverse1, inverse2, True
-            )
-            of_m += tl.load(d_new_m + place, mask=inside, other=0.0)
-            of_v += tl.load(d_new_v + place, mask=inside, other=0.0)
-            if has_m(kind):
-                of_g += rest1 * of_m
-                of_m = beta1 * of_m
-            if has_v(kind):
-                of_g += 2.0 * rest2 * g * of_v
-                of_v = beta2 * of_v
-            tl.store(d_m + place, of_m, mask=inside)
-            tl.store(d_v + place, of_v, mask=inside)
-            d_g += of_g
-            place += n
+        d_g = teachers_gradients(
+            table, g, m, v, d_updates, d_new_m, d_new_v, d_m, d_v, at, inside, n, K, POOL
+        )
         tl.store(d_grad + at, d_g, mask=inside)
 
 
-def _plan(k: int, h: Tensor) -> tuple[lstm.Packing, dict[str, int]]:
+def _plan(k: int, h: Tensor) -> tuple[lstm_weights.Packing, dict[str, int]]:
     layers, hidden = h.shape[:2]
-    plan = lstm.packing(layers, hidden, k + 1 + RANKS.value, k, h.device)
+    plan = lstm_weights.packing(layers, hidden, k + 1 + RANKS.value, k, h.device)
     return plan, {
         "K": k,
         "POOL": triton.next_power_of_2(k),
@@ -449,7 +338,7 @@ def _plan(k: int, h: Tensor) -> tuple[lstm.Packing, dict[str, int]]:
 def choice_step(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    pool: Sequence[Sequence[float]],
+    pool: TeacherSettings,
     time: float,
     learning_rate: float,
     precision: str | None,
@@ -476,11 +365,11 @@ def choice_step(
     n = grad.numel()
     precision = lstm.precision_of(precision)
     plan, shape = _plan(len(m), h)
-    chosen = configuration("choice_step", *h.shape[:2], precision)
+    chosen = configuration("choice_step", h.shape[0], h.shape[1], precision)
     if n:
         with on_device_of(grad):
             forward[(triton.cdiv(n, chosen.block),)](
-                *lstm.packed(weights, plan, precision, approximate),
+                *lstm_weights.packed(weights, plan, precision, approximate),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *results, n, time, learning_rate),
                 **shape,
@@ -498,11 +387,11 @@ def choice_step_backward(
     grads_out: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    pool: Sequence[Sequence[float]],
+    pool: TeacherSettings,
     time: float,
     learning_rate: float,
     precision: str | None,
-) -> tuple[Tensor | list[Tensor], ...]:
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Launch the backward.
 
     Args:
@@ -523,7 +412,7 @@ def choice_step_backward(
     n = grad.numel()
     precision = lstm.precision_of(precision)
     plan, shape = _plan(len(m), h)
-    chosen = configuration("choice_step_backward", *h.shape[:2], precision)
+    chosen = configuration("choice_step_backward", h.shape[0], h.shape[1], precision)
     blocks = triton.cdiv(n, chosen.block)
     programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
     size = plan.places.numel()
@@ -532,7 +421,7 @@ def choice_step_backward(
         outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
             backward[(programs,)](
-                *lstm.packed(weights, plan, precision),
+                *lstm_weights.packed(weights, plan, precision),
                 teacher_table(grad, *pool),
                 *(grad, ranks, m, v, h, c, *grads_out, *results, partials, outputs),
                 *(n, blocks, size, time, learning_rate),
@@ -543,4 +432,4 @@ def choice_step_backward(
                 WIDE=wide(m, h),
                 **chosen.options,
             )
-    return *results, lstm.unpack(partials.sum(0), weights, plan)
+    return results, lstm_weights.unpack(partials.sum(0), weights, plan)

@@ -9,19 +9,10 @@ weights are packed with zeros in the units that do not exist, once for a call or
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from amalgam.kernels.launch import on_nvidia
-from amalgam.operations.kept import kept
-
-SMALLEST_UNITS = 16  # what tl.dot takes at least
 
 # Packed weights, all (UNITS, ...) zero-padded, a layer after another, gates i, f, a, o in each:
 #   W_ih (4, FEATURES, UNITS) of the first layer, (4, UNITS, UNITS) of the others, a row a unit
@@ -340,121 +331,40 @@ def recurrent_gradients(
     return d_x, d_h
 
 
+@triton.jit
+def cell_gradients(
+    d_x,  # (UNITS, BLOCK) of the layer's new h, by what the layer above or the head takes of it
+    d_new_h,  # (LAYERS, HIDDEN, N)
+    d_new_c,  # (LAYERS, HIDDEN, N)
+    d_c,  # (LAYERS, HIDDEN, N) out
+    rows,  # (UNITS, BLOCK) where the layer's rows lie
+    used,  # (UNITS, BLOCK) which of them exist
+    c,  # (UNITS, BLOCK) the layer's old c
+    i,  # (UNITS, BLOCK) its gates, and the tanh of its new c, as cell gives them
+    f,
+    a,
+    o,
+    squashed,
+):
+    """Writes the gradients in the old c, and returns those in the sums of gates i, f, a, o."""
+    d_out = d_x + tl.load(d_new_h + rows, mask=used, other=0.0)
+    d_cell = tl.load(d_new_c + rows, mask=used, other=0.0)
+    d_cell += d_out * o * (1.0 - squashed * squashed)
+    tl.store(d_c + rows, d_cell * f, mask=used)
+    d_i = d_cell * a * i * (1.0 - i)
+    d_f = d_cell * c * f * (1.0 - f)
+    d_a = d_cell * i * (1.0 - a * a)
+    d_o = d_out * squashed * o * (1.0 - o)
+    return d_i, d_f, d_a, d_o
+
+
+@triton.jit
+def of_gate(gate, i, f, a, o):
+    """What belongs to a gate, whose number is known at run time."""
+    first_three = tl.where(gate == 0, i, tl.where(gate == 1, f, a))
+    return tl.where(gate == 3, o, first_three)
+
+
 def precision_of(precision: str | None) -> str:
     """The precision asked for; by default the fastest that errs as float32 does."""
     return precision or ("3xtf32" if on_nvidia() else "ieee")
-
-
-class Packing(NamedTuple):
-    """How an architecture's weights are packed.
-
-    Attributes:
-        units: UNITS.
-        folded: FOLDED.
-        places: For each packed number its place among all weights, or behind them for a zero.
-        back: For each weight its place among the packed ones.
-        square: Whether a packed number belongs to a matrix (UNITS, UNITS).
-        logistic: Whether it belongs to one of the gates i, f, o.
-    """
-
-    units: int
-    folded: bool
-    places: Tensor
-    back: Tensor
-    square: Tensor
-    logistic: Tensor
-
-
-@functools.cache
-def packing(layers: int, hidden: int, features: int, outputs: int, device: torch.device) -> Packing:
-    """The packing of an LSTM with a head, built once per architecture and device."""
-    units = max(SMALLEST_UNITS, triton.next_power_of_2(hidden))
-    folded = hidden + 1 + features <= units
-    shapes: list[tuple[int, ...]] = []
-    for layer in range(layers):
-        inputs = hidden if layer else features
-        shapes += [(4, hidden, inputs), (4, hidden, hidden), (4, hidden)]
-    shapes += [(outputs, hidden), (outputs,)]
-    counts = [torch.Size(shape).numel() for shape in shapes]
-    zero = sum(counts)
-    split = torch.arange(zero).split(counts)
-    weights = [place.view(shape) for shape, place in zip(shapes, split, strict=True)]
-
-    parts = []
-    for layer in range(layers):
-        w_ih, w_hh, b = weights[3 * layer : 3 * layer + 3]
-        square = _padded(w_hh, {1: units, 2: units}, zero)
-        if folded:
-            square[:, :hidden, hidden] = b
-        if folded and layer == 0:
-            square[:, :hidden, hidden + 1 : hidden + 1 + features] = w_ih
-        elif layer == 0:
-            parts.append(_padded(w_ih.transpose(1, 2), {2: units}, zero))
-        else:
-            parts.append(_padded(w_ih, {1: units, 2: units}, zero))
-        parts.append(square)
-        if not folded:
-            parts.append(_padded(b, {1: units}, zero))
-    of_layers = len(parts)
-    parts += [_padded(weights[-2], {1: units}, zero), weights[-1]]
-    squares = [torch.full(part.shape, part.shape[1:] == (units, units)) for part in parts]
-    logistic = [torch.zeros(part.shape, dtype=torch.bool) for part in parts]
-    for flags in logistic[:of_layers]:
-        flags[[0, 1, 3]] = True
-
-    places, square, of_logistic = (
-        torch.cat([each.reshape(-1) for each in column]) for column in (parts, squares, logistic)
-    )
-    back = torch.empty(zero, dtype=torch.int64)
-    used = places < zero
-    back[places[used]] = torch.arange(len(places))[used]
-    on_device = (tensor.to(device) for tensor in (places, back, square, of_logistic))
-    return Packing(units, folded, *on_device)
-
-
-def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
-    shape = [sizes.get(d, size) for d, size in enumerate(part.shape)]
-    padded = torch.full(shape, value)
-    padded[tuple(slice(size) for size in part.shape)] = part
-    return padded
-
-
-def pack(
-    weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The packed weights, float32, and the other form that kernels read of them.
-
-    Args:
-        weights: As the operation has them, float32.
-        plan: Their packing.
-        precision: With tf32 and 3xtf32 matrices are rounded to TF32, and NaN stays. The other form
-            is what that leaves, with 3xtf32; with bf16, all in bfloat16; else the same.
-        approximate: Whether sigmoids will be a tanh of half the sum: halves the weights of theirs.
-    """
-    flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
-    packed = flat.index_select(0, plan.places)
-    if approximate:
-        packed = torch.where(plan.logistic, 0.5 * packed, packed)
-    if precision == "bf16":
-        return packed, packed.bfloat16()
-    if precision == "ieee":
-        return packed, packed
-    high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    high = torch.where(plan.square & ~packed.isnan(), high, packed)
-    return high, packed - high if precision == "3xtf32" else high
-
-
-def packed(
-    weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
-) -> tuple[Tensor, ...]:
-    """As :func:`pack`, from before where the weights' owner keeps it."""
-    key = "lstm", weights[0].device, precision, approximate
-    return kept(key, weights, lambda: pack(weights, plan, precision, approximate))
-
-
-def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:
-    """Gradients in packed weights as those in the weights, in the weights' dtype."""
-    flat = packed.index_select(0, plan.back).to(like[0].dtype)
-    # Copies: an operation's outputs must not share memory.
-    copies = [part.clone() for part in flat.split([w.numel() for w in like])]
-    return [part.view(w.shape) for part, w in zip(copies, like, strict=True)]

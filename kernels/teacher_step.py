@@ -115,6 +115,12 @@ def gradients(
     tl.store(in_v + at, of_v, mask=inside)
 
 
+# The K teachers' kinds, as places in KINDS, and their lr, beta1, beta2 and eps.
+TeacherSettings = tuple[
+    Sequence[int], Sequence[float], Sequence[float], Sequence[float], Sequence[float]
+]
+
+
 def teacher_table(
     like: Tensor,
     kinds: Sequence[int],

@@ -36,7 +36,7 @@ SELECTION = (
 BUDGETS = {
     "student_step.forward": 16,
     "student_step.backward": 10,
-    "student_step.in_place": 31,
+    "student_step_in_place.in_place": 31,
     "choice_step.forward": 8,
     "choice_step.backward": 6,
     "teacher_distance.sum_blocks": 13,

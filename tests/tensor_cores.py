@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from amalgam.kernels import choice_step, lstm, student_step
+from amalgam.kernels import choice_step, lstm, student_step, student_step_in_place
 
 Array = NDArray[Any]
 
@@ -110,7 +110,7 @@ def install(monkeypatch: pytest.MonkeyPatch, cores: TensorCores = H100) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index)
-    for module in (lstm, student_step, choice_step):
+    for module in (lstm, student_step, student_step_in_place, choice_step):
         monkeypatch.setattr(module, "on_nvidia", lambda: True)
 
 

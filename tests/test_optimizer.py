@@ -490,14 +490,14 @@ def test_a_cuda_graph_is_refused_what_it_would_reset(student) -> None:
 def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     """It reads what the steps before it have packed."""
     from amalgam.backends import cuda
-    from amalgam.kernels import lstm
+    from amalgam.kernels import lstm_weights
 
     student = student_of(hidden)
     param = torch.ones(3, device="cuda", requires_grad=True)
     param.grad = torch.ones(3, device="cuda")
     optimizer = AmalgamatedOptimizer([param], student=student, capturable=True)
     optimizer.step()
-    monkeypatch.setattr(lstm, "pack", None)
+    monkeypatch.setattr(lstm_weights, "pack", None)
     monkeypatch.setattr(cuda, "_pack", None)
     monkeypatch.setattr(cuda, "_pack_for_tensor_cores", None)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -12,6 +12,8 @@ NO_CUDA = (
     "--no-deps .)"
 )
 
+NO_HUBER = -1.0  # what the core's teacher_distance takes for no Huber, as its headers say
+
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:

@@ -25,8 +25,6 @@ from amalgam.operations.student_step_in_place import InPlaceStep
 from amalgam.operations.teacher_step import PoolSettings
 from amalgam.operations.warm_up import warm_up_
 
-NO_HUBER = -1.0
-
 # Dtypes of parameters and gradients, and integers as wide.
 _STORED = {
     torch.float64: torch.int64,
@@ -65,7 +63,7 @@ def _teacher_distance(
         n=n,
         k=k,
         eps=eps,
-        huber_delta=NO_HUBER if huber_delta is None else huber_delta,
+        huber_delta=core.NO_HUBER if huber_delta is None else huber_delta,
         threads=torch.get_num_threads(),
     )
     return distances, totals
@@ -96,7 +94,7 @@ def _teacher_distance_backward(
         n=n,
         k=k,
         eps=eps,
-        huber_delta=NO_HUBER if huber_delta is None else huber_delta,
+        huber_delta=core.NO_HUBER if huber_delta is None else huber_delta,
         threads=torch.get_num_threads(),
     )
     return in_student, in_teachers

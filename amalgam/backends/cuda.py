@@ -16,7 +16,6 @@ from amalgam.operations.kept import kept
 from amalgam.operations.registry import Numerics, register_backend
 from amalgam.operations.student_step_in_place import InPlaceStep
 
-NO_HUBER = -1.0
 SPLIT = "3xtf32"
 STORED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -79,7 +78,7 @@ def _teacher_distance(
             n=n,
             k=k,
             eps=eps,
-            huber_delta=NO_HUBER if huber_delta is None else huber_delta,
+            huber_delta=core.NO_HUBER if huber_delta is None else huber_delta,
             device=student.get_device(),
             stream=torch.cuda.current_stream().cuda_stream,
         )
@@ -112,7 +111,7 @@ def _teacher_distance_backward(
             n=n,
             k=k,
             eps=eps,
-            huber_delta=NO_HUBER if huber_delta is None else huber_delta,
+            huber_delta=core.NO_HUBER if huber_delta is None else huber_delta,
             device=student.get_device(),
             stream=torch.cuda.current_stream().cuda_stream,
         )

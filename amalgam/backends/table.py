@@ -6,6 +6,7 @@ has, the address of how many steps it has taken, and a seed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amalgam.backends.memory import addresses
-from amalgam.operations.kept import hold
+from amalgam.operations import kept
 from amalgam.operations.student_step_in_place import InPlaceStep
 
 COLUMNS = 9
@@ -73,8 +74,7 @@ def launches(
     if not capturing and place in tensors.made:
         made_of, made = tensors.made[place]
         if made_of == stamp:
-            kept: list[Launch] = made
-            return kept
+            return [*made]
     rows: dict[Any, list[Row]] = {}
     columns = zip(params, grads, tensors.m, tensors.v, tensors.h, tensors.c, strict=True)
     for index, group in enumerate(columns):
@@ -98,13 +98,7 @@ def _launch(
         blocks += -(-row[numel] // block)
     values = torch.tensor([*(value for row in rows for value in row), *first_block])
     if capturing:
-        spares = _spares.get(len(values))
-        pinned = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
-        pinned.copy_(values)
-        # Replays read it. They need the state that they step, too, which its owner has: the two
-        # are freed together.
-        hold(pinned)
-        values = pinned.to(device, non_blocking=True)
+        values = _held_for_graph(values).to(device, non_blocking=True)
     elif device.type == "cuda":
         spares = _spares.setdefault(len(values), [])
         if len(spares) < SPARES:
@@ -114,6 +108,28 @@ def _launch(
     return Launch(kind, values[:split], values[split:], len(rows), blocks)
 
 
-# Pinned memory by size: while a graph is captured none can be allocated.
+# Pinned memory by size, for captures, which can't pin any.
 SPARES = 4
 _spares: dict[int, list[Tensor]] = {}
+# What graphs copy from that captured a step without an owner. It is kept until the process ends, as
+# nothing tells when such a graph is deleted.
+_captured: list[Tensor] = []
+
+
+def _held_for_graph(values: Tensor) -> Tensor:
+    """A copy in pinned memory, for the graph that is being captured to copy from at every replay.
+
+    It becomes a spare again when the step's owner, an optimizer, is deleted. A graph must not be
+    replayed after that anyway: it would write to state that the optimizer held. Spares are not
+    freed, since the last replay may still run; before the next capture writes to one,
+    ``torch.cuda.graph`` waits for the device.
+    """
+    spares = _spares.setdefault(len(values), [])
+    held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)
+    held.copy_(values)
+    owner = kept.owner()
+    if owner is None:
+        _captured.append(held)
+    else:
+        weakref.finalize(owner, spares.append, held).atexit = False
+    return held

@@ -113,7 +113,7 @@ def _student_step(
     from amalgam.kernels import student_step as kernels
 
     inputs, weights = contiguous((grad, *state)), contiguous(weights)
-    update, *new = kernels.student_step(*inputs, weights, settings, *numerics)
+    update, *new = kernels.student_step(inputs, weights, settings, *numerics)
     return update, StudentState(*new)
 
 
@@ -131,8 +131,8 @@ def _student_step_backward(
     from amalgam.kernels import student_step as kernels
 
     grads_out, inputs = contiguous((d_update, *d_state)), contiguous((grad, *state))
-    d_grad, *d_old, d_weights = kernels.student_step_backward(
-        grads_out, *inputs, contiguous(weights), settings, numerics.precision
+    (d_grad, *d_old), d_weights = kernels.student_step_backward(
+        grads_out, inputs, contiguous(weights), settings, numerics.precision
     )
     return d_grad, StudentState(*d_old), d_weights
 
@@ -142,7 +142,7 @@ register_into(backend, dtypes=SINGLE, takes_numerics=True)
 
 @backend.kernel("student_step_", dtypes=SINGLE, takes_numerics=True)
 def _student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     params, grads, put_back = dense_in_place(step)
     step = step._replace(weights=contiguous(step.weights))
@@ -180,9 +180,11 @@ def _choice_step(
 ) -> tuple[Tensor, StudentState, Tensor]:
     from amalgam.kernels import choice_step as kernels
 
-    ranks, *rest = arguments
+    ranks, pool, time, learning_rate = arguments
     inputs = contiguous((grad, *state, ranks))
-    update, *new, mixture = kernels.choice_step(inputs, contiguous(weights), *rest, *numerics)
+    update, *new, mixture = kernels.choice_step(
+        inputs, contiguous(weights), pool, time, learning_rate, *numerics
+    )
     return update, StudentState(*new), mixture
 
 
@@ -200,9 +202,10 @@ def _choice_step_backward(
 ) -> tuple[Tensor, StudentState, list[Tensor]]:
     from amalgam.kernels import choice_step as kernels
 
-    ranks, *rest = arguments
+    ranks, pool, time, learning_rate = arguments
     grads_out, inputs = contiguous((d_update, *d_state, d_mixture)), (grad, *state, ranks)
-    d_grad, *d_old, d_weights = kernels.choice_step_backward(
-        grads_out, contiguous(inputs), contiguous(weights), *rest, numerics.precision
+    (d_grad, *d_old), d_weights = kernels.choice_step_backward(
+        *(grads_out, contiguous(inputs), contiguous(weights)),
+        *(pool, time, learning_rate, numerics.precision),
     )
     return d_grad, StudentState(*d_old), d_weights

@@ -26,7 +26,6 @@ class Kept:
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, _Entry] = {}
-        self.held: list[Tensor] = []
         self._tokens: list[Token[Kept | None]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,17 +60,12 @@ class Kept:
         return made
 
 
-def hold(tensor: Tensor) -> None:
-    """Keep a tensor that a CUDA graph reads as long as the caller's owner lives; else for ever.
-
-    A graph does not tell when it is freed.
-    """
-    owner = _current.get()
-    (_without_owner if owner is None else owner.held).append(tensor)
-
-
-_without_owner: list[Tensor] = []
 _current: ContextVar[Kept | None] = ContextVar("kept", default=None)
+
+
+def owner() -> Kept | None:
+    """Whose step runs, or ``None`` of an operation that is called for itself."""
+    return _current.get()
 
 
 def kept(

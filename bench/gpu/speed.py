@@ -87,7 +87,7 @@ def asks_for_64_bits(
     place: Place, student: tuple[int, int], n: int, call: Callable[[], object]
 ) -> None:
     """On the stand-in, have the kernel for so many coordinates compiled too."""
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     if place.real or student[0] * student[1] * n < 2**31 - 2**20:
         return

@@ -646,11 +646,11 @@ BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_t
 def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
     """The costs of a choice of 2 x 20 units among k teachers."""
     from amalgam.kernels import choice_step as kernels
-    from amalgam.kernels import lstm
+    from amalgam.kernels import lstm_weights
     from amalgam.kernels.configurations import configuration
 
     permitted = registry._parse(f"auto:{numerics}")[1]
-    plan = lstm.packing(2, 20, k + 4, k, torch.device("cpu"))
+    plan = lstm_weights.packing(2, 20, k + 4, k, torch.device("cpu"))
     operation = {"forward": "choice_step", "backward": "choice_step_backward"}[name]
     chosen = configuration(operation, 2, 20, permitted.precision)
     return costs_of(

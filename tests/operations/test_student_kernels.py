@@ -85,13 +85,13 @@ def triton_constants(
     """Constants and options of a student "LAYERSxHIDDEN"; "stochastic" numerics round so."""
     import triton.language as tl
 
-    from amalgam.kernels import lstm
+    from amalgam.kernels import lstm_weights
     from amalgam.kernels.configurations import configuration
 
     stochastic = numerics.endswith(",stochastic")
     permitted = registry._parse(f"auto:{numerics.removesuffix(',stochastic')}")[1]
     layers, hidden = map(int, student.split("x"))
-    plan = lstm.packing(layers, hidden, 2, 1, torch.device("cpu"))
+    plan = lstm_weights.packing(layers, hidden, 2, 1, torch.device("cpu"))
     chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
     constants = {
@@ -106,9 +106,10 @@ def triton_constants(
 
 
 def costs_of_student(case: str) -> dict[str, int]:
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step, student_step_in_place
 
     name, arch, student, cells, numerics = case.split()
+    kernels = student_step_in_place if name == "in_place" else student_step
     constants, options = triton_constants(name, student, cells, numerics)
     number = int(arch.removeprefix("sm_"))
     divisible = name != "in_place"
@@ -125,7 +126,7 @@ def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, int]) -
 
 
 def step_in_place(numerics: str) -> MachineCode:
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     constants, options = triton_constants("in_place", "2x20", "float32", numerics)
     return compile_kernel(kernels.in_place, 90, types_of(numerics), constants, False, options)
@@ -145,7 +146,7 @@ def step_for_amd(student: str) -> str | None:
     """The step's assembly, or None where this Triton has no compiler for AMD."""
     if importlib.util.find_spec("triton.backends.amd") is None:
         return None
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step_in_place as kernels
 
     numerics = "bf16,approximate,stochastic"
     constants, options = triton_constants("in_place", student, "bfloat16", numerics, ptx=False)

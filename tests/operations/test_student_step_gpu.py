@@ -131,10 +131,10 @@ def test_triton_takes_strided_inputs_and_repeats_bits(device: str) -> None:
 def test_triton_packs_kept_weights_once_and_when_they_change(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amalgam.kernels import lstm
+    from amalgam.kernels import lstm_weights
 
-    packs, pack = [], lstm.pack
-    monkeypatch.setattr(lstm, "pack", lambda *how: packs.append(how) or pack(*how))
+    packs, pack = [], lstm_weights.pack
+    monkeypatch.setattr(lstm_weights, "pack", lambda *how: packs.append(how) or pack(*how))
     grad, state, weights = moved(skewed_inputs(70, 2, 4, torch.float32), device)
     owner = Kept()
     for change in (0.0, 0.0, 0.5):
@@ -166,14 +166,15 @@ def test_triton_opcheck(device: str) -> None:
 def test_triton_steps_alike_with_places_of_64_bits(
     device: str, hidden: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amalgam.kernels import student_step as kernels
+    from amalgam.kernels import student_step, student_step_in_place
 
     grad, state, weights = moved(skewed_inputs(70, 2, hidden, torch.float32), device)
     upstream = [torch.ones_like(t) for t in (grad, *state)]
     arguments = (grad, *state, weights, *SETTINGS, "triton")
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
+        for kernels in (student_step, student_step_in_place):
+            monkeypatch.setattr(kernels, "wide", lambda *_, wide=wide: wide)
         in_place = two_tensors("triton", device, torch.float32, torch.float32, hidden)
         forward = torch.ops.amalgam.student_step(*arguments)
         backward = torch.ops.amalgam.student_step_backward(upstream, *arguments)

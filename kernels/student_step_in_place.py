@@ -1,0 +1,202 @@
+"""The student's step in place, by one launch for tensors that are alike.
+
+amalgam/operations/student_step.py has the formulas, amalgam/backends/table.py the table of tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from amalgam.backends import table
+from amalgam.kernels import lstm_weights
+from amalgam.kernels.configurations import configuration
+from amalgam.kernels.launch import on_device_of, on_nvidia, wide
+from amalgam.kernels.rounding import key_of, random_bits
+from amalgam.kernels.student_network import (
+    constants_of,
+    features_of,
+    plan_of,
+    precision_of,
+    step_of_block,
+    stored,
+)
+from amalgam.operations.student_step_in_place import InPlaceStep
+
+COLUMNS = tl.constexpr(table.COLUMNS)
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit(
+    do_not_specialize=["count", "depth", "warmup_steps"],
+    do_not_specialize_on_alignment=["table", "first_block", "control"],
+)
+def in_place(
+    packed,
+    other,
+    table,  # (count, COLUMNS) int64, as amalgam/backends/table.py has it
+    first_block,  # (count,) int64: the first block of each tensor
+    count,
+    depth,  # ceil(log2(count)): steps of the search
+    control,  # (4,) float64: keep, lr, the learning rate of warm-up, and whether to skip the step
+    warmup_steps,
+    keep,  # 1 - lr weight_decay, and lr, where there is no CONTROL
+    lr,
+    alpha,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    eps,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    CELLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    CONTROL: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """One launch for all tensors: program p finds the tensor that its block belongs to."""
+    if CONTROL:
+        keep = tl.load(control).to(tl.float32)
+        lr = tl.load(control + 1).to(tl.float32)
+        if tl.load(control + 3) != 0.0:
+            return
+    block = tl.program_id(0).to(tl.int64)
+    tensor = tl.zeros((), tl.int32)
+    after = tensor + count
+    for _ in range(depth):
+        middle = (tensor + after) // 2
+        before = tl.load(first_block + middle) <= block
+        tensor = tl.where(before, middle, tensor)
+        after = tl.where(before, after, middle)
+    entry = table + tensor.to(tl.int64) * COLUMNS
+    param = tl.load(entry).to(tl.pointer_type(PARAM))
+    grad = tl.load(entry + 1).to(tl.pointer_type(GRAD))
+    m = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    v = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    h = tl.load(entry + 4).to(tl.pointer_type(CELLS))
+    c = tl.load(entry + 5).to(tl.pointer_type(CELLS))
+    n = tl.load(entry + 6)
+    if ALIGNED:  # as Triton knows of arguments, and not of what it loads
+        param = tl.multiple_of(param, 16)
+        grad = tl.multiple_of(grad, 16)
+        m = tl.multiple_of(m, 16)
+        v = tl.multiple_of(v, 16)
+        h = tl.multiple_of(h, 16)
+        c = tl.multiple_of(c, 16)
+        n = tl.multiple_of(n, 16)
+
+    first = (block - tl.load(first_block + tensor)) * BLOCK
+    if not WIDE:
+        first = first.to(tl.int32)
+        n = n.to(tl.int32)
+    at = first + tl.arange(0, BLOCK)
+    inside = at < n
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    old = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
+    key = 0
+    bits = at
+    if CONTROL:
+        step = tl.load(tl.load(entry + 7).to(tl.pointer_type(tl.float32)))
+        if STOCHASTIC:
+            key = key_of(tl.load(entry + 8), step)
+            bits = random_bits(key, tl.full((), LAYERS * HIDDEN, tl.int32), at) >> 16
+        if step < warmup_steps:
+            old_m = tl.load(m + at, mask=inside, other=0.0)
+            old_v = tl.load(v + at, mask=inside, other=1.0)
+            fresh_m, fresh_v, _scale = features_of(
+                g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            )
+            tl.store(m + at, fresh_m, mask=inside)
+            tl.store(v + at, fresh_v, mask=inside)
+            moved = tl.fma(keep, old, -tl.load(control + 2).to(tl.float32) * g)
+            tl.store(param + at, stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
+            return
+    update = step_of_block(
+        packed, other, g, inside, at, n, m, v, h, c, m, v, h, c, key,
+        alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
+        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
+    )  # fmt: skip
+    moved = tl.fma(keep, old, -lr * update)
+    tl.store(param + at, stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
+
+
+def student_step_in_place(
+    step: InPlaceStep,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    precision: str | None,
+    approximate: bool,
+) -> None:
+    """Launch the step in place: once for all tensors that are alike in dtypes and alignment.
+
+    Args:
+        step: The step; parameters and gradients are float32, bfloat16 or float16, m and v float32,
+            h and c all float32 or all bfloat16, weights contiguous.
+        params: Its parameters, contiguous.
+        grads: Its gradients, contiguous.
+        precision: As in :func:`amalgam.kernels.student_step.student_step`.
+        approximate: Likewise.
+    """
+    m, h, control = step.tensors.m[0], step.tensors.h[0], step.control
+    keep = 1 - step.lr * step.weight_decay
+    if control is None and step.seeds:
+        control = m.new_tensor((keep, step.lr, 0, 0), dtype=torch.float64)
+    if control is not None and not step.steps:
+        step = step._replace(steps=[m.new_zeros(())] * len(params))
+    precision = precision_of(precision, h)
+    plan, shape = plan_of(h)
+    chosen = configuration("student_step_", h.shape[0], h.shape[1], precision)
+    with on_device_of(m):
+        packed, other = lstm_weights.packed(step.weights, plan, precision, approximate)
+        for launch in table.launches(step, params, grads, chosen.block, _kind, "triton"):
+            param_dtype, grad_dtype, aligned, is_wide = launch.kind
+            in_place[(launch.blocks,)](
+                packed,
+                other,
+                launch.table,
+                launch.first_block,
+                launch.tensors,
+                (launch.tensors - 1).bit_length(),
+                control,
+                step.warmup_steps,
+                keep,
+                step.lr,
+                *constants_of(step.settings),
+                PARAM=_TYPES[param_dtype],
+                GRAD=_TYPES[grad_dtype],
+                CELLS=_TYPES[h.dtype],
+                ALIGNED=aligned,
+                WIDE=is_wide,
+                CONTROL=control is not None,
+                STOCHASTIC=bool(step.seeds),
+                **shape,
+                BLOCK=chosen.block,
+                PRECISION=precision,
+                PTX=on_nvidia(),
+                APPROXIMATE=approximate,
+                **chosen.options,
+            )
+
+
+def _kind(row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool, bool]:
+    """What tensors of one launch have in common: two dtypes, alignment, and whether WIDE."""
+    numbers = (*map(Tensor.data_ptr, row), row[0].numel())
+    aligned = functools.reduce(operator.or_, numbers) % 16 == 0
+    return row[0].dtype, row[1].dtype, aligned, wide(row[4])
