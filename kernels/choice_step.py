@@ -32,7 +32,8 @@ from amalgam.kernels.lstm import (
     sizes_of,
 )
 from amalgam.kernels.teacher_kinds import moments
-from amalgam.kernels.teacher_step import WIDTH, TeacherSettings, settings_of, teacher_table
+from amalgam.kernels.teacher_step import WIDTH, settings_of, teacher_table
+from amalgam.operations.teacher_step import PoolSettings
 
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -338,7 +339,7 @@ def _plan(k: int, h: Tensor) -> tuple[lstm_weights.Packing, dict[str, int]]:
 def choice_step(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    pool: TeacherSettings,
+    pool: PoolSettings,
     time: float,
     learning_rate: float,
     precision: str | None,
@@ -350,7 +351,7 @@ def choice_step(
         inputs: grad (N,), m and v (K, N), h and c (layers, hidden, N), all float32, and ranks (N,),
             int64; contiguous.
         weights: As the operation has them.
-        pool: The teachers' kinds, lr, beta1, beta2 and eps.
+        pool: The teachers.
         time: The LSTM's feature.
         learning_rate: Factor on the update.
         precision: Of the matrix products: "ieee", "3xtf32", "tf32" or "bf16"; ``None`` for the
@@ -370,7 +371,7 @@ def choice_step(
         with on_device_of(grad):
             forward[(triton.cdiv(n, chosen.block),)](
                 *lstm_weights.packed(weights, plan, precision, approximate),
-                teacher_table(grad, *pool),
+                teacher_table(grad, pool),
                 *(grad, ranks, m, v, h, c, *results, n, time, learning_rate),
                 **shape,
                 BLOCK=chosen.block,
@@ -387,7 +388,7 @@ def choice_step_backward(
     grads_out: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    pool: TeacherSettings,
+    pool: PoolSettings,
     time: float,
     learning_rate: float,
     precision: str | None,
@@ -398,7 +399,7 @@ def choice_step_backward(
         grads_out: Gradients in the update, the new m, v, h, c, and the mixture; contiguous.
         inputs: As in :func:`choice_step`, and so on.
         weights: As the operation has them.
-        pool: The teachers' kinds, lr, beta1, beta2 and eps.
+        pool: The teachers.
         time: The LSTM's feature.
         learning_rate: Factor on the update.
         precision: As in :func:`choice_step`; activations are precise.
@@ -422,7 +423,7 @@ def choice_step_backward(
         with on_device_of(grad):
             backward[(programs,)](
                 *lstm_weights.packed(weights, plan, precision),
-                teacher_table(grad, *pool),
+                teacher_table(grad, pool),
                 *(grad, ranks, m, v, h, c, *grads_out, *results, partials, outputs),
                 *(n, blocks, size, time, learning_rate),
                 **shape,

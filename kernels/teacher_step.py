@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amalgam.kernels.launch import on_device_of
 from amalgam.kernels.teacher_kinds import has_m, has_v, moments, of_kind
+from amalgam.operations.teacher_step import PoolSettings
 
 BYTES = 2048  # that a program reads of a row: four floats a thread, by one load
 # Fusion is named because Triton 3.10 turns it off by default.
@@ -115,20 +116,7 @@ def gradients(
     tl.store(in_v + at, of_v, mask=inside)
 
 
-# The K teachers' kinds, as places in KINDS, and their lr, beta1, beta2 and eps.
-TeacherSettings = tuple[
-    Sequence[int], Sequence[float], Sequence[float], Sequence[float], Sequence[float]
-]
-
-
-def teacher_table(
-    like: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
-) -> Tensor:
+def teacher_table(like: Tensor, pool: PoolSettings) -> Tensor:
     """The teachers' settings where kernels can read them.
 
     A tensor, because a program can't index scalar arguments by its row, and those of a tuple are
@@ -138,32 +126,21 @@ def teacher_table(
 
     Args:
         like: A tensor of the dtype and device wanted.
-        kinds: The K teachers' kinds, as indices into ``KINDS``.
-        lr: Their learning rates.
-        beta1: Their decays of m.
-        beta2: Their decays of v.
-        eps: What they add to v inside the root.
+        pool: The K teachers.
 
     Returns:
         Shape (K, WIDTH), the columns those of ``COLUMNS``, each rounded once.
     """
     rows = [
         (kind, rate, b1, b2, e, 1 - b1, 1 - b2, 1 / (1 - b1), 1 / (1 - b2))
-        for kind, rate, b1, b2, e in zip(kinds, lr, beta1, beta2, eps, strict=True)
+        for kind, rate, b1, b2, e in zip(*pool, strict=True)
     ]
     table = torch.tensor(rows, dtype=like.dtype, pin_memory=like.is_cuda)
     return table.to(like.device, non_blocking=True)
 
 
 def teacher_step(
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward.
 
@@ -171,11 +148,7 @@ def teacher_step(
         grads: Each teacher's gradient, shape (K, N), contiguous, float32 or float64.
         m: First moments, likewise, same dtype and device.
         v: Second moments, likewise.
-        kinds: The K teachers' kinds, as indices into ``KINDS``; K is at most 65535.
-        lr: Their learning rates.
-        beta1: Their decays of m.
-        beta2: Their decays of v.
-        eps: What they add to v inside the root.
+        pool: The K teachers, at most 65535.
 
     Returns:
         The updates and the new m and v, each (K, N).
@@ -187,7 +160,7 @@ def teacher_step(
     block = BYTES // grads.element_size()
     with on_device_of(grads):
         forward[(triton.cdiv(n, block), k)](
-            teacher_table(grads, kinds, lr, beta1, beta2, eps),
+            teacher_table(grads, pool),
             grads,
             m,
             v,
@@ -202,15 +175,7 @@ def teacher_step(
 
 
 def teacher_step_backward(
-    grads_out: Sequence[Tensor],
-    grads: Tensor,
-    m: Tensor,
-    v: Tensor,
-    kinds: Sequence[int],
-    lr: Sequence[float],
-    beta1: Sequence[float],
-    beta2: Sequence[float],
-    eps: Sequence[float],
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward.
 
@@ -219,11 +184,7 @@ def teacher_step_backward(
         grads: As in the forward, and so the others.
         m: The moments before the step.
         v: Likewise.
-        kinds: As in the forward.
-        lr: As in the forward.
-        beta1: As in the forward.
-        beta2: As in the forward.
-        eps: As in the forward.
+        pool: As in the forward.
 
     Returns:
         Gradients in ``grads``, m and v, each (K, N).
@@ -235,7 +196,7 @@ def teacher_step_backward(
     block = BYTES // grads.element_size()
     with on_device_of(grads):
         gradients[(triton.cdiv(n, block), k)](
-            teacher_table(grads, kinds, lr, beta1, beta2, eps),
+            teacher_table(grads, pool),
             *grads_out,
             grads,
             m,

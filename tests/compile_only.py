@@ -270,18 +270,24 @@ def _launched_and_computed(
     ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any, **numerics: Any
 ) -> Any:
     # The kernel wrote nothing sensible into what it reads and writes: put the old values back.
-    read = args[1] if ours.__name__ == "back_into" else ()
+    read = args[1] if ours.__name__ == "backward_into" else ()
     before = [tensor.clone() for tensor in read]
     nothing = ours(*args, **numerics)
-    if _coordinates(args[0]) > MOST_COMPUTED:
+    if _coordinates(args) > MOST_COMPUTED:
         return nothing
     for tensor, value in zip(read, before, strict=True):
         tensor.copy_(value)
     return theirs(*args)
 
 
-def _coordinates(first: Any) -> int:
-    return first.numel() if isinstance(first, Tensor) else sum(map(_coordinates, first))
+def _coordinates(arguments: Any) -> int:
+    """Of the operation: those of its first tensor."""
+    from amalgam.operations.student_step_in_place import InPlaceStep
+
+    first = arguments[0]
+    if isinstance(first, InPlaceStep):
+        first = first.tensors.params
+    return first.numel() if isinstance(first, Tensor) else sum(each.numel() for each in first)
 
 
 class _CPUForCUDA(TorchFunctionMode):

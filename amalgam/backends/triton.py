@@ -81,7 +81,8 @@ def _teacher_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from amalgam.kernels import teacher_step as kernels
 
-    return kernels.teacher_step(*contiguous((grads, m, v)), *pool)
+    grads, m, v = contiguous((grads, m, v))
+    return kernels.teacher_step(grads, m, v, pool)
 
 
 @backend.kernel("teacher_step_backward")
@@ -90,8 +91,8 @@ def _teacher_step_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from amalgam.kernels import teacher_step as kernels
 
-    inputs = contiguous((grads, m, v))
-    return kernels.teacher_step_backward(contiguous(grads_out), *inputs, *pool)
+    grads, m, v = contiguous((grads, m, v))
+    return kernels.teacher_step_backward(contiguous(grads_out), grads, m, v, pool)
 
 
 SINGLE = frozenset({torch.float32})
@@ -205,7 +206,12 @@ def _choice_step_backward(
     ranks, pool, time, learning_rate = arguments
     grads_out, inputs = contiguous((d_update, *d_state, d_mixture)), (grad, *state, ranks)
     (d_grad, *d_old), d_weights = kernels.choice_step_backward(
-        *(grads_out, contiguous(inputs), contiguous(weights)),
-        *(pool, time, learning_rate, numerics.precision),
+        grads_out,
+        contiguous(inputs),
+        contiguous(weights),
+        pool,
+        time,
+        learning_rate,
+        numerics.precision,
     )
     return d_grad, StudentState(*d_old), d_weights
