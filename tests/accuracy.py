@@ -1,9 +1,9 @@
 """The rule of all compiled code: its error is at most twice what plain PyTorch makes.
 
-Both are held to a truth of more digits. A largest error is the error of one number, which rounding
-at times hits, so each error counts with a unit added that rounding is bound to cost; and where a
-test draws several times, the ratio of errors is the geometric mean over the draws. Of one draw the
-rule is ``ours <= 2 * plain + unit``.
+Both are compared to a truth of more digits. The largest error is that of one number, which PyTorch
+may round exactly by luck. So a unit that rounding is bound to cost is added to either error, and
+where a test draws several times, the ratio is the geometric mean over the draws. For one draw the
+rule says ``ours <= 2 * plain + unit``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Truth = Tensor | NDArray[np.longdouble]
 Together = Callable[[Tensor], Tensor]
 
-SAMPLES = 8
+SAMPLES = 8  # whose root mean square is off by a quarter
 
 
 class Errors(NamedTuple):

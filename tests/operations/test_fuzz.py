@@ -2,8 +2,8 @@
 
 The rule is that of accuracy.py, of one draw. Its unit is FEW times what the exact result moves by
 where every operation of the reference rounds at random to the dtype's digits: it grows where terms
-cancel, and only there. Of some thousand examples none took more than 2.5 times where elements are
-judged together, and 5.4 where each is alone.
+cancel, and only there. Of some thousand results none needed a FEW beyond 2.5 where elements are
+judged together, nor beyond 5.4 where each is judged alone.
 """
 
 from __future__ import annotations
