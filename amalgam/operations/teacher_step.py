@@ -119,11 +119,11 @@ def teacher_step(
 
 def _check(grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings) -> None:
     check_floating("grads", grads)
-    pool.check()
     if grads.dim() != 2 or len(grads) != len(pool.kinds):
         raise ValueError(
             f"grads must have shape ({len(pool.kinds)}, N), a row a kind, not {tuple(grads.shape)}"
         )
+    pool.check()
     check_like("m", m, grads.shape, grads)
     check_like("v", v, grads.shape, grads)
 

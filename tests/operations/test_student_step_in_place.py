@@ -233,7 +233,7 @@ IN_PLACE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"params": [draw(2, 3).to("meta")], "grads": [draw(2, 3).to("meta")]},
         ValueError,
-        "states must be on meta, not on cpu",
+        "params must be on cpu, not on meta",
     ),
     ({"states": [make_state(6)]}, ValueError, "state.m must have shape (2, 3), not (6,)"),
     (

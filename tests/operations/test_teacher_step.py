@@ -595,8 +595,8 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
     ("change", "why"),
     [
         ({"kinds": [8]}, "kinds must be numbers below 8, not [8]"),
-        ({"kinds": [0, 1]}, "kinds must hold 1 numbers, one a row, not 2"),
-        ({"eps": []}, "eps must hold 1 numbers, one a row, not 0"),
+        ({"kinds": [0, 1]}, "grads must have shape (2, N), a row a kind, not (1, 3)"),
+        ({"eps": []}, "eps must hold 1 numbers, one a kind, not 0"),
         ({"m": torch.zeros(1, 2)}, "m must have shape (1, 3), not (1, 2)"),
     ],
 )
@@ -664,9 +664,9 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"beta1": [0.1] * 3}, ValueError, "beta1 must hold 2 numbers, one a kind, not 3"),
     ({"beta2": []}, ValueError, "beta2 must hold 2 numbers, one a kind, not 0"),
     ({"eps": [0.1]}, ValueError, "eps must hold 2 numbers, one a kind, not 1"),
-    ({"m": draw(2, 4)}, ValueError, "m must have the shape of grads, (2, 3), not (2, 4)"),
-    ({"v": draw(1, 3)}, ValueError, "v must have the shape of grads, (2, 3), not (1, 3)"),
-    ({"m": draw(2, 3).float()}, ValueError, "m must be torch.float64 on cpu as grads is"),
+    ({"m": draw(2, 4)}, ValueError, "m must have shape (2, 3), not (2, 4)"),
+    ({"v": draw(1, 3)}, ValueError, "v must have shape (2, 3), not (1, 3)"),
+    ({"m": draw(2, 3).float()}, ValueError, "m must be torch.float64 on cpu, not torch.float32 on cpu"),
     ({"v": draw(2, 3).to("meta")}, ValueError, "not torch.float64 on meta"),
     ({"backend": "cpp"}, ValueError, "backend must be one of"),
 ]
