@@ -142,7 +142,7 @@ def with_inputs(
 def choice_cell(
     packed,
     other,
-    x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
+    x,  # (UNITS, BLOCK) the layer below's new h; unused by the first layer
     h,  # (UNITS, BLOCK)
     c,  # (UNITS, BLOCK)
     updates,  # (POOL, BLOCK)

@@ -20,9 +20,9 @@ from amalgam.kernels.launch import on_nvidia
 #   b    (4, UNITS)
 # then the head (OUTPUTS, UNITS) and its bias (OUTPUTS,).
 #
-# FOLDED, where padding leaves the room, as tensor cores would multiply by its zeros: b is W_hh's
-# column HIDDEN, the first layer's W_ih are its columns HIDDEN + 1, ..., neither stands alone, and h
-# gets a row of ones there, and rows of features.
+# FOLDED is for networks whose padding has the room: tensor cores would multiply by zeros there.
+# b is then column HIDDEN of W_hh, and the first layer's W_ih its columns HIDDEN + 1, ...; neither
+# is stored apart. h gets a row of ones and rows of features to match.
 
 
 @triton.jit
@@ -93,16 +93,16 @@ def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
 def _rounded(x):
     """Rounded to TF32's 11 bits. NaN may become zero, and the largest numbers infinity.
 
-    x - _rounded(x) is NaN in either case, and of infinity.
+    x - _rounded(x) is NaN in either case, and where x is infinite.
     """
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _to_truncate(x):
-    """What tensor cores, which truncate to TF32, make the rounded x of; NaN stays.
+    """What tensor cores, which truncate to TF32, turn into the rounded x; NaN stays.
 
-    That of hardware is 0x7fffffff, to which nothing can be added.
+    The NaN that hardware makes is 0x7fffffff, to which nothing can be added.
     """
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, bits + 0x1000, bits).to(tl.float32, bitcast=True)
@@ -110,15 +110,15 @@ def _to_truncate(x):
 
 @triton.jit
 def _split_products(a, low_a, b, sums, RESTS: tl.constexpr):
-    """A a b of float32 from what TF32 holds of a and of b and what it leaves of each.
+    """The sums plus the product of a and b, from the part of each that TF32 holds and the rest.
 
-    The product of what both leave counts with RESTS alone. What is left of NaN and of infinity is
-    NaN, which thus comes out. Triton's own tf32x3 guards infinities, at twice the price.
+    The product of both rests is computed only with RESTS. The rest of NaN and of infinity is NaN,
+    and so is the result. Triton's own tf32x3 guards infinities, at twice the price.
     """
     high_b = _rounded(b)
-    # What is left has 12 bits at most: rounding it would err as truncation does.
+    # The rest has 12 bits at most: rounding it would err as much as truncation does.
     low_b = b - high_b
-    # From zero, as tensor cores truncate where they add: beside large sums small products are lost.
+    # Begins at zero, as tensor cores truncate when they add: large sums would lose small products.
     total = tl.zeros_like(sums)
     if RESTS:
         total = tl.dot(low_a, low_b, total, input_precision="tf32")
@@ -134,7 +134,7 @@ def product(a, b, sums, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     elif PRECISION == "3xtf32":
         high_a = _rounded(a)
-        # Of a gradient's coordinates one may outweigh the others, and its product's error all else.
+        # One coordinate's gradient may outweigh the others, and its product's error all else.
         return _split_products(high_a, a - high_a, b, sums, True)
     elif PRECISION == "tf32":
         return tl.dot(_to_truncate(a), _to_truncate(b), sums, input_precision="tf32")
@@ -157,7 +157,7 @@ def square(packed, UNITS: tl.constexpr):
 
 @triton.jit
 def weights_at(packed, other, UNITS: tl.constexpr, PRECISION: tl.constexpr):
-    """A matrix of packed weights, and what TF32 leaves of it, which only 3xtf32 looks at."""
+    """A matrix of packed weights, and what TF32 leaves of it, which only 3xtf32 uses."""
     if PRECISION == "bf16":
         weights = square(other, UNITS)
         return weights, weights
@@ -188,7 +188,7 @@ def weighed(
 def gate_sums(
     packed,  # the packed weights
     other,
-    x,  # (UNITS, BLOCK) what the layer below gave; not looked at by the first layer
+    x,  # (UNITS, BLOCK) what the layer below gave; unused by the first layer
     h,  # (UNITS, BLOCK) the layer's own h of before
     sums,  # (UNITS, BLOCK) the gate's sums so far
     GATE: tl.constexpr,
@@ -223,8 +223,8 @@ def gates_weighed(
 ):
     """The gates' sums plus the products of their weights with x.
 
-    All weights are asked for before the first is waited for, as a program has few warps to hide
-    that. Those of other precisions take so many registers that it does not pay.
+    All weights' loads are issued before the first is used, since a program has few warps to hide
+    their latency. In other precisions the weights take so many registers that it does not pay.
     """
     to_i = square(weights, UNITS)
     to_f = square(weights + UNITS * UNITS, UNITS)
@@ -245,7 +245,7 @@ def rows_of(LAYER: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, at, 
 def cell(
     packed,  # the packed weights
     other,
-    x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
+    x,  # (UNITS, BLOCK) the layer below's new h; unused by the first layer
     h,  # (UNITS, BLOCK) the layer's own h of before
     c,  # (UNITS, BLOCK) and its c
     i,  # (UNITS, BLOCK) of the first layer, what its gates take of the features; zeros of others
@@ -282,7 +282,7 @@ def cell(
 
 @triton.jit
 def add(partial, value, later):
-    """Adds to what this program has summed so far, if there is something."""
+    """Adds to the program's sum so far; ``later`` says whether there is one."""
     total = value.to(tl.float64)
     if later:
         total += tl.load(partial)
@@ -309,8 +309,8 @@ def recurrent_gradients(
 ):
     """One gate's part of all gradients but the features'; the weights' go to the program's sums.
 
-    The gate is a number at run time, of a loop: written out four times, the compiler moves the
-    gates' loads into each other, and spills.
+    The gate's number is a loop's variable at run time: of the unrolled loop, the compiler mixes the
+    gates' loads, and spills.
     """
     W_IH, W_HH, B, _END = sizes_of(LAYER, FEATURES, UNITS, FOLDED)
     unit = tl.arange(0, UNITS)

@@ -18,7 +18,7 @@ def _mix(x):
 
 @triton.jit
 def key_of(seed, step):
-    """What a tensor's bits of a step grow from, uint32; the step is a float32."""
+    """The key of a tensor's random bits in a step, uint32; the step is a float32."""
     return _mix(_mix(seed.to(tl.uint32)) + step.to(tl.int32).to(tl.uint32))
 
 
@@ -36,7 +36,7 @@ def rounded_stochastically(value, bits):
     """Float32 as bfloat16, up or down as 16 bits say; NaN and infinity stay."""
     raw = value.to(tl.uint32, bitcast=True)
     finite = (raw & 0x7F800000) != 0x7F800000
-    # What rounds NaN to nearest keeps it one; of infinity, nothing is below the last bit.
+    # NaN and infinity are rounded to nearest, which keeps them.
     return (
         tl.where(finite, (raw + bits) & 0xFFFF0000, raw)
         .to(tl.float32, bitcast=True)

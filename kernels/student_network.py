@@ -23,7 +23,7 @@ FEW_UNITS = tl.constexpr(FEW)
 @triton.jit
 def features_of(g, m, v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
     """The new moments, and the two features of them."""
-    # Which product is not rounded is said: a compiler takes another one for other dtypes' kernels.
+    # fma says which product is not rounded: the compiler would choose differently by dtype.
     m = tl.fma(beta1, m, one_minus_beta1 * g)
     v = tl.fma(beta2, v, one_minus_beta2 * (g * g))
     scale = 1.0 / tl.sqrt_rn(v / one_minus_beta2 + eps)
@@ -62,7 +62,7 @@ def with_inputs(
 def student_cell(
     packed,
     other,
-    x,  # (UNITS, BLOCK) the layer below's new h; not looked at by the first layer
+    x,  # (UNITS, BLOCK) the layer below's new h; unused by the first layer
     h,  # (UNITS, BLOCK); of FOLDED weights, with its inputs
     c,  # (UNITS, BLOCK)
     m_feature,  # (BLOCK,)
@@ -94,9 +94,9 @@ def student_cell(
 
 @triton.jit
 def wait_for_loads():
-    """No thread of this program goes on before all have loaded what the next stores may overwrite.
+    """Makes threads wait until all of the program have loaded what the next stores may overwrite.
 
-    Matrix products want the same numbers in several warps, each of which may load them for itself.
+    Several warps need the same numbers for matrix products, and each may load them itself.
     """
     tl.debug_barrier()
 
@@ -148,16 +148,17 @@ def _small_layers(
     APPROXIMATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Of few units, without tensor cores: a thread has whole coordinates. Returns the head's sum.
+    """The layers of few units, without tensor cores; returns the head's sum, (BLOCK,).
 
-    Padded to the 16 units that tensor cores take, four or eight would cost several times as much.
+    A thread computes whole coordinates. Padded to the 16 units that tensor cores take, four or
+    eight would cost several times as much.
     """
     TYPE: tl.constexpr = new_h.dtype.element_ty
-    x = (m_feature,)  # not looked at by the first layer
+    x = (m_feature,)  # unused by the first layer
     for layer in tl.static_range(LAYERS):
         old_h = ()
         old_c = ()
-        # All before the first store, behind which no load may move forward.
+        # All loads come before the first store, since none may move ahead of it.
         for unit in tl.static_range(HIDDEN):
             here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
             old_h = old_h + (tl.load(h + here, mask=inside, other=0.0).to(tl.float32),)

@@ -211,7 +211,7 @@ def of_kind(kind, d, g, m, v, lr, eps, inverse1, inverse2, GRADIENTS: tl.constex
 
     Args:
         kind: Its number.
-        d: Gradient in the update; not looked at without GRADIENTS.
+        d: Gradient in the update; unused without GRADIENTS.
         g: The gradient, (BLOCK,).
         m: The moments that have seen it.
         v: Likewise.
