@@ -138,7 +138,9 @@ class RandomRounding(TorchDispatchMode):
 
     What an operation takes and what it makes is moved by up to a unit in the last place. Where
     terms cancel, in a formula or in a sum, the result moves by units of the terms. Numbers are
-    taken for normal ones. Source: D. S. Parker, "Monte Carlo Arithmetic" (UCLA CSD-970002, 1997).
+    taken for normal ones. In float64 plain PyTorch is the truth itself, so there a sum also moves
+    as much as one of another order may: each of its partial sums rounds. Source: D. S. Parker,
+    "Monte Carlo Arithmetic" (UCLA CSD-970002, 1997).
     """
 
     EXACT = frozenset(
@@ -166,15 +168,25 @@ class RandomRounding(TorchDispatchMode):
             for value, write in zip(args, written, strict=False)
         )
         out = func(*moved, **(kwargs or {}))
+        partial_sums = 1.0
+        if name in self.SUMS and self.unit == torch.finfo(torch.float64).eps:
+            partial_sums = max(1.0, self._terms(name, args, out)) ** 0.5
         if any(written):
-            return out.copy_(self._moved(out))
-        return self._moved(out)
+            return out.copy_(self._moved(out, partial_sums))
+        return self._moved(out, partial_sums)
 
-    def _moved(self, value: Any) -> Any:
+    @staticmethod
+    def _terms(name: str, args: Any, out: Tensor) -> float:
+        """How many terms an element of a sum has."""
+        if name in ("sum", "mean"):
+            return args[0].numel() / max(1, out.numel())
+        return float(args[1 if name == "addmm" else 0].shape[-1])
+
+    def _moved(self, value: Any, units: float = 1.0) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float64:
             return value
         draws = torch.empty_like(value).uniform_(-1, 1, generator=self.generator)
-        return torch.addcmul(value, value, draws, value=self.unit)
+        return torch.addcmul(value, value, draws, value=units * self.unit)
 
 
 def what_rounding_costs(

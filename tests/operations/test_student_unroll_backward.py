@@ -346,7 +346,11 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "adjoints must be torch.float64 on cpu, not torch.float32 on cpu",
     ),
-    ({"adjoints": ADJOINTS.to("meta")}, ValueError, "must be torch.float64 on cpu, not torch.float64 on meta"),
+    (
+        {"adjoints": ADJOINTS.to("meta")},
+        ValueError,
+        "must be torch.float64 on cpu, not torch.float64 on meta",
+    ),
     ({"state": STATE._replace(m=draw(4))}, ValueError, "state.m must have shape (5,), not (4,)"),
     ({"state": STATE._replace(c=draw(2, 4, 6))}, ValueError, "state.c must have shape (2, 4, 5)"),
     ({"state": STATE._replace(v=draw(5).float())}, ValueError, "state.v must be torch.float64"),

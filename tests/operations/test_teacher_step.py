@@ -666,7 +666,11 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eps": [0.1]}, ValueError, "eps must hold 2 numbers, one a kind, not 1"),
     ({"m": draw(2, 4)}, ValueError, "m must have shape (2, 3), not (2, 4)"),
     ({"v": draw(1, 3)}, ValueError, "v must have shape (2, 3), not (1, 3)"),
-    ({"m": draw(2, 3).float()}, ValueError, "m must be torch.float64 on cpu, not torch.float32 on cpu"),
+    (
+        {"m": draw(2, 3).float()},
+        ValueError,
+        "m must be torch.float64 on cpu, not torch.float32 on cpu",
+    ),
     ({"v": draw(2, 3).to("meta")}, ValueError, "not torch.float64 on meta"),
     ({"backend": "cpp"}, ValueError, "backend must be one of"),
 ]
