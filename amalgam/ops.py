@@ -6,7 +6,7 @@ the backend.
 """
 
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step
-from amalgam.operations.largest_magnitude import largest_magnitude
+from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.registry import BackendStatus, backends, check_backend
 from amalgam.operations.student_step import (
     StepSettings,
@@ -38,7 +38,7 @@ __all__ = [
     "check_backend",
     "choice_step",
     "initial_state",
-    "largest_magnitude",
+    "largest_magnitudes",
     "step_tensors_",
     "student_step",
     "student_step_",

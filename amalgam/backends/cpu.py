@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -210,28 +211,32 @@ def _student_step_in_place(step: InPlaceStep) -> None:
         keep, lr, warm_rate, skip = step.control.tolist()
         if skip:
             return
-    tensors, no_step = step.tensors, torch.zeros(())
     params, grads, put_back = dense_in_place(step)
-    table = _in_place_table(step)
-    table[:, _column("out")] = torch.tensor(addresses(params))
-    table[:, _column("grad")] = torch.tensor(addresses(grads))
+    table = _in_place_table(step, params, grads)
+    no_step = torch.zeros(())
     keys = [
         key_of(seed, step.steps[i] if step.steps else no_step) for i, seed in enumerate(step.seeds)
     ]
     if keys:
         table[:, _column("key")] = torch.tensor([int(key) for key in keys])
+    tensors = step.tensors
     layers, hidden = tensors.h[0].shape[:2]
-    rows_of: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    counts = torch.stack(step.steps).tolist() if step.steps else []
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if counts and counts[index] < step.warmup_steps:
-            m, v, key = tensors.m[index], tensors.v[index], keys[index] if keys else None
-            warm_up_(param, grad, m, v, step.settings, keep, warm_rate, key, layers * hidden)
-        else:
-            rows_of.setdefault((grad.dtype, param.dtype), []).append(index)
+    counts = torch.stack(step.steps).tolist() if step.warmup_steps else []
+    warming = {index for index, count in enumerate(counts) if count < step.warmup_steps}
+    for index in warming:
+        param, grad, m, v = params[index], grads[index], tensors.m[index], tensors.v[index]
+        key = keys[index] if keys else None
+        warm_up_(param, grad, m, v, step.settings, keep, warm_rate, key, layers * hidden)
+    kinds = list(zip(map(_dtype, grads), map(_dtype, params), strict=True))
+    rows_of: dict[tuple[torch.dtype, torch.dtype], Sequence[int]] = {kinds[0]: range(len(kinds))}
+    if warming or len(set(kinds)) > 1:
+        rows_of = {
+            kind: [i for i, one in enumerate(kinds) if one == kind and i not in warming]
+            for kind in set(kinds)
+        }
     for (grad_dtype, param_dtype), rows in rows_of.items():
         _run_student_step(
-            table if len(rows) == len(table) else table[rows],
+            table if len(rows) == len(table) else table[list(rows)],
             step.weights,
             step.settings,
             grad=grad_dtype,
@@ -245,17 +250,24 @@ def _student_step_in_place(step: InPlaceStep) -> None:
     put_back()
 
 
-def _in_place_table(step: InPlaceStep) -> Tensor:
-    """A row a parameter of :func:`_fields`, kept until a tensor moves; without gradients."""
-    tensors = step.tensors
+def _in_place_table(step: InPlaceStep, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """A row a parameter of :func:`_fields`, kept with the step's tensors until one moves."""
+    tensors, moving = step.tensors, {"grad": addresses(grads)}
+    if params is not tensors.params:
+        moving["out"] = addresses(params)  # copies
     if "cpu" not in tensors.made:
         columns = {name: addresses(getattr(tensors, name)) for name in StudentState._fields}
         columns |= {f"new_{name}": column for name, column in columns.items()}
-        columns["numel"] = [param.numel() for param in tensors.params]
-        empty = [0] * len(tensors.params)
-        tensors.made["cpu"] = torch.tensor([columns.get(name, empty) for name in _fields()]).T
-        tensors.made["cpu"] = tensors.made["cpu"].contiguous()
-    table: Tensor = tensors.made["cpu"]
+        columns |= {"numel": [param.numel() for param in params], "out": addresses(params)}
+        empty = [0] * len(params)
+        rows = torch.tensor([columns.get(name, empty) for name in _fields()]).T.contiguous()
+        tensors.made["cpu"] = rows, {}
+    table: Tensor
+    table, written = tensors.made["cpu"]
+    if written != moving:
+        for name, column in moving.items():
+            table[:, _column(name)] = torch.tensor(column)
+        tensors.made["cpu"] = table, moving
     return table
 
 
@@ -269,6 +281,9 @@ def _largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
         threads=torch.get_num_threads(),
     )
     return torch.tensor(bits, dtype=_STORED[like.dtype]).view(like.dtype)
+
+
+_dtype = attrgetter("dtype")
 
 
 @functools.cache

@@ -15,8 +15,14 @@ from amalgam.operations.student_step_in_place import InPlaceStep
 
 
 def contiguous(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors, contiguous; hold the list while their addresses are in use."""
-    return [tensor.contiguous() for tensor in tensors]
+    """The tensors, contiguous; hold the list while their addresses are in use.
+
+    A list in which all are contiguous is returned itself.
+    """
+    found = tensors if isinstance(tensors, list) else list(tensors)
+    if all(map(Tensor.is_contiguous, found)):
+        return found
+    return [tensor.contiguous() for tensor in found]
 
 
 def check_written(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -53,6 +59,8 @@ def dense_in_place(step: InPlaceStep) -> tuple[list[Tensor], list[Tensor], Calla
     params, grads = contiguous(step.tensors.params), contiguous(step.grads)
 
     def put_back() -> None:
+        if params is step.tensors.params:
+            return
         for param, dense in zip(step.tensors.params, params, strict=True):
             if dense is not param:
                 param.copy_(dense)

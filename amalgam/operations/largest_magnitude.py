@@ -1,4 +1,4 @@
-"""``largest_magnitude``: the largest magnitude in many tensors, in one pass over all of them.
+"""``largest_magnitudes``: the largest magnitude in many tensors, in one pass over all of them.
 
 Optimizers ask for it before every step: whether all gradients are finite, and small enough to be
 squared. PyTorch's norms of lists take a call a tensor on the CPU, which for small ones is most of a
@@ -9,38 +9,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import registry
+from amalgam.operations.checks import check_floating
 
 _NAME = "largest_magnitude"
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
-def largest_magnitude(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """The largest magnitude of the tensors' elements; NaN where one of them is NaN.
+def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
+    """The largest magnitude of the elements of each dtype and device.
 
     Args:
-        tensors: One or more, floating point, of one dtype and device, with an element at least.
+        tensors: Floating-point tensors, of any dtypes and devices.
         backend: ``"auto"``, or a backend's name.
 
     Returns:
-        Shape (), of their dtype and on their device.
+        For each dtype and device that has elements, a tensor of them of shape (), which is NaN
+        where one of the elements is NaN.
 
     Raises:
-        ValueError: They are of several dtypes or devices.
+        TypeError: A tensor is not floating point.
+        RuntimeError: The backend asked for can't compute this here.
     """
-    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
-    if len(kinds) != 1:
-        raise ValueError(
-            f"tensors must be of one dtype and device, not of {sorted(map(str, kinds))}"
-        )
-    largest: Tensor = registry.compute(_NAME, backend, tensors[0], tensors)
-    return largest
+    dtypes, devices = list(map(_dtype, tensors)), list(map(_device, tensors))
+    of_kinds = [list(tensors)] if tensors else []
+    if len(set(dtypes)) > 1 or len(set(devices)) > 1:
+        by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for dtype, device, tensor in zip(dtypes, devices, tensors, strict=True):
+            by_kind.setdefault((dtype, device), []).append(tensor)
+        of_kinds = list(by_kind.values())
+    found = []
+    for alike in of_kinds:
+        check_floating("tensors", alike[0])
+        if any(map(Tensor.numel, alike)):
+            found.append(registry.compute(_NAME, backend, alike[0], alike))
+    return found
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(tensors: Sequence[Tensor]) -> Tensor:
+    """Of tensors of one dtype and device, one of which has elements at least."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     return torch.stack(torch._foreach_norm(filled, math.inf)).max()

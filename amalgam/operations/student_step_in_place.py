@@ -29,7 +29,8 @@ from amalgam.operations.student_step import (
 
 _NAME = "student_step_"
 CHUNK = 16384
-_dtype, _device, _shape = attrgetter("dtype"), attrgetter("device"), attrgetter("shape")
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_shape, _layout = attrgetter("shape"), attrgetter("layout")
 
 
 class StudentTensors:
@@ -53,10 +54,19 @@ class StudentTensors:
         )
         self.made: dict[Any, Any] = {}
         self._checked: list[Any] = []
+        self._unmoved = False
 
     def written(self) -> list[Tensor]:
         """All tensors that a step writes to."""
         return [*self.params, *self.m, *self.v, *self.h, *self.c]
+
+    def unmoved(self) -> bool:
+        """Whether all tensors are as they were when last checked; the next check then believes it.
+
+        Of what a change makes addresses, shapes or dtypes of before wrong.
+        """
+        self._unmoved = bool(self._checked) and self._checked == self._stamp()
+        return self._unmoved
 
     def check(self, weights: Sequence[Tensor]) -> None:
         """Hold the tensors against each other and the weights, unless they are as last time.
@@ -67,7 +77,8 @@ class StudentTensors:
                 tensors share memory.
         """
         lstm.check_weights(weights, self.h[0], self.m[0], FEATURES, OUTPUTS)
-        if self._checked and self._checked == self._stamp():
+        if self._unmoved or self.unmoved():
+            self._unmoved = False
             return
         self._checked = []
         self.check_shapes()
@@ -76,11 +87,10 @@ class StudentTensors:
         self._checked = self._stamp()
 
     def _stamp(self) -> list[Any]:
-        """What a change of which has the tensors checked again, and addresses read again."""
-        written = self.written()
+        # Where states lie says enough of them: they are the caller's, who makes them once.
         return [
-            list(map(Tensor.data_ptr, written)),
-            list(map(Tensor.numel, written)),
+            list(map(Tensor.data_ptr, self.written())),
+            list(map(Tensor.numel, self.params)),
             list(map(_dtype, self.params)),
             list(map(Tensor.is_contiguous, self.params)),
         ]
@@ -226,7 +236,8 @@ def step_tensors_(
     )
     if registry.unobserved(tensors.params, grads):
         _compute(step, backend)
-        torch.autograd.graph.increment_version(tensors.written())
+        # Of states no graph holds an earlier version: they are only ever written to by steps.
+        torch.autograd.graph.increment_version(tensors.params)
         return
     t = tensors
     torch.ops.amalgam.student_step_(
@@ -241,8 +252,8 @@ def _compute(step: InPlaceStep, backend: str) -> None:
 
 
 def _check_grads(tensors: StudentTensors, grads: Sequence[Tensor]) -> None:
-    for grad in grads:
-        if not grad.is_floating_point():
+    if not all(dtype.is_floating_point for dtype in set(map(_dtype, grads))):
+        for grad in grads:
             check_floating("grads", grad)
     if list(map(_shape, grads)) != list(map(_shape, tensors.params)):
         for param, grad in zip(tensors.params, grads, strict=True):
@@ -254,9 +265,8 @@ def _check_grads(tensors: StudentTensors, grads: Sequence[Tensor]) -> None:
     device = tensors.m[0].device
     for strange in set(map(_device, grads)) - {device}:
         raise ValueError(f"grads must be on {device}, not on {strange}")
-    for grad in grads:
-        if grad.is_sparse or grad.is_quantized:
-            raise ValueError(f"grads must be dense tensors, not {grad.layout}")
+    for strange in set(map(_layout, grads)) - {torch.strided}:
+        raise ValueError(f"grads must be dense tensors, not {strange}")
 
 
 def _check_steps_and_seeds(

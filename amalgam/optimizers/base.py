@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from amalgam.operations.largest_magnitude import largest_magnitude
+from amalgam.operations.largest_magnitude import largest_magnitudes
+
+_grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 
 
 class StepOptimizer(Optimizer):
@@ -61,9 +64,12 @@ class StepOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradients = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+            grad
+            for group in self.param_groups
+            for grad in map(_grad, group["params"])
+            if grad is not None
         ]
-        if any(grad.is_sparse for grad in gradients):
+        if any(map(_is_sparse, gradients)):
             raise RuntimeError(
                 f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
             )
@@ -72,7 +78,7 @@ class StepOptimizer(Optimizer):
             return loss
         if capturing():
             raise RuntimeError("a step in a CUDA graph needs all groups' capturable=True")
-        if not all(map(finite, largest(gradients))):
+        if not all(map(finite, largest_magnitudes(gradients))):
             self._skipped += 1
             if self._skipped == 1:
                 warnings.warn(
@@ -143,16 +149,6 @@ class LearnedOptimizer(StepOptimizer):
             for name in self._policy_state(entry):
                 # Optimizer.load_state_dict casts state to the parameter's dtype.
                 self.state[param][name] = entry[name].detach().to(param.device, copy=True)
-
-
-def largest(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The largest magnitude of the gradients of each device and dtype."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for grad in gradients:
-        if grad.numel():
-            by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-    for grads in by_kind.values():
-        yield largest_magnitude(grads)
 
 
 def finite(largest: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from itertools import chain, compress
-from operator import is_, itemgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from amalgam import ops
 from amalgam.operations.kept import Kept
+from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.rounding import ROW
 from amalgam.ops import StudentState, StudentTensors
 from amalgam.optimizers.base import (
@@ -21,7 +21,6 @@ from amalgam.optimizers.base import (
     computing_dtype,
     digest,
     finite,
-    largest,
 )
 from amalgam.policies import Student
 
@@ -139,17 +138,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             return
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         for batch in self._batches_of(group, params):
-            if group["warmup_steps"]:
-                counts = batch.counts()
-                warming = [count < group["warmup_steps"] for count in counts]
-                self._warm_up(group, list(compress(batch.tensors.params, warming)))
-                batch.count(1)
-                if any(warming):
-                    trained = [not warm for warm in warming]
-                    batch = batch.of(compress(range(len(warming)), trained))
-            else:
-                batch.count(1)
-            self._run(batch, lr=lr, weight_decay=decay)
+            warming = batch.below(group["warmup_steps"])
+            self._warm_up(group, [batch.tensors.params[index] for index in warming])
+            batch.count(1)
+            trained = batch.without(warming) if warming else batch.tensors
+            self._run(trained, lr=lr, weight_decay=decay)
 
     def _warm_up(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])
@@ -167,7 +160,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             for device in {grad.device for grad in gradients}:
                 on_device = [grad for grad in gradients if grad.device == device]
                 torch._foreach_div_(on_device, scale.to(device, non_blocking=True))
-        flags = [~finite(largest) for largest in largest(gradients)]
+        flags = [~finite(largest) for largest in largest_magnitudes(gradients)]
         flags += [] if found is None else [found.reshape(()) != 0]
         skip: dict[torch.device, Tensor] = {}
         if flags:
@@ -195,7 +188,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             written = batch.tensors.params
             device = written[0].device
             self._run(
-                batch,
+                batch.tensors,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 steps=batch.steps,
@@ -206,14 +199,14 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             )
             batch.count(1 - skip[device] if device in skip else 1)
 
-    def _run(self, batch: _Batch, **how: Any) -> None:
-        params = batch.tensors.params
+    def _run(self, tensors: StudentTensors, **how: Any) -> None:
+        params = tensors.params
         if not params:
             return
         with self._kept:
             ops.step_tensors_(
-                batch.tensors,
-                [param.grad for param in params if param.grad is not None],
+                tensors,
+                [grad for grad in map(_grad, params) if grad is not None],
                 self._weights_for(params[0].device, computing_dtype(params[0].dtype)),
                 self.config.settings,
                 backend=self.backend,
@@ -223,28 +216,31 @@ class AmalgamatedOptimizer(LearnedOptimizer):
     def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[_Batch]:
         """What one call each can step: parameters on one device, computed in one dtype.
 
-        Kept while these parameters are stepped and none of their state is replaced.
+        Kept while these parameters are stepped and nothing of them and of their state moves.
         """
-        entries = [self.state[param] for param in params]
-        if not all(entries):
-            self._make_state(group, [p for p in params if not self.state[p]])
-        stored = list(chain.from_iterable(map(_stored, entries)))
         made = self._batches.get(id(group))
-        if made is None or not (_same(made.params, params) and _same(made.stored, stored)):
-            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for param in params:
-                kind = param.device, computing_dtype(param.dtype)
-                kinds.setdefault(kind, []).append(param)
-            made = _Made(params, stored, [self._batch(alike) for alike in kinds.values()])
-            self._batches[id(group)] = made
-        return made.batches
+        # The dictionary itself would hash every parameter, which takes longer than all the rest.
+        if (
+            made is not None
+            and _same(made.params, params)
+            and _same(made.entries, self._entries())
+            and all(batch.unmoved() for batch in made.batches)
+        ):
+            return made.batches
+        self._make_state(group, [param for param in params if not self.state[param]])
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in params:
+            kinds.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
+        batches = [_Batch(alike, [self.state[p] for p in alike]) for alike in kinds.values()]
+        self._batches[id(group)] = _Made(params, self._entries(), batches)
+        return batches
 
-    def _batch(self, params: list[Tensor]) -> _Batch:
-        states = [StudentState(*(self.state[p][name] for name in _STATE)) for p in params]
-        return _Batch(StudentTensors(params, states), [self.state[p]["step"] for p in params])
+    def _entries(self) -> list[dict[str, Any]]:
+        return list(self.state.values())
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        check_before_capture()
+        if params:
+            check_before_capture()
         for param in params:
             dtype = computing_dtype(param.dtype)
             weights = self._weights_for(param.device, dtype)
@@ -287,27 +283,36 @@ def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
 
 
 class _Batch:
-    """Parameters that one call steps, and how many steps they have taken."""
+    """Parameters that one call steps, and how many steps they have taken.
 
-    def __init__(self, tensors: StudentTensors, steps: list[Tensor]) -> None:
-        self.tensors = tensors
-        self.steps = steps
-        base = steps[0]._base if steps else None
-        together = (
-            base is not None
-            and base.shape == (len(steps),)
-            and all(
-                step._base is base and step.storage_offset() == base.storage_offset() + index
-                for index, step in enumerate(steps)
-            )
-        )
+    Args:
+        params: The parameters.
+        entries: The optimizer's state of each.
+    """
+
+    def __init__(self, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
+        self._entries = entries
+        states = [StudentState(*(entry[name] for name in _STATE)) for entry in entries]
+        self.tensors = StudentTensors(params, states)
+        self.steps = [entry["step"] for entry in entries]
+        base = self.steps[0]._base
+        together = base is not None and base.shape == (len(entries),)
+        for index, step in enumerate(self.steps):
+            together = together and step._base is base and step.storage_offset() == index
         self._together = base if together else None
 
-    def counts(self) -> list[float]:
-        """How many steps each has taken."""
-        counts: list[float]
-        counts = (torch.stack(self.steps) if self._together is None else self._together).tolist()
-        return counts
+    def unmoved(self) -> bool:
+        """Whether all is where it was, after a look at what stands in the state now."""
+        m, v, h, c, steps = map(list, zip(*map(_stored, self._entries), strict=True))
+        self.tensors.m, self.tensors.v, self.tensors.h, self.tensors.c = m, v, h, c
+        return _same(steps, self.steps) and self.tensors.unmoved()
+
+    def below(self, steps: int) -> list[int]:
+        """Which parameters, by index, have taken fewer steps."""
+        if not steps:
+            return []
+        taken = (torch.stack(self.steps) if self._together is None else self._together).tolist()
+        return [index for index, count in enumerate(taken) if count < steps]
 
     def count(self, steps: int | Tensor) -> None:
         """Count so many steps more of each."""
@@ -319,27 +324,27 @@ class _Batch:
         else:
             torch._foreach_add_(self.steps, steps)
 
-    def of(self, indices: Iterable[int]) -> _Batch:
-        """Some of its parameters, for one step."""
-        tensors, chosen = self.tensors, list(indices)
-        columns = (tensors.m, tensors.v, tensors.h, tensors.c)
-        states = [StudentState(*(column[i] for column in columns)) for i in chosen]
-        some = StudentTensors([tensors.params[i] for i in chosen], states)
-        return _Batch(some, [self.steps[i] for i in chosen])
+    def without(self, indices: list[int]) -> StudentTensors:
+        """The tensors of the other parameters."""
+        columns = (self.tensors.m, self.tensors.v, self.tensors.h, self.tensors.c)
+        others = sorted(set(range(len(self.steps))) - set(indices))
+        states = [StudentState(*(column[i] for column in columns)) for i in others]
+        return StudentTensors([self.tensors.params[i] for i in others], states)
 
 
 class _Made(NamedTuple):
     """What a group's batches were made of, and these."""
 
     params: list[Tensor]
-    stored: list[Tensor]
+    entries: list[dict[str, Any]]
     batches: list[_Batch]
 
 
-_stored = itemgetter(*_STATE, "step")
+_stored, _grad = itemgetter(*_STATE, "step"), attrgetter("grad")
 
 
-def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+def _same(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
     return len(ours) == len(theirs) and all(map(is_, ours, theirs))
 
 
