@@ -16,6 +16,7 @@ from amalgam.backends.memory import (
     contiguous,
     dense_in_place,
     dtype_name,
+    unwritten,
     with_contiguous_rows,
 )
 from amalgam.operations.choice_step import ChoiceArguments
@@ -57,10 +58,7 @@ def _teacher_distance(
     distances, totals = student.new_empty(k), student.new_empty(k)
     function = getattr(core.core().cpu, f"teacher_distance_{dtype_name(student)}")
     function(
-        student.data_ptr(),
-        teachers.data_ptr(),
-        distances.data_ptr(),
-        totals.data_ptr(),
+        *addresses((student, teachers, distances, totals)),
         n=n,
         k=k,
         eps=eps,
@@ -86,11 +84,7 @@ def _teacher_distance_backward(
     in_teachers = student.new_empty((k, n) if need_teachers else (0,))
     function = getattr(core.core().cpu, f"teacher_distance_backward_{dtype_name(student)}")
     function(
-        grad.data_ptr(),
-        student.data_ptr(),
-        teachers.data_ptr(),
-        total.data_ptr(),
-        in_student.data_ptr(),
+        *addresses((grad, student, teachers, total, in_student)),
         in_teachers.data_ptr() if need_teachers else 0,
         n=n,
         k=k,
@@ -106,7 +100,7 @@ def _student_step(
     grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
 ) -> tuple[Tensor, StudentState]:
     update = grad.new_empty(grad.shape)
-    new = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    new = StudentState(*unwritten(state))
     _student_step_into(update, new, grad, state, weights, settings)
     return update, new
 
@@ -151,7 +145,7 @@ def _student_step_backward(
     weights: Sequence[Tensor],
     settings: StepSettings,
 ) -> tuple[Tensor, StudentState, list[Tensor]]:
-    d_state = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    d_state = StudentState(*unwritten(state))
     d_grad, d_weights = _run_student_step_backward(
         d_state, d_update, d_new, grad, state, weights, settings
     )
@@ -184,7 +178,7 @@ def _run_student_step_backward(
     grad, d_update = contiguous((grad, d_update))
     dense, d_dense, weights = contiguous(state), contiguous(d_new), contiguous(weights)
     d_grad = grad.new_empty(grad.shape)
-    d_weights = [weight.new_empty(weight.shape) for weight in weights]
+    d_weights = unwritten(weights)
     layers, hidden = state.h.shape[:2]
     getattr(core.core().cpu, f"student_step_backward_{dtype_name(grad)}")(
         d_update.data_ptr(),
@@ -336,7 +330,7 @@ def _student_unroll_backward(
     grads, grads_stride = with_contiguous_rows(grads)
     adjoints, adjoints_stride = with_contiguous_rows(adjoints)
     dense, weights = contiguous(state), contiguous(weights)
-    d_weights = [weight.new_empty(weight.shape) for weight in weights]
+    d_weights = unwritten(weights)
     getattr(core.core().cpu, f"student_unroll_backward_{dtype_name(grads)}")(
         grads.data_ptr(),
         adjoints.data_ptr(),
@@ -361,7 +355,7 @@ def _teacher_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, n = grads.shape
     inputs = contiguous((grads, m, v))
-    updates, new_m, new_v = (tensor.new_empty(tensor.shape) for tensor in inputs)
+    updates, new_m, new_v = unwritten(inputs)
     getattr(core.core().cpu, f"teacher_step_{dtype_name(grads)}")(
         *addresses((*inputs, updates, new_m, new_v)),
         n=n,
@@ -378,7 +372,7 @@ def _teacher_step_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, n = grads.shape
     inputs, grads_out = contiguous((grads, m, v)), contiguous(grads_out)
-    d_grads, d_m, d_v = (tensor.new_empty(tensor.shape) for tensor in inputs)
+    d_grads, d_m, d_v = unwritten(inputs)
     getattr(core.core().cpu, f"teacher_step_backward_{dtype_name(grads)}")(
         *addresses((*grads_out, *inputs, d_grads, d_m, d_v)),
         n=n,
@@ -398,16 +392,11 @@ def _choice_step(
 ) -> tuple[Tensor, StudentState, Tensor]:
     inputs, weights = contiguous((grad, *state, arguments.ranks)), contiguous(weights)
     update = grad.new_empty(grad.shape)
-    new = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
+    new = StudentState(*unwritten(state))
     mixture = state.m.new_empty(state.m.shape)
     getattr(core.core().cpu, f"choice_step_{dtype_name(grad)}")(
-        inputs[0].data_ptr(),
-        addresses(inputs[1:5]),
-        inputs[5].data_ptr(),
-        update.data_ptr(),
-        addresses(new),
-        mixture.data_ptr(),
-        addresses(weights),
+        *(inputs[0].data_ptr(), addresses(inputs[1:5]), inputs[5].data_ptr()),
+        *(update.data_ptr(), addresses(new), mixture.data_ptr(), addresses(weights)),
         **_choice_settings(grad, state, arguments),
     )
     return update, new, mixture
@@ -426,15 +415,11 @@ def _choice_step_backward(
     inputs, weights = contiguous((grad, *state, arguments.ranks)), contiguous(weights)
     d_update, *new, d_mixture = contiguous((d_update, *d_new, d_mixture))
     d_grad = grad.new_empty(grad.shape)
-    d_state = StudentState(*(tensor.new_empty(tensor.shape) for tensor in state))
-    d_weights = [weight.new_empty(weight.shape) for weight in weights]
+    d_state = StudentState(*unwritten(state))
+    d_weights = unwritten(weights)
     getattr(core.core().cpu, f"choice_step_backward_{dtype_name(grad)}")(
-        d_update.data_ptr(),
-        addresses(new),
-        d_mixture.data_ptr(),
-        inputs[0].data_ptr(),
-        addresses(inputs[1:5]),
-        inputs[5].data_ptr(),
+        *(d_update.data_ptr(), addresses(new), d_mixture.data_ptr()),
+        *(inputs[0].data_ptr(), addresses(inputs[1:5]), inputs[5].data_ptr()),
         d_grad.data_ptr(),
         addresses(d_state),
         addresses(weights),

@@ -70,11 +70,7 @@ def _teacher_distance(
     partials = student.new_empty((k, count), dtype=torch.float64)
     with torch.cuda.device(student.device):
         getattr(module, f"teacher_distance_{dtype}")(
-            student.data_ptr(),
-            teachers.data_ptr(),
-            distances.data_ptr(),
-            totals.data_ptr(),
-            partials.data_ptr(),
+            *addresses((student, teachers, distances, totals, partials)),
             n=n,
             k=k,
             eps=eps,
@@ -102,11 +98,7 @@ def _teacher_distance_backward(
     function = getattr(core.core().cuda, f"teacher_distance_backward_{dtype_name(student)}")
     with torch.cuda.device(student.device):
         function(
-            grad.data_ptr(),
-            student.data_ptr(),
-            teachers.data_ptr(),
-            total.data_ptr(),
-            in_student.data_ptr(),
+            *addresses((grad, student, teachers, total, in_student)),
             in_teachers.data_ptr() if need_teachers else 0,
             n=n,
             k=k,

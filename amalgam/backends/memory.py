@@ -25,6 +25,11 @@ def contiguous(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in found]
 
 
+def unwritten(like: Iterable[Tensor]) -> list[Tensor]:
+    """Contiguous memory for a result of each tensor's shape, dtype and device."""
+    return [tensor.new_empty(tensor.shape) for tensor in like]
+
+
 def check_written(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     """Raise ValueError unless compiled code can write to these tensors.
 

@@ -28,7 +28,12 @@ from torch import Tensor
 
 from amalgam.operations import lstm, registry
 from amalgam.operations.checks import check_floating, check_like
-from amalgam.operations.student_step import STATE_SCHEMA, StudentState
+from amalgam.operations.student_step import (
+    GRADIENT_NAMES,
+    STATE_NAMES,
+    STATE_SCHEMA,
+    StudentState,
+)
 from amalgam.operations.teacher_step import POOL_SCHEMA, PoolSettings
 
 _NAME = "choice_step"
@@ -187,10 +192,17 @@ def _check(
     _check_state(state, k, state.h.shape[:2], grad)
 
 
-def _check_state(state: StudentState, k: int, architecture: Sequence[int], grad: Tensor) -> None:
+def _check_state(
+    state: StudentState,
+    k: int,
+    architecture: Sequence[int],
+    grad: Tensor,
+    names: Sequence[str] = STATE_NAMES,
+) -> None:
     per_teacher, cells = (k, *grad.shape), (*architecture, *grad.shape)
-    for name, shape in zip("mvhc", (per_teacher, per_teacher, cells, cells), strict=True):
-        check_like(f"state.{name}", getattr(state, name), shape, grad)
+    shapes = per_teacher, per_teacher, cells, cells
+    for name, tensor, shape in zip(names, state, shapes, strict=True):
+        check_like(name, tensor, shape, grad)
 
 
 def pool_inputs(
@@ -291,7 +303,8 @@ def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list
     d_update, *d_new, d_mixture = grads_out
     d_state = StudentState(*d_new)
     check_like("grads_out[0]", d_update, grad.shape, grad)
-    _check_state(d_state, len(arguments.pool.kinds), state.h.shape[:2], grad)
+    k, architecture = len(arguments.pool.kinds), state.h.shape[:2]
+    _check_state(d_state, k, architecture, grad, GRADIENT_NAMES)
     check_like("grads_out[5]", d_mixture, state.m.shape, grad)
     d_grad, d_old, d_weights = registry.compute(
         f"{_NAME}_backward",

@@ -65,6 +65,10 @@ class StepSettings(NamedTuple):
 
 DEFAULTS = StepSettings()
 
+# What errors call a state's four tensors, and gradients in them.
+STATE_NAMES = tuple(f"state.{name}" for name in StudentState._fields)
+GRADIENT_NAMES = tuple(f"grads_out[{index}]" for index in range(1, 5))
+
 # How the torch operators spell what the structures above hold.
 STATE_SCHEMA = "Tensor m, Tensor v, Tensor h, Tensor c"
 SETTINGS_SCHEMA = "float alpha, float beta1, float beta2, float eps"
@@ -121,16 +125,19 @@ def check_state(
     architecture: Sequence[int],
     like: Tensor,
     cells_like: Tensor,
+    names: Sequence[str] = STATE_NAMES,
 ) -> None:
     """Raise ValueError unless m, v have this shape, and h, c (layers, hidden) before it.
 
-    In dtype and device m, v must be like ``like``, and h, c like ``cells_like``.
+    In dtype and device m, v must be like ``like``, and h, c like ``cells_like``. Errors call the
+    four by these names.
     """
     cells = (*architecture, *shape)
-    check_like("state.m", state.m, shape, like)
-    check_like("state.v", state.v, shape, like)
-    check_like("state.h", state.h, cells, cells_like)
-    check_like("state.c", state.c, cells, cells_like)
+    m, v, h, c = names
+    check_like(m, state.m, shape, like)
+    check_like(v, state.v, shape, like)
+    check_like(h, state.h, cells, cells_like)
+    check_like(c, state.c, cells, cells_like)
 
 
 def initial_state(
@@ -320,7 +327,7 @@ def _check_backward(
 ) -> None:
     _check(grad, state, weights)
     check_like("grads_out[0]", d_update, grad.shape, grad)
-    check_state(d_state, grad.shape, state.h.shape[:2], grad, grad)
+    check_state(d_state, grad.shape, state.h.shape[:2], grad, grad, GRADIENT_NAMES)
 
 
 # ---- the torch operators

@@ -490,9 +490,9 @@ UNFIT: list[tuple[int, Any, str]] = [
     (4, draw(2, 4, 4), "c must have shape (2, 4, 5), not (2, 4, 4)"),
     (5, make_weights(k=3), "weights[0] must have shape (16, 6), not (16, 7)"),
     (5, make_weights(k=2)[1:], "weights must hold three tensors a layer"),
-    (6, make_ranks(4), "ranks must have shape (5,), not (4,)"),
+    (6, make_ranks(4), "ranks must have shape (5,) on cpu as grad has, not (4,) on cpu"),
     (7, [0, 8], "kinds must be numbers below 8, not [0, 8]"),
-    (8, [0.1], "lr must hold 2 numbers, one a row, not 1"),
+    (8, [0.1], "lr must hold 2 numbers, one a kind, not 1"),
 ]
 
 
