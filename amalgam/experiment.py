@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from amalgam import files, plots
+from amalgam import files
 from amalgam.device import resolve
-from amalgam.evaluation import Contender, Result, evaluate
+from amalgam.evaluation import Contender, Result, evaluate, plots
 from amalgam.evaluation.contenders import (
     student_contender,
     teacher_contenders,

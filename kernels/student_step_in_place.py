@@ -1,6 +1,6 @@
 """The student's step in place, by one launch for tensors that are alike.
 
-amalgam/operations/student_step.py has the formulas, amalgam/backends/table.py the table of tensors.
+Formulas: amalgam/operations/student_step.py; the table of tensors: amalgam/operations/table.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amalgam.backends import table
 from amalgam.kernels import lstm_weights
 from amalgam.kernels.configurations import configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, wide
@@ -27,6 +26,7 @@ from amalgam.kernels.student_network import (
     step_of_block,
     stored,
 )
+from amalgam.operations import table
 from amalgam.operations.student_step_in_place import InPlaceStep
 
 COLUMNS = tl.constexpr(table.COLUMNS)
@@ -40,7 +40,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def in_place(
     packed,
     other,
-    table,  # (count, COLUMNS) int64, as amalgam/backends/table.py has it
+    table,  # (count, COLUMNS) int64, as amalgam/operations/table.py has it
     first_block,  # (count,) int64: the first block of each tensor
     count,
     depth,  # ceil(log2(count)): steps of the search

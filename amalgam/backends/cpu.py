@@ -11,7 +11,6 @@ from torch import Tensor
 
 from amalgam.backends import core
 from amalgam.backends.memory import (
-    addresses,
     check_written,
     contiguous,
     dense_in_place,
@@ -24,6 +23,7 @@ from amalgam.operations.registry import register_backend
 from amalgam.operations.rounding import key_of
 from amalgam.operations.student_step import StepSettings, StudentState
 from amalgam.operations.student_step_in_place import InPlaceStep
+from amalgam.operations.table import addresses
 from amalgam.operations.teacher_step import PoolSettings
 from amalgam.operations.warm_up import warm_up_
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from amalgam.backends import core
-from amalgam.backends.memory import addresses, contiguous, dense_in_place, dtype_name
-from amalgam.backends.table import launches
+from amalgam.backends.memory import contiguous, dense_in_place, dtype_name
 from amalgam.operations.kept import kept
 from amalgam.operations.registry import Numerics, register_backend
 from amalgam.operations.student_step_in_place import InPlaceStep
+from amalgam.operations.table import addresses, launches
 
 SPLIT = "3xtf32"
 STORED = frozenset({torch.float32, torch.bfloat16, torch.float16})

@@ -73,11 +73,6 @@ def dense_in_place(step: InPlaceStep) -> tuple[list[Tensor], list[Tensor], Calla
     return params, grads, put_back
 
 
-def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Where the tensors' memory begins."""
-    return list(map(Tensor.data_ptr, tensors))
-
-
 def dtype_name(dtype: Tensor | torch.dtype) -> str:
     """``"float32"`` for ``torch.float32`` or a tensor of it: how compiled functions' names end."""
     if isinstance(dtype, Tensor):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amalgam import files, plots
-from amalgam.evaluation import tables
+from amalgam import files
+from amalgam.evaluation import plots, tables
 from amalgam.evaluation.protocol import Result, spread
 from amalgam.version import describe
 

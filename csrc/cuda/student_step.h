@@ -1,5 +1,5 @@
 // One step of the RNNProp student in place, for all tensors of one kind in one launch;
-// amalgam/operations/student_step.py has the formulas, amalgam/backends/table.py the table of tensors.
+// amalgam/operations/student_step.py has the formulas, amalgam/operations/table.py the table of tensors.
 // All pointers are device memory of `device`; `stream` is a cudaStream_t of it. Nothing here waits
 // for the device.
 #pragma once

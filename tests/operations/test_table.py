@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.backends import table
+from amalgam.operations import table
 from amalgam.operations.kept import Kept, owner
 
 SIZE = 10

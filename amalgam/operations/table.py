@@ -7,19 +7,23 @@ has, the address of how many steps it has taken, and a seed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from amalgam.backends.memory import addresses
 from amalgam.operations import kept
 from amalgam.operations.student_step_in_place import InPlaceStep
 
 COLUMNS = 9
 
 Row = tuple[int, ...]
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where the tensors' memory begins."""
+    return list(map(Tensor.data_ptr, tensors))
 
 
 class Launch(NamedTuple):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from amalgam import plots
-from amalgam.evaluation import Curve, Result
+from amalgam.evaluation import Curve, Result, plots
 
 
 def row(step: int, **more) -> dict:
