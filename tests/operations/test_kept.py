@@ -118,7 +118,7 @@ def test_the_optimizer_owns_what_its_steps_make(
 ) -> None:
     """Of float64 weights for float32 parameters, too; and a copy of it has its own."""
     seen = []
-    step = ops.student_step_
+    step = ops.step_tensors_
 
     def watched(*args: object, **how: object) -> None:
         weights = args[3]
@@ -126,7 +126,7 @@ def test_the_optimizer_owns_what_its_steps_make(
         seen.append(total(weights).double())
         step(*args, **how)
 
-    monkeypatch.setattr(ops, "student_step_", watched)
+    monkeypatch.setattr(ops, "step_tensors_", watched)
     param = nn.Parameter(torch.ones(5))
     student = Student(StudentConfig(hidden=4)).double()
     optimizer = amalgam.AmalgamatedOptimizer([param], student=student, warmup_steps=0)
