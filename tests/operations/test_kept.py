@@ -121,7 +121,7 @@ def test_the_optimizer_owns_what_its_steps_make(
     step = ops.step_tensors_
 
     def watched(*args: object, **how: object) -> None:
-        weights = args[3]
+        weights = args[2]
         assert isinstance(weights, list)
         seen.append(total(weights).double())
         step(*args, **how)
