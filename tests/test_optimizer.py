@@ -489,7 +489,7 @@ def test_a_cuda_graph_is_refused_what_it_would_reset(student) -> None:
 @pytest.mark.parametrize("hidden", [4, 6, 20])
 def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     """It reads what the steps before it have packed."""
-    from amalgam.backends import cuda
+    from amalgam.backends import student_step_in_place
     from amalgam.kernels import lstm_weights
 
     student = student_of(hidden)
@@ -498,7 +498,7 @@ def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     optimizer = AmalgamatedOptimizer([param], student=student, capturable=True)
     optimizer.step()
     monkeypatch.setattr(lstm_weights, "pack", None)
-    monkeypatch.setattr(cuda, "_pack", None)
-    monkeypatch.setattr(cuda, "_pack_for_tensor_cores", None)
+    monkeypatch.setattr(student_step_in_place, "_pack", None)
+    monkeypatch.setattr(student_step_in_place, "_pack_for_tensor_cores", None)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()

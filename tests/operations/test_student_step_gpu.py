@@ -400,7 +400,7 @@ def test_cuda_leaves_products_in_float32_to_triton() -> None:
 def test_cuda_makes_of_permissions_what_is_fastest(
     permitted: str, of_float32: str, of_bfloat16: str
 ) -> None:
-    from amalgam.backends import core, cuda
+    from amalgam.backends import core, student_step_in_place
 
     module, _ = core.load()
     if module is None or module.cuda is None:
@@ -408,7 +408,7 @@ def test_cuda_makes_of_permissions_what_is_fastest(
     numerics = registry._parse(f"cuda:{permitted}")[1]
     for cells, expected in ((torch.float32, of_float32), (torch.bfloat16, of_bfloat16)):
         for aligned, computed in ((True, expected), (False, "3xtf32")):
-            found = cuda._numerics_of(2, 20, cells, aligned, numerics)
+            found = student_step_in_place._numerics_of(2, 20, cells, aligned, numerics)
             assert found == registry._parse(f"cuda:{computed}")[1]
 
 
