@@ -283,10 +283,13 @@ def _launched_and_computed(
 def _coordinates(arguments: Any) -> int:
     """Of the operation: those of its first tensor."""
     from amalgam.operations.student_step_in_place import InPlaceStep
+    from amalgam.operations.teacher_distance import DistanceArguments
 
     first = arguments[0]
     if isinstance(first, InPlaceStep):
         first = first.tensors.params
+    if isinstance(first, DistanceArguments):
+        first = first.student
     return first.numel() if isinstance(first, Tensor) else sum(each.numel() for each in first)
 
 

@@ -24,6 +24,7 @@ from amalgam.operations import registry
 from amalgam.operations.choice_step import ChoiceArguments
 from amalgam.operations.student_step import StepSettings, StudentState
 from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
+from amalgam.operations.teacher_distance import DistanceArguments
 from amalgam.operations.teacher_step import KINDS, PoolSettings
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 127, 257, 1000, 1025]
@@ -50,11 +51,12 @@ def teacher_distance(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
             inputs = tensor(n, dtype=dtype), tensor(k, n, dtype=dtype)
             grad, total = tensor(k, dtype=dtype), tensor(k, dtype=dtype).square()
             for huber_delta in (None, 0.5):
+                arguments = DistanceArguments(*inputs, 1e-10, huber_delta)
                 if not backward:
-                    yield *inputs, 1e-10, huber_delta
+                    yield (arguments,)
                     continue
                 for need_teachers in (False, True):
-                    yield grad, *inputs, total, 1e-10, huber_delta, need_teachers
+                    yield grad, total, arguments, need_teachers
 
 
 def teacher_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:

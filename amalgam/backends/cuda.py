@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from amalgam.backends import core
 from amalgam.operations.registry import register_backend
@@ -46,3 +47,11 @@ backend = register_backend(
     probe=_probe,
     about="hand-written CUDA kernels in the compiled core, on NVIDIA GPUs",
 )
+
+
+def place_of(tensor: Tensor) -> dict[str, int]:
+    """Where the core is to compute, as its functions take it: device and current stream."""
+    return {
+        "device": tensor.get_device(),
+        "stream": torch.cuda.current_stream(tensor.device).cuda_stream,
+    }

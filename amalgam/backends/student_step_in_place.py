@@ -169,8 +169,7 @@ def _cuda_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> Non
                 aligned=aligned,
                 products=how.precision,
                 approximate=how.approximate,
-                device=cells.get_device(),
-                stream=torch.cuda.current_stream().cuda_stream,
+                **cuda.place_of(cells),
             )
     put_back()
 
@@ -228,8 +227,7 @@ def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics
         layers=layers,
         products=how.precision,
         approximate=how.approximate,
-        device=weights[0].get_device(),
-        stream=torch.cuda.current_stream().cuda_stream,
+        **cuda.place_of(weights[0]),
     )
     return packed
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ from amalgam.operations import registry
 from amalgam.operations.checks import check_floating, check_like
 
 _NAME = "teacher_distance"
+
+
+class DistanceArguments(NamedTuple):
+    """What a distance depends on; the attributes are :func:`teacher_distance`'s arguments."""
+
+    student: Tensor
+    teachers: Tensor
+    eps: float
+    huber_delta: float | None
 
 
 def teacher_distance(
@@ -51,7 +61,7 @@ def teacher_distance(
     chosen = registry.resolve(_NAME, backend, student)
     if chosen == registry.REFERENCE:
         _check(student, teachers, huber_delta)
-        return _reference(student, teachers, eps, huber_delta)[0]
+        return _reference(DistanceArguments(student, teachers, eps, huber_delta))[0]
     distances, _ = torch.ops.amalgam.teacher_distance(student, teachers, eps, huber_delta, chosen)
     return distances
 
@@ -83,16 +93,12 @@ def distances_and_slope(
         TypeError, ValueError, RuntimeError: As :func:`teacher_distance`.
     """
     _check(student, teachers, huber_delta)
-    distances, totals = registry.compute(
-        _NAME, backend, student, student, teachers, eps, huber_delta
-    )
+    arguments = DistanceArguments(student, teachers, eps, huber_delta)
+    distances, totals = registry.compute(_NAME, backend, student, arguments)
     if gradient is None:
         return distances, None
     slope, _ = registry.compute(
-        f"{_NAME}_backward",
-        backend,
-        student,
-        *(gradient(distances), student, teachers, totals, eps, huber_delta, False),
+        f"{_NAME}_backward", backend, student, gradient(distances), totals, arguments, False
     )
     return distances, slope
 
@@ -113,10 +119,9 @@ def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
-def _reference(
-    student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
-) -> tuple[Tensor, Tensor]:
+def _reference(arguments: DistanceArguments) -> tuple[Tensor, Tensor]:
     """(K,) distances and the (K,) sums inside their logs, eps not yet added."""
+    student, teachers, eps, huber_delta = arguments
     difference = student - teachers
     if huber_delta is None:
         penalty = 0.5 * difference.square()
@@ -130,19 +135,14 @@ def _reference(
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
 def _reference_backward(
-    grad: Tensor,
-    student: Tensor,
-    teachers: Tensor,
-    total: Tensor,
-    eps: float,
-    huber_delta: float | None,
-    need_teachers: bool,
+    grad: Tensor, totals: Tensor, arguments: DistanceArguments, need_teachers: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients in student (N,) and teachers (K, N); the latter empty unless asked for."""
+    student, teachers, eps, huber_delta = arguments
     slope = student - teachers
     if huber_delta is not None:
         slope = slope.clamp(-huber_delta, huber_delta)
-    weighted = (grad / (total + eps))[:, None] * slope
+    weighted = (grad / (totals + eps))[:, None] * slope
     return weighted.sum(0), -weighted if need_teachers else student.new_empty(0)
 
 
@@ -151,10 +151,9 @@ def _op(
     student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     _check(student, teachers, huber_delta)
-    distances, total = registry.compute(
-        _NAME, backend, student, student, teachers, eps, huber_delta
-    )
-    return distances, total
+    arguments = DistanceArguments(student, teachers, eps, huber_delta)
+    distances, totals = registry.compute(_NAME, backend, student, arguments)
+    return distances, totals
 
 
 @torch.library.custom_op("amalgam::teacher_distance_backward", mutates_args=())
@@ -171,11 +170,9 @@ def _backward_op(
     _check(student, teachers, huber_delta)
     for name, tensor in (("grad", grad), ("total", total)):
         check_like(name, tensor, teachers.shape[:1], student)
+    arguments = DistanceArguments(student, teachers, eps, huber_delta)
     in_student, in_teachers = registry.compute(
-        f"{_NAME}_backward",
-        backend,
-        student,
-        *(grad, student, teachers, total, eps, huber_delta, need_teachers),
+        f"{_NAME}_backward", backend, student, grad, total, arguments, need_teachers
     )
     return in_student, in_teachers
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from amalgam.backends import cpu
 from amalgam.operations import choice_step, registry, student_step
+from amalgam.operations.teacher_distance import DistanceArguments
 from amalgam.operations.teacher_step import PoolSettings
 from amalgam.ops import KINDS, StepSettings, StudentState
 
@@ -135,14 +136,18 @@ def reference_of(name: str) -> Function:
         "student_step": lambda *flat: student_step._structured(*flat, "")[:-1],
         "choice_step": lambda *flat: choice_step._structured(*flat, "")[:-1],
         "teacher_step": lambda grads, m, v, *pool: (grads, m, v, PoolSettings(*pool)),
-        "teacher_distance": lambda *flat: flat,
+        "teacher_distance": lambda *flat: (DistanceArguments(*flat),),
     }.get(name.removesuffix("_backward"))
     if name == "student_unroll_backward":
         return lambda grads, adjoints, m, v, h, c, weights, *settings: kernel(
             *(grads, adjoints, StudentState(m, v, h, c), weights, StepSettings(*settings))
         )
     assert structured is not None, name
-    if name.endswith("_backward") and name != "teacher_distance_backward":
+    if name == "teacher_distance_backward":
+        return lambda grad, student, teachers, total, eps, delta, need_teachers: kernel(
+            *(grad, total, DistanceArguments(student, teachers, eps, delta), need_teachers)
+        )
+    if name.endswith("_backward"):
         upstream = {
             "student_step_backward": lambda d, *state: (d, StudentState(*state)),
             "choice_step_backward": lambda d, *rest: (d, StudentState(*rest[:4]), rest[4]),
