@@ -33,7 +33,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
 DEFAULT_ARCHS = ("80", "90", "100")
-BYTES_PER_JOB = 1 << 30  # cc1plus on bindings.cpp and cicc each stay below it
+BYTES_PER_JOB = 1 << 30  # cc1plus on bindings and cicc each stay below it
 FLAGS = ["-std=c++17", "-fvisibility=hidden"]
 OPTIMIZED = ["-O3", "-g0"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -222,7 +222,8 @@ class BuildCore(build_ext):
         if nvcc:
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 tasks.append(functools.partial(compile_cuda, source))
-        for source in [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]:
+        of_cuda = (CSRC / "cuda").glob("*.cpp") if nvcc else ()
+        for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp"), *of_cuda]):
             if source.stem.endswith("_simd"):
                 for isa in isas():
                     tasks.append(functools.partial(compile_cpp, source, isa, ISA_FLAGS[isa], isa))
@@ -285,7 +286,8 @@ def packages() -> list[str]:
 
 def arguments() -> dict[str, Any]:
     """What pyproject.toml can't say."""
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cu")]
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cpp")]
+    sources += CSRC.glob("cuda/*.cu")
     return {
         "packages": packages(),
         "package_dir": {"amalgam.kernels": "kernels"},

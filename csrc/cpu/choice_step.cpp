@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../binding.h"
 #include "dispatch.h"
 #include "lstm_weights.h"
 #include "parallel.h"
@@ -158,16 +159,81 @@ void choice_step_backward(const ChoiceSettings& settings, const T* const* weight
   }
 }
 
-#define AMALGAM_INSTANTIATE(T)                                                                   \
-  template void choice_step(const ChoiceSettings&, const T* const*, int64_t, const T*,           \
-                            const int64_t*, const ChoiceState<const T>&, T*,                     \
-                            const ChoiceState<T>&, T*, int);                                     \
-  template void choice_step_backward(const ChoiceSettings&, const T* const*, int64_t, const T*,  \
-                                     const int64_t*, const ChoiceState<const T>&, const T*,      \
-                                     const ChoiceState<const T>&, const T*, T*,                  \
-                                     const ChoiceState<T>&, T* const*, int);
-AMALGAM_INSTANTIATE(float)
-AMALGAM_INSTANTIATE(double)
-#undef AMALGAM_INSTANTIATE
+namespace {
 
+// The teachers' settings, and all else but n, weights and threads.
+struct ChoiceArguments {
+  std::vector<int> kinds;
+  std::vector<double> lr, beta1, beta2, eps;
+  int layers, hidden;
+  double time, learning_rate;
+
+  ChoiceSettings settings() const {
+    return {static_cast<int>(kinds.size()),
+            layers,
+            hidden,
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()},
+            time,
+            learning_rate};
+  }
+};
+
+template <typename T>
+ChoiceState<T> choice_state(const StateAddresses& addresses) {
+  const auto [m, v, h, c] = addresses;
+  return {at<T>(m), at<T>(v), at<T>(h), at<T>(c)};
+}
+
+template <typename T>
+void bind_choice_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  using Ints = std::vector<int>;
+  using Doubles = std::vector<double>;
+  module.def(
+      ("choice_step_" + dtype).c_str(),
+      [](Address grad, const StateAddresses& state, Address ranks, Address update,
+         const StateAddresses& new_state, Address mixture, const std::vector<Address>& weights,
+         int64_t n, int layers, int hidden, const Ints& kinds, const Doubles& lr,
+         const Doubles& beta1, const Doubles& beta2, const Doubles& eps, double time,
+         double learning_rate, int threads) {
+        const ChoiceArguments rest{kinds, lr, beta1, beta2, eps, layers, hidden, time,
+                                   learning_rate};
+        const std::vector<const T*> from = all_at<const T>(weights);
+        choice_step<T>(rest.settings(), from.data(), n, at<const T>(grad),
+                                     at<const int64_t>(ranks), choice_state<const T>(state),
+                                     at<T>(update), choice_state<T>(new_state), at<T>(mixture),
+                                     threads);
+      },
+      "grad"_a, "state"_a, "ranks"_a, "update"_a, "new_state"_a, "mixture"_a, "weights"_a,
+      py::kw_only(), "n"_a, "layers"_a, "hidden"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a,
+      "eps"_a, "time"_a, "learning_rate"_a, "threads"_a, WithoutGil());
+  module.def(
+      ("choice_step_backward_" + dtype).c_str(),
+      [](Address d_update, const StateAddresses& d_new, Address d_mixture, Address grad,
+         const StateAddresses& state, Address ranks, Address d_grad, const StateAddresses& d_state,
+         const std::vector<Address>& weights, const std::vector<Address>& d_weights, int64_t n,
+         int layers, int hidden, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
+         const Doubles& beta2, const Doubles& eps, double time, double learning_rate,
+         int threads) {
+        const ChoiceArguments rest{kinds, lr, beta1, beta2, eps, layers, hidden, time,
+                                   learning_rate};
+        const std::vector<const T*> from = all_at<const T>(weights);
+        const std::vector<T*> to = all_at<T>(d_weights);
+        choice_step_backward<T>(
+            rest.settings(), from.data(), n, at<const T>(grad), at<const int64_t>(ranks),
+            choice_state<const T>(state), at<const T>(d_update), choice_state<const T>(d_new),
+            at<const T>(d_mixture), at<T>(d_grad), choice_state<T>(d_state), to.data(), threads);
+      },
+      "d_update"_a, "d_new"_a, "d_mixture"_a, "grad"_a, "state"_a, "ranks"_a, "d_grad"_a,
+      "d_state"_a, "weights"_a, "d_weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a,
+      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a, "learning_rate"_a, "threads"_a,
+      WithoutGil());
+}
+
+const Binding binding("cpu", [](py::module_& module) {
+  bind_choice_step<float>(module, "float32");
+  bind_choice_step<double>(module, "float64");
+});
+
+}  // namespace
 }  // namespace amalgam::cpu

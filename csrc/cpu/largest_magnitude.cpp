@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../binding.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -38,4 +39,20 @@ uint64_t largest_magnitude(const void* const* tensors, const int64_t* numels, in
   return found.empty() ? 0 : *std::max_element(found.begin(), found.end());
 }
 
+namespace {
+
+const Binding binding("cpu", [](py::module_& module) {
+  using namespace py::literals;
+  module.def(
+      "largest_magnitude",
+      [](const std::vector<Address>& tensors, const std::vector<int64_t>& numels, int bytes,
+         int threads) {
+        const std::vector<const void*> pointers = all_at<const void>(tensors);
+        return cpu::largest_magnitude(pointers.data(), numels.data(),
+                                      static_cast<int64_t>(pointers.size()), bytes, threads);
+      },
+      "tensors"_a, "numels"_a, py::kw_only(), "bytes"_a, "threads"_a, WithoutGil());
+});
+
+}  // namespace
 }  // namespace amalgam::cpu

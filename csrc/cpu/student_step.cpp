@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "rounding.h"
 #include "storage.h"
+#include "student_binding.h"
 #include "student_network.h"
 #include "tiles.h"
 
@@ -145,15 +146,61 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
   unpack_gradients(lstm, sums.data(), d_weights);
 }
 
-#define AMALGAM_INSTANTIATE(T)                                                                   \
-  template void student_step(const StudentStep&, const T* const*, const StudentTensor*, int64_t, \
-                             int);                                                               \
-  template void student_step_backward(int, int, const StudentConstants&, const T* const*,        \
-                                      int64_t, const T*, const StudentState<const T>&, const T*, \
-                                      const StudentState<const T>&, T*, const StudentState<T>&,  \
-                                      T* const*, int);
-AMALGAM_INSTANTIATE(float)
-AMALGAM_INSTANTIATE(double)
-#undef AMALGAM_INSTANTIATE
+namespace {
 
+Storage storage(const std::string& dtype) {
+  if (dtype == "float32") return Storage::float32;
+  if (dtype == "float64") return Storage::float64;
+  if (dtype == "bfloat16") return Storage::bfloat16;
+  if (dtype == "float16") return Storage::float16;
+  throw std::invalid_argument("no storage is called " + dtype);
+}
+
+template <typename T>
+void bind_student_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  module.def(
+      ("student_step_" + dtype).c_str(),
+      [](Address tensors, int64_t count, const std::vector<Address>& weights, int layers,
+         int hidden, const Constants& constants, const std::string& grad, const std::string& cells,
+         const std::string& out, bool in_place, double keep, double lr, bool stochastic,
+         int threads) {
+        const StudentStep step{
+            layers,         hidden,       student_constants(constants),
+            storage(grad),  storage(cells), storage(out),
+            in_place,       keep,         lr,
+            stochastic};
+        const std::vector<const T*> pointers = all_at<const T>(weights);
+        const py::gil_scoped_release release;
+        student_step<T>(step, pointers.data(),
+                                      at<const StudentTensor>(tensors), count,
+                                      threads);
+      },
+      "tensors"_a, "count"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a,
+      "grad"_a, "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a);
+  module.def(
+      ("student_step_backward_" + dtype).c_str(),
+      [](Address d_update, const StateAddresses& d_new, Address grad, const StateAddresses& state,
+         Address d_grad, const StateAddresses& d_state, const std::vector<Address>& weights,
+         const std::vector<Address>& d_weights, int64_t n, int layers, int hidden,
+         const Constants& constants, int threads) {
+        const std::vector<const T*> from = all_at<const T>(weights);
+        const std::vector<T*> to = all_at<T>(d_weights);
+        const py::gil_scoped_release release;
+        student_step_backward<T>(
+            layers, hidden, student_constants(constants), from.data(), n, at<const T>(grad),
+            student_state<const T>(state), at<const T>(d_update), student_state<const T>(d_new),
+            at<T>(d_grad), student_state<T>(d_state), to.data(), threads);
+      },
+      "d_update"_a, "d_new"_a, "grad"_a, "state"_a, "d_grad"_a, "d_state"_a, "weights"_a,
+      "d_weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a, "constants"_a, "threads"_a);
+}
+
+const Binding binding("cpu", [](py::module_& module) {
+  module.attr("student_tensor_fields") = kStudentTensorFields;
+  bind_student_step<float>(module, "float32");
+  bind_student_step<double>(module, "float64");
+});
+
+}  // namespace
 }  // namespace amalgam::cpu

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "student_binding.h"
 #include "student_network.h"
 #include "tiles.h"
 
@@ -240,13 +241,33 @@ void student_unroll_backward(int layers, int hidden, const StudentConstants& con
   unpack_gradients(lstm, sums.data(), d_weights);
 }
 
-#define AMALGAM_INSTANTIATE(T)                                                                  \
-  template void student_unroll_backward(int, int, const StudentConstants&, const T* const*,     \
-                                        int64_t, int64_t, const StepRows<T>&,                   \
-                                        const StepRows<T>&, const StudentState<const T>&, T* const*,  \
-                                        int);
-AMALGAM_INSTANTIATE(float)
-AMALGAM_INSTANTIATE(double)
-#undef AMALGAM_INSTANTIATE
+namespace {
 
+template <typename T>
+void bind_student_unroll_backward(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  module.def(
+      ("student_unroll_backward_" + dtype).c_str(),
+      [](Address grads, Address adjoints, const StateAddresses& state,
+         const std::vector<Address>& weights, const std::vector<Address>& d_weights, int64_t steps,
+         int64_t n, int64_t grads_stride, int64_t adjoints_stride, int layers, int hidden,
+         const Constants& constants, int threads) {
+        const std::vector<const T*> from = all_at<const T>(weights);
+        const std::vector<T*> to = all_at<T>(d_weights);
+        student_unroll_backward<T>(
+            layers, hidden, student_constants(constants), from.data(), steps, n,
+            {at<const T>(grads), grads_stride}, {at<const T>(adjoints), adjoints_stride},
+            student_state<const T>(state), to.data(), threads);
+      },
+      "grads"_a, "adjoints"_a, "state"_a, "weights"_a, "d_weights"_a, py::kw_only(), "steps"_a,
+      "n"_a, "grads_stride"_a, "adjoints_stride"_a, "layers"_a, "hidden"_a, "constants"_a,
+      "threads"_a, WithoutGil());
+}
+
+const Binding binding("cpu", [](py::module_& module) {
+  bind_student_unroll_backward<float>(module, "float32");
+  bind_student_unroll_backward<double>(module, "float64");
+});
+
+}  // namespace
 }  // namespace amalgam::cpu

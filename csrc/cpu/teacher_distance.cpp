@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../binding.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -70,13 +71,36 @@ void teacher_distance_backward(const T* grad, const T* student, const T* teacher
   });
 }
 
-#define AMALGAM_INSTANTIATE(T)                                                                    \
-  template void teacher_distance(const T*, const T*, T*, T*, int64_t, int64_t, double, double,    \
-                                 int);                                                            \
-  template void teacher_distance_backward(const T*, const T*, const T*, const T*, T*, T*, int64_t, \
-                                          int64_t, double, double, int);
-AMALGAM_INSTANTIATE(float)
-AMALGAM_INSTANTIATE(double)
-#undef AMALGAM_INSTANTIATE
+namespace {
 
+template <typename T>
+void bind_teacher_distance(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  module.def(
+      ("teacher_distance_" + dtype).c_str(),
+      [](Address student, Address teachers, Address distances, Address totals, int64_t n,
+         int64_t k, double eps, double huber_delta, int threads) {
+        cpu::teacher_distance(at<const T>(student), at<const T>(teachers), at<T>(distances),
+                              at<T>(totals), n, k, eps, huber_delta, threads);
+      },
+      "student"_a, "teachers"_a, "distances"_a, "totals"_a, py::kw_only(), "n"_a, "k"_a, "eps"_a,
+      "huber_delta"_a, "threads"_a, WithoutGil());
+  module.def(
+      ("teacher_distance_backward_" + dtype).c_str(),
+      [](Address grad, Address student, Address teachers, Address totals, Address in_student,
+         Address in_teachers, int64_t n, int64_t k, double eps, double huber_delta, int threads) {
+        cpu::teacher_distance_backward(
+            at<const T>(grad), at<const T>(student), at<const T>(teachers), at<const T>(totals),
+            at<T>(in_student), at<T>(in_teachers), n, k, eps, huber_delta, threads);
+      },
+      "grad"_a, "student"_a, "teachers"_a, "totals"_a, "in_student"_a, "in_teachers"_a,
+      py::kw_only(), "n"_a, "k"_a, "eps"_a, "huber_delta"_a, "threads"_a, WithoutGil());
+}
+
+const Binding binding("cpu", [](py::module_& module) {
+  bind_teacher_distance<float>(module, "float32");
+  bind_teacher_distance<double>(module, "float64");
+});
+
+}  // namespace
 }  // namespace amalgam::cpu

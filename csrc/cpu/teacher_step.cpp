@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../binding.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -77,15 +78,46 @@ void teacher_step_backward(const TeacherSettings& settings, const T* d_updates, 
   });
 }
 
-#define AMALGAM_INSTANTIATE(T)                                                                    \
-  template TeacherConstants<T> teacher_constants(const TeacherSettings&, int64_t);                \
-  template void teacher_step(const TeacherSettings&, const T*, const T*, const T*, T*, T*, T*,    \
-                             int64_t, int64_t, int);                                              \
-  template void teacher_step_backward(const TeacherSettings&, const T*, const T*, const T*,       \
-                                      const T*, const T*, const T*, T*, T*, T*, int64_t, int64_t, \
-                                      int);
-AMALGAM_INSTANTIATE(float)
-AMALGAM_INSTANTIATE(double)
-#undef AMALGAM_INSTANTIATE
+namespace {
 
+template <typename T>
+void bind_teacher_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  using Ints = std::vector<int>;
+  using Doubles = std::vector<double>;
+  module.def(
+      ("teacher_step_" + dtype).c_str(),
+      [](Address grads, Address m, Address v, Address updates, Address new_m, Address new_v,
+         int64_t n, int64_t k, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
+         const Doubles& beta2, const Doubles& eps, int threads) {
+        teacher_step(
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()}, at<const T>(grads),
+            at<const T>(m), at<const T>(v), at<T>(updates), at<T>(new_m), at<T>(new_v), n, k,
+            threads);
+      },
+      "grads"_a, "m"_a, "v"_a, "updates"_a, "new_m"_a, "new_v"_a, py::kw_only(), "n"_a, "k"_a,
+      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "threads"_a, WithoutGil());
+  module.def(
+      ("teacher_step_backward_" + dtype).c_str(),
+      [](Address d_updates, Address d_m, Address d_v, Address grads, Address m, Address v,
+         Address in_grads, Address in_m, Address in_v, int64_t n, int64_t k, const Ints& kinds,
+         const Doubles& lr, const Doubles& beta1, const Doubles& beta2, const Doubles& eps,
+         int threads) {
+        teacher_step_backward(
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()},
+            at<const T>(d_updates), at<const T>(d_m), at<const T>(d_v), at<const T>(grads),
+            at<const T>(m), at<const T>(v), at<T>(in_grads), at<T>(in_m), at<T>(in_v), n, k,
+            threads);
+      },
+      "d_updates"_a, "d_m"_a, "d_v"_a, "grads"_a, "m"_a, "v"_a, "in_grads"_a, "in_m"_a, "in_v"_a,
+      py::kw_only(), "n"_a, "k"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "threads"_a,
+      WithoutGil());
+}
+
+const Binding binding("cpu", [](py::module_& module) {
+  bind_teacher_step<float>(module, "float32");
+  bind_teacher_step<double>(module, "float64");
+});
+
+}  // namespace
 }  // namespace amalgam::cpu

@@ -1,0 +1,148 @@
+// The CUDA operations as Python functions; nvcc can't compile pybind11's headers everywhere.
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../binding.h"
+#include "runtime.h"
+#include "student_step.h"
+#include "teacher_distance.h"
+
+namespace amalgam {
+namespace {
+
+cuda::Stored stored(const std::string& dtype) {
+  using cuda::Stored;
+  if (dtype == "float32") return Stored::float32;
+  if (dtype == "bfloat16") return Stored::bfloat16;
+  if (dtype == "float16") return Stored::float16;
+  throw std::invalid_argument("no storage on GPUs is called " + dtype);
+}
+
+cuda::Products products_of(const std::string& precision) {
+  using cuda::Products;
+  if (precision == "3xtf32") return Products::kSplit;
+  if (precision == "tf32") return Products::kTf32;
+  if (precision == "bf16") return Products::kBf16;
+  throw std::invalid_argument("no products on GPUs are called " + precision);
+}
+
+void bind_cuda_student_step(py::module_& module) {
+  using namespace py::literals;
+  // (layers, hidden): how many coordinates a block takes.
+  module.def("student_step_blocks", [] {
+    std::map<std::pair<int, int>, int> blocks;
+    for (const auto& size : cuda::student_sizes()) {
+      blocks[{size.layers, size.hidden}] = size.block;
+    }
+    return blocks;
+  });
+  module.def(
+      "packed_student_words",
+      [](int layers, int hidden, const std::string& products) {
+        return cuda::packed_student_words(layers, hidden, products_of(products));
+      },
+      "layers"_a, "hidden"_a, "products"_a);
+  module.def(
+      "pack_student",
+      [](const std::vector<Address>& weights, Address to, int layers, const std::string& products,
+         bool approximate, int device, Address stream) {
+        cuda::StudentWeights from{};
+        if (layers < 1 || layers > 2 || weights.size() != 3u * layers + 2) {
+          throw std::invalid_argument("weights must be three a layer, of one or two, and the head's");
+        }
+        for (int layer = 0; layer < layers; ++layer) {
+          from.w_ih[layer] = at<const float>(weights[3 * layer]);
+          from.w_hh[layer] = at<const float>(weights[3 * layer + 1]);
+          from.b[layer] = at<const float>(weights[3 * layer + 2]);
+        }
+        from.head = at<const float>(weights[3 * layers]);
+        from.head_bias = at<const float>(weights[3 * layers + 1]);
+        cuda::pack_student(from, at<uint32_t>(to), layers, products_of(products),
+                                    approximate, device, at<void>(stream));
+      },
+      "weights"_a, "to"_a, py::kw_only(), "layers"_a, "products"_a, "approximate"_a, "device"_a,
+      "stream"_a);
+  module.def(
+      "student_step_in_place",
+      [](Address weights, Address table, Address first_block, Address control, int count,
+         int64_t blocks, int layers, int hidden, const Constants& constants,
+         const std::string& param, const std::string& grad, const std::string& cells, double keep,
+         double lr, int warmup_steps, bool stochastic, bool aligned, const std::string& products,
+         bool approximate, int device, Address stream) {
+        const auto [alpha, beta1, beta2, eps] = constants;
+        cuda::StudentCall call{};
+        call.weights = at<const void>(weights);
+        call.table = at<const int64_t>(table);
+        call.first_block = at<const int64_t>(first_block);
+        call.control = at<const double>(control);
+        call.blocks = blocks;
+        call.count = count;
+        call.warmup_steps = warmup_steps;
+        call.param = stored(param);
+        call.grad = stored(grad);
+        call.stochastic = stochastic;
+        call.keep = static_cast<float>(keep);
+        call.lr = static_cast<float>(lr);
+        call.alpha = static_cast<float>(alpha);
+        call.beta1 = static_cast<float>(beta1);
+        call.beta2 = static_cast<float>(beta2);
+        call.of_grad = static_cast<float>(1 - beta1);
+        call.of_square = static_cast<float>(1 - beta2);
+        call.per_m = static_cast<float>(1 / (1 - beta1));
+        call.per_v = static_cast<float>(1 / (1 - beta2));
+        call.eps = static_cast<float>(eps);
+        const cuda::StudentKind kind{layers,  hidden,
+                                              stored(cells), aligned,
+                                              products_of(products), approximate};
+        const py::gil_scoped_release release;
+        cuda::student_step_in_place(call, kind, device, at<void>(stream));
+      },
+      py::kw_only(), "weights"_a, "table"_a, "first_block"_a, "control"_a, "count"_a, "blocks"_a,
+      "layers"_a, "hidden"_a, "constants"_a, "param"_a, "grad"_a, "cells"_a, "keep"_a, "lr"_a,
+      "warmup_steps"_a, "stochastic"_a, "aligned"_a, "products"_a, "approximate"_a, "device"_a,
+      "stream"_a);
+}
+
+template <typename T>
+void bind_cuda(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  module.def(("teacher_distance_partials_" + dtype).c_str(),
+             &cuda::teacher_distance_partials<T>, "n"_a);
+  module.def(
+      ("teacher_distance_" + dtype).c_str(),
+      [](Address student, Address teachers, Address distances, Address totals, Address partials,
+         int64_t n, int64_t k, double eps, double huber_delta, int device, Address stream) {
+        cuda::teacher_distance(at<const T>(student), at<const T>(teachers),
+                                        at<T>(distances), at<T>(totals), at<double>(partials), n,
+                                        k, eps, huber_delta, device, at<void>(stream));
+      },
+      "student"_a, "teachers"_a, "distances"_a, "totals"_a, "partials"_a, py::kw_only(), "n"_a,
+      "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a, WithoutGil());
+  module.def(
+      ("teacher_distance_backward_" + dtype).c_str(),
+      [](Address grad, Address student, Address teachers, Address totals, Address in_student,
+         Address in_teachers, int64_t n, int64_t k, double eps, double huber_delta, int device,
+         Address stream) {
+        cuda::teacher_distance_backward(
+            at<const T>(grad), at<const T>(student), at<const T>(teachers), at<const T>(totals),
+            at<T>(in_student), at<T>(in_teachers), n, k, eps, huber_delta, device,
+            at<void>(stream));
+      },
+      "grad"_a, "student"_a, "teachers"_a, "totals"_a, "in_student"_a, "in_teachers"_a,
+      py::kw_only(), "n"_a, "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a, WithoutGil());
+}
+
+const Binding binding("cuda", [](py::module_& module) {
+  module.attr("archs") = AMALGAM_CUDA_ARCHS;
+  module.def("runtime_version", &cuda::runtime_version);
+  module.def("device_count", &cuda::device_count);
+  bind_cuda<float>(module, "float32");
+  bind_cuda<double>(module, "float64");
+  bind_cuda_student_step(module);
+});
+
+}  // namespace
+}  // namespace amalgam
