@@ -78,6 +78,9 @@ void teacher_step_backward(const TeacherSettings& settings, const T* d_updates, 
   });
 }
 
+template TeacherConstants<float> teacher_constants(const TeacherSettings&, int64_t);
+template TeacherConstants<double> teacher_constants(const TeacherSettings&, int64_t);
+
 namespace {
 
 template <typename T>
