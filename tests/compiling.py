@@ -2,7 +2,7 @@
 
 Triton decides when it is imported whether it interprets kernels, and the tests' process does. A
 kernel takes seconds to compile: what the tests will ask for is begun at once, on all cores, and
-asked for last.
+asked for last. Where pytest-xdist has the cores busy, a kernel is compiled when it is asked for.
 """
 
 from __future__ import annotations
@@ -34,19 +34,28 @@ def begin(items: list[pytest.Item]) -> None:
     marked = [item for item in items if asks(item)]
     if not marked or importlib.util.find_spec("triton") is None:
         return
-    _pool = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), _compile_kernels)
-    for item in marked:
-        mark = item.get_closest_marker("compiles")
-        assert mark
-        function: Callable[..., Any] = mark.kwargs["by"]
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        item.stash[WAIT] = _pool.submit(function, **parameters)
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    spawn = multiprocessing.get_context("spawn")
+    _pool = ProcessPoolExecutor(WORKERS if alone else 1, spawn, _compile_kernels)
+    for item in marked if alone else ():
+        item.stash[WAIT] = _compilation_of(item)
 
 
 def result_of(item: pytest.Item) -> Any:
     """What the function of a test's mark returned; raises what it raised."""
     pytest.importorskip("triton")
+    if WAIT not in item.stash:
+        item.stash[WAIT] = _compilation_of(item)
     return item.stash[WAIT].result()
+
+
+def _compilation_of(item: pytest.Item) -> Future[Any]:
+    mark = item.get_closest_marker("compiles")
+    assert mark
+    assert _pool
+    function: Callable[..., Any] = mark.kwargs["by"]
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return _pool.submit(function, **parameters)
 
 
 def end() -> None:

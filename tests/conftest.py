@@ -21,6 +21,11 @@ import places  # noqa: E402
 import amalgam  # noqa: E402
 from amalgam.ops import backends  # noqa: E402
 
+# Where pytest-xdist gives each core a process, more threads are in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
+
 PACKAGE_FOLDERS = tuple(
     str(folder)
     for path in (Path(amalgam.__file__).parent, Path(__file__).parents[1] / "kernels")
