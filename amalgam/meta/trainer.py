@@ -160,7 +160,8 @@ class Trainer:
             "estimator": str(self.estimator),
             "perturbation": str(self.perturbation),
             "memory": memory,
-            "strategy": str(self.strategy),
+            # Checkpoints name UnrollSettings as it was called when the first of them were written.
+            "strategy": str(self.strategy).replace("UnrollSettings(", "Unrolls("),
         }
 
     @property

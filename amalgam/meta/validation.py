@@ -15,7 +15,7 @@ from amalgam.evaluation.protocol import MakeOptimizer
 from amalgam.evaluation.protocol import train as train_optimizee
 from amalgam.meta import distributed
 from amalgam.meta.objective import Amalgamation
-from amalgam.meta.periods import Unrolls
+from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.sampling import StackedBatches, begin_episode
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
@@ -59,7 +59,7 @@ def by_final_loss(
 def by_meta_loss(
     student: Policy,
     tasks: Sequence[Task],
-    unrolls: Unrolls,
+    unrolls: UnrollSettings,
     amalgamation: Amalgamation,
     training: Training,
     *,
