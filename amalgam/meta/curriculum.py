@@ -244,7 +244,7 @@ class Curriculum(_RuleByRecords):
        repeated.
     2. Otherwise the stage goes on with a new period, from the checkpoint of the last one, until
        both of these hold: it has ``num_periods + 1`` periods, and the last ``num_chances`` periods
-       in a row were no better than the stage's best. Repeats count towards neither.
+       in a row were no better than the stage's best. A period and its repeats count as one.
     3. The next stage begins from the checkpoint of the stage's best validation. After the last
        stage the run keeps that checkpoint.
 
