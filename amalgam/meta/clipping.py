@@ -14,13 +14,13 @@ def clip_adaptively(
     """Scale down each gradient whose norm exceeds ``ratio`` times its weight's norm.
 
     Args:
-        weights: The weights.
-        grads: Their gradients.
-        ratio: Largest norm of a gradient over its weight's.
-        floor: Weights of smaller norm count as having this one.
+        weights: The tensors of weights.
+        grads: The gradient with respect to each of them.
+        ratio: Largest norm of a gradient, as a multiple of its weight's norm.
+        floor: A weight whose norm is smaller counts as having this norm.
 
     Returns:
-        The gradients, shortened where too long.
+        The gradients, those that were too long scaled down.
     """
     clipped = []
     for weight, grad in zip(weights, grads, strict=True):

@@ -1,5 +1,9 @@
 """The strategies: fixed stages, the paper's curriculum, and a fixed number of periods.
 
+A recipe's table ``[strategy]`` chooses one by its ``kind``: a name of :data:`STRATEGIES`, or
+``"simple"`` or ``"choice"``, which are :class:`Repeat` with the settings of :func:`simple` and
+:func:`choice_strategy`.
+
 :mod:`amalgam.meta.periods` says what a strategy is. Source of :class:`Curriculum` and
 :class:`Repeat`: the code of the authors of Optimizer Amalgamation (ICLR 2022).
 """
@@ -13,21 +17,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amalgam.hints import did_you_mean
-from amalgam.meta.periods import INITIAL, Finish, Period, Record, Unrolls
+from amalgam.meta.periods import INITIAL, Finish, Period, Record, UnrollSettings
 
 IMITATION_WEIGHTS: dict[str, tuple[float, ...]] = {
     "il_more": (0.2, 0.1, 0.05, 0.02),
     "il_adjusted": (0.2, 0.04, 0.02, 0.01),
     "il_staged": (1.0, 0.0, 0.0, 0.0),
 }
-"""Weights of the imitation loss by stage; ``il_more`` is the paper's."""
+"""Named schedules of the imitation loss's weight, one number per stage (or period).
 
-# Unrolls(unroll, windows, episodes, warmup_windows, warmup_lr)
-_REPEAT_VALIDATION = Unrolls(100, 5, 2, 0, 0.01)
-_SIMPLE_VALIDATION = Unrolls(20, 25, 2, 0, 0.01)
+``imitation_weight`` of :class:`Curriculum` and :class:`Repeat` takes such a name in place of
+numbers. The last number holds for all later stages, too. ``il_more`` is the paper's schedule.
+"""
+
+# UnrollSettings(unroll, windows, episodes, warmup_windows, warmup_lr)
+_REPEAT_VALIDATION = UnrollSettings(100, 5, 2, 0, 0.01)
+_SIMPLE_VALIDATION = UnrollSettings(20, 25, 2, 0, 0.01)
 
 Schedule = float | tuple[float, ...]
-"""A number for all stages (or periods), or one for each, of which the last stands for the rest."""
+"""One number for all stages (or periods), or one for each; the last one holds for the rest."""
 
 
 def value_at(schedule: Schedule, index: int) -> float:
@@ -39,7 +47,7 @@ def value_at(schedule: Schedule, index: int) -> float:
 
 @dataclass(frozen=True)
 class _Place:
-    """Which period a strategy does next, and from which checkpoint."""
+    """Which period comes next, and from which checkpoint; the fields are :class:`Period`'s."""
 
     stage: int = 0
     period: int = 0
@@ -48,7 +56,10 @@ class _Place:
 
 
 class _RuleByRecords(ABC):
-    """A strategy as a rule that says where to go from the last of some records."""
+    """A strategy that is a rule for what follows the last of some records.
+
+    :meth:`next` applies the rule after each record in turn, and so checks the records.
+    """
 
     @property
     def goes_back(self) -> bool:
@@ -79,20 +90,20 @@ class _RuleByRecords(ABC):
 
     @abstractmethod
     def _after(self, records: Sequence[Record]) -> _Place | Finish:
-        """Where to go from the last of one or more records."""
+        """What follows the last of one or more records."""
 
     @abstractmethod
     def _period(self, place: _Place) -> Period:
-        """What to train there."""
+        """The period to train at a place."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of meta-training.
+    """One stage of :class:`Stages`.
 
     Attributes:
-        episodes: Episodes, each with a new optimizee.
-        windows: Windows of each; a meta-step follows every one.
+        episodes: Number of episodes, each with new optimizees.
+        windows: Number of windows per episode; a meta-step follows each window.
         imitation_weight: Weight of the imitation loss beside the meta-loss.
     """
 
@@ -111,14 +122,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages(_RuleByRecords):
-    """Fixed stages, one period each, trained straight on.
+    """Fixed stages of one period each, one after another, with no return to earlier weights.
 
-    Their episodes warm up as the student's configuration says. The run validates every
-    :attr:`amalgam.meta.Training.validate_every` meta-steps, and keeps the best student.
+    Episodes warm up as the student's configuration says. The run validates the student every
+    :attr:`amalgam.meta.Training.validate_every` meta-steps and keeps the best one.
 
     Attributes:
-        stages: The stages, in order; a recipe may give tables.
-        unroll: Steps of a window.
+        stages: The stages, in order. Each may also be a mapping of :class:`Stage`'s fields, as
+            recipes give them.
+        unroll: Steps per window.
     """
 
     stages: tuple[Stage, ...] = (Stage(),)
@@ -150,7 +162,7 @@ class Stages(_RuleByRecords):
         stage = self.stages[place.stage]
         return Period(
             **asdict(place),
-            training=Unrolls(self.unroll, stage.windows, stage.episodes, 0, 0.0),
+            training=UnrollSettings(self.unroll, stage.windows, stage.episodes, 0, 0.0),
             imitation_weight=stage.imitation_weight,
             validation=None,
             own_warmup=True,
@@ -207,8 +219,8 @@ _SCHEDULES = (
 )
 
 
-def _unrolls(strategy: Curriculum | Repeat, index: int) -> Unrolls:
-    return Unrolls(
+def _unrolls(strategy: Curriculum | Repeat, index: int) -> UnrollSettings:
+    return UnrollSettings(
         unroll=int(value_at(strategy.unroll, index)),
         windows=int(value_at(strategy.windows, index)),
         episodes=int(value_at(strategy.episodes, index)),
@@ -219,30 +231,41 @@ def _unrolls(strategy: Curriculum | Repeat, index: int) -> Unrolls:
 
 @dataclass(frozen=True)
 class Curriculum(_RuleByRecords):
-    """Longer and longer unrolls, stage by stage, each as long as it helps (the paper's strategy).
+    """The paper's strategy: unrolls get longer from stage to stage; a stage lasts while it helps.
 
-    A stage has at least ``num_periods + 1`` periods, and goes on until ``num_chances`` of them were
-    no better on validation than the best; the next begins from the best one's checkpoint. A
-    period validates on the *next* stage's unrolls.
+    Every period is validated on the unrolls of the *next* stage. Lower is better. The rules:
 
-    A period whose loss exploded is done again from where it began: if its validation exceeds the
-    one of the period before, or for a stage's first period its *training* loss exceeds the best
-    validation of the stage before, by more than ``repeat_threshold`` of that. The first period of
-    all is never repeated; what is NaN never counts as exploded, nor as best.
+    1. A period is repeated if its loss exploded and it was repeated fewer than ``max_repeat``
+       times. The loss exploded if it is greater than ``r + repeat_threshold * |r|``, for a
+       reference r. In a stage's first period the loss is the mean meta-loss of its *training*, and
+       r is the best validation of the stage before. In all other periods the loss is the
+       validation, and r is the best validation of the period before, its repeats included. The
+       repeat begins from the checkpoint that r belongs to. The first period of all is never
+       repeated.
+    2. Otherwise the stage goes on with a new period, from the checkpoint of the last one, until
+       both of these hold: it has ``num_periods + 1`` periods, and the last ``num_chances`` periods
+       in a row were no better than the stage's best. A period and its repeats count as one.
+    3. The next stage begins from the checkpoint of the stage's best validation. After the last
+       stage the run keeps that checkpoint.
+
+    A NaN is never best, is never r, and never counts as exploded. Without any r nothing is
+    repeated. If all of a stage is NaN, the stage ends after ``num_periods + 1`` periods, and the
+    best checkpoint of the stage before (or the initial weights) stands for its best.
 
     Attributes:
-        num_stages: Stages.
-        num_periods: See above.
-        num_chances: See above.
-        unroll: Steps of a window, by stage.
-        windows: Windows of an episode, by stage.
-        episodes: Episodes of a period, by stage.
+        num_stages: Number of stages.
+        num_periods: One less than the least number of periods per stage.
+        num_chances: How many periods in a row without a new best end a stage.
+        unroll: Steps per window, by stage.
+        windows: Windows per episode, by stage.
+        episodes: Episodes per period, by stage.
         imitation_weight: Weight of the imitation loss, by stage; or a name of
             :data:`IMITATION_WEIGHTS`.
-        warmup_windows: Windows of SGD before an episode's first, by stage.
-        warmup_lr: Its learning rate, by stage.
-        max_repeat: How often a period is repeated at most; 0 for no limit.
-        repeat_threshold: See above.
+        warmup_windows: Length of the SGD before an episode's first window, in windows, by stage.
+        warmup_lr: The learning rate of that SGD, by stage.
+        max_repeat: How often one period is repeated at most; 0 means without limit.
+        repeat_threshold: By which share of the reference's absolute value a loss must exceed the
+            reference to count as exploded.
     """
 
     num_stages: int = 4
@@ -301,7 +324,7 @@ class Curriculum(_RuleByRecords):
         return _exploded(loss, reference.validation, self.repeat_threshold)
 
     def _previous(self, records: Sequence[Record]) -> str:
-        """What the last period began from, or the best of its repeats."""
+        """The best checkpoint of the period before the last one, its repeats included."""
         last = records[-1]
         if not last.period:
             return self._best_until(records, last.stage - 1)
@@ -310,7 +333,7 @@ class Curriculum(_RuleByRecords):
         return best.name
 
     def _best_until(self, records: Sequence[Record], stage: int) -> str:
-        """The best of a stage, or of the one before where all of it is NaN."""
+        """The best checkpoint of a stage, or of the stage before if all of it is NaN."""
         for number in range(stage, -1, -1):
             best = _best(_records_of(records, number))
             if best is not None:
@@ -320,24 +343,27 @@ class Curriculum(_RuleByRecords):
 
 @dataclass(frozen=True)
 class Repeat(_RuleByRecords):
-    """A fixed number of periods, each done again if its loss exploded (the choice's strategy).
+    """A fixed number of periods, each repeated if its loss exploded.
 
-    A period that is not the first is done again, from the checkpoint of the one before, if its
-    validation exceeds that one's by more than ``repeat_threshold`` of it. What is NaN never counts
-    as exploded. The last period's checkpoint is kept.
+    The loss of a period exploded if its validation is greater than ``r + repeat_threshold * |r|``,
+    where r is the validation of the period before (of its last repeat). Then the period is
+    repeated, from that one's checkpoint. The first period is never repeated, and a NaN never counts
+    as exploded. The run keeps the checkpoint of the last period.
 
     Attributes:
-        num_periods: Periods.
-        unroll: Steps of a window, by period.
-        windows: Windows of an episode, by period.
-        episodes: Episodes, by period.
+        num_periods: Number of periods.
+        unroll: Steps per window, by period.
+        windows: Windows per episode, by period.
+        episodes: Number of episodes, by period.
         imitation_weight: Weight of the imitation loss, by period; or a name of
             :data:`IMITATION_WEIGHTS`.
-        warmup_windows: Windows of SGD before an episode's first, by period.
-        warmup_lr: Its learning rate, by period.
-        validation: What to validate on.
-        max_repeat: How often a period is repeated at most; 0 for no limit.
-        repeat_threshold: See above; infinite for no repeats.
+        warmup_windows: Length of the SGD before an episode's first window, in windows, by period.
+        warmup_lr: The learning rate of that SGD, by period.
+        validation: The unrolls that each period is validated on. It may also be a mapping of
+            :class:`amalgam.meta.periods.UnrollSettings`'s fields, as recipes give it.
+        max_repeat: How often one period is repeated at most; 0 means without limit.
+        repeat_threshold: By which share of the reference's absolute value a validation must exceed
+            the reference to count as exploded. Infinity means no repeats.
     """
 
     num_periods: int = 20
@@ -347,15 +373,15 @@ class Repeat(_RuleByRecords):
     imitation_weight: Schedule | str = 0.0
     warmup_windows: Schedule = 0
     warmup_lr: Schedule = 0.0
-    validation: Unrolls = _REPEAT_VALIDATION
+    validation: UnrollSettings = _REPEAT_VALIDATION
     max_repeat: int = 4
     repeat_threshold: float = 0.8
 
     def __post_init__(self) -> None:
-        """Fill in what has a name, and refuse what can't be run."""
+        """Fill in a named schedule and a mapping, and refuse what can't be run."""
         _name_weights(self)
         if isinstance(self.validation, Mapping):
-            object.__setattr__(self, "validation", Unrolls(**self.validation))
+            object.__setattr__(self, "validation", UnrollSettings(**self.validation))
         _check(self, ("num_periods",), _SCHEDULES)
 
     def _period(self, place: _Place) -> Period:
@@ -394,10 +420,13 @@ def simple(
     unroll: Schedule = 20,
     windows: Schedule = 25,
     episodes: Schedule = 10,
-    validation: Unrolls = _SIMPLE_VALIDATION,
+    validation: UnrollSettings = _SIMPLE_VALIDATION,
     **more: Any,
 ) -> Repeat:
-    """A fixed number of periods, none of them repeated; arguments as :class:`Repeat`'s."""
+    """A fixed number of periods, none of them repeated (``kind = "simple"`` in recipes).
+
+    The arguments are :class:`Repeat`'s.
+    """
     return Repeat(
         num_periods,
         unroll,
@@ -410,15 +439,18 @@ def simple(
 
 
 def choice_strategy() -> Repeat:
-    """How the authors train the optimal choice (``cl_fixed``): 180 windows of 100 steps."""
+    """How the authors train the optimal choice: 180 windows of 100 steps.
+
+    Recipes choose it with ``kind = "choice"``; the authors' code calls it ``cl_fixed``.
+    """
     return Repeat(
         num_periods=5,
         warmup_windows=(0, 1),
         warmup_lr=(0.0, 0.05),
-        validation=Unrolls(100, 10, 1, 1, 0.05),
+        validation=UnrollSettings(100, 10, 1, 1, 0.05),
         repeat_threshold=0.9,
     )
 
 
 STRATEGIES: dict[str, type] = {"stages": Stages, "curriculum": Curriculum, "repeat": Repeat}
-"""The strategies by their names in recipes; each is a :class:`amalgam.meta.periods.Strategy`."""
+"""The strategies by ``kind`` in recipes; each is a :class:`amalgam.meta.periods.Strategy`."""

@@ -1,7 +1,8 @@
 """Several processes that meta-train as one, by ``torch.distributed``.
 
-Every process runs the whole program. Those that ``torchrun`` started meet in :func:`join`; a
-process alone is the first of one, and every function here works for it, too.
+Every process runs the whole program. The processes that ``torchrun`` started meet in :func:`join`.
+A program without ``torchrun`` has a single process, the first; every function here works for it,
+too.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ T = TypeVar("T")
 
 
 def join() -> None:
-    """Meet the other processes that ``torchrun`` started, if it did and they have not met.
+    """Meet the other processes; does nothing without ``torchrun`` or after an earlier call.
 
-    They exchange tensors of the CPU by gloo and those of GPUs by NCCL. A process's current GPU
-    becomes the one with the number ``LOCAL_RANK``, where there is one.
+    The processes exchange CPU tensors by gloo and GPU tensors by NCCL. The process's current GPU
+    becomes the one with the number ``LOCAL_RANK``, if there is one.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
@@ -36,7 +37,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the other processes once all of them are here.
+    """Wait until all processes call this, then leave them.
 
     A process that leaves while others still exchange tensors may abort them.
     """
@@ -46,7 +47,7 @@ def leave() -> None:
 
 
 def rank() -> int:
-    """This process's number."""
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -67,7 +68,7 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes in the first one; in the others an empty list."""
+    """All processes' values, in the order of their ranks; an empty list in all but the first."""
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
@@ -76,7 +77,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """The first process's value."""
+    """The first process's value, in all processes."""
     if world() == 1:
         return value
     box = [value]
@@ -88,7 +89,8 @@ def by_first(do: Callable[[], T]) -> T:
     """Call a function in the first process alone, and return its result in all of them.
 
     Raises:
-        SystemExit: In the others, if the call failed; the first process raises the error itself.
+        SystemExit: In the other processes, if the call failed. The first process raises the call's
+            own error.
     """
     if world() == 1:
         return do()

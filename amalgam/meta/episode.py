@@ -1,12 +1,14 @@
-"""Students and teachers side by side on optimizees of one task, before any meta-gradient.
+"""Episodes without any meta-gradient: how they begin, the warm-up, and the teachers' steps.
 
-An *episode* begins with random optimizees, each given to its student and to all teachers, and a
-warm-up by SGD. Then come *windows* of steps (:mod:`amalgam.meta.window`), between which parameters
+An *optimizee* is a model that is trained. An *episode* begins with random optimizees; a student and
+all teachers (the *pool*) each train their own copy of every optimizee. A *warm-up* by SGD comes
+first, then *windows* of steps (:mod:`amalgam.meta.window`). From one window to the next, parameters
 and states are carried as constants. Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and
 3.3, in the form of the authors' code.
 
-Several optimizees run as one. A *row* is one optimizee: S students (replicates) with B optimizees
-each make R = S B rows, the first dimension of most tensors here.
+Several optimizees run side by side. Each is a *row*, an index of the first dimension of most
+tensors here. S students (replicates or particles) with B optimizees each make R = S * B rows, one
+student's after another's. Each optimizee has N parameters, its *coordinates*.
 """
 
 from __future__ import annotations
@@ -28,14 +30,18 @@ from amalgam.tasks import Batch, Task
 class Trajectories(NamedTuple):
     """Where students and teachers stand: R rows of N coordinates, S students, K teachers.
 
+    With ``Episodes.shared`` the teachers have a single row, and R is 1 in the teachers' shapes.
+
     Attributes:
-        scale: The episode's scaling s, shape (R, N); all parameters here are p / s.
+        scale: The episode's scaling s, shape (R, N). All parameters here are scaled: p / s.
         params: The students' parameters, shape (R, N).
-        states: The students' states, one a student; it holds the coordinates of the student's rows
-            one row after another.
-        teacher_params: The teachers' parameters, shape (K, R, N), or (K, 1, N) where rows share.
-        teacher_state: The pool's states: a single one of R N coordinates, or one a row where some
-            teachers look at whole tensors.
+        states: One state per student. A :class:`amalgam.policies.Student`'s holds the B * N
+            coordinates of its rows, one row after another; any other policy's is a tuple of one
+            state per row.
+        teacher_params: The teachers' parameters, shape (K, R, N).
+        teacher_state: The pool's states, each a :class:`amalgam.policies.PoolState`. A single one
+            for all R * N coordinates if all teachers work coordinate by coordinate; otherwise one
+            per row, for its N coordinates.
     """
 
     scale: Tensor
@@ -46,18 +52,19 @@ class Trajectories(NamedTuple):
 
 
 class Episodes:
-    """Begins episodes of one task, warms up, and steps the teachers.
+    """Begins episodes of one task, warms them up, and takes the teachers' steps.
 
     Args:
-        task: The optimizee and its data; its device is everybody's.
-        student: The learned optimizer, or several of one kind and configuration: replicates, which
-            are trained independently.
+        task: The optimizee and its data. All tensors are on the task's device.
+        student: The student, or several students of one kind and configuration: replicates, which
+            are trained independently, or particles.
         pool: The teachers; may be empty.
-        amalgamation: How the students are held to both.
-        memory: What windows may keep for their way back.
-        optimizees: B, how many each student trains at once; its losses are means over them.
-        shared: Whether all rows have the same optimizee and batches; the teachers then run once,
-            on a single row.
+        amalgamation: Settings of the meta-loss and the imitation loss, and how they are computed.
+        memory: How much a window may keep for its backward pass.
+        optimizees: B, the number of optimizees that each student trains side by side. A student's
+            losses are means over them.
+        shared: Whether all rows have the same optimizee and batches, as particles do. The teachers
+            then run once, on a single row. The caller has to give every row the same ones.
     """
 
     def __init__(
@@ -98,19 +105,22 @@ class Episodes:
 
     @property
     def rows(self) -> int:
-        """R, how many optimizees run as one."""
+        """R, the number of optimizees that run side by side."""
         return len(self.students) * self.optimizees
 
     @property
     def teacher_rows(self) -> int:
-        """How many rows the teachers have."""
+        """The number of rows that the teachers have: R, or 1 where rows share."""
         return 1 if self.shared else self.rows
 
     def begin(self, *generators: torch.Generator) -> Trajectories:
-        """A new episode: a random optimizee a row for all, zero states, a fresh scaling.
+        """Begin an episode, before any warm-up.
+
+        Each row gets a random optimizee, from which its student and all teachers begin, and a
+        random scaling. All states are initial ones.
 
         Args:
-            *generators: One a row.
+            *generators: One per row; they decide the optimizee and the scaling.
         """
         params = torch.stack([self.task.init_params(generator) for generator in generators])
         spread = self.amalgamation.scale_spread
@@ -125,7 +135,7 @@ class Episodes:
         return self.start_from(params, scale.to(params.device))
 
     def start_from(self, params: Tensor, scale: Tensor) -> Trajectories:
-        """An episode from given parameters (R, N), not yet scaled, and their scaling (R, N)."""
+        """Begin an episode from given parameters (R, N), not yet scaled, and a scaling (R, N)."""
         if params.shape != (self.rows, self.task.layout.numel):
             raise ValueError(
                 f"params must have shape {(self.rows, self.task.layout.numel)}, "
@@ -145,20 +155,22 @@ class Episodes:
             )
 
     def by_student(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """A tensor of rows (R, ...) split by student, into S tensors (B, ...)."""
+        """Split a tensor of rows (R, ...) into one tensor (B, ...) per student."""
         return rows.split(self.optimizees)
 
     def warm_up(
         self, begin: Trajectories, batches: Sequence[Batch], lr: float | None = None
     ) -> Trajectories:
-        """SGD steps, whose gradients move every policy's moments, while no policy acts.
+        """Take the warm-up's steps, which are plain SGD's.
 
-        Afterwards all go on from the same parameters.
+        Students and teachers do not act, but their states see the gradients (``warm_up`` of
+        policies and of the pool), so that their moments are warm. Afterwards the teachers begin
+        from the student's parameters. A row skips a step whose gradient is not finite.
 
         Args:
-            begin: Where everybody stands.
-            batches: One a step, each tensor (R, samples, ...).
-            lr: SGD's learning rate; the student's own where ``None``.
+            begin: Where students and teachers stand.
+            batches: One batch per step, each tensor of shape (R, samples, ...).
+            lr: SGD's learning rate; where ``None``, ``warmup_lr`` of the student's configuration.
         """
         scale, params, states, _, teacher_state = begin
         lr = self.students[0].config.warmup_lr if lr is None else lr
@@ -189,16 +201,19 @@ class Episodes:
     def gradients(
         self, params: Tensor, scale: Tensor, batch: Batch, graph: bool = False
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Losses and their gradients in the scaled parameters.
+        """The optimizees' losses, and their gradients with respect to the scaled parameters.
 
         Args:
-            params: Shape (R, M, N): M optimizees on each row's batch.
-            scale: Shape (R, N).
-            batch: Each tensor (R, samples, ...).
-            graph: Whether to keep what the gradients' own gradients need.
+            params: Scaled parameters, shape (R, M, N): M parameter vectors per row, each with a
+                loss of its own on the row's batch.
+            scale: The rows' scaling, shape (R, N).
+            batch: Each tensor of shape (R, samples, ...).
+            graph: Whether to keep a graph of the gradients, for Hessian products.
 
         Returns:
-            Losses (R, M), gradients (R, M, N), and the leaf and the gradients in its graph.
+            Losses (R, M) and gradients (R, M, N), outside any graph. Third, with ``graph``, the
+            leaf (R, M, N) that holds ``params`` and the gradients (R, M, N) in its graph; without,
+            ``None``.
         """
         leaf = params.detach().requires_grad_()
         with torch.enable_grad():
@@ -207,7 +222,7 @@ class Episodes:
         return losses.detach(), grads.detach(), (leaf, grads) if graph else None
 
     def graph_bytes(self, params: Tensor, scale: Tensor, batch: Batch) -> int:
-        """Size of the graph that :meth:`gradients` keeps, measured once."""
+        """Bytes of the graph that :meth:`gradients` keeps; measured once, then remembered."""
         if self._graph_bytes is None:
             sizes: dict[int, int] = {}
 
@@ -225,13 +240,28 @@ class Episodes:
         return self._graph_bytes
 
     def to_teachers(self, grads: Tensor, scale: Tensor) -> Tensor:
-        """What the teachers see of gradients in scaled parameters."""
+        """The gradients that the teachers see, of gradients with respect to scaled parameters.
+
+        They see these as they are with ``Amalgamation.scale_teachers``, and otherwise the gradients
+        with respect to the unscaled parameters.
+        """
         return grads if self.amalgamation.scale_teachers else grads / scale
 
     def teachers_step(
         self, params: Tensor, state: tuple[Any, ...], grads: Tensor, scale: Tensor
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
-        """The teachers' new parameters (K, R, N) and state, and which of them moved (K, R)."""
+        """Take a step of all teachers in all their rows.
+
+        Args:
+            params: The teachers' scaled parameters, shape (K, R, N).
+            state: The pool's states, as in :class:`Trajectories`.
+            grads: Gradients with respect to the scaled parameters, shape (K, R, N).
+            scale: The scaling, of all rows.
+
+        Returns:
+            The new parameters (K, R, N), the new states, and which teachers moved in which rows,
+            shape (K, R). Where a gradient or an update is not finite, a teacher does not move.
+        """
         scale = scale[: self.teacher_rows]
         seen = self.to_teachers(grads, scale)
         ok = usable(seen)
@@ -254,15 +284,16 @@ class Episodes:
         """The teachers' updates of scaled parameters, and their new states.
 
         Args:
-            params: The teachers' parameters, (K, R, N).
-            state: Their states.
-            seen: The gradients that they see, (K, R, N).
-            scale: The scaling, (R, N).
-            ok: Which teachers are to step in which rows, (K, R); others' updates are zero.
-            warming: Whether only the states move, and all updates are zero.
+            params: The teachers' scaled parameters, shape (K, R, N).
+            state: Their states, as in :class:`Trajectories`.
+            seen: The gradients that they see, shape (K, R, N).
+            scale: The scaling of these rows, shape (R, N).
+            ok: Which teachers are to step in which rows, shape (K, R). All others keep their state,
+                and their updates are zero.
+            warming: Whether this is a step of the warm-up: states move, and all updates are zero.
 
         Returns:
-            Updates (K, R, N), to be subtracted, and one state a pool step.
+            Updates (K, R, N), to be subtracted, and the new states.
         """
         if not len(self.pool):
             return params, state
@@ -289,7 +320,7 @@ class Episodes:
 
     @property
     def _pool_rows(self) -> list[slice]:
-        """Which rows the pool steps as one: all, or each alone where teachers see tensors."""
+        """The rows of each pool state: all, or one where some teacher sees whole tensors."""
         if self.pool.coordinatewise:
             return [slice(0, self.teacher_rows)]
         return [slice(row, row + 1) for row in range(self.teacher_rows)]

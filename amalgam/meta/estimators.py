@@ -1,8 +1,9 @@
 """Estimators: how the meta-gradient of one window is computed.
 
-:class:`Truncation` back-propagates through the window, :class:`PersistentEvolution` compares
-perturbed copies of the student. Both see the same unrolls and return the same :class:`Estimate`. A
-new estimator is a class of the protocol :class:`Estimator` and an entry in :data:`ESTIMATORS`.
+:class:`Truncation` back-propagates through the window. :class:`PersistentEvolution` compares
+perturbed copies of the student. Both run windows of the same engine and return an
+:class:`Estimate`. A new estimator is a class that follows the protocol :class:`Estimator`, and an
+entry in :data:`ESTIMATORS`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from amalgam.meta.window import Window
 from amalgam.seeding import normal_like
 from amalgam.tasks import Batch
 
-# A student, a purpose and perhaps numbers -> a generator for it, which begins anew at every call
-# and is the same in every process.
+# Called with a student's number, a purpose and perhaps further numbers. Returns the generator for
+# this draw in its initial state; it is the same in every process.
 Generators = Callable[..., torch.Generator]
 
 # Each student's weights, or something added to them.
@@ -35,11 +36,13 @@ class Estimate(NamedTuple):
     """What an estimator found in one window, for S students.
 
     Attributes:
-        window: What the window gave.
-        loss: Each student's loss, outside any graph, shape (S,).
-        grads: The meta-gradient in each student's weights; ``None`` where the loss does not reach
-            them.
-        carried: What the estimator wants back in the episode's next window.
+        window: What the window gave. With particles, its ``meta_loss`` and ``imitation_loss`` are
+            means over them, and its rows are all particles'.
+        loss: Each student's loss of the window, outside any graph, shape (S,): the sum of
+            meta-loss and imitation loss by ``coefficients``. With particles, their mean.
+        grads: The meta-gradient: the gradient of each student's loss with respect to its weights.
+            ``None`` if the losses do not depend on the weights.
+        carried: Tensors that the estimator gets back in the episode's next window.
     """
 
     window: Window
@@ -49,11 +52,11 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """How the meta-gradient of one window is computed."""
+    """Runs one window and computes its meta-gradient."""
 
     @property
     def particles(self) -> int:
-        """How many copies of each student an unroll has to run, on the same optimizee."""
+        """How many copies of each student, its particles, run side by side on one optimizee."""
         ...
 
     def check(
@@ -67,13 +70,13 @@ class Estimator(Protocol):
         """Refuse a run that this estimator can't serve.
 
         Args:
-            students: How many students are trained.
-            optimizees: How many optimizees each has.
-            perturbation: What moves the weights that the meta-gradient is taken at.
-            input_noise: Standard deviation of noise on the gradients that students see.
+            students: How many students (replicates) are trained.
+            optimizees: How many optimizees each student has in each process.
+            perturbation: Perturbs the weights at which the meta-gradient is computed.
+            input_noise: Standard deviation of the noise on the gradients that students see.
 
         Raises:
-            ValueError: It can't; the message says what would work.
+            ValueError: This estimator can't serve the run; the message says what it takes.
         """
         ...
 
@@ -92,21 +95,22 @@ class Estimator(Protocol):
         """Run one window and estimate its meta-gradient.
 
         Args:
-            unroll: Runs the window: its students are all students, :attr:`particles` times.
-            begin: Where everybody stands.
-            batches: One a step.
-            coefficients: Weights of meta-loss and imitation loss.
-            generators: Where random numbers come from.
-            carried: What the estimate of the episode's window before carried; nothing in the first.
-            perturbation: Moves the weights that the gradient is taken at (paper, section 4).
-            input_noise: Standard deviation of noise on the gradients that students see.
+            unroll: The engine. Its students are the run's, all of them :attr:`particles` times.
+            begin: Where students and teachers stand.
+            batches: One batch per step.
+            coefficients: The weights of the meta-loss and of the imitation loss.
+            generators: Returns a generator for a student and a purpose.
+            carried: ``Estimate.carried`` of the episode's window before; empty in its first window.
+            perturbation: Perturbs the weights at which the meta-gradient is computed (paper,
+                section 4).
+            input_noise: Standard deviation of the noise on the gradients that students see.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Back-propagation through each window; states carried into it count as constants."""
+    """Back-propagation through each window; what it begins from counts as constant."""
 
     @property
     def particles(self) -> int:
@@ -175,14 +179,20 @@ class Truncation:
 class PersistentEvolution:
     """Persistent evolution strategies (Vicol et al., ICML 2021), with antithetic pairs.
 
-    It differentiates nothing, and its truncation is without bias. With xi a particle's perturbation
-    summed over the episode's windows so far, and L the particle's loss in this one, the estimate is
-    mean(xi L) / std^2 (eq. 10). Between windows it carries each pair's xi, for every weight a
-    tensor (pairs, ...).
+    It differentiates nothing, and cutting episodes into windows does not bias it. A *particle* is a
+    copy of the student with its own trajectory. Each pair of particles draws a perturbation for
+    each window; one particle's weights are the student's plus the perturbation, the other's minus.
+    Let xi be a particle's perturbation summed over the episode's windows so far, and L its loss in
+    this one. The estimate is mean(xi * L) / std^2 (eq. 10). From window to window it carries each
+    pair's xi: for every tensor of weights, a tensor of shape (pairs, ...).
+
+    The particles' order is pair by pair: plus, minus, plus, minus, and so on. The estimator refuses
+    runs with several replicates, with several optimizees per student, with a perturbation, or with
+    input noise.
 
     Attributes:
-        std: Standard deviation of a window's perturbation of every weight.
-        pairs: Antithetic pairs of particles; a particle is a student beside the others.
+        std: Standard deviation of the perturbation of each weight in one window.
+        pairs: Number of pairs of particles.
     """
 
     std: float = 0.01
@@ -250,19 +260,19 @@ class PersistentEvolution:
 
 
 ESTIMATORS: dict[str, type] = {"truncation": Truncation, "pes": PersistentEvolution}
-"""The estimators by their names in recipes; each is an :class:`Estimator`."""
+"""The estimators by their ``kind`` in recipes; each is an :class:`Estimator`."""
 
 
 def _climbed(
     weights: Weights, adversary: AdversarialPerturbation, loss_at: Callable[[Weights], Tensor]
 ) -> Weights:
-    """The weights, moved to where an adversary raises the losses (S,) of a window."""
+    """The weights plus a perturbation by which an adversary raises the losses (S,) of a window."""
     psi = [adversary.start(ours) for ours in weights]
     for _ in range(adversary.steps):
         moved = _added(weights, psi)
         leaves = [[w.detach().requires_grad_() for w in ours] for ours in moved]
         loss = loss_at(leaves)
-        # A loss that does not reach the weights has the slope zero in them.
+        # A loss that does not depend on the weights has a gradient of zero.
         grads = _gradients(loss, leaves) or [[torch.zeros_like(w) for w in ours] for ours in moved]
         psi = [
             adversary.ascend(one, ours, distributed.average(slopes))
@@ -279,7 +289,7 @@ def _added(weights: Weights, psi: Weights) -> Weights:
 
 
 def _gradients(loss: Tensor, weights: Weights) -> Weights | None:
-    """Gradients of the students' losses (S,), each in its own student's weights."""
+    """Gradients of the losses (S,), each with respect to its own student's weights."""
     if not loss.requires_grad:
         return None
     found = torch.autograd.grad(loss.sum(), [w for ours in weights for w in ours])

@@ -1,4 +1,4 @@
-"""Values that are not finite: finding them, and keeping the old state where they appear."""
+"""Values that are not finite: how they are found, and how rows with them keep their old state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def usable(values: Tensor) -> Tensor:
 
 
 def keep(new: Any, old: Any, ok: Tensor, n: int) -> Any:
-    """A state that takes the new values in the rows that are ok, and keeps the old ones in others.
+    """A state with the new values in the rows that are ok, and the old ones in all others.
 
     Args:
-        new: A tuple of tensors (..., rows n).
-        old: Likewise.
-        ok: Which rows, shape (rows,); or (K, rows) of tensors (K, rows n).
-        n: Coordinates of a row.
+        new: The new state, a named tuple. Its tensors have the shape (..., rows * n), one row's n
+            coordinates after another's.
+        old: The old state, of the same form.
+        ok: Which rows are ok, shape (rows,); or (K, rows) for tensors of shape (K, rows * n).
+        n: Coordinates per row.
     """
     if ok.all():
         return new

@@ -1,9 +1,13 @@
-"""Memory of a window's way back: how much there is, and which points to keep in it.
+"""The memory of a window's backward pass: how much there is, and which points to keep in it.
 
-Going back through T steps needs every step's starting point, the last one first. Some points are
-kept; the others are computed again from the nearest kept one before them. With c kept points, the
-first step's included, C(c + r, r) steps can be reversed so that none is computed again more than
-r - 1 times, and no other choice of points needs fewer (Griewank and Walther, Algorithm 799, 2000).
+A *point* is where the students stand before a step. The backward pass through T steps needs the
+point of every step, the last step's first. Some points are kept. The others are computed again,
+from the nearest kept point before them.
+
+:func:`binomial` chooses the points. Say that c points may be kept at a time, the first step's among
+them. Let C be the binomial coefficient. Then C(c + r, r) steps can be reversed while no step is
+computed again more than r - 1 times. No other choice computes fewer steps again (Griewank and
+Walther, Algorithm 799, 2000).
 """
 
 from __future__ import annotations
@@ -21,26 +25,33 @@ import torch
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARE_OF_FREE, _MOST_OF_FREE = 0.5, 0.9
 
-# (steps to reverse from a kept point on, points that may be kept beside it) -> how many steps there
-# are from it to the next point to keep, 1 or more.
+# Called with the number of steps to reverse from a kept point on, and with the number of further
+# points that may be kept. Returns how many steps after that point the next kept one is, at least 1.
 NextKept = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a window may keep for its way back; it computes the rest again.
+    """How much a window may keep for its backward pass; it computes the rest again.
 
-    First-order meta-gradients need none of it: they keep 8 bytes a coordinate and step.
+    Every window of which a meta-gradient is wanted records a tape: in float32, 4 bytes per
+    coordinate and step for the gradients, and 4 more where there are teachers. Points and graphs
+    come on top. A window keeps no point, and these settings have no effect on it, where all of
+    this holds: meta-gradients are first-order, the policy is a ``Student`` (its steps have
+    ``PolicySteps.by_coordinates``), and neither its weights nor its input get noise that is drawn
+    at every step.
 
     Attributes:
-        budget: Bytes for points and optimizees' graphs, as in ``"4GiB"``. Where ``None``, half of
-            what is free when a window begins, or up to nine tenths if less is too little. The bits
-            of the meta-gradient do not depend on it.
-        segment: Instead of a budget: keep the point of every so many steps, and all points of the
-            segment that is being reversed.
-        cells: Dtype in which kept points hold the student's h and c. ``"bfloat16"`` halves them
-            and rounds them. Then the meta-gradient depends on which points are kept, so that
-            ``budget`` or ``segment`` must be given.
+        budget: Bytes for all that the backward pass holds, as in ``"4GiB"``: the tape, three points
+            to compute with, and with the rest the kept points, then optimizees' graphs. Where
+            ``None``, half of the memory that is free when a window begins; if that is too little
+            for one kept point, what one needs, up to nine tenths of the free memory. The
+            meta-gradient is the same for any budget, bit for bit.
+        segment: In place of a budget: keep the point of every ``segment``-th step, and all points
+            of the segment that is being reversed.
+        cells: Dtype of the recurrent state (h and c) in kept points. ``"bfloat16"`` halves its size
+            and rounds it. The meta-gradient then depends on which points are kept, so ``budget``
+            or ``segment`` must be given.
     """
 
     budget: str | int | None = None
@@ -63,8 +74,14 @@ class Memory:
         if self.cells == "bfloat16" and self.budget is None and self.segment is None:
             raise ValueError("cells='bfloat16' needs a budget or a segment: they decide the bits")
 
-    def bytes(self, device: torch.device, least: int) -> int:
-        """The budget in bytes, or half of what is free on a device now, or more for ``least``."""
+    def budget_bytes(self, device: torch.device, least: int) -> int:
+        """The budget in bytes.
+
+        Args:
+            device: Whose free memory counts where no budget is set: half of it.
+            least: Bytes that are needed. Where half of the free memory is less, the result is this,
+                up to nine tenths of the free memory.
+        """
         if self.budget is not None:
             return parse_bytes(self.budget)
         free = free_bytes(device)
@@ -76,10 +93,12 @@ class Plan:
     """What one window keeps.
 
     Attributes:
-        points: How many points beside the first, at most.
-        graphs: Of how many steps, the last ones, the optimizees' graphs are kept; the others are
-            built again.
-        next_kept: Which points.
+        points: How many points may be kept at a time beside the first step's.
+        graphs: The optimizees' graphs of this many last steps are kept; the backward pass builds
+            those of the other steps again.
+        next_kept: Chooses the points. From a kept point with ``steps`` steps to reverse after it
+            and room for ``free`` further points, the next one to keep is ``next_kept(steps, free)``
+            steps later. :func:`binomial` and what :func:`segments` returns are such functions.
     """
 
     points: int
@@ -88,14 +107,17 @@ class Plan:
 
 
 def plan(steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes: int) -> Plan:
-    """Share a budget among points, which come first, and graphs.
+    """Decide which points and graphs a window keeps.
+
+    The budget goes to points first. Graphs get what is left once there is room for all points. With
+    ``memory.segment`` the budget plays no part, and no graph is kept.
 
     Args:
         steps: Steps of the window.
-        memory: Says whether to keep segments.
-        budget: Bytes to share.
+        memory: The settings, of which only ``segment`` is read.
+        budget: Bytes for kept points and graphs.
         point_bytes: Size of a point.
-        graph_bytes: Size of the graph of an optimizee's loss and gradient.
+        graph_bytes: Size of the graph of all rows' losses and gradients in one step.
 
     Raises:
         ValueError: The budget is too small for the one point that reversing needs.
@@ -114,7 +136,7 @@ def plan(steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes:
 
 
 def segments(length: int) -> NextKept:
-    """Keep every ``length``-th point, and in a segment that is being reversed all of them."""
+    """The choice of every ``length``-th point, and of all in the segment being reversed."""
 
     def next_kept(steps: int, free: int) -> int:
         return length if steps > length else 1
@@ -123,11 +145,14 @@ def segments(length: int) -> NextKept:
 
 
 def binomial(steps: int, free: int) -> int:
-    """The next point to keep so that the fewest steps are computed again; see the module.
+    """The choice of points with which the fewest steps are computed again (see this module's text).
 
     Args:
         steps: Steps to reverse from a kept point on.
-        free: Points that may be kept beside it.
+        free: How many further points may be kept, 0 or more.
+
+    Returns:
+        How many steps after that point the next kept one is.
     """
     kept = free + 1
     repeats = 1
@@ -141,10 +166,10 @@ def binomial(steps: int, free: int) -> int:
 
 
 def parse_bytes(amount: str | int) -> int:
-    """Bytes of ``"4GiB"``, ``"500 MB"`` or a number of them.
+    """The number of bytes that ``"4GiB"``, ``"500 MB"`` or a plain number stands for.
 
     Raises:
-        ValueError: It is neither, or not positive.
+        ValueError: ``amount`` reads otherwise, or is less than one byte.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]I?B|B)?", str(amount).strip().upper())
     size = int(float(found[1]) * _UNITS[found[2] or "B"]) if found else 0
@@ -154,7 +179,7 @@ def parse_bytes(amount: str | int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """How many bytes of a device are free, of the CPU's within this process's control group."""
+    """How many bytes of a device are free; on the CPU, within this process's control group."""
     if device.type == "cuda":
         # What PyTorch's allocator holds unused is free for this process, too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

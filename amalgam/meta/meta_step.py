@@ -28,17 +28,18 @@ class MetaStep(NamedTuple):
     """What one meta-step gave.
 
     Attributes:
-        episode: The episode's number in the run.
-        number: The window's number in the episode.
+        episode: The episode's number in the run, from 0.
+        window_index: The window's number in the episode, from 0.
         task: The episode's task.
         window: What the window gave in this process.
-        losses: The students' meta-losses and imitation losses, averaged over the processes, shape
-            (2, S).
-        norms: The norm of each student's meta-gradient.
+        losses: The students' meta-losses, then their imitation losses, averaged over the processes,
+            shape (2, S).
+        norms: The norm of each student's meta-gradient, as
+            :meth:`amalgam.meta.replicate.Replicate.update` returns it.
     """
 
     episode: int
-    number: int
+    window_index: int
     task: Task
     window: Window
     losses: Tensor
@@ -52,16 +53,16 @@ class MetaSteps:
         state: The run's state, which every meta-step changes.
         tasks: The tasks, of which every episode takes one.
         pool: The teachers.
-        amalgamation: How students are held to task and teachers.
-        training: How meta-training proceeds.
-        estimator: How meta-gradients are computed.
-        memory: What a window may keep for its way back.
-        perturbation: What moves the weights that the meta-gradient is taken at.
-        task_weights: How often each task is taken.
+        amalgamation: Settings of the meta-loss and the imitation loss, and how they are computed.
+        training: Settings of meta-training that hold for any strategy.
+        estimator: Computes the meta-gradients.
+        memory: How much a window may keep for its backward pass.
+        perturbation: Perturbs the weights at which the meta-gradient is computed.
+        task_weights: Each task's share of the episodes, relative to the sum of all shares.
         seed: Decides everything random.
 
     Attributes:
-        unrolls: Runs the episodes, one a task.
+        unrolls: The engines that run episodes, one per task.
     """
 
     def __init__(
@@ -106,24 +107,24 @@ class MetaSteps:
         )
 
     def take(self, period: Period) -> MetaStep:
-        """Take the next meta-step of a period."""
+        """Take the next meta-step of a period; at an episode's first window, begin the episode."""
         state, progress, windows = self._state, self._state.progress, period.training.windows
-        episode, number = progress.episodes + progress.done // windows, progress.done % windows
+        episode, index = progress.episodes + progress.done // windows, progress.done % windows
         unroll = self.unrolls[self._sampler.task_of(episode)]
-        if number == 0:
+        if index == 0:
             self._begin_episode(unroll, period, episode)
-        estimate = self._estimate(unroll, period, episode, number)
+        estimate = self._estimate(unroll, period, episode, index)
         window = estimate.window
-        norms = [self._update(index, estimate) for index in range(len(self._students))]
+        norms = [self._update(student, estimate) for student in range(len(self._students))]
         state.trajectories, state.carried = window.end, estimate.carried
         progress.meta_step += 1
         progress.done += 1
         (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
         progress.meta_losses.append(losses[0].mean().item())
-        return MetaStep(episode, number, unroll.task, window, losses, norms)
+        return MetaStep(episode, index, unroll.task, window, losses, norms)
 
     def rows_of(self, index: int) -> slice:
-        """Which rows of an unroll are a replicate's."""
+        """The rows of a window that belong to a replicate (and its particles)."""
         each = self.unrolls[0].rows // len(self._students)
         return slice(index * each, (index + 1) * each)
 
@@ -143,8 +144,8 @@ class MetaSteps:
         )
         self._state.carried = []
 
-    def _estimate(self, unroll: Unroll, period: Period, episode: int, number: int) -> Estimate:
-        """The meta-gradient of an episode's window."""
+    def _estimate(self, unroll: Unroll, period: Period, episode: int, index: int) -> Estimate:
+        """Run an episode's window and estimate its meta-gradient."""
         state, meta_step = self._state, self._state.progress.meta_step
         assert state.trajectories is not None
 
@@ -154,7 +155,7 @@ class MetaSteps:
         return self._estimator.estimate(
             unroll,
             state.trajectories,
-            self._sampler.batches(unroll.task, period.training.unroll, "window", episode, number),
+            self._sampler.batches(unroll.task, period.training.unroll, "window", episode, index),
             loss_weights(
                 self._training.il_mode,
                 period.imitation_weight,
@@ -167,9 +168,9 @@ class MetaSteps:
         )
 
     def _update(self, index: int, estimate: Estimate) -> float:
-        """Update a replicate; the norm of its meta-gradient."""
+        """Update a replicate, and return the norm of its meta-gradient."""
         skipped = estimate.window.skipped[self.rows_of(index), 0]
-        # A window in which the student took no step does not reach its weights.
+        # The losses of a window in which the student took no step do not depend on its weights.
         moved = bool((skipped < len(estimate.window.losses)).any())
         grads = estimate.grads[index] if estimate.grads is not None else None
         return self._state.replicates[index].update(estimate.loss[index], grads, moved)

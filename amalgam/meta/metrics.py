@@ -1,4 +1,4 @@
-"""What a meta-step leaves in ``metrics.jsonl``."""
+"""What a meta-step writes to ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ from amalgam.policies import Pool
 
 
 def finite_json(value: Any) -> Any:
-    """The value as JSON can hold it: a number that is not finite becomes null."""
+    """The value as JSON can hold it: a number that is not finite becomes null.
+
+    Metrics are for people and plots, so it is enough that such a number shows as missing.
+    :meth:`amalgam.meta.periods.Record.to_json` writes strings instead: it is read back, and
+    strategies tell NaN from infinity.
+    """
     if isinstance(value, dict):
         return {key: finite_json(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def window_metrics(window: Window, pool: Pool, rows: slice) -> dict[str, Any]:
-    """Losses, distances and skipped steps of some rows of a window, by student and teacher.
+    """A replicate's metrics of one window.
 
     Args:
         window: The window.
-        pool: Its teachers.
-        rows: Which rows: those of one replicate.
+        pool: The teachers.
+        rows: The replicate's rows.
+
+    Returns:
+        For the student and each teacher by name: ``loss``, the mean over steps and rows of the
+        loss; ``last_loss``, the mean over rows before the last step; ``skipped_steps``, the sum
+        over rows. For each teacher: ``distance``, its mean log distance; ``followed``, the share of
+        steps and rows in which it was the nearest teacher.
     """
     names = ("student", *pool.names)
     losses, distances = window.losses[:, rows].mean(1), window.distances[:, rows]

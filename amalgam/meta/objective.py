@@ -1,7 +1,8 @@
-"""What students are meta-trained for: the settings, the meta-loss and the imitation loss.
+"""What students are meta-trained for: the meta-loss, the imitation loss, and their settings.
 
-The meta-loss is of the losses along the student's trajectory, the imitation loss of its distances
-to the teachers'. Both are means over a window's steps; here are a step's terms and their slopes.
+The meta-loss depends on the optimizee's losses along the student's trajectory. The imitation loss
+depends on the distances between the student's trajectory and the teachers'. Both are means over a
+window's steps. This module computes the terms of these means and the terms' derivatives.
 Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in the form of the authors' code.
 """
 
@@ -23,27 +24,31 @@ MODES = ("sum", "switch", "imitation", "meta")
 
 @dataclass(frozen=True)
 class Amalgamation:
-    """How the student is held to its task and to its teachers.
+    """Settings of the meta-loss and the imitation loss, and how they are computed.
 
     Attributes:
-        mechanism: ``"mean"`` or ``"min-max"``: the mean, or at each step the largest, of the log
-            distances to the teachers (paper, eq. 2 and 3).
-        second_order: Whether the meta-gradient sees how updates change later gradients. Without,
-            gradients count as constants: cheaper, and biased.
-        scale_spread: Parameters are optimised as p / s with s = exp(U(-spread, spread)) drawn for
-            each coordinate and episode; 0 for none.
-        scale_teachers: Whether teachers, too, must cope with the scaling; otherwise they follow
-            the unscaled trajectory.
-        log_objective: Meta-loss of log losses and imitation loss of log distances; otherwise of
-            the loss over the window's first, and of exp of the log distances.
-        normaliser: The loss of the window's first parameters that the meta-loss is over: the
-            ``"first-batch"``'s, which is known, or ``"every-batch"``'s own as in the authors'
-            code, for a forward pass a step. To log losses it adds a constant that no gradient sees.
-        huber_delta: Where given, parameter differences beyond it count linearly.
-        eps: Added inside logs, and to divisors.
-        stack: Whether optimizees of one shape run as one batched module; where ``None``, those
-            that are faster so (see :attr:`amalgam.tasks.Task.stacks`).
-        backend: Computes the student's and the teachers' operations.
+        mechanism: How the log distances to the teachers become one imitation term per step: their
+            mean for ``"mean"``, the largest for ``"min-max"`` (paper, eq. 2 and 3).
+        second_order: Whether the meta-gradient accounts for how an update changes later gradients
+            of the optimizee. If not, these gradients count as constants: cheaper, and biased.
+        scale_spread: Parameters are optimised as p / s, where s = exp(U(-spread, spread)) is drawn
+            for each coordinate and episode. 0 means no scaling.
+        scale_teachers: Whether teachers, too, work on scaled parameters. If not, they see unscaled
+            parameters and gradients.
+        log_objective: Whether the terms of both losses are logs. If true, the meta-loss's terms are
+            log(loss) - log(normaliser), and the imitation loss's are log distances. If false, they
+            are loss / normaliser, and exp(log distance).
+        normaliser: What each step's loss is divided by: the loss of the window's first parameters,
+            on the window's first batch (``"first-batch"``), which is computed anyway, or on the
+            step's own batch (``"every-batch"``, as in the authors' code), which costs one more
+            forward pass per step. A first batch whose loss or gradient is not finite does not
+            count as the first. With ``log_objective`` it only adds a constant, and the
+            meta-gradient does not depend on it.
+        huber_delta: Where given, differences of parameters beyond it count linearly in distances.
+        eps: Added to losses and distances inside logs, and to divisors.
+        stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
+            where that is faster (see :attr:`amalgam.tasks.Task.stacks`).
+        backend: The backend that computes the students' and the teachers' operations.
     """
 
     mechanism: Literal["mean", "min-max"] = "min-max"
@@ -74,13 +79,15 @@ class Amalgamation:
 def loss_weights(
     mode: str, imitation_weight: float, generator: torch.Generator | None = None
 ) -> tuple[float, float]:
-    """Weights of meta-loss and imitation loss in one window.
+    """The weights of the meta-loss and of the imitation loss in one window's loss.
 
     Args:
-        mode: ``"sum"``: 1 and the imitation weight; ``"switch"``: imitation alone with that
-            probability, else the meta-loss alone; ``"imitation"`` or ``"meta"``: that one alone.
-        imitation_weight: The stage's weight, or ``switch``'s probability.
-        generator: Decides in ``switch``, which alone draws from it.
+        mode: ``"sum"`` weighs the meta-loss by 1 and the imitation loss by ``imitation_weight``.
+            ``"switch"`` takes the imitation loss alone with the probability ``imitation_weight``,
+            and otherwise the meta-loss alone. ``"imitation"`` and ``"meta"`` always take that loss
+            alone.
+        imitation_weight: The period's weight of the imitation loss.
+        generator: Decides in the mode ``"switch"``; the other modes do not use it.
 
     Raises:
         ValueError: There is no such mode, or ``switch`` has no generator.
@@ -102,15 +109,15 @@ def loss_weights(
 
 
 def meta_terms(how: Amalgamation, losses: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The terms of the meta-loss, and their slopes in the losses.
+    """The terms of the meta-loss, and each one's derivative with respect to its loss.
 
     Args:
         how: The settings.
-        losses: The students' losses, shape (T, R).
-        start: Losses of the window's first parameters, shape (R,) or (T, R).
+        losses: The losses of the students' optimizees, shape (T, R).
+        start: The normaliser, shape (R,) or (T, R).
 
     Returns:
-        Both of shape (T, R).
+        The terms and the derivatives, each of shape (T, R).
     """
     if how.log_objective:
         return (losses + how.eps).log() - (start + how.eps).log(), 1 / (losses + how.eps)
@@ -118,21 +125,24 @@ def meta_terms(how: Amalgamation, losses: Tensor, start: Tensor) -> tuple[Tensor
 
 
 def imitation_terms(how: Amalgamation, distances: Tensor) -> Tensor:
-    """A step's terms of the imitation loss.
+    """One step's terms of the imitation loss.
 
     Args:
         how: The settings.
         distances: Log distances to the teachers, shape (R, K).
 
     Returns:
-        Shape (R,).
+        One term per row, shape (R,).
     """
     reduced = distances.mean(1) if how.mechanism == "mean" else distances.amax(1)
     return reduced if how.log_objective else reduced.exp()
 
 
 def imitation_slopes(how: Amalgamation, distances: Tensor) -> Tensor:
-    """The gradient of one imitation term in its distances (K,); equal largest ones share it."""
+    """The gradient of one imitation term with respect to its log distances, shape (K,).
+
+    Where several distances are the largest, they share the gradient alike.
+    """
     if how.mechanism == "mean":
         slopes = torch.full_like(distances, 1 / len(distances))
         reduced = distances.mean()

@@ -1,9 +1,10 @@
-"""Periods, of which meta-training consists, and the strategies that choose them.
+"""Periods, of which meta-training consists, and the protocol of strategies, which choose them.
 
-A *period* is a few episodes, then perhaps a meta-validation. A *strategy* is a pure function of how
-the periods so far came out: it says what to train next and from which weights, or that training is
-over. A run that keeps its records (:meth:`Record.to_json`) can stop between any two periods and go
-on. The strategies themselves are in :mod:`amalgam.meta.curriculum`.
+A *period* is a number of episodes with the same settings, then perhaps a meta-validation. A
+*strategy* is a pure function of the records of the periods so far: it says what to train next and
+from which weights, or that training is over. A run that keeps its records (:meth:`Record.to_json`)
+can stop between any two periods and go on. The strategies themselves are in
+:mod:`amalgam.meta.curriculum`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 INITIAL = "initial"
-"""Name of the checkpoint of the weights that training begins with."""
+"""The name of the weights that training begins with, where a period's name is expected."""
 
 
 @dataclass(frozen=True)
-class Unrolls:
-    """How optimizees are unrolled.
+class UnrollSettings:
+    """How many optimizees are trained in a period or its validation, and for how long.
 
     Attributes:
-        unroll: Steps of a window.
-        windows: Windows of an episode.
-        episodes: Episodes.
-        warmup_windows: Windows of SGD before an episode's first.
+        unroll: Steps per window.
+        windows: Windows per episode.
+        episodes: Number of episodes.
+        warmup_windows: Length of the SGD before an episode's first window, in windows: it takes
+            ``warmup_windows * unroll`` steps.
         warmup_lr: The learning rate of that SGD.
     """
 
@@ -37,35 +39,35 @@ class Unrolls:
 
     @property
     def meta_steps(self) -> int:
-        """Meta-steps of all episodes: one follows every window."""
+        """Meta-steps in all episodes: one follows each window."""
         return self.windows * self.episodes
 
 
 @dataclass(frozen=True)
 class Period:
-    """A period to train.
+    """A period that is to be trained: a number of episodes with the same settings.
 
     Attributes:
-        stage: Its stage, from 0; 0 where a strategy has none.
+        stage: Its stage, from 0. It is 0 in strategies that have no stages.
         period: Its number in the stage, from 0.
-        repeat: How often it was done before.
-        begin_from: The checkpoint to begin from: :data:`INITIAL`, or another period's ``name``.
-            It holds the meta-optimizer's state, too.
-        training: What to train.
+        repeat: How often this period was trained before.
+        begin_from: The checkpoint to begin from: :data:`INITIAL`, or an earlier period's ``name``.
+            It holds the weights and the meta-optimizer's state.
+        training: The unrolls to train.
         imitation_weight: Weight of the imitation loss.
-        validation: What to validate on afterwards, without teachers and with the same seed in every
-            period; ``None`` for no validation of the period.
-        own_warmup: Whether episodes warm up for as many steps, and at the rate, that the student's
-            configuration says, and not as ``training`` says.
+        validation: The unrolls to validate on afterwards, without teachers, and with the same seed
+            in every period. ``None`` for no validation of the period.
+        own_warmup: Where true, episodes warm up by the student's own ``warmup_steps`` and
+            ``warmup_lr``, and those of ``training`` have no effect.
     """
 
     stage: int
     period: int
     repeat: int
     begin_from: str
-    training: Unrolls
+    training: UnrollSettings
     imitation_weight: float
-    validation: Unrolls | None
+    validation: UnrollSettings | None
     own_warmup: bool = False
 
     @property
@@ -76,10 +78,11 @@ class Period:
 
 @dataclass(frozen=True)
 class Finish:
-    """Training is over.
+    """What a strategy answers when training is over.
 
     Attributes:
-        checkpoint: The checkpoint to keep.
+        checkpoint: The name of the period whose weights the run keeps, if the strategy goes back;
+            see :attr:`Strategy.goes_back`.
     """
 
     checkpoint: str
@@ -87,12 +90,12 @@ class Finish:
 
 @dataclass(frozen=True)
 class Record:
-    """How a period came out.
+    """The results of a period that has been trained.
 
     Attributes:
-        stage: Its stage.
-        period: Its number.
-        repeat: How often it was done before.
+        stage: Its stage, as in :class:`Period`.
+        period: Its number in the stage.
+        repeat: How often it was trained before.
         meta_loss: Mean meta-loss of its training.
         validation: Mean meta-loss of its validation; NaN where there was none.
     """
@@ -114,7 +117,10 @@ class Record:
         return _name(self)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it: numbers that are not finite become strings."""
+        """The record as JSON can hold it: numbers that are not finite become strings.
+
+        Strings, because :meth:`from_json` has to tell NaN from infinity, as strategies do.
+        """
         return {
             key: value if math.isfinite(value) else str(value)
             for key, value in asdict(self).items()
@@ -137,27 +143,32 @@ def _name(period: Period | Record) -> str:
 
 
 class Strategy(Protocol):
-    """What comes next, given all that came before."""
+    """Chooses the next period by the records of all periods before."""
 
     @property
     def goes_back(self) -> bool:
-        """Whether a period may begin from, or training end with, earlier weights than the last.
+        """Whether the strategy may return to the weights of an earlier period.
 
-        Then every period leaves a checkpoint, and :attr:`Finish.checkpoint` says which weights the
-        run keeps. Otherwise weights are trained straight on, and the run keeps those of the best
-        meta-validation (:attr:`amalgam.meta.Training.validate_every`), or the last.
+        If it may, every period leaves a checkpoint, a period begins from the one that
+        :attr:`Period.begin_from` names, and the run keeps the weights of the one that
+        :attr:`Finish.checkpoint` names. If not, each period goes on from the weights of the last
+        one, and the run keeps those of the best meta-validation
+        (:attr:`amalgam.meta.Training.validate_every`), or the last ones if there was none.
         """
         ...
 
     @property
     def meta_steps(self) -> int | None:
-        """Meta-steps of the whole run; ``None`` where they depend on how periods come out."""
+        """Meta-steps of the whole run; ``None`` where they depend on the periods' results."""
         ...
 
     def next(self, records: Sequence[Record]) -> Period | Finish:
-        """What to do after these periods, which were done in this order.
+        """The period that follows, or that training is over.
+
+        Args:
+            records: All periods so far, in the order in which they were trained.
 
         Raises:
-            ValueError: They are not the periods that this strategy would have done.
+            ValueError: The records are not of the periods that this strategy would have chosen.
         """
         ...

@@ -1,17 +1,17 @@
-"""Perturbations of a student's weights in training, which make the student more stable.
+"""Perturbations of a student's weights in meta-training, which make the student more stable.
 
-Stability-aware amalgamation (Optimizer Amalgamation, ICLR 2022) takes the meta-gradient at
-phi + psi, weights and perturbation, and applies it to phi. A *random* psi is drawn; an
-*adversarial* one climbs the window's loss::
+Stability-aware amalgamation (Optimizer Amalgamation, ICLR 2022) computes the meta-gradient at
+phi + psi, the weights phi plus a perturbation psi, and applies it to phi. A *random* psi is drawn.
+An *adversarial* psi climbs the window's loss::
 
     psi = perturbation.start(weights)
     for _ in range(perturbation.steps):
-        grads = gradients of the window's loss at weights + psi
+        grads = gradients of the window's loss with respect to the weights, at weights + psi
         psi = perturbation.ascend(psi, weights, grads)
 
-Everything is per tensor of weights. Where the paper and its authors' code differ, both are here,
-and the docstrings say which is which. :class:`InputNoise` is noise on the gradients that the
-student sees.
+Norms, means and clipping are of each tensor of weights on its own. Where the paper and its authors'
+code differ, both forms are here, and the docstrings say which is which. :class:`InputNoise` is not
+a perturbation of weights but noise on the gradients that the student sees.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ NORMS = ("l2", "scale", "inf")
 
 @runtime_checkable
 class RandomPerturbation(Protocol):
-    """A perturbation that is drawn."""
+    """A perturbation that is drawn at random."""
 
     @property
     def fresh_each_step(self) -> bool:
-        """Whether every inner step has a draw of its own, or all of a window share one."""
+        """Whether every step of a window has its own draw; if not, the window has one."""
         ...
 
     def draw(self, weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -50,7 +50,7 @@ class AdversarialPerturbation(Protocol):
 
     @property
     def steps(self) -> int:
-        """How often it climbs; each costs one more unroll and its backward."""
+        """How often it climbs. Each climb runs the window once more, forward and backward."""
         ...
 
     def start(self, weights: Sequence[Tensor]) -> list[Tensor]:
@@ -65,7 +65,7 @@ class AdversarialPerturbation(Protocol):
         Args:
             psi: The perturbation so far; not changed.
             weights: The weights phi, unperturbed.
-            grads: Gradients of the loss at phi + psi.
+            grads: Gradients of the loss with respect to the weights, at phi + psi.
 
         Returns:
             The new perturbation, outside any graph.
@@ -91,16 +91,18 @@ def _check_steps(settings: Any) -> None:
 class Gaussian:
     """Independent Gaussian noise on every weight.
 
-    Relative, its variance is std^2 times the tensor's mean square (paper, eq. 5), to which the
-    authors' code adds 1e-8. That code draws anew in every inner step, and there even for every
-    tensor of the optimizee; here all its coordinates share a step's draw, as they share weights.
+    Relative noise has std^2 times the mean square of the tensor of weights as its variance (paper,
+    eq. 5); the authors' code adds 1e-8 to the mean square. That code draws anew at every step, and
+    for every tensor of the optimizee. Here all coordinates of the optimizee share a step's draw, as
+    they share the weights.
 
     Attributes:
-        std: Standard deviation; where relative, over the tensor's root mean square.
-        relative: Whether the noise is.
-        fresh_each_step: Whether every inner step has its own draw (the authors' ``Random``), or
-            the window one (their ``PersistentRandom``).
-        floor: Added to the mean square where relative; 0 for the paper's form.
+        std: Standard deviation of the noise; if ``relative``, as a multiple of the root mean square
+            of the tensor of weights.
+        relative: Whether the noise is relative to the weights.
+        fresh_each_step: Whether every step of a window has its own draw (the authors' ``Random``).
+            If not, the window has one (their ``PersistentRandom``).
+        floor: Added to the mean square if ``relative``; 0 for the paper's form.
     """
 
     std: float = 0.01
@@ -136,10 +138,10 @@ class _FromZero:
 
 @dataclass(frozen=True)
 class FGSM(_FromZero):
-    """The fast gradient sign method (Goodfellow et al. 2015): psi += step_size sign(grad).
+    """The fast gradient sign method (Goodfellow et al. 2015): psi += step_size * sign(grad).
 
     Attributes:
-        step_size: The step of every weight.
+        step_size: How far every weight moves.
     """
 
     step_size: float = 0.01
@@ -150,7 +152,7 @@ class FGSM(_FromZero):
 
     @property
     def steps(self) -> int:
-        """One."""
+        """One climb."""
         return 1
 
     @torch.no_grad()
@@ -163,18 +165,19 @@ class FGSM(_FromZero):
 
 @dataclass(frozen=True)
 class PGD(_FromZero):
-    """Projected gradient descent (Madry et al. 2018), as the code or the paper of the authors.
+    """Projected gradient descent (Madry et al. 2018), in the form of the authors' code or paper.
 
-    The code projects the sum so far: psi <- project(psi + lr grad). The paper clips each
-    gradient: psi += lr clip(grad). Both by ``norm`` and ``magnitude``.
+    The code projects the sum so far: psi = project(psi + lr * grad). The paper clips each
+    gradient: psi += lr * project(grad). Both project onto a ball given by ``norm`` and
+    ``magnitude``.
 
     Attributes:
-        steps: Climbs.
-        magnitude: Radius of the ball to project on.
-        norm: ``"l2"``; ``"scale"``, l2 with the radius times the tensor's number of weights; or
-            ``"inf"``, each weight on its own.
+        steps: How often it climbs.
+        magnitude: Radius of the ball.
+        norm: The ball's norm. ``"l2"`` is the Euclidean norm of a tensor. ``"scale"`` is the same
+            with the radius times the tensor's number of weights. ``"inf"`` clamps each weight.
         lr: Factor on the gradients.
-        clip_gradient: Whether gradients are clipped, as in the paper, or psi is projected.
+        clip_gradient: Whether gradients are clipped, as in the paper. If not, psi is projected.
     """
 
     steps: int = 1
@@ -212,13 +215,13 @@ class PGD(_FromZero):
 
 @dataclass(frozen=True)
 class AdaptivePGD(_FromZero):
-    """Steps as long as the weights are: psi += magnitude ||phi|| grad / ||grad|| (paper, eq. 6).
+    """Steps in proportion to the weights: psi += magnitude * ||phi|| * grad / ||grad|| (eq. 6).
 
     Attributes:
-        steps: Climbs.
-        magnitude: Length of a step over that of the tensor of weights.
-        normalise: Whether every step has that length, as in the paper. Otherwise it is the
-            longest, and shorter gradients are added as they are, as in the authors' code ("CGD").
+        steps: How often it climbs.
+        magnitude: Length of a step, as a multiple of the norm of the tensor of weights.
+        normalise: Whether every step has that length, as in the paper. If not, it is the largest
+            length, and shorter gradients are added as they are, as in the authors' code ("CGD").
     """
 
     steps: int = 1
@@ -257,10 +260,11 @@ def _clip_norm(x: Tensor, longest: Tensor) -> Tensor:
 class InputNoise:
     """Gaussian noise on the gradients that the student sees in training (paper, appendix E.3).
 
-    It is added before the moments. The paper found that it prevents convergence.
+    It is added before the student updates its moments. The paper found that it prevents
+    convergence.
 
     Attributes:
-        std: Its standard deviation.
+        std: Standard deviation of the noise.
     """
 
     std: float
@@ -270,7 +274,7 @@ class InputNoise:
         _check_positive(self, "std")
 
     def add(self, grad: Tensor, generator: torch.Generator) -> Tensor:
-        """A gradient of any shape, in its graph, with noise drawn from ``generator``."""
+        """A gradient of any shape plus noise drawn from ``generator``; autograd passes through."""
         return grad + self.std * normal_like(grad, generator)
 
 
@@ -285,4 +289,4 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "adaptive_pgd": (AdaptivePGD, {"normalise": True}),
     "cgd": (AdaptivePGD, {"normalise": False}),
 }
-"""The perturbations by their names in recipes: a class, and the fields that the name settles."""
+"""The perturbations by ``kind`` in recipes: a class, and the fields that this kind settles."""

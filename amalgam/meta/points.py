@@ -1,7 +1,8 @@
 """Points of a window: where the students stand before a step, and which of them are kept.
 
-The way back needs every step's point, the last one first. :class:`KeptPoints` keeps as many as
-:mod:`amalgam.meta.memory` plans, and computes the others again from the nearest one before them.
+The backward pass needs the point of every step, the last step's first. :class:`KeptPoints` keeps as
+many as :mod:`amalgam.meta.memory` plans. It computes each other point again from the nearest kept
+one before it.
 """
 
 from __future__ import annotations
@@ -21,31 +22,38 @@ class Point(NamedTuple):
 
     Attributes:
         params: Their parameters, shape (R, N).
-        states: Their states, one a student.
+        states: Their states, one per student.
     """
 
     params: Tensor
     states: tuple[Any, ...]
 
 
-# A step and its point -> the point of the step after it.
+# Called with a step's number and its point; returns the point of the next step.
 Advance = Callable[[int, Point], Point]
 
 
 class KeptPoints:
-    """The points that a window keeps, and the memory that they lie in.
+    """The points that a window keeps, and the memory of their states.
+
+    It is called in this order. Forward: :meth:`follow` once, if points are needed at all; then
+    :meth:`offer` with each step's point, and :meth:`hold` with the states that the window gives to
+    its caller. Backward, for each step from the last to the first: :meth:`restore`, then
+    :meth:`drop` with the point that it returned. :meth:`is_free` says at any time whether a step
+    may overwrite the point that it begins from.
 
     Args:
-        steps: The policy's steps, whose memory the states lie in.
-        first: The point of step 0, which is always kept, as it is.
-        cells: In which dtype the others hold the student's h and c (``Memory.cells``).
+        steps: The policy's steps, to which the memory of states goes back for later states.
+        first: The point of step 0, which is always kept, unrounded.
+        cells: The dtype of the recurrent state (h and c) in all other kept points; see
+            :class:`amalgam.meta.Memory`.
     """
 
     def __init__(self, steps: PolicySteps, first: Point, cells: str) -> None:
         self._steps = steps
         self._rounded = cells != "float32"
         self._kept: list[tuple[int, Point]] = [(0, first)]
-        self._lent: list[tuple[Any, ...]] = []
+        self._held: list[tuple[Any, ...]] = []
         self._plan: Plan | None = None
         self._next = self._end = 0
 
@@ -55,34 +63,44 @@ class KeptPoints:
         return self._kept[0][1]
 
     def stored(self, point: Point) -> Point:
-        """The point as it is kept: the same one, or a copy with h and c rounded."""
+        """The point as it is to be kept: itself, or a copy with h and c in bfloat16."""
         return self._with_cells(point, torch.bfloat16)
 
     def follow(self, plan: Plan, steps: int) -> None:
-        """Keep by a plan what :meth:`offer` is given in a window of so many steps."""
+        """From now on let :meth:`offer` keep points by a plan.
+
+        Args:
+            plan: The plan.
+            steps: Steps of the window.
+        """
         self._plan, self._end = plan, steps
         self._next = self._step_to_keep(plan, 0, steps)
 
     def offer(self, step: int, point: Point) -> None:
-        """Keep the step's point if the plan says so; without a plan none is kept."""
+        """Keep a step's point if the plan says so; without a plan none is kept."""
         if self._plan is not None and step == self._next:
             self._kept.append((step, self.stored(point)))
             self._next = self._step_to_keep(self._plan, step, self._end)
 
-    def lend(self, states: tuple[Any, ...]) -> None:
-        """Note states that somebody else holds, so that their memory is not used again."""
-        self._lent.append(states)
+    def hold(self, states: tuple[Any, ...]) -> None:
+        """Never reuse the memory of these states, because somebody else refers to them."""
+        self._held.append(states)
 
     def is_free(self, point: Point) -> bool:
-        """Whether nobody needs the point's states once its step is done."""
-        held = (*self._lent, *(kept.states for _, kept in self._kept))
+        """Whether the memory of the point's states may be reused once its step is done.
+
+        It may unless the point is kept or its states are held.
+        """
+        held = (*self._held, *(kept.states for _, kept in self._kept))
         return all(point.states[0] is not states[0] for states in held)
 
     def restore(self, step: int, advance: Advance) -> Point:
-        """The step's point, from the last kept one on; keeps more on the way, by the plan.
+        """A step's point: the last kept one, or computed again from it.
+
+        On the way from the last kept point to the step it keeps further points, by the plan.
 
         Args:
-            step: The step, not before the last kept one.
+            step: The step, not before the last kept point's.
             advance: Takes a step again.
         """
         assert self._plan is not None
@@ -98,7 +116,7 @@ class KeptPoints:
         return point
 
     def drop(self, step: int, point: Point) -> None:
-        """Give back the memory of a point that :meth:`restore` made, and of the kept one."""
+        """Release a point that :meth:`restore` returned, and keep it no longer (but step 0's)."""
         if step and self._kept[-1][0] == step:
             _, kept = self._kept.pop()
             if kept is not point:
@@ -106,16 +124,16 @@ class KeptPoints:
         self.release(point)
 
     def release(self, point: Point) -> None:
-        """Let the memory of a point be used again, unless somebody holds it."""
+        """Let later states use the memory of a point's states, unless it is not free."""
         if self.is_free(point):
             for state in point.states:
                 self._steps.release(state)
 
     def _step_to_keep(self, plan: Plan, step: int, end: int) -> int:
-        """The step whose point to keep after this one, where step end - 1 is to be reversed first.
+        """The step whose point to keep next, after this one's.
 
-        The point of step end - 1 is the one at hand when that step is reversed, so it takes no
-        place among the kept ones.
+        Step ``end - 1`` is reversed first. Its point is at hand then, so it needs no place among
+        the kept ones.
         """
         free = plan.points - (len(self._kept) - 1)
         return min(step + plan.next_kept(end - step, free), end - 1) if free else end - 1

@@ -1,4 +1,4 @@
-"""One window by plain autograd, which the unroll engine is tested against.
+"""One window by plain autograd, against which :meth:`amalgam.meta.Unroll.window` is tested.
 
 It is slow, and its memory grows with every step.
 """
@@ -28,20 +28,20 @@ def window(
     weights: Sequence[Sequence[Tensor]],
     row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One row's meta-loss, imitation loss and final parameters.
+    """The meta-loss, the imitation loss and the final parameters of one row.
 
     Args:
-        task: Its task.
-        student: Whose step it is.
-        pool: The teachers.
-        how: The losses.
-        begin: Where everybody stands.
-        batches: One a step, each tensor (R, samples, ...).
+        task: The task.
+        student: The student whose steps are taken.
+        pool: The teachers, all of which work coordinate by coordinate.
+        how: Settings of the losses.
+        begin: Where students and teachers stand.
+        batches: One batch per step, each tensor of shape (R, samples, ...).
         weights: The student's weights at each step.
-        row: Which row.
+        row: The row's number.
 
     Returns:
-        Two scalars in the weights' graph, and parameters of shape (N,).
+        The two losses, scalars in the weights' graph, and the scaled parameters, shape (N,).
     """
     scale, n = begin.scale[row], begin.scale.shape[1]
     params = begin.params[row].detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""One student in training: its weights, its meta-optimizer, and its best meta-validation."""
+"""A replicate: one student in training, with its meta-optimizer and its best weights so far."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _META_EPS = 1e-7
 
 
 class Replicate:
-    """One student of a run, and what changes with it.
+    """One student of a run, its meta-optimizer, and its weights of the best meta-validation.
 
     Args:
-        student: The student, trained in place.
-        training: How.
+        student: The student, which is trained in place.
+        training: Of it ``meta_lr``, ``clip_ratio`` and ``clip_floor`` are read.
 
     Attributes:
         student: The student.
-        skipped_meta_steps: Meta-steps whose gradient was not finite.
+        skipped_meta_steps: How many meta-steps left the weights as they were; see :meth:`update`.
         best_score: The lowest score of its meta-validations so far; infinite before the first.
-        best_meta_step: The meta-step of that validation.
+        best_meta_step: The meta-step after which it had that score.
     """
 
     def __init__(self, student: Policy, training: Training) -> None:
@@ -43,16 +43,19 @@ class Replicate:
         self._optimizer = torch.optim.Adam(student.parameters(), lr=training.meta_lr, eps=_META_EPS)
 
     def update(self, loss: Tensor, grads: Sequence[Tensor] | None, moved: bool) -> float:
-        """One step of the meta-optimizer, unless the meta-gradient is not finite.
+        """Average the meta-gradient over the processes, clip it, and step the meta-optimizer.
+
+        The step is skipped, in all processes, if the averaged gradient or the averaged loss is not
+        finite, or if the student took no step of the window in any process.
 
         Args:
             loss: The student's loss in this process, a scalar.
-            grads: The meta-gradient of this process; ``None`` for zero.
-            moved: Whether the student took any step in the window. Where it took none in any
-                process, the meta-gradient counts as not finite.
+            grads: The meta-gradient of this process; ``None`` means zero.
+            moved: Whether the student took any step of the window in this process.
 
         Returns:
-            The norm of the meta-gradient, averaged over the processes.
+            The norm of the averaged meta-gradient over all weights, before clipping. NaN if the
+            student took no step of the window in any process.
         """
         weights = self.student.weights()
         own = list(grads) if grads is not None else [torch.zeros_like(w) for w in weights]
@@ -84,7 +87,7 @@ class Replicate:
         self.student.load_state_dict(self._best)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, best weights and the meta-optimizer's state by name, for a file."""
+        """The weights, the best weights and the meta-optimizer's state, by name, for a file."""
         named = nests.prefixed("student", _weights_of(self.student))
         named |= nests.prefixed("best", self._best)
         for number, state in self._optimizer.state_dict()["state"].items():
@@ -100,7 +103,7 @@ class Replicate:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def to_json(self) -> dict[str, Any]:
-        """The rest, as JSON can hold it."""
+        """What :meth:`tensors` leaves out, as JSON can hold it."""
         return {
             "skipped_meta_steps": self.skipped_meta_steps,
             "best_score": repr(self.best_score),

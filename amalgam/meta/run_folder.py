@@ -1,9 +1,12 @@
 """A run's folder: its checkpoint, the weights after its periods, its metrics, its students.
 
-``checkpoint.safetensors`` holds all that a killed run needs to go on to the same bits,
-``periods/`` the weights that a strategy may go back to, ``metrics.jsonl`` a line a meta-step (and
-replicate), and ``student.safetensors`` the student when the run is done (of several replicates,
-one each in ``replicate-0``, ``replicate-1``, ...). The first process alone writes.
+* ``checkpoint.safetensors`` holds all that a killed run needs to go on to the same bits.
+* ``periods/`` holds weights and meta-optimizer after each period, if the strategy goes back.
+* ``metrics.jsonl`` has one line per meta-step and replicate.
+* ``student.safetensors`` is the student, once the run is done. Several replicates have one each, in
+  ``replicate-0``, ``replicate-1``, and so on.
+
+The first process alone writes.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ STUDENT = "student.safetensors"
 PERIODS = "periods"
 
 FORMAT = 2
-"""Of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
+"""The format of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
 
 
 class RunFolder:
     """The folder of one run.
 
     Args:
-        path: Where it is; made where missing.
-        identity: What makes two runs the same, by name; a checkpoint of another run is refused.
+        path: Where the folder is; :meth:`open` makes it if it is missing.
+        identity: The run's settings, by name. A checkpoint that has others is refused.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
@@ -44,13 +47,16 @@ class RunFolder:
         self._checkpoint = path / CHECKPOINT
 
     def open(self, *, resume: bool) -> bool:
-        """Make the folder ready, and say whether it holds a checkpoint.
+        """Make the folder, remove what interrupted writes left in it, and look for a checkpoint.
 
         Args:
-            resume: Whether a run that is there may go on.
+            resume: Whether a run that the folder holds may go on.
+
+        Returns:
+            Whether the folder holds a checkpoint.
 
         Raises:
-            FileExistsError: It holds a run that may not go on.
+            FileExistsError: The folder holds a checkpoint and ``resume`` is false.
         """
         if self._checkpoint.exists() and not resume:
             raise FileExistsError(
@@ -65,12 +71,12 @@ class RunFolder:
 
     def save_checkpoint(self, state: RunState) -> None:
         """Write the state of all processes, whole or not at all."""
-        everywhere = distributed.gather(state.standing())
+        everywhere = distributed.gather(state.trajectory_tensors())
         if distributed.rank():
             return
         tensors = state.learned()
-        for rank, standing in enumerate(everywhere):
-            tensors |= nests.prefixed(f"trajectories.{rank}", standing)
+        for rank, trajectories in enumerate(everywhere):
+            tensors |= nests.prefixed(f"trajectories.{rank}", trajectories)
         about = {
             "format": FORMAT,
             "run": self._identity,
@@ -82,12 +88,12 @@ class RunFolder:
     def load_checkpoint(
         self, state: RunState, unrolls: Sequence[Episodes], device: torch.device
     ) -> None:
-        """Take over the state that the checkpoint holds.
+        """Load the state that the checkpoint holds.
 
         Args:
-            state: Gets it.
-            unrolls: The run's, one a task.
-            device: Where the trajectories are to be.
+            state: The state to load it into.
+            unrolls: The run's engines, one per task.
+            device: The device to load the trajectories to.
 
         Raises:
             ValueError: The checkpoint belongs to another run, has another format, or is damaged.
@@ -99,10 +105,10 @@ class RunFolder:
             replicate.load_json(stored)
         state.progress = Progress.from_json(about["progress"])
         own = nests.under(f"trajectories.{distributed.rank()}", tensors)
-        state.load_standing(own, unrolls, device)
+        state.load_trajectory_tensors(own, unrolls, device)
 
     def _refuse_others(self, about: Mapping[str, Any]) -> None:
-        """Raise where a checkpoint has another format or belongs to another run."""
+        """Raise if a checkpoint has another format or belongs to another run."""
         path, found = str(self._checkpoint), about.get("format", 1)
         if found != FORMAT:
             raise ValueError(
@@ -116,12 +122,12 @@ class RunFolder:
                 raise ValueError(f"{path!r} belongs to a run with {key} = {stored}, not {value}")
 
     def save_period(self, name: str, state: RunState) -> None:
-        """Write what is learned at a period's end, for a strategy to go back to."""
+        """Write weights and meta-optimizers at a period's end, for a strategy to go back to."""
         if distributed.rank() == 0:
             weight_files.write(self._period(name), "period", state.learned(), {"period": name})
 
     def load_period(self, name: str, state: RunState) -> None:
-        """Take over what was learned at a period's end."""
+        """Load what :meth:`save_period` wrote under this name."""
         tensors, _ = weight_files.read(self._period(name), "period")
         state.load_learned(tensors)
         state.progress.checkpoint = name
@@ -130,25 +136,28 @@ class RunFolder:
         return self.path / PERIODS / f"{name}.safetensors"
 
     @contextmanager
-    def log(self, done: int) -> Iterator[IO[str]]:
-        """The log of metrics, after its first lines.
+    def log(self, lines: int) -> Iterator[IO[str]]:
+        """Cut the log of metrics to its first lines, and open it to append to it.
+
+        A run that was killed may have logged meta-steps later than its checkpoint. They are about
+        to be computed again, so their lines are dropped. In all processes but the first what is
+        written goes nowhere.
 
         Args:
-            done: How many lines are of meta-steps before the checkpoint; those after them are
-                dropped, for their meta-steps are about to be computed again.
+            lines: How many lines to keep: those of the meta-steps before the checkpoint.
         """
         # The other processes take the same steps and write nothing.
         path = Path(os.devnull)
         if distributed.rank() == 0:
             path = self.path / METRICS
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                logged = path.read_text(encoding="utf-8").splitlines(keepends=True)
                 with files.whole(path) as beside:
-                    beside.write_text("".join(lines[:done]), encoding="utf-8")
+                    beside.write_text("".join(logged[:lines]), encoding="utf-8")
         with path.open("a", encoding="utf-8") as stream:
             yield stream
 
     def student(self, replicate: int | None) -> Path:
-        """Where a student is kept; ``None`` for the only one."""
+        """The path of a replicate's student; ``None`` means the run's only student."""
         folder = self.path if replicate is None else self.path / f"replicate-{replicate}"
         return folder / STUDENT

@@ -1,6 +1,6 @@
-"""The state of a run: what is learned, and where the trajectories stand.
+"""The state of a run: progress, weights and meta-optimizers, and the trajectories' tensors.
 
-It is all that a checkpoint has to hold: everything random derives from the seed and from the
+It is all that a checkpoint has to hold. Everything random derives from the seed and from the
 numbers here.
 """
 
@@ -25,13 +25,13 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        meta_step: Meta-steps done.
-        done: Meta-steps done in this period.
-        episodes: Episodes begun before this period.
-        checkpoint: The checkpoint that this period began from: of the period before, or another one
-            whose weights were loaded.
-        meta_losses: The meta-losses of this period, for its record.
-        records: The periods that are over.
+        meta_step: Meta-steps taken in the whole run.
+        done: Meta-steps taken in the current period.
+        episodes: Episodes of all periods before the current one.
+        checkpoint: The name of the period (``INITIAL`` or ``Record.name``) whose weights the
+            current period began with. It does not refer to ``checkpoint.safetensors``.
+        meta_losses: The mean meta-loss of each meta-step of the current period, for its record.
+        records: The records of the periods that are over.
     """
 
     meta_step: int = 0
@@ -42,7 +42,7 @@ class Progress:
     records: list[Record] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The progress as JSON can hold it."""
         stored = asdict(self)
         stored["records"] = [record.to_json() for record in self.records]
         stored["meta_losses"] = [repr(loss) for loss in self.meta_losses]
@@ -58,7 +58,7 @@ class Progress:
 
 
 class RunState:
-    """All of a run that changes.
+    """All that changes in the course of a run.
 
     Args:
         replicates: The students, with their meta-optimizers.
@@ -66,8 +66,9 @@ class RunState:
     Attributes:
         replicates: The students, with their meta-optimizers.
         progress: How far the run is.
-        trajectories: Where this process's trajectories stand; ``None`` before the first episode.
-        carried: What the estimator carries within the episode.
+        trajectories: Parameters and states of this process's students and teachers after the last
+            window; ``None`` before the first episode.
+        carried: What the estimator carries from window to window of the episode.
     """
 
     def __init__(self, replicates: Sequence[Replicate]) -> None:
@@ -77,7 +78,7 @@ class RunState:
         self.carried: list[Tensor] = []
 
     def learned(self) -> dict[str, Tensor]:
-        """Weights and meta-optimizers of all replicates by name."""
+        """Weights, best weights and meta-optimizers of all replicates, by name."""
         first, *others = self.replicates
         named = first.tensors()
         for index, replicate in enumerate(others, 1):
@@ -91,8 +92,8 @@ class RunState:
         for index, replicate in enumerate(others, 1):
             replicate.load_tensors(nests.under(f"replicate.{index}", named))
 
-    def standing(self) -> dict[str, Tensor]:
-        """Where this process's trajectories stand, by name, on the CPU for any process to read."""
+    def trajectory_tensors(self) -> dict[str, Tensor]:
+        """The tensors of ``trajectories`` and ``carried``, by name, on the CPU."""
         assert self.trajectories is not None
         where = self.trajectories
         named = {
@@ -107,15 +108,15 @@ class RunState:
         named |= nests.prefixed("carried", nests.to_named(self.carried))
         return {name: tensor.cpu() for name, tensor in named.items()}
 
-    def load_standing(
+    def load_trajectory_tensors(
         self, named: Mapping[str, Tensor], unrolls: Sequence[Episodes], device: torch.device
     ) -> None:
-        """Take over what :meth:`standing` gave.
+        """Take over what :meth:`trajectory_tensors` gave.
 
         Args:
             named: What it gave.
-            unrolls: The run's, one a task.
-            device: Where the trajectories are to be.
+            unrolls: The run's engines, one per task.
+            device: The device to put the tensors on.
         """
         there = {name: tensor.to(device) for name, tensor in named.items()}
         params = there["params"]

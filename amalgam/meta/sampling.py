@@ -1,7 +1,8 @@
 """What is random in a run's episodes: the task, the optimizees, their batches.
 
-Each draw has a generator of its own, which derives from the run's seed and from what is drawn. So
-what an episode sees depends neither on what ran before it nor on how the run was cut and resumed.
+Each draw has a generator of its own, which derives from the run's seed and from a *purpose*: words
+and numbers that name the draw. So what an episode sees depends neither on what ran before it nor on
+how the run was cut and resumed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from amalgam.tasks import Batch, Task
 
 
 class StackedBatches(Sequence[Batch]):
-    """The batches of several rows, stacked when they are asked for.
+    """A sequence of batches for all rows; a step's batches are stacked when they are asked for.
 
     Args:
-        by_row: A sequence of batches for each row, all of one length.
+        by_row: One sequence of batches per row, all of one length.
     """
 
     def __init__(self, by_row: Sequence[Sequence[Batch]]) -> None:
@@ -45,28 +46,31 @@ def begin_episode(
     warmup: Sequence[Batch],
     warmup_lr: float,
 ) -> Trajectories:
-    """A new episode after its warm-up.
+    """Begin an episode and warm it up.
 
     Args:
-        episodes: Begins it.
-        generators: One a row, for the optimizees and their scaling.
-        warmup: The warm-up's batches; none for no warm-up.
-        warmup_lr: Its learning rate.
+        episodes: The engine.
+        generators: One per row; they decide the optimizees and their scaling.
+        warmup: The warm-up's batches, one per step; an empty sequence means no warm-up.
+        warmup_lr: The warm-up's learning rate.
     """
     begin = episodes.begin(*generators)
     return episodes.warm_up(begin, warmup, warmup_lr) if len(warmup) else begin
 
 
 class Sampler:
-    """Draws a run's episodes.
+    """Draws what a run's episodes need: each one's task, a generator per row, and batches.
+
+    It begins no episode itself; :func:`begin_episode` does.
 
     Args:
-        seed: The run's; the replicates count on from it.
+        seed: The run's seed; replicate i draws by ``seed + i``.
         tasks: The tasks.
-        task_weights: How often each is taken, as a share of their sum.
+        task_weights: Each task's share of the episodes, relative to the sum of all shares.
         replicates: How many students there are.
-        particles: Copies of each student, which see the same optimizee and batches.
-        optimizees: How many each student has in each process.
+        particles: How many copies of each student there are; they see the same optimizees and
+            batches.
+        optimizees: How many optimizees each student has in each process.
     """
 
     def __init__(
@@ -87,14 +91,22 @@ class Sampler:
         self._optimizees = optimizees
 
     def task_of(self, episode: int) -> int:
-        """The number of the task that an episode takes."""
+        """The index of the task that an episode takes."""
         if len(self._tasks) == 1:
             return 0
         generator = generator_for(self._seed, "task", episode)
         return int(torch.multinomial(torch.tensor(self._task_weights), 1, generator=generator))
 
     def generators(self, *purpose: str | int) -> list[torch.Generator]:
-        """A generator for each row: replicates have seeds of their own, particles share theirs."""
+        """One generator per row, in its initial state.
+
+        Rows of other replicates, other optimizees and other processes have other generators. A
+        student's particles have the same ones.
+
+        Args:
+            *purpose: Names the draw within the run, as ``("episode", 3)`` does. The same purpose
+                gives the same generators again, so each draw needs a purpose of its own.
+        """
         found = []
         for copy in range(self._replicates * self._particles):
             replicate = copy // self._particles
@@ -106,7 +118,13 @@ class Sampler:
         return found
 
     def batches(self, task: Task, steps: int, *purpose: str | int) -> StackedBatches:
-        """Batches of a task for all rows, one a step."""
+        """Batches of a task for all rows.
+
+        Args:
+            task: The task.
+            steps: How many steps: the sequence has one batch per step.
+            *purpose: Names the draw, as in :meth:`generators`.
+        """
         return StackedBatches(
             [task.batches(generator, steps) for generator in self.generators(*purpose)]
         )

@@ -1,8 +1,11 @@
-"""One policy's steps as an unroll takes them: forward without a graph, and backward by hand.
+"""One policy's steps in a window: forward without a graph, and backward without autograd's tape.
 
-A policy trains B optimizees of N coordinates each, the *rows* of the tensors here. What it carries
-for all of them is one *state*, whatever that is. A row that does not move in a step keeps its part
-of the state.
+A policy trains B optimizees of N coordinates each; each optimizee is a *row* of the tensors here.
+All that the policy carries from step to step for these rows is one *state*, of whatever type. A row
+that does not move in a step keeps its part of the state.
+
+:class:`FusedSteps` takes the steps of a ``Student``, :class:`AutogradSteps` those of any other
+policy.
 """
 
 from __future__ import annotations
@@ -21,25 +24,33 @@ from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StudentState
 from amalgam.policies import Policy, Student
 
-# A row's number -> the source of the noise that a policy trains with, in one step.
+# Called with a row's number; returns the generator of the noise that a policy trains with, for a
+# certain step.
 RowDraws = Callable[[int], torch.Generator | None]
 
 
 class PolicySteps(Protocol):
-    """What an unroll asks of a policy.
+    """What the unroll engine (:class:`amalgam.meta.Unroll`) asks of a policy.
 
     Attributes:
         by_coordinates: Whether :func:`amalgam.ops.student_unroll_backward` can go back through
-            these steps, so that first-order meta-gradients need no points.
+            these steps. If so, first-order meta-gradients need no kept points, as long as no noise
+            is drawn at every step.
     """
 
     by_coordinates: bool
 
     def initial(self, like: Tensor) -> Any:
-        """The state before the first step, for parameters like these (B, N)."""
+        """The state before the first step, for parameters of this shape (B, N)."""
 
     def warm_up(self, grads: Tensor, state: Any, moved: Tensor) -> Any:
-        """The state after a warm-up step on gradients (B, N), of the rows that moved (B,)."""
+        """The state after a warm-up step.
+
+        Args:
+            grads: The gradients, shape (B, N).
+            state: The state before the step; not changed.
+            moved: Which rows take the step, shape (B,).
+        """
 
     def forward(
         self,
@@ -54,11 +65,11 @@ class PolicySteps(Protocol):
 
         Args:
             grads: The gradients, shape (B, N).
-            state: The state; not changed, unless its memory may be used again.
+            state: The state before the step; not changed unless ``reuse``.
             weights: The policy's weights.
             moved: Which rows are to move, shape (B,).
-            draws: Where the noise comes from that the policy trains with.
-            reuse: Whether the new state may lie where the old one does.
+            draws: Returns the generator of a row's noise that the policy trains with.
+            reuse: Whether the new state may overwrite the old one.
 
         Returns:
             The updates (B, N), to be subtracted, and the new state.
@@ -77,34 +88,41 @@ class PolicySteps(Protocol):
         """Back through one step.
 
         Args:
-            d_updates: Gradients in the updates, shape (B, N).
-            d_state: The gradient in the new state; its memory is used again.
+            d_updates: Gradients with respect to the updates, shape (B, N).
+            d_state: The gradient with respect to the new state. It may be overwritten with the one
+                that is returned.
             grads: As in :meth:`forward`, like all that follows.
             state: The state before the step.
-            weights: The weights.
+            weights: The policy's weights.
             moved: Which rows moved.
-            draws: Where the noise came from.
+            draws: Returns the generator of a row's noise, as in the forward step.
 
         Returns:
-            Gradients in ``grads``, in the state before the step, and in the weights.
+            Gradients with respect to ``grads``, to the state before the step, and to the weights.
         """
 
     def zeros(self, state: Any) -> Any:
-        """A gradient of zero in a state."""
+        """A gradient of zero with respect to a state, to begin :meth:`backward` with."""
 
     def release(self, state: Any) -> None:
-        """Take back the memory of a state, or of a gradient in one, that nobody needs any more."""
+        """Let later states use the memory of one that nobody needs any more.
+
+        The same goes for a gradient with respect to a state.
+        """
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
-        """The state with its cells in another dtype."""
+        """A copy of the state to keep, whose recurrent state (h and c) has the dtype ``cells``.
+
+        It may be the state itself if the policy has no such copy.
+        """
 
 
 class FusedSteps:
-    """The student's steps by its fused operations, in memory that is used again and again.
+    """The student's steps by its fused operations; released states' memory serves later states.
 
     Args:
         student: The student.
-        backend: Which backend computes them.
+        backend: The backend that computes the operations.
     """
 
     by_coordinates = True
@@ -116,7 +134,7 @@ class FusedSteps:
         self._spare: dict[tuple[torch.Size, torch.dtype], list[StudentState]] = {}
 
     def initial(self, like: Tensor) -> StudentState:
-        """See :class:`PolicySteps`; a view of a single zero, which no step writes to."""
+        """See :class:`PolicySteps`; the tensors are views of one zero, which no step writes to."""
         weights = self._student.weights()
         layers, hidden = lstm.architecture(weights, 1)
         zero, n = weights[0].new_zeros(()), like.numel()
@@ -142,7 +160,8 @@ class FusedSteps:
         flat = grads.reshape(-1)
         new, source = (state if reuse else self._take(state)), state
         if not state.h.is_contiguous():
-            # The kernel wants the initial state contiguous; this copy lies where the new one will.
+            # The kernel takes contiguous states only, so the initial state is copied to where the
+            # new state will lie.
             for to, value in zip(new, state, strict=True):
                 to.copy_(value)
             source = new
@@ -211,14 +230,15 @@ class FusedSteps:
 
 
 class AutogradSteps:
-    """Any policy's steps, one row after another, differentiated by autograd.
+    """Any policy's steps, one row after another; autograd differentiates each step on its own.
 
-    A state is a tuple of one state a row, a gradient in it a list of one list of tensors a row.
+    A state here is a tuple of one policy state per row. A gradient with respect to it is a list
+    that holds one list of tensors per row.
 
     Args:
         policy: The policy.
-        layout: Which tensors an optimizee's coordinates are.
-        backend: Which backend computes the policy's fused operations.
+        layout: Which tensors an optimizee's coordinates belong to.
+        backend: The backend that computes the policy's fused operations.
     """
 
     by_coordinates = False
@@ -302,10 +322,10 @@ class AutogradSteps:
         return [[torch.zeros_like(tensor) for tensor in nests.tensors(row)] for row in state]
 
     def release(self, state: tuple[Any, ...]) -> None:
-        """See :class:`PolicySteps`; does nothing, for every step has memory of its own."""
+        """See :class:`PolicySteps`; does nothing, because every step has memory of its own."""
 
     def stored(self, state: tuple[Any, ...], cells: torch.dtype) -> tuple[Any, ...]:
-        """See :class:`PolicySteps`; cells keep their dtype."""
+        """See :class:`PolicySteps`; returns the state itself, whatever ``cells`` says."""
         return state
 
     def _step(

@@ -1,7 +1,8 @@
 """The steps of all students in one window, forward and backward.
 
-:mod:`amalgam.meta.steps` steps one policy. Here its replicates step side by side, each with weights
-of its own, to which noise may be added anew at every step.
+:mod:`amalgam.meta.steps` takes the steps of one policy. Here several students (replicates or
+particles) step side by side, each with weights of its own. Noise may be added to the weights, and
+to the gradients that the students see, at every step.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from amalgam.meta.finite import usable
 from amalgam.meta.perturbation import InputNoise
 from amalgam.meta.points import Point
 
-# A step -> what is added to each student's weights in it.
+# Called with a step's number; returns what is added to each student's weights in that step.
 WeightNoise = Callable[[int], Sequence[Sequence[Tensor]]]
 
-# A purpose, a step, a row -> a generator for it, which begins anew at every call.
+# Called with a purpose, a step's number and a row's; returns their generator in its initial state.
 Draws = Callable[[str, int, int], torch.Generator]
 
 
 @dataclass
 class Adjoint:
-    """Gradients of a window's loss in what there is before a step.
+    """Gradients of a window's loss on the backward pass, with respect to what a step begins from.
 
     Attributes:
-        params: In the students' parameters, shape (R, N).
-        states: In each student's state.
-        weights: In each student's weights, summed over the steps so far.
+        params: With respect to the students' parameters, shape (R, N).
+        states: With respect to each student's state.
+        weights: With respect to each student's weights, summed over the steps from there on.
     """
 
     params: Tensor
@@ -41,13 +42,13 @@ class Adjoint:
 
 
 class StudentSteps:
-    """Steps all students of a window.
+    """Takes the steps of all students in one window.
 
     Args:
-        episodes: Whose students they are.
+        episodes: The engine whose students they are.
         weights: Each student's weights, outside any graph.
-        noise: Added to them at each step.
-        draws: Where the policies' own noise and the input's comes from.
+        noise: What is added to the weights at each step; ``None`` for nothing.
+        draws: Returns generators for the policies' own noise and for ``input_noise``.
         input_noise: Standard deviation of the noise on the gradients that students see.
     """
 
@@ -67,7 +68,7 @@ class StudentSteps:
 
     @property
     def noisy(self) -> bool:
-        """Whether weights or gradients are given noise."""
+        """Whether each step adds noise to the weights or to the gradients."""
         return self._noise is not None or self._input_noise is not None
 
     def forward(
@@ -77,10 +78,11 @@ class StudentSteps:
 
         Args:
             step: The step's number.
-            point: Where they stand.
+            point: Where the students stand.
             grads: Their gradients, shape (R, N).
             moved: Which rows are to move, shape (R,).
-            reuse: Whether the new states may lie where the old ones do, if all rows move.
+            reuse: Whether the new states may overwrite the old ones. They do so only if all rows
+                move.
 
         Returns:
             The next point, and whether each row's update is usable, shape (R,).
@@ -111,18 +113,18 @@ class StudentSteps:
     def backward(
         self, step: int, point: Point, grads: Tensor, moved: Tensor, adjoint: Adjoint
     ) -> Tensor:
-        """Through one step, from its updates to states, weights and gradients.
+        """Back through one step, from its updates to states, weights and gradients.
 
         Args:
             step: The step's number.
             point: Where the students stood before it.
             grads: Their gradients there, shape (R, N).
             moved: Which rows moved, shape (R,).
-            adjoint: The adjoint after the step. Its states become those before the step, and its
-                weights get the step's share; its parameters stay.
+            adjoint: The adjoint after the step; changed in place. ``states`` become those before
+                the step, ``weights`` get the step's share added, and ``params`` stay.
 
         Returns:
-            The gradients in ``grads``.
+            The gradients with respect to ``grads``, shape (R, N).
         """
         episodes = self._episodes
         d_updates = episodes.by_student(-adjoint.params)
@@ -157,7 +159,7 @@ class StudentSteps:
         return torch.stack(noisy)
 
     def _draws_of(self, step: int, student: int) -> Callable[[int], torch.Generator | None]:
-        """Where the noise of a student's rows comes from in a step."""
+        """Returns the generator of a row's policy noise, by the row's number in its student."""
         first = student * self._episodes.optimizees
         return lambda row: None if self._draws is None else self._draws("policy", step, first + row)
 

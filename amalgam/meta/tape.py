@@ -1,16 +1,29 @@
-"""The way back through a window, in memory that need not grow with its steps.
+"""The backward pass through a window, in memory that need not grow with the window's steps.
 
-The forward run leaves a :class:`Tape`: of each step the students' gradients and the imitation
-loss's slopes, and of some steps the point they began from. No graph is kept. Backward, by hand,
-from the adjoints of parameters p and state s after step t to those before it::
+The forward run leaves a :class:`Tape`. The tape holds, for each step, the students' gradients and
+the gradient of the imitation loss, and for some steps the point that the step began from. The
+students' steps leave no graph.
 
-    a_u = -(a_p + slopes of the imitation loss)              p_{t+1} = p_t - u_t
-    a_g, a_s, a_w = student_step_backward(a_u, a_s)          u_t, s_{t+1} = student(g_t, s_t; w)
-    a_p <- a_p + slope of the meta-loss g_t + H_t a_g        g_t = gradient at p_t, H_t its Jacobian
+The adjoint a_x is the gradient of the window's loss with respect to x. Here p are the parameters,
+s is the student's state, u is its update, g is the optimizee's gradient and w are the student's
+weights. Step t computes::
 
-Where gradients count as constants (first order), H_t is left out. Then a_u is a sum over later
-steps that the student does not enter, and :func:`amalgam.ops.student_unroll_backward` does the
-rest coordinate by coordinate, without any point kept.
+    g_t = gradient of the optimizee's loss l_t at p_t
+    u_t, s_{t+1} = student(g_t, s_t; w)
+    p_{t+1} = p_t - u_t
+
+The backward pass knows a_p and a_s after step t, and computes them before it (``*`` is a product)::
+
+    a_p = a_p + d(imitation loss)/d(p_{t+1})
+    a_u = -a_p
+    a_g, a_s, share of a_w = student_step_backward(a_u, a_s)
+    a_p = a_p + d(meta-loss)/d(l_t) * g_t + H_t @ a_g
+
+H_t is the Jacobian of g_t with respect to p_t, that is the Hessian of l_t; ``H_t @ a_g`` is its
+product with the vector a_g. First-order meta-gradients count g_t as a constant and leave out this
+product. Then a_u is a sum over the later steps that does not depend on the student, and
+:func:`amalgam.ops.student_unroll_backward` does the rest coordinate by coordinate. It needs no kept
+points; :attr:`Tape.by_steps` says when this is not possible.
 """
 
 from __future__ import annotations
@@ -36,21 +49,26 @@ _LEAST_CHUNK, _MOST_CHUNK, _CHUNKS = 1024, 65536, 16
 
 @dataclass
 class Tape:
-    """What a window's forward run leaves for its way back.
+    """What a window's forward run leaves for its backward pass.
 
     Attributes:
-        episodes: Whose window it is.
-        begin: Where everybody stood before it.
-        batches: One a step.
-        steps: Steps the students.
+        episodes: The engine that runs the window.
+        begin: Where students and teachers stood before the window.
+        batches: One batch per step.
+        steps: Takes the students' steps, forward and backward.
         points: The points that are kept.
-        by_steps: Whether the way back goes step by step, or coordinate by coordinate.
-        grads: The students' gradients, shape (T, R, N); empty where nothing is recorded.
-        slopes: The imitation terms' gradients in the parameters after each step, likewise; empty
-            without teachers, too.
-        moved: Which rows moved, shape (T, R).
-        loss_slopes: The meta-loss's slopes in the students' losses, shape (T, R).
-        graphs: Of some steps the leaf and the gradients in the graph of the optimizees' loss.
+        by_steps: Whether the backward pass goes step by step from point to point. It does for
+            second-order meta-gradients, for noise that is drawn at every step on the weights or
+            the input, and for policies without ``PolicySteps.by_coordinates``. Otherwise it goes
+            coordinate by coordinate and needs no points.
+        grads: The students' gradients, shape (T, R, N). Empty where no meta-gradient is wanted.
+        slopes: The gradient of each imitation term with respect to the parameters after the step,
+            shape (T, R, N). Empty without teachers, and where no meta-gradient is wanted.
+        moved: Which rows took each step, shape (T, R).
+        loss_slopes: The derivatives of the meta-losses with respect to the students' losses, shape
+            (T, R).
+        graphs: For some steps, what :meth:`amalgam.meta.episode.Episodes.gradients` returns for
+            second order: the leaf, and the gradients in their graph.
     """
 
     episodes: Episodes
@@ -66,17 +84,17 @@ class Tape:
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def advance(self, step: int, point: Point) -> Point:
-        """Take a recorded step again; the point's memory is used again unless somebody holds it."""
+        """Take a recorded step again, in the point's own memory unless that is still needed."""
         reuse = self.points.is_free(point)
         after, _ = self.steps.forward(step, point, self.grads[step], self.moved[step], reuse)
         return after
 
     def backward(self, d_meta: Tensor, d_imitation: Tensor) -> list[Tensor]:
-        """Gradients in all students' weights.
+        """Gradients with respect to all students' weights, one student's after another's.
 
         Args:
-            d_meta: Gradients in the students' meta-losses, shape (S,).
-            d_imitation: Gradients in their imitation losses, shape (S,).
+            d_meta: Gradients with respect to the students' meta-losses, shape (S,).
+            d_imitation: Gradients with respect to their imitation losses, shape (S,).
         """
         each = self.episodes.optimizees
         d_slopes = d_imitation.repeat_interleave(each) / (len(self.batches) * each)
@@ -85,11 +103,11 @@ class Tape:
         return list(chain.from_iterable(back(d_slopes, d_grads)))
 
     def _back_by_coordinates(self, d_slopes: Tensor, d_grads: Tensor) -> list[list[Tensor]]:
-        """First order: gradients in each student's weights.
+        """First order: gradients with respect to each student's weights.
 
         Args:
-            d_slopes: What the imitation loss's slopes count, shape (R,).
-            d_grads: What the students' gradients count, shape (T, R).
+            d_slopes: The factor on ``slopes`` in the adjoints, shape (R,).
+            d_grads: The factor on ``grads`` in the adjoints, shape (T, R).
         """
         each, (_, n) = self.episodes.optimizees, self.begin.params.shape
         chunk = min(max(n // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
@@ -107,7 +125,7 @@ class Tape:
     def _back_of_part(
         self, student: int, index: int, part: slice, d_slopes: Tensor, d_grads: Tensor
     ) -> list[Tensor]:
-        """The share in a student's weights of some coordinates of one of its optimizees."""
+        """What some coordinates of one optimizee add to the gradients of its student's weights."""
         episodes, n = self.episodes, self.begin.params.shape[1]
         row = student * episodes.optimizees + index
         adjoints = self._update_adjoints(row, part, d_slopes[row], d_grads[:, row])
@@ -129,7 +147,7 @@ class Tape:
         return share
 
     def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
-        """Gradients in the updates of a row's coordinates, shape (T, coordinates)."""
+        """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""
         grads = self.grads[:, row, part]
         if len(self.slopes):
             sums = -d_slopes * self.slopes[:, row, part]
@@ -159,7 +177,7 @@ class Tape:
     def _back_of_step(
         self, step: int, point: Point, adjoint: Adjoint, d_slopes: Tensor, d_grads: Tensor
     ) -> None:
-        """From the adjoints after a step to those before it, in place."""
+        """Turn the adjoints after a step into those before it, in place."""
         moved, grads = self.moved[step], self.grads[step]
         if len(self.slopes):
             adjoint.params += d_slopes[:, None] * self.slopes[step]
@@ -170,7 +188,7 @@ class Tape:
             adjoint.params += torch.where(moved[:, None], curved, 0)
 
     def _hessian_product(self, step: int, point: Point, vector: Tensor) -> Tensor:
-        """The gradients' Jacobian before a step, which is symmetric, times a vector (R, N)."""
+        """The product of each row's Hessian before a step and a vector (R, N)."""
         kept = self.graphs.pop(step, None)
         if kept is None:
             params, batch = point.params[:, None], self.batches[step]

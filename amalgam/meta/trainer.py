@@ -38,7 +38,7 @@ from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy, Pool
 from amalgam.tasks import Task
 
-# Called with a meta-step's metrics.
+# Called with the metrics of a meta-step.
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -46,26 +46,27 @@ class Trainer:
     """Meta-trains a student, or several replicates of one side by side.
 
     Args:
-        student: The student, or the replicates; weights are moved to ``device`` and trained there,
-            in place.
-        task: The optimizee and data to train it on, or several, of which every episode takes one.
+        student: The student, or the replicates. The weights are moved to ``device`` and trained
+            there, in place.
+        task: The optimizee and its data, or several tasks. Every episode takes one of them.
         pool: The teachers.
-        folder: Where the run is kept (:mod:`amalgam.meta.run_folder`); made where missing.
-        amalgamation: How the student is held to task and teachers.
-        training: How meta-training proceeds.
-        strategy: Which unrolls it trains, period by period: ``Stages()`` where absent. Several
-            replicates need one that does not go back to earlier weights.
-        estimator: How meta-gradients are computed: ``Truncation()`` where absent.
-        memory: What a window may keep for its way back.
-        perturbation: What moves the weights that the meta-gradient is taken at.
-        task_weights: How often each task is taken; all alike where absent.
-        seed: Decides everything random. It is the first replicate's, from which the others count
-            on; the first decides for all which task an episode takes and, for
-            ``il_mode="switch"``, which loss.
+        folder: The run's folder (:mod:`amalgam.meta.run_folder`), made if missing.
+        amalgamation: Settings of the meta-loss and the imitation loss, and how they are computed.
+        training: Settings of meta-training that hold for any strategy.
+        strategy: Chooses which unrolls to train, period by period; ``Stages()`` where absent.
+            Several replicates need a strategy that does not go back to earlier weights.
+        estimator: Computes the meta-gradients; ``Truncation()`` where absent.
+        memory: How much a window may keep for its backward pass.
+        perturbation: Perturbs the weights at which the meta-gradient is computed.
+        task_weights: Each task's share of the episodes, relative to the sum of all shares: the task
+            of an episode is drawn by them. Equal shares where absent.
+        seed: Decides everything random. Replicate i draws its optimizees, batches and noise by
+            ``seed + i``. What all replicates have in common is drawn by ``seed``: the task of an
+            episode and, for ``il_mode="switch"``, the loss of a window.
         device: Where everything is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a
-            GPU where there is one. Everything random is drawn on the CPU, and so is the same on any
-            device. Files hold tensors of the CPU, and a run may go on on another device.
-        provenance: Facts that the saved student is to carry beside those that are known here.
+            GPU if there is one. Everything random is drawn on the CPU, and so is the same on any
+            device. Files hold CPU tensors, so a run may be resumed on another device.
+        provenance: Facts to save with the student, beside those that the trainer knows itself.
 
     Raises:
         ValueError: There is no student, or the strategy, the estimator or the task weights do not
@@ -144,7 +145,7 @@ class Trainer:
             )
 
     def _identity(self) -> dict[str, str]:
-        """What makes two runs the same."""
+        """The settings, by name, that a checkpoint and a run that resumes it must share."""
         memory = str(self.memory) if self.memory.cells != "float32" else ""
         return {
             "seed": str(self.seed),
@@ -160,12 +161,13 @@ class Trainer:
             "estimator": str(self.estimator),
             "perturbation": str(self.perturbation),
             "memory": memory,
-            "strategy": str(self.strategy),
+            # Checkpoints name UnrollSettings as it was called when the first of them were written.
+            "strategy": str(self.strategy).replace("UnrollSettings(", "Unrolls("),
         }
 
     @property
     def student(self) -> Policy:
-        """The student; of replicates, the first."""
+        """The student, or the first replicate."""
         return self._state.replicates[0].student
 
     @property
@@ -175,24 +177,28 @@ class Trainer:
 
     @property
     def meta_steps(self) -> int | None:
-        """Meta-steps of the whole run; ``None`` where they depend on how periods come out."""
+        """Meta-steps of the whole run; ``None`` where they depend on the periods' results."""
         return self.strategy.meta_steps
 
     @property
     def meta_step(self) -> int:
-        """Meta-steps done."""
+        """Meta-steps taken so far."""
         return self._state.progress.meta_step
 
     def run(self, *, resume: bool = False, report: Report | None = None) -> Policy:
-        """Meta-train to the end and keep the best student by meta-validation.
+        """Meta-train to the end, and save each student with the weights to keep.
+
+        If the strategy goes back to earlier weights, they are those of the period that it names at
+        the end. Otherwise they are, for each replicate, those of its best meta-validation, or its
+        last ones if no meta-validation had a finite score.
 
         Args:
-            resume: Go on from the folder's checkpoint, where there is one.
-            report: Called with each meta-step's metrics, as they stand in ``metrics.jsonl``; of
-                replicates, with the first one's.
+            resume: Whether to go on from the folder's checkpoint if there is one.
+            report: Called after each meta-step with its entry in ``metrics.jsonl`` (the first
+                replicate's entry).
 
         Returns:
-            The student (of replicates, the first), with the weights that were kept, as saved.
+            The student (or the first replicate), with the weights that were saved.
 
         Raises:
             FileExistsError: The folder holds a run and ``resume`` was not asked for.
@@ -212,7 +218,7 @@ class Trainer:
         return self.student
 
     def _train(self, period: Period, log: IO[str], report: Report | None) -> None:
-        """Train a period, or what is left of it."""
+        """Train a period, or, after a resume, what is left of it."""
         progress, every = self._state.progress, self.training.checkpoint_every
         if not progress.done and progress.checkpoint != period.begin_from:
             self._files.load_period(period.begin_from, self._state)
@@ -231,7 +237,11 @@ class Trainer:
                 report(entries[0])
 
     def _close(self, period: Period) -> dict[str, Any]:
-        """Validate a period and record it; what of that the metrics are to say."""
+        """End a period: validate it, add its record, save its weights if the strategy goes back.
+
+        Returns:
+            What the metrics of its last meta-step are to say about it: the validation, if any.
+        """
         progress, metrics, score = self._state.progress, {}, math.nan
         if period.validation is not None:
             score = validation.by_meta_loss(
@@ -252,7 +262,7 @@ class Trainer:
         return metrics
 
     def _meta_step(self, period: Period) -> list[dict[str, Any]]:
-        """Take a meta-step; an entry of metrics for each replicate."""
+        """Take a meta-step, and return its metrics: one entry per replicate."""
         started = time.perf_counter()
         step = self._meta_steps.take(period)
         entries = []
@@ -261,7 +271,7 @@ class Trainer:
                 "meta_step": self.meta_step,
                 "stage": period.stage,
                 "episode": step.episode,
-                "window": step.number,
+                "window": step.window_index,
                 "meta_loss": step.losses[0, index].item(),
                 "imitation_loss": step.losses[1, index].item(),
                 "grad_norm": step.norms[index],
@@ -285,7 +295,7 @@ class Trainer:
         return self.meta_step % every == 0 or self.meta_step == self.meta_steps
 
     def _validate(self, index: int) -> float:
-        """Score a replicate, and remember it if it was never better."""
+        """Score a replicate, and remember its weights if the score is its best so far."""
         replicate = self._state.replicates[index]
         student, backend = replicate.student, self.amalgamation.backend
         score = validation.by_final_loss(
@@ -299,7 +309,7 @@ class Trainer:
         return score
 
     def _finish(self, end: Finish) -> None:
-        """Give the students the weights to keep, and save them."""
+        """Give the students the weights to keep (see :meth:`run`), and save the students."""
         state = self._state
         if self.strategy.goes_back and end.checkpoint != state.progress.checkpoint:
             self._files.load_period(end.checkpoint, state)

@@ -11,25 +11,32 @@ from amalgam.meta.objective import MODES
 
 @dataclass(frozen=True)
 class Training:
-    """How meta-training proceeds.
+    """Settings of meta-training that hold for any strategy.
+
+    There are two meta-validations (:mod:`amalgam.meta.validation`), and lower is better in both.
+    *By final loss*: for strategies that do not go back to earlier weights; every ``validate_every``
+    meta-steps, with ``validation_steps`` and ``validation_seeds``. *By meta-loss*: at the end of
+    each period for which the strategy gives validation unrolls, with ``validation_data``.
 
     Attributes:
-        optimizees: How many a student trains at once, in each process.
-        il_mode: What a window trains for, ``"sum"``, ``"switch"``, ``"imitation"`` or ``"meta"``;
-            see :func:`amalgam.meta.objective.loss_weights`.
-        input_noise: Standard deviation of noise on the gradients that students see in training.
-        meta_lr: Learning rate of Adam on the student's weights.
-        clip_ratio: Largest norm of a weight's meta-gradient over the weight's own
-            (adaptive gradient clipping).
-        clip_floor: Weights of smaller norm count as having this one.
+        optimizees: The number of optimizees that a student trains side by side, in each process.
+        il_mode: The loss of a window. ``"sum"``: the meta-loss plus the period's imitation weight
+            times the imitation loss. ``"switch"``: the imitation loss alone, with that weight as
+            its probability, or else the meta-loss alone. ``"imitation"`` or ``"meta"``: always that
+            one alone.
+        input_noise: Standard deviation of the noise on the gradients that students see in training.
+        meta_lr: Learning rate of the meta-optimizer, which is Adam.
+        clip_ratio: The meta-gradient of each tensor of weights is shortened to at most this times
+            the tensor's norm (adaptive gradient clipping).
+        clip_floor: A tensor whose norm is smaller counts as having this norm, for ``clip_ratio``.
         checkpoint_every: Meta-steps between checkpoints.
-        validate_every: Meta-steps between meta-validations, the best of which decides the student
-            that is kept; 0 for none, and the last student. Only for strategies that do not go back
-            to earlier weights; the others validate each period.
-        validation_steps: Steps of a meta-validation's runs, without the warm-up's.
-        validation_seeds: Runs of a meta-validation.
-        validation_data: What the validation of a period trains its optimizees on: the tasks'
-            ``"validation"`` data, or ``"train"``, as the authors do.
+        validate_every: Meta-steps between validations by final loss; the last meta-step has one in
+            any case. The run keeps the weights of the best one. 0 means none, and the run keeps
+            the last weights. It has no effect with strategies that go back to earlier weights.
+        validation_steps: Steps of each optimizee in a validation by final loss, after the warm-up.
+        validation_seeds: How many optimizees a validation by final loss trains per task.
+        validation_data: The data that a validation by meta-loss trains its optimizees on: the
+            tasks' ``"validation"`` data, or ``"train"``, as in the authors' code.
     """
 
     optimizees: int = 1

@@ -1,7 +1,7 @@
-"""Unrolls: episodes, and windows of steps through which the meta-gradient flows.
+"""The unroll engine, which begins episodes and runs their windows.
 
-:class:`Unroll` puts together :mod:`amalgam.meta.episode`, which begins episodes, and
-:mod:`amalgam.meta.window`, which runs windows of them.
+:class:`Unroll` puts together :mod:`amalgam.meta.episode`, which begins episodes and warms them up,
+and :mod:`amalgam.meta.window`, which runs their windows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from amalgam.tasks import Batch
 
 
 class Unroll(Episodes):
-    """Runs episodes of one task, student and pool.
+    """The engine for one task, its students and their pool; a run has one for each task.
 
-    Arguments are those of :class:`amalgam.meta.episode.Episodes`.
+    It begins and runs any number of episodes: :meth:`begin`, :meth:`warm_up`, then :meth:`window`
+    again and again, each from where the one before ended (``Window.end``). It holds no episode
+    itself. The arguments are those of :class:`amalgam.meta.episode.Episodes`.
     """
 
     def window(
@@ -31,21 +33,24 @@ class Unroll(Episodes):
         draws: Draws | None = None,
         input_noise: float = 0.0,
     ) -> Window:
-        """Everybody takes a step on each batch; the losses' graph reaches the students' weights.
+        """Run a window: all students and teachers take one step on each batch.
 
-        A step whose gradient or update is not finite leaves that trajectory and its state as they
-        were and is counted. Its loss, which has no usable gradient, is left out of the meta-loss.
+        Autograd reaches the students' weights from the window's meta-losses and imitation losses.
+
+        A trajectory skips a step whose loss, gradient or update is not finite: its parameters and
+        state stay as they were, and ``Window.skipped`` counts the step. Where it is the student's
+        loss or gradient, the step adds nothing to the meta-loss.
 
         Args:
-            begin: Where everybody stands; not changed.
-            batches: One a step, each tensor (R, samples, ...).
+            begin: Where students and teachers stand; not changed.
+            batches: One batch per step, each tensor of shape (R, samples, ...).
             weights: Each student's weights to use in place of its own.
-            noise: What is added to them at each step, as a constant; it must be the same whenever
-                it is called for the same step.
-            draws: Where random numbers come from: given the purpose (``"policy"`` for the noise
-                that some policies train with, ``"input"`` for input noise), a step and a row, a
-                generator that begins anew whenever it is called.
-            input_noise: Standard deviation of what is added to the gradients that students see.
+            noise: Called with a step's number, returns what is added to each student's weights in
+                that step, as a constant. It must return the same for the same step.
+            draws: Called with a purpose, a step's number and a row's number, returns a generator in
+                its initial state. The purpose is ``"policy"`` for the noise that some policies
+                train with, or ``"input"`` for ``input_noise``.
+            input_noise: Standard deviation of the noise on the gradients that students see.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
         return run_window(self, begin, batches, chosen, noise, draws, input_noise)

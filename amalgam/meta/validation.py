@@ -1,4 +1,12 @@
-"""The two meta-validations: by final loss, and by the meta-loss of unrolls.
+"""The two meta-validations, in both of which lower is better.
+
+:func:`by_final_loss` trains optimizees with the student as an optimizer and looks at the loss that
+they end with. It runs every :attr:`amalgam.meta.Training.validate_every` meta-steps and after the
+last one, if the strategy does not go back to earlier weights. Its score decides which weights the
+run keeps.
+
+:func:`by_meta_loss` runs unrolls as in meta-training and takes their mean meta-loss. It runs at the
+end of each period for which the strategy gives validation unrolls. Its score is for the strategy.
 
 The first process alone computes them; the others get its result.
 """
@@ -15,7 +23,7 @@ from amalgam.evaluation.protocol import MakeOptimizer
 from amalgam.evaluation.protocol import train as train_optimizee
 from amalgam.meta import distributed
 from amalgam.meta.objective import Amalgamation
-from amalgam.meta.periods import Unrolls
+from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.sampling import StackedBatches, begin_episode
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
@@ -32,14 +40,14 @@ def by_final_loss(
     warmup_steps: int,
     seed: int,
 ) -> float:
-    """The mean log of the final validation loss of optimizees that a student trains.
+    """The mean log of the last validation loss of optimizees that a student trains.
 
     Args:
-        make_optimizer: Makes the student's optimizer.
-        tasks: The tasks, each of which is trained.
-        training: Says for how many steps, and how often.
-        warmup_steps: Steps of the student's warm-up, which come first.
-        seed: The student's.
+        make_optimizer: Makes the optimizer that acts by the student.
+        tasks: The tasks; optimizees of each are trained, on its training data.
+        training: Of it ``validation_steps`` and ``validation_seeds`` are read.
+        warmup_steps: Steps of the student's warm-up, which come before ``validation_steps``.
+        seed: The replicate's seed.
     """
     steps = warmup_steps + training.validation_steps
     logs = []
@@ -59,21 +67,24 @@ def by_final_loss(
 def by_meta_loss(
     student: Policy,
     tasks: Sequence[Task],
-    unrolls: Unrolls,
+    unrolls: UnrollSettings,
     amalgamation: Amalgamation,
     training: Training,
     *,
     seed: int,
 ) -> float:
-    """The mean meta-loss of a student's unrolls, which are the same whenever it is asked for.
+    """The mean meta-loss of a student in unrolls without teachers.
+
+    The optimizees and their batches depend on the seed alone, so any two calls compare students on
+    the same ones.
 
     Args:
         student: The student.
-        tasks: The tasks, each of which is unrolled.
-        unrolls: How.
-        amalgamation: The meta-loss.
-        training: Says on which data.
-        seed: The run's.
+        tasks: The tasks; optimizees of each are unrolled.
+        unrolls: How many optimizees per task, and how long.
+        amalgamation: Settings of the meta-loss.
+        training: Of it ``validation_data`` is read.
+        seed: The run's seed.
     """
     losses = []
     for task in tasks if distributed.rank() == 0 else ():
@@ -99,7 +110,7 @@ def by_meta_loss(
 
 
 def _on_data(task: Task, training: Training) -> Task:
-    """The task with the data to validate on in its training data's place."""
+    """The task, with the data to validate on in the place of its training data."""
     if training.validation_data == "train":
         return task
     size = min(task.batch_size, len(task.validation[0]))
@@ -107,6 +118,6 @@ def _on_data(task: Task, training: Training) -> Task:
 
 
 def _mean_of_first(values: Sequence[float]) -> float:
-    """The mean of the first process's values, in all processes."""
+    """The mean of the first process's values, returned in all processes."""
     mean: float = distributed.from_first(math.fsum(values) / max(len(values), 1))
     return mean

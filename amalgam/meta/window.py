@@ -1,7 +1,8 @@
-"""One window of an unroll, forward: its losses, and the tape for the way back.
+"""One window, forward: its losses, and the tape for the backward pass.
 
-Everybody takes a step on each batch. What the way back through the students' steps needs is
-recorded on a :class:`amalgam.meta.tape.Tape`; :func:`run_window` ties both together for autograd.
+All students and teachers take a step on each batch. A :class:`amalgam.meta.tape.Tape` records what
+the backward pass through the students' steps needs. :func:`run_window` makes one differentiable
+function of the two for autograd.
 """
 
 from __future__ import annotations
@@ -29,17 +30,27 @@ from amalgam.tasks import Batch
 
 @dataclass(frozen=True)
 class Window:
-    """What one window of T steps gave, for R rows and K teachers.
+    """What one window of T steps gave, for S students, R rows and K teachers.
+
+    ``meta_loss`` and ``imitation_loss`` are to be minimised: lower is better. Both are means over
+    the window's steps and the student's optimizees, and autograd reaches the students' weights from
+    them. All else here is outside any graph.
 
     Attributes:
-        meta_loss: Each student's mean log improvement of the loss over the window's start, shape
-            (S,), in the graph.
-        imitation_loss: Its mean reduced distance to the teachers, shape (S,), in the graph.
-        end: Where everybody stands after it, outside the graph.
-        losses: Losses before each step, shape (T, R, 1 + K), the student's first.
-        distances: Log distances to the teachers after each step, shape (T, R, K).
-        skipped: Steps that a non-finite value made each trajectory skip, shape (R, 1 + K), the
-            student's first.
+        meta_loss: How large each student's losses are relative to those of the parameters that the
+            window began with, shape (S,). The mean of log(loss) - log(loss at the start), or of
+            loss / (loss at the start) where ``Amalgamation.log_objective`` is false. A step whose
+            loss or gradient is not finite counts as 0 in the mean.
+        imitation_loss: How far each student is from its teachers, shape (S,); 0 without teachers.
+            ``Amalgamation.mechanism`` makes one log distance of those to the K teachers: their mean
+            or the largest. This is its mean, or the mean of its exp where ``log_objective`` is
+            false.
+        end: Where students and teachers stand after the window.
+        losses: The optimizees' losses before each step, shape (T, R, 1 + K): the student's first,
+            then the teachers'.
+        distances: The student's log distances to the teachers after each step, shape (T, R, K).
+        skipped: How many steps each trajectory skipped because of values that were not finite,
+            shape (R, 1 + K): the student's first, then the teachers'.
     """
 
     meta_loss: Tensor
@@ -59,9 +70,9 @@ def run_window(
     draws: Draws | None,
     input_noise: float,
 ) -> Window:
-    """Run a window, so that its losses' graph reaches the weights.
+    """Run a window whose losses autograd can differentiate with respect to the weights.
 
-    Arguments are those of :meth:`amalgam.meta.Unroll.window`.
+    The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
     """
     run = _Run(episodes, begin, batches, weights, noise, draws, input_noise)
     with torch.no_grad():
@@ -90,13 +101,13 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _Gradients(NamedTuple):
-    """Losses and gradients at a step.
+    """Losses and gradients before a step.
 
     Attributes:
-        losses: The students', shape (R,).
-        grads: The students', shape (R, N).
-        teacher_losses: Shape (R, K).
-        teacher_grads: Shape (K, R, N).
+        losses: The students' losses, shape (R,).
+        grads: The students' gradients, shape (R, N).
+        teacher_losses: The teachers' losses, shape (R, K), or (1, K) where rows share.
+        teacher_grads: The teachers' gradients, shape (K, R, N), or (K, 1, N) where rows share.
     """
 
     losses: Tensor
@@ -150,7 +161,7 @@ class _Run:
         self._graphs = 0
 
     def __call__(self) -> Window:
-        """Take all steps."""
+        """Take all steps, and return what the window gave, outside any graph."""
         begin, tape = self._begin, self.tape
         teachers, state = begin.teacher_params, begin.teacher_state
         point, k = tape.points.first, len(teachers)
@@ -184,20 +195,20 @@ class _Run:
                 self._terms[t] = imitation_terms(self._how, distances)
             else:
                 self._terms[t] = 0
-        tape.points.lend(point.states)
+        tape.points.hold(point.states)
         end = Trajectories(begin.scale, point.params, point.states, teachers, state)
         return Window(*self._mean_losses(), end, self._losses, self._distances, skipped)
 
     def _gradients(self, t: int, point: Point, teachers: Tensor, batch: Batch) -> _Gradients:
-        """Losses and gradients of everybody before step t."""
+        """Losses and gradients of students and teachers before step t."""
         episodes, scale, k = self._episodes, self._begin.scale, len(teachers)
         student, by_row = point.params[:, None], teachers.transpose(0, 1)
         curved = self.tape.by_steps and self._how.second_order
         graph = curved and t >= len(self._batches) - self._graphs
-        # At an episode's first step all stand where the student does.
+        # At an episode's first step all teachers stand where the student does.
         together = t == 0 and k > 0 and bool((by_row == student).all())
-        # In one batch with teachers the student's gradients would have other last bits than on the
-        # way back, where their graph is built again for the student alone.
+        # In one batch with teachers the student's gradients would have other last bits than in the
+        # backward pass, which builds their graph again for the student alone.
         if not (curved or together or not k or episodes.shared):
             losses, grads, _ = episodes.gradients(torch.cat((student, by_row), 1), scale, batch)
             return _Gradients(
@@ -218,14 +229,14 @@ class _Run:
         return _Gradients(losses[:, 0], grads[:, 0], teacher_losses, teacher_grads.transpose(0, 1))
 
     def _step(self, t: int, point: Point, grads: Tensor, ok: Tensor) -> tuple[Point, Tensor]:
-        """The students' step t, and which rows took it (R,)."""
+        """The students' point after step t, and which rows took the step, shape (R,)."""
         tape = self.tape
         # Without a record the steps so far could not be taken again, so none is taken in place.
         reuse = self.recorded and tape.points.is_free(point)
         after, updates_ok = tape.steps.forward(t, point, grads, ok, reuse)
         moved = ok & updates_ok
         if not torch.equal(moved, ok):
-            # This shows only after the step, which may have overwritten where it began from.
+            # It shows only after the step, which may have overwritten the point it began from.
             if self.recorded:
                 point = tape.points.first
                 for step in range(t):
@@ -235,16 +246,16 @@ class _Run:
         return after, moved
 
     def _plan(self) -> Plan:
-        """What to keep, by the memory that is free once the tape and the adjoints have theirs."""
+        """What to keep in the memory that the tape and the backward pass itself leave."""
         episodes, begin, points = self._episodes, self._begin, self.tape.points
         stored = points.stored(points.first)
         point_bytes = nests.bytes_of(stored)
         if stored is not points.first:
             for state in stored.states:
                 episodes.steps.release(state)
-        # There in any case: the tape, the adjoints, the point being stepped, and the last one.
+        # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
         fixed = nests.bytes_of((self.tape.grads, self.tape.slopes)) + 3 * point_bytes
-        budget = episodes.memory.bytes(begin.params.device, fixed + point_bytes) - fixed
+        budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes) - fixed
         graph_bytes = 0
         if self._how.second_order and episodes.memory.segment is None:  # segments keep no graph
             params = begin.params[:, None]
@@ -252,7 +263,7 @@ class _Run:
         return plan(len(self._batches), episodes.memory, budget, point_bytes, graph_bytes)
 
     def _measure(self, t: int, params: Tensor, teachers: Tensor) -> Tensor:
-        """Log distances to the teachers (R, K); their slopes go to the tape."""
+        """Log distances to the teachers (R, K); the imitation terms' gradients go on the tape."""
         how, found = self._how, []
         gradient = partial(imitation_slopes, how) if self.recorded else None
         for row in range(len(params)):
@@ -270,7 +281,7 @@ class _Run:
         return torch.stack(found)
 
     def _mean_losses(self) -> tuple[Tensor, Tensor]:
-        """Meta-loss and imitation loss of each student (S,); the former's slopes go to the tape."""
+        """Meta-losses and imitation losses (S,); the meta-losses' derivatives go on the tape."""
         steps, students = len(self._batches), len(self._episodes.students)
         if not steps:
             nothing = self._begin.params.new_zeros(students)
@@ -286,7 +297,7 @@ class _Run:
         return per_student(torch.where(counted, terms, 0)), per_student(self._terms)
 
     def _start_losses(self, losses: Tensor) -> Tensor:
-        """Losses of the window's first parameters, (R,) of the first batch or (T, R) of each."""
+        """Losses of the window's first parameters: on its first batch (R,), or on each (T, R)."""
         if self._how.normaliser == "first-batch":
             first = self._counted.int().argmax(0, keepdim=True)
             return losses.gather(0, first)[0]

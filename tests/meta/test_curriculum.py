@@ -18,7 +18,7 @@ from amalgam.meta.curriculum import (
     simple,
 )
 from amalgam.meta.objective import loss_weights
-from amalgam.meta.periods import INITIAL, Finish, Period, Record, Strategy, Unrolls
+from amalgam.meta.periods import INITIAL, Finish, Period, Record, Strategy, UnrollSettings
 
 NAN, INF = math.nan, math.inf
 Losses = Callable[[Period], tuple[float, float]]
@@ -56,8 +56,12 @@ def test_the_curriculum_is_the_papers() -> None:
     assert [(p.stage, p.period) for p in done] == [(s, p) for s in range(4) for p in range(6)]
     assert sum(p.training.meta_steps for p in done) == 1080
     firsts = done[::6]
-    assert [p.training for p in firsts] == [Unrolls(100, w, 10, 1, 0.05) for w in (1, 2, 5, 10)]
-    assert [p.validation for p in firsts] == [Unrolls(100, w, 10, 1, 0.05) for w in (2, 5, 10, 20)]
+    assert [p.training for p in firsts] == [
+        UnrollSettings(100, w, 10, 1, 0.05) for w in (1, 2, 5, 10)
+    ]
+    assert [p.validation for p in firsts] == [
+        UnrollSettings(100, w, 10, 1, 0.05) for w in (2, 5, 10, 20)
+    ]
     assert [p.imitation_weight for p in firsts] == [0.2, 0.1, 0.05, 0.02]
     assert all(p.repeat == 0 for p in done)
     begins = [p.begin_from for p in firsts]
@@ -182,7 +186,7 @@ def test_the_authors_choice_takes_180_windows() -> None:
     assert sum(p.training.meta_steps for p in done) == 180
     assert [p.training.warmup_windows for p in done] == [0, 1, 1, 1, 1]
     assert [p.training.warmup_lr for p in done] == [0.0, 0.05, 0.05, 0.05, 0.05]
-    assert {p.validation for p in done} == {Unrolls(100, 10, 1, 1, 0.05)}
+    assert {p.validation for p in done} == {UnrollSettings(100, 10, 1, 1, 0.05)}
     assert finish == Finish("stage_0.4.0")
     assert choice_strategy().repeat_threshold == 0.9
 
@@ -191,8 +195,8 @@ def test_simple_goes_straight_on() -> None:
     done, finish = follow(simple(num_periods=6), lambda p: (INF, 10.0**p.period))
     assert [(p.period, p.repeat) for p in done] == [(index, 0) for index in range(6)]
     assert [p.begin_from for p in done[1:]] == [p.name for p in done[:-1]]
-    assert {p.training for p in done} == {Unrolls(20, 25, 10, 0, 0.0)}
-    assert {p.validation for p in done} == {Unrolls(20, 25, 2, 0, 0.01)}
+    assert {p.training for p in done} == {UnrollSettings(20, 25, 10, 0, 0.0)}
+    assert {p.validation for p in done} == {UnrollSettings(20, 25, 2, 0, 0.01)}
     assert finish == Finish("stage_0.5.0")
 
 
@@ -200,7 +204,10 @@ def test_fixed_stages_are_trained_straight_on() -> None:
     strategy = Stages((Stage(3, 1, 0.2), Stage(2, 2, 0.05)), unroll=4)
     done, finish = follow(strategy, lambda p: (NAN, NAN))
     assert [place(period) for period in done] == [(0, 0, 0, INITIAL), (1, 0, 0, "stage_0.0.0")]
-    assert [p.training for p in done] == [Unrolls(4, 1, 3, 0, 0.0), Unrolls(4, 2, 2, 0, 0.0)]
+    assert [p.training for p in done] == [
+        UnrollSettings(4, 1, 3, 0, 0.0),
+        UnrollSettings(4, 2, 2, 0, 0.0),
+    ]
     assert [p.imitation_weight for p in done] == [0.2, 0.05]
     assert all(p.own_warmup and p.validation is None for p in done)
     assert finish == Finish("stage_1.0.0")
@@ -298,4 +305,4 @@ def test_recipes_may_hold_lists_and_tables() -> None:
         **{"warmup_windows": 0, "warmup_lr": 0.0},
     }
     from_lists = Repeat(windows=[1, 2], validation=validation)  # type: ignore[arg-type]
-    assert from_lists == Repeat(windows=(1, 2), validation=Unrolls(7, 1, 1, 0, 0.0))
+    assert from_lists == Repeat(windows=(1, 2), validation=UnrollSettings(7, 1, 1, 0, 0.0))

@@ -41,7 +41,7 @@ from amalgam.meta import (
     distributed,
 )
 from amalgam.meta.memory import free_bytes
-from amalgam.meta.periods import Unrolls
+from amalgam.meta.periods import UnrollSettings
 from amalgam.policies import (
     Choice,
     ChoiceConfig,
@@ -105,7 +105,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         "training": replace(EVERY_STEP, optimizees=2),
     },
     "strategy": lambda: {
-        "strategy": Repeat(2, 2, windows=1, episodes=2, validation=Unrolls(2, 1, 1, 1, 0.05))
+        "strategy": Repeat(2, 2, windows=1, episodes=2, validation=UnrollSettings(2, 1, 1, 1, 0.05))
     },
     "several tasks": lambda: {"tasks": [linear_task(), linear_task(3, "narrow")]},
     "convolutions": lambda: {"tasks": convolutional_task()},

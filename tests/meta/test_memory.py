@@ -94,7 +94,7 @@ def test_bad_settings_are_named(wrong: dict, named: str) -> None:
 def test_memory_that_is_free() -> None:
     free = free_bytes(torch.device("cpu"))
     assert 0 < free < 2**50
-    assert Memory(budget="2KiB").bytes(torch.device("cpu"), 10**9) == 2048
-    half = Memory().bytes(torch.device("cpu"), 0)
+    assert Memory(budget="2KiB").budget_bytes(torch.device("cpu"), 10**9) == 2048
+    half = Memory().budget_bytes(torch.device("cpu"), 0)
     assert half < 0.8 * free
-    assert Memory().bytes(torch.device("cpu"), 2**60) > 1.3 * half
+    assert Memory().budget_bytes(torch.device("cpu"), 2**60) > 1.3 * half

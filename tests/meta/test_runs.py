@@ -32,7 +32,7 @@ from amalgam.meta import (
 from amalgam.meta.curriculum import choice_strategy, simple
 from amalgam.meta.estimators import ESTIMATORS
 from amalgam.meta.objective import Amalgamation
-from amalgam.meta.periods import INITIAL, Finish, Period, Unrolls
+from amalgam.meta.periods import INITIAL, Finish, Period, UnrollSettings
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 from amalgam.meta.run_folder import PERIODS
 from amalgam.meta.sampling import StackedBatches
@@ -86,7 +86,7 @@ class There:
     meta_steps = None
 
     def next(self, records):
-        unrolls = Unrolls(3, 2, 1, 1, 0.05)
+        unrolls = UnrollSettings(3, 2, 1, 1, 0.05)
         script = [
             (0, 0, INITIAL),
             (1, 0, "stage_0.0.0"),
@@ -100,7 +100,7 @@ class There:
 
 
 SHORT = {"unroll": 3, "episodes": 1}
-ONE = Unrolls(3, 1, 1, 1, 0.05)
+ONE = UnrollSettings(3, 1, 1, 1, 0.05)
 STRATEGIES = {
     "back": There(),
     "curriculum": Curriculum(
