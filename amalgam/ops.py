@@ -1,8 +1,8 @@
 """The fused operations, as functions; each has a file in :mod:`amalgam.operations`.
 
-Every operation is a ``torch.library`` operator, so ``torch.compile``, fake tensors and
-``torch.library.opcheck`` work on it, and a plain function that checks its arguments and chooses
-the backend.
+Operations that have gradients, or that train models, are ``torch.library`` operators too, so
+``torch.compile``, fake tensors and ``torch.library.opcheck`` work on them. The operator checks its
+arguments and chooses the backend.
 """
 
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step

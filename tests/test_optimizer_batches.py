@@ -8,12 +8,15 @@ before every step by way of its state_dict, which keeps nothing.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from amalgam import AmalgamatedOptimizer, Student, StudentConfig, ops
 
@@ -195,3 +198,121 @@ def test_counts_of_steps_are_one_tensor_and_survive_its_copies() -> None:
         counts = [entry["step"] for entry in one.state.values()]
         assert [float(count) for count in counts] == [3.0] * len(params)
         assert len({count.untyped_storage().data_ptr() for count in counts}) == 1
+
+
+def test_what_no_longer_belongs_to_the_optimizer_is_freed() -> None:
+    params = parameters()
+    optimizer = optimizer_of(params)
+    seen: list[weakref.ref[Tensor]] = []
+    for step in range(4):
+        for param, grad in zip(params, gradients(step), strict=True):
+            param.grad = grad
+        optimizer.step()
+        seen.append(weakref.ref(optimizer.state[params[0]]["h"]))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert [each() is None for each in seen] == [True] * 4
+
+
+def test_a_state_that_is_cleared_begins_anew() -> None:
+    params = parameters()
+    optimizer = optimizer_of(params, warmup_steps=0)
+    for param, grad in zip(params, gradients(0), strict=True):
+        param.grad = grad
+    for _ in range(2):
+        optimizer.step()
+    optimizer.state[params[0]].clear()
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 1
+    assert float(optimizer.state[params[1]]["step"]) == 3
+
+
+def test_a_batch_made_in_inference_mode_is_stepped_outside_it() -> None:
+    params = parameters()
+    optimizer = optimizer_of(params, warmup_steps=0)
+    for param, grad in zip(params, gradients(0), strict=True):
+        param.grad = grad
+    optimizer.step()
+    params[0].grad = None
+    with torch.inference_mode():
+        optimizer.step()
+    for step in range(2):
+        for param, grad in zip(params[1:], gradients(step)[1:], strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert float(optimizer.state[params[1]]["step"]) == 4
+
+
+@pytest.mark.parametrize("how", [{}, {"capturable": True}, {"rounding": "stochastic"}])
+def test_a_default_device_changes_no_step(how: dict[str, object]) -> None:
+    params, expected = parameters(), parameters()
+    optimizer, plain = optimizer_of(params, **how), optimizer_of(expected, **how)
+    for step in range(STEPS):
+        for param, other, grad in zip(params, expected, gradients(step), strict=True):
+            param.grad, other.grad = grad.clone(), grad
+        with torch.device("meta"):
+            optimizer.step()
+        plain.step()
+    assert all(map(torch.equal, params, expected))
+    assert optimizer.skipped_steps == 0
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as DTensor is one."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        unwrap = lambda value: value.inner if isinstance(value, Wrapped) else value  # noqa: E731
+        return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+
+
+def test_tensors_without_memory_take_pytorchs_way() -> None:
+    inner = [torch.tensor([1.0, -3.0]), torch.tensor([2.0])]
+    (found,) = ops.largest_magnitudes([Wrapped(tensor) for tensor in inner])
+    assert found == 3
+    with pytest.raises(RuntimeError, match="it takes plain tensors"):
+        ops.largest_magnitudes([Wrapped(inner[0])], backend="cpu")
+
+
+def test_states_are_seen_by_autograd_where_the_operation_is_called() -> None:
+    weights = [weight.detach().requires_grad_() for weight in student().weights()]
+    param = torch.zeros(4)
+    state = ops.initial_state(param, weights)
+    update, _ = ops.student_step(torch.ones(4), state, weights)
+    with torch.no_grad():
+        ops.student_step_([param], [torch.ones(4)], [state], weights)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        update.sum().backward()
+
+
+def test_lists_of_other_lengths_are_refused() -> None:
+    weights = [weight.detach() for weight in student().weights()]
+    params = [torch.zeros(2), torch.zeros(3)]
+    states = [ops.initial_state(param, weights) for param in params]
+    with pytest.raises(ValueError, match="params and states must be equally many, not 2 and 1"):
+        ops.StudentTensors(params, states[:1])
+    tensors = ops.StudentTensors(params, states)
+    with pytest.raises(ValueError, match="grads must be as many as params, 2, not 1"):
+        ops.step_tensors_(tensors, params[:1], weights)
+
+
+def test_copies_of_tensors_step_their_own() -> None:
+    weights = [weight.detach() for weight in student().weights()]
+    params = [torch.zeros(5)]
+    tensors = ops.StudentTensors(params, [ops.initial_state(params[0], weights)])
+    with torch.no_grad():
+        ops.step_tensors_(tensors, [torch.ones(5)], weights)
+        before = params[0].clone()
+        other = copy.deepcopy(tensors)
+        ops.step_tensors_(other, [torch.ones(5)], weights)
+    assert torch.equal(params[0], before)
+    assert not torch.equal(other.params[0], before)

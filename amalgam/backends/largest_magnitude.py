@@ -11,6 +11,7 @@ from amalgam.backends import core, cpu
 from amalgam.backends.memory import (
     contiguous,
 )
+from amalgam.operations import registry
 from amalgam.operations.table import addresses
 
 # Dtypes of parameters and gradients, and integers as wide.
@@ -22,7 +23,11 @@ _STORED = {
 }
 
 
-@cpu.backend.kernel("largest_magnitude", dtypes=_STORED)
+def _accepts(tensors: Sequence[Tensor]) -> str | None:
+    return None if registry.plain(tensors) else "it takes plain tensors, outside transforms, alone"
+
+
+@cpu.backend.kernel("largest_magnitude", dtypes=_STORED, accepts=_accepts)
 def _cpu_largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
     like, dense = tensors[0], contiguous(tensors)
     bits = core.core().cpu.largest_magnitude(
@@ -31,4 +36,4 @@ def _cpu_largest_magnitude(tensors: Sequence[Tensor]) -> Tensor:
         bytes=like.element_size(),
         threads=torch.get_num_threads(),
     )
-    return torch.tensor(bits, dtype=_STORED[like.dtype]).view(like.dtype)
+    return torch.tensor(bits, dtype=_STORED[like.dtype], device="cpu").view(like.dtype)

@@ -45,7 +45,7 @@ def _cpu_student_step_into(
     row |= {f"new_{name}": tensor.data_ptr() for name, tensor in new._asdict().items()}
     row |= {"numel": grad.numel(), "out": update.data_ptr(), "key": 0}
     run_on_cpu(
-        torch.tensor([[row[name] for name in table_fields()]]),
+        torch.tensor([[row[name] for name in table_fields()]], device="cpu"),
         weights,
         settings,
         grad=grad.dtype,

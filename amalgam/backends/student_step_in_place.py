@@ -35,12 +35,12 @@ def _cpu_student_step_in_place(step: InPlaceStep) -> None:
             return
     params, grads, put_back = dense_in_place(step)
     table = _in_place_table(step, params, grads)
-    no_step = torch.zeros(())
+    no_step = torch.zeros((), device="cpu")
     keys = [
         key_of(seed, step.steps[i] if step.steps else no_step) for i, seed in enumerate(step.seeds)
     ]
     if keys:
-        table[:, _column("key")] = torch.tensor([int(key) for key in keys])
+        table[:, _column("key")] = torch.tensor([int(key) for key in keys], device="cpu")
     tensors = step.tensors
     layers, hidden = tensors.h[0].shape[:2]
     counts = torch.stack(step.steps).tolist() if step.warmup_steps else []
@@ -73,7 +73,7 @@ def _cpu_student_step_in_place(step: InPlaceStep) -> None:
 
 
 def _in_place_table(step: InPlaceStep, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """A row a parameter of :func:`_fields`, kept with the step's tensors until one moves."""
+    """A row for each parameter, of ``table_fields()``; kept with the tensors until one moves."""
     tensors, moving = step.tensors, {"grad": addresses(grads)}
     if params is not tensors.params:
         moving["out"] = addresses(params)  # copies
@@ -82,13 +82,15 @@ def _in_place_table(step: InPlaceStep, params: Sequence[Tensor], grads: Sequence
         columns |= {f"new_{name}": column for name, column in columns.items()}
         columns |= {"numel": [param.numel() for param in params], "out": addresses(params)}
         empty = [0] * len(params)
-        rows = torch.tensor([columns.get(name, empty) for name in table_fields()]).T.contiguous()
-        tensors.made["cpu"] = rows, {}
+        values = [columns.get(name, empty) for name in table_fields()]
+        with torch.inference_mode(False):  # steps outside it write to the table, too
+            tensors.made["cpu"] = torch.tensor(values, device="cpu").T.contiguous(), {}
     table: Tensor
     table, written = tensors.made["cpu"]
     if written != moving:
+        tensors.made["cpu"] = table, {}  # until all is written
         for name, column in moving.items():
-            table[:, _column(name)] = torch.tensor(column)
+            table[:, _column(name)] = torch.tensor(column, device="cpu")
         tensors.made["cpu"] = table, moving
     return table
 

@@ -125,13 +125,13 @@ def plan(steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes:
     if memory.segment is not None:
         segment = min(memory.segment, steps)
         return Plan(steps // segment + segment, 0, segments(segment))
-    points = min(steps - 1, budget // max(point_bytes, 1))
+    points = min(steps - 1, max(budget, 0) // max(point_bytes, 1))
     if steps > 1 and not points:
         raise ValueError(
             f"budget must hold at least one point of this unroll, {point_bytes} bytes, not {budget}"
         )
     left = budget - points * point_bytes
-    graphs = min(steps, left // max(graph_bytes, 1)) if points >= steps - 1 else 0
+    graphs = min(steps, max(left, 0) // max(graph_bytes, 1)) if points >= steps - 1 else 0
     return Plan(points, graphs, binomial)
 
 

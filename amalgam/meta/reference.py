@@ -52,7 +52,8 @@ def window(
     teachers = begin.teacher_params[:, row]
     in_pool = slice(row * n, row * n + n)
     (teacher_state,) = begin.teacher_state
-    teacher_state = type(teacher_state)(*(t[..., in_pool] for t in teacher_state))
+    m, v = (moment[..., in_pool] for moment in (teacher_state.m, teacher_state.v))
+    teacher_state = teacher_state._replace(m=m, v=v)
     meta = imitation = params.new_zeros(())
     start = None
     for t, stacked in enumerate(batches):

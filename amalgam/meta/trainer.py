@@ -161,8 +161,7 @@ class Trainer:
             "estimator": str(self.estimator),
             "perturbation": str(self.perturbation),
             "memory": memory,
-            # Checkpoints name UnrollSettings as it was called when the first of them were written.
-            "strategy": str(self.strategy).replace("UnrollSettings(", "Unrolls("),
+            "strategy": str(self.strategy),
         }
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,7 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) ->
         raise ValueError(
             f"{name} must be {like.dtype} on {like.device}, not {tensor.dtype} on {tensor.device}"
         )
-    if tensor.is_sparse or tensor.is_quantized:
+    if tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor, not {tensor.layout}")
 
 

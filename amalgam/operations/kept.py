@@ -64,7 +64,7 @@ _current: ContextVar[Kept | None] = ContextVar("kept", default=None)
 
 
 def owner() -> Kept | None:
-    """Whose step runs, or ``None`` of an operation that is called for itself."""
+    """The owner whose step runs; ``None`` where no owner called the operation."""
     return _current.get()
 
 

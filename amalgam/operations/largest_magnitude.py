@@ -1,8 +1,8 @@
 """``largest_magnitudes``: the largest magnitude in many tensors, in one pass over all of them.
 
 Optimizers ask for it before every step: whether all gradients are finite, and small enough to be
-squared. PyTorch's norms of lists take a call a tensor on the CPU, which for small ones is most of a
-step's time.
+squared. On the CPU PyTorch's norms of lists make one call for each tensor, which takes most of a
+step's time where tensors are small.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from amalgam.operations import registry
 from amalgam.operations.checks import check_floating
 
 _NAME = "largest_magnitude"
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Tensor]:
-    """The largest magnitude of the elements of each dtype and device.
+    """The largest magnitude of the elements of each dtype and device, outside any graph.
 
     Args:
         tensors: Floating-point tensors, of any dtypes and devices.
@@ -36,12 +36,11 @@ def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> l
         TypeError: A tensor is not floating point.
         RuntimeError: The backend asked for can't compute this here.
     """
-    dtypes, devices = list(map(_dtype, tensors)), list(map(_device, tensors))
     of_kinds = [list(tensors)] if tensors else []
-    if len(set(dtypes)) > 1 or len(set(devices)) > 1:
+    if len(set(map(_dtype, tensors))) > 1 or not all(map(_is_cpu, tensors)):
         by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for dtype, device, tensor in zip(dtypes, devices, tensors, strict=True):
-            by_kind.setdefault((dtype, device), []).append(tensor)
+        for tensor in tensors:
+            by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         of_kinds = list(by_kind.values())
     found = []
     for alike in of_kinds:
@@ -53,6 +52,6 @@ def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> l
 
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(tensors: Sequence[Tensor]) -> Tensor:
-    """Of tensors of one dtype and device, one of which has elements at least."""
+    """The tensors are of one dtype and device, and at least one of them has elements."""
     filled = [tensor for tensor in tensors if tensor.numel()]
     return torch.stack(torch._foreach_norm(filled, math.inf)).max()

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.operations.checks import check_like
+
 
 class Trace(NamedTuple):
     """What a step's gradients need of it, a list entry a layer.
@@ -54,13 +56,7 @@ def check_weights(
         expected += [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,)]
     expected += [(outputs, hidden), (outputs,)]
     for index, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"weights[{index}] must have shape {shape}, not {tuple(weight.shape)}")
-        if weight.dtype != like.dtype or weight.device != like.device:
-            raise ValueError(
-                f"weights[{index}] must be {like.dtype} on {like.device}, "
-                f"not {weight.dtype} on {weight.device}"
-            )
+        check_like(f"weights[{index}]", weight, shape, like)
     if tuple(h.shape[:2]) != (layers, hidden):
         raise ValueError(
             f"state.h must begin with (layers, hidden) = {(layers, hidden)} to fit the weights, "

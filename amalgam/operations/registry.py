@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from amalgam.hints import did_you_mean
 
@@ -84,7 +86,7 @@ class Backend:
             operation: The operation's name, as in ``amalgam.ops``.
             dtypes: Dtypes of the deciding tensor that the kernel computes; ``None`` for any.
             takes_numerics: Whether the function takes the keyword ``numerics``, :class:`Numerics`.
-            accepts: Called with the kernel's tensors, in its order, and ``numerics`` if it takes
+            accepts: Called with the kernel's arguments, in its order, and ``numerics`` if it takes
                 them; returns ``None`` where it computes this, else a sentence that says why not.
         """
 
@@ -253,7 +255,7 @@ def compute(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
 
 
 def unobserved(*lists: Sequence[torch.Tensor]) -> bool:
-    """Whether a kernel may be called without its torch operator, which only hands it on.
+    """Whether a kernel may be called without its torch operator, which only calls the kernel.
 
     Where there is a graph to record, a compiler, a tracer, a profiler, a mode, a transform or a
     subclass of tensors, somebody waits for the operator. Calling it costs microseconds a tensor.
@@ -263,14 +265,19 @@ def unobserved(*lists: Sequence[torch.Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         return False
-    if (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
     ):
-        return False
-    return all(_PLAIN.issuperset(map(type, tensors)) for tensors in lists)
+        return False  # torch.device(...) and set_default_device concern new tensors alone
+    return all(map(plain, lists))
+
+
+def plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors have memory of their own that a kernel can be given the addresses of."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and _PLAIN.issuperset(map(type, tensors))
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}

@@ -67,6 +67,7 @@ DEFAULTS = StepSettings()
 
 # What errors call a state's four tensors, and gradients in them.
 STATE_NAMES = tuple(f"state.{name}" for name in StudentState._fields)
+NEW_NAMES = tuple(f"new.{name}" for name in StudentState._fields)
 GRADIENT_NAMES = tuple(f"grads_out[{index}]" for index in range(1, 5))
 
 # How the torch operators spell what the structures above hold.
@@ -277,11 +278,12 @@ def step_into(
         backend: A backend's name, or ``"auto"``.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together, or outputs share memory.
+        ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
+            share memory or are not contiguous.
     """
     _check(grad, state, weights)
     check_like("update", update, grad.shape, grad)
-    check_state(new, grad.shape, state.h.shape[:2], grad, grad)
+    check_state(new, grad.shape, state.h.shape[:2], grad, grad, NEW_NAMES)
     registry.compute(f"{_NAME}_into", backend, grad, update, new, grad, state, weights, settings)
 
 
@@ -309,7 +311,8 @@ def backward_into(
         Gradients in ``grad`` and in the weights.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together, or outputs share memory.
+        ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
+            share memory or are not contiguous.
     """
     _check_backward(d_update, d_state, grad, state, weights)
     d_grad, d_weights = registry.compute(

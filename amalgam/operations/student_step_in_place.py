@@ -30,7 +30,7 @@ from amalgam.operations.student_step import (
 _NAME = "student_step_"
 CHUNK = 16384
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
-_shape, _layout = attrgetter("shape"), attrgetter("layout")
+_shape, _layout, _is_cpu = attrgetter("shape"), attrgetter("layout"), attrgetter("is_cpu")
 
 
 class StudentTensors:
@@ -44,29 +44,39 @@ class StudentTensors:
     Attributes:
         params: The parameters.
         m: Their first moments; and ``v``, ``h``, ``c`` likewise.
+        shapes: The parameters' shapes when last checked.
         made: What backends keep with these tensors, by a key of theirs; emptied when one moves.
     """
 
     def __init__(self, params: Sequence[Tensor], states: Sequence[StudentState]) -> None:
+        if len(params) != len(states):
+            raise ValueError(
+                f"params and states must be equally many, not {len(params)} and {len(states)}"
+            )
         self.params = list(params)
         self.m, self.v, self.h, self.c = (
             [list(column) for column in zip(*states, strict=True)] if states else ([], [], [], [])
         )
         self.made: dict[Any, Any] = {}
+        self.shapes: list[torch.Size] = []
         self._checked: list[Any] = []
-        self._unmoved = False
+        self._plain = all(map(registry.plain, (self.m, self.v, self.h, self.c)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are checked, and have made for them, what their own addresses are."""
+        return StudentTensors, (self.params, list(map(StudentState, *self._columns())))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the states are plain tensors, with memory of their own."""
+        return self._plain
+
+    def _columns(self) -> tuple[list[Tensor], ...]:
+        return self.m, self.v, self.h, self.c
 
     def written(self) -> list[Tensor]:
         """All tensors that a step writes to."""
         return [*self.params, *self.m, *self.v, *self.h, *self.c]
-
-    def unmoved(self) -> bool:
-        """Whether all tensors are as they were when last checked; the next check then believes it.
-
-        Of what a change makes addresses, shapes or dtypes of before wrong.
-        """
-        self._unmoved = bool(self._checked) and self._checked == self._stamp()
-        return self._unmoved
 
     def check(self, weights: Sequence[Tensor]) -> None:
         """Hold the tensors against each other and the weights, unless they are as last time.
@@ -77,17 +87,17 @@ class StudentTensors:
                 tensors share memory.
         """
         lstm.check_weights(weights, self.h[0], self.m[0], FEATURES, OUTPUTS)
-        if self._unmoved or self.unmoved():
-            self._unmoved = False
+        if self._checked and self._checked == self._stamp():
             return
         self._checked = []
         self.check_shapes()
         check_distinct("params and states", self.written())
+        self.shapes = list(map(_shape, self.params))
         self.made.clear()
         self._checked = self._stamp()
 
     def _stamp(self) -> list[Any]:
-        # Where states lie says enough of them: they are the caller's, who makes them once.
+        # Other shapes of the same states are not looked for: they would lie elsewhere, or be parts.
         return [
             list(map(Tensor.data_ptr, self.written())),
             list(map(Tensor.numel, self.params)),
@@ -100,7 +110,7 @@ class StudentTensors:
         m, h = self.m[0], self.h[0]
         check_floating("state.m", m)
         cells_like = h if (h.dtype, m.dtype) == (torch.bfloat16, torch.float32) else m
-        states = map(StudentState, self.m, self.v, self.h, self.c)
+        states = map(StudentState, *self._columns())
         for param, state in zip(self.params, states, strict=True):
             check_floating("params", param)
             check_state(state, param.shape, h.shape[:2], m, cells_like)
@@ -109,7 +119,7 @@ class StudentTensors:
                     raise ValueError(f"state.{name} must be contiguous")
             if param.device != m.device:
                 raise ValueError(f"params must be on {m.device}, not on {param.device}")
-            if param.is_sparse or param.is_quantized:
+            if param.layout != torch.strided:
                 raise ValueError(f"params must be dense tensors, not {param.layout}")
 
 
@@ -180,6 +190,7 @@ def student_step_(
         for tensor in tensors:
             check_floating(name, tensor)
     step_tensors_(StudentTensors(params, states), grads, weights, settings, **how)
+    torch.autograd.graph.increment_version([tensor for state in states for tensor in state])
 
 
 def step_tensors_(
@@ -200,8 +211,9 @@ def step_tensors_(
     """:func:`student_step_` over tensors that are stepped again and again.
 
     Args:
-        tensors: The parameters and their states.
-        grads: A gradient a parameter.
+        tensors: The parameters and their states. A graph that holds a state's earlier value does
+            not notice that it is written to, as one that holds a parameter's does.
+        grads: A gradient for each parameter.
         weights: The student's weights.
         settings: The student's constants.
         lr: Factor on every update; a number, or a tensor without dimensions.
@@ -220,6 +232,10 @@ def step_tensors_(
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`student_step_`.
     """
+    if len(grads) != len(tensors.params):
+        raise ValueError(
+            f"grads must be as many as params, {len(tensors.params)}, not {len(grads)}"
+        )
     if not tensors.params:
         return
     device = tensors.m[0].device
@@ -234,9 +250,8 @@ def step_tensors_(
         *(tensors, list(grads), list(weights), settings, number, decay, control),
         *(list(steps or ()), warmup_steps, list(seeds or ())),
     )
-    if registry.unobserved(tensors.params, grads):
+    if tensors.plain and registry.unobserved(tensors.params, step.grads, step.weights):
         _compute(step, backend)
-        # Of states no graph holds an earlier version: they are only ever written to by steps.
         torch.autograd.graph.increment_version(tensors.params)
         return
     t = tensors
@@ -255,7 +270,7 @@ def _check_grads(tensors: StudentTensors, grads: Sequence[Tensor]) -> None:
     if not all(dtype.is_floating_point for dtype in set(map(_dtype, grads))):
         for grad in grads:
             check_floating("grads", grad)
-    if list(map(_shape, grads)) != list(map(_shape, tensors.params)):
+    if list(map(_shape, grads)) != tensors.shapes:
         for param, grad in zip(tensors.params, grads, strict=True):
             if grad.shape != param.shape:
                 raise ValueError(
@@ -263,8 +278,9 @@ def _check_grads(tensors: StudentTensors, grads: Sequence[Tensor]) -> None:
                     f"stands against {tuple(param.shape)}"
                 )
     device = tensors.m[0].device
-    for strange in set(map(_device, grads)) - {device}:
-        raise ValueError(f"grads must be on {device}, not on {strange}")
+    if device.type != "cpu" or not all(map(_is_cpu, grads)):
+        for strange in set(map(_device, grads)) - {device}:
+            raise ValueError(f"grads must be on {device}, not on {strange}")
     for strange in set(map(_layout, grads)) - {torch.strided}:
         raise ValueError(f"grads must be dense tensors, not {strange}")
 

@@ -18,6 +18,9 @@ from amalgam.operations.student_step_in_place import InPlaceStep
 
 COLUMNS = 9
 
+# Gradients that are made anew in every step tend to alternate between a few places.
+LAUNCHES_KEPT = 4
+
 Row = tuple[int, ...]
 
 
@@ -54,8 +57,9 @@ def launches(
 ) -> list[Launch]:
     """The launches that a step in place takes, one for all tensors of a kind that are not empty.
 
-    They are kept with the step's tensors until one of these, or a gradient, lies elsewhere. A CUDA
-    graph that captures the step has tables of its own, which every replay copies from the host.
+    They are kept with the step's tensors until one of these lies elsewhere, and taken again where
+    gradients, counts of steps and seeds are those of one of the last steps. A CUDA graph that
+    captures the step has tables of its own, which every replay copies from the host.
 
     Args:
         step: The step.
@@ -75,10 +79,10 @@ def launches(
         *(addresses(params), addresses(grads), addresses(step.steps), step.seeds),
         [grad.dtype for grad in grads],
     )
-    if not capturing and place in tensors.made:
-        made_of, made = tensors.made[place]
+    kept_before: list[tuple[Any, list[Launch]]] = tensors.made.setdefault(place, [])
+    for made_of, made in kept_before if not capturing else ():
         if made_of == stamp:
-            return [*made]
+            return made
     rows: dict[Any, list[Row]] = {}
     columns = zip(params, grads, tensors.m, tensors.v, tensors.h, tensors.c, strict=True)
     for index, group in enumerate(columns):
@@ -88,7 +92,8 @@ def launches(
             rows.setdefault(kind(group), []).append((*addresses(group), numel, counter, seed))
     made = [_launch(kind, of_kind, block, device, capturing) for kind, of_kind in rows.items()]
     if not capturing:
-        tensors.made[place] = stamp, made
+        del kept_before[LAUNCHES_KEPT - 1 :]
+        kept_before.insert(0, (stamp, made))
     return made
 
 
@@ -100,7 +105,8 @@ def _launch(
     for row in rows:
         first_block.append(blocks)
         blocks += -(-row[numel] // block)
-    values = torch.tensor([*(value for row in rows for value in row), *first_block])
+    numbers = [*(value for row in rows for value in row), *first_block]
+    values = torch.tensor(numbers, device="cpu")
     if capturing:
         values = _held_for_graph(values).to(device, non_blocking=True)
     elif device.type == "cuda":
@@ -124,9 +130,10 @@ def _held_for_graph(values: Tensor) -> Tensor:
     """A copy in pinned memory, for the graph that is being captured to copy from at every replay.
 
     It becomes a spare again when the step's owner, an optimizer, is deleted. A graph must not be
-    replayed after that anyway: it would write to state that the optimizer held. Spares are not
-    freed, since the last replay may still run; before the next capture writes to one,
-    ``torch.cuda.graph`` waits for the device.
+    replayed after that: it would write to state that the optimizer held, by a table that another
+    graph may have. Spares are not freed, since the last replay may still run; before the next
+    capture writes to one, ``torch.cuda.graph`` waits for the device, and so must whoever begins a
+    capture by hand.
     """
     spares = _spares.setdefault(len(values), [])
     held = spares.pop() if spares else torch.empty_like(values, pin_memory=True)

@@ -73,6 +73,7 @@ class StepOptimizer(Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
             )
+        self._begin_step()
         if all(group.get("capturable") for group in self.param_groups):
             self._step_on_device(gradients)
             return loss
@@ -91,6 +92,9 @@ class StepOptimizer(Optimizer):
         for group in self.param_groups:
             self._step_group(group, [p for p in group["params"] if p.grad is not None])
         return loss
+
+    def _begin_step(self) -> None:
+        """What an optimizer does once a step, before any group's."""
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError

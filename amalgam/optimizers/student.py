@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -102,6 +103,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self._weights = {(torch.device("cpu"), own[0].dtype): own}
         self._kept = Kept()
         self._batches: dict[int, _Made] = {}
+        self._entries: list[dict[str, Any]] = []
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -120,7 +122,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         return all(group["capturable"] for group in self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_batches": {}}
+        return super().__getstate__() | {"_batches": {}, "_entries": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -129,6 +131,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from another's :meth:`state_dict` with the same student."""
+        self._batches.clear()
+        self._entries.clear()
         super().load_state_dict(state_dict)
         self._count_all_together()
 
@@ -213,18 +217,24 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 **how,
             )
 
-    def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[_Batch]:
-        """What one call each can step: parameters on one device, computed in one dtype.
+    def _begin_step(self) -> None:
+        # Looking a parameter up in the dictionary would hash it, which takes longer than all this.
+        entries = list(self.state.values())
+        if not (_same(entries, self._entries) and all(entries)):
+            self._entries = entries
+            self._batches.clear()
 
-        Kept while these parameters are stepped and nothing of them and of their state moves.
+    def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[_Batch]:
+        """The group's parameters in batches of one device and computing dtype, one call each.
+
+        They are kept while these parameters are stepped, stay where they are, and keep their state.
         """
         made = self._batches.get(id(group))
-        # The dictionary itself would hash every parameter, which takes longer than all the rest.
         if (
             made is not None
             and _same(made.params, params)
-            and _same(made.entries, self._entries())
-            and all(batch.unmoved() for batch in made.batches)
+            and made.devices == list(map(_device, params))
+            and all(batch.has_its_state() for batch in made.batches)
         ):
             return made.batches
         self._make_state(group, [param for param in params if not self.state[param]])
@@ -232,11 +242,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for param in params:
             kinds.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
         batches = [_Batch(alike, [self.state[p] for p in alike]) for alike in kinds.values()]
-        self._batches[id(group)] = _Made(params, self._entries(), batches)
+        self._batches[id(group)] = _Made(params, list(map(_device, params)), batches)
+        self._entries = list(self.state.values())
         return batches
-
-    def _entries(self) -> list[dict[str, Any]]:
-        return list(self.state.values())
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if params:
@@ -246,7 +254,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             weights = self._weights_for(param.device, dtype)
             cells = self.cells_dtype if dtype == torch.float32 else None
             state = self.state[param]
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")
             state.update(ops.initial_state(param, weights, cells)._asdict())
         self._count_together(group, params)
 
@@ -257,8 +265,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
     def _count_together(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Make the parameters' counts of steps views of one tensor a device.
 
-        One operation then counts a step of them all. It is done when counts are made or loaded and
-        never later: a CUDA graph reads them where they are.
+        One operation then counts a step of them all. It is done when counts are made, loaded or
+        copied, and never later: a CUDA graph reads them where they are.
         """
         homes: dict[torch.device, list[dict[str, Any]]] = {}
         for param in params:
@@ -301,11 +309,14 @@ class _Batch:
             together = together and step._base is base and step.storage_offset() == index
         self._together = base if together else None
 
-    def unmoved(self) -> bool:
-        """Whether all is where it was, after a look at what stands in the state now."""
-        m, v, h, c, steps = map(list, zip(*map(_stored, self._entries), strict=True))
-        self.tensors.m, self.tensors.v, self.tensors.h, self.tensors.c = m, v, h, c
-        return _same(steps, self.steps) and self.tensors.unmoved()
+    def has_its_state(self) -> bool:
+        """Whether the tensors of the batch are still those of the optimizer's state."""
+        if not all(self._entries):
+            return False
+        tensors = self.tensors
+        columns = zip(*map(_stored, self._entries), strict=True)
+        ours = (tensors.m, tensors.v, tensors.h, tensors.c, self.steps)
+        return all(map(_same, ours, columns))
 
     def below(self, steps: int) -> list[int]:
         """Which parameters, by index, have taken fewer steps."""
@@ -333,17 +344,18 @@ class _Batch:
 
 
 class _Made(NamedTuple):
-    """What a group's batches were made of, and these."""
+    """A group's batches, the parameters that they were made of, and where these were."""
 
     params: list[Tensor]
-    entries: list[dict[str, Any]]
+    devices: list[torch.device]
     batches: list[_Batch]
 
 
-_stored, _grad = itemgetter(*_STATE, "step"), attrgetter("grad")
+_stored = itemgetter(*_STATE, "step")
+_grad, _device = attrgetter("grad"), attrgetter("device")
 
 
-def _same(ours: list[Any], theirs: list[Any]) -> bool:
+def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Whether two lists hold the same objects."""
     return len(ours) == len(theirs) and all(map(is_, ours, theirs))
 

@@ -10,7 +10,7 @@
 namespace amalgam::cpu {
 namespace {
 
-// Elements that make a thread worth waking, and of a block.
+// How many elements a block has; so many are also worth waking a thread for.
 constexpr int64_t kBlock = 1 << 17;
 
 }  // namespace

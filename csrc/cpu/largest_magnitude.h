@@ -10,8 +10,7 @@
 
 namespace amalgam::cpu {
 
-// Bits of the largest magnitude, which begins at 0, in `count` tensors of numbers of 2, 4 or 8
-// bytes.
+// Bits of the largest magnitude in `count` tensors of numbers of 2, 4 or 8 bytes; 0 in none.
 uint64_t largest_magnitude(const void* const* tensors, const int64_t* numels, int64_t count,
                            int bytes, int threads);
 

@@ -271,7 +271,7 @@ def test_a_row_that_stands_still_leaves_the_others_alone() -> None:
                 states=tuple(type(s)(*(t[..., part] for t in s)) for s in begin.states),
                 teacher_params=begin.teacher_params[:, row : row + 1],
                 teacher_state=tuple(
-                    type(s)(*(t[..., part] for t in s)) for s in begin.teacher_state
+                    s._replace(m=s.m[..., part], v=s.v[..., part]) for s in begin.teacher_state
                 ),
             )
 
