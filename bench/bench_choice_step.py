@@ -20,6 +20,10 @@ from harness import (
     threads_of_each,
 )
 
+from amalgam.operations.choice_step import ChoiceArguments
+from amalgam.operations.teacher_step import PoolSettings
+from amalgam.ops import StudentState
+
 LAYERS, HIDDEN = 2, 20
 KINDS_OF = {2: [2, 3], 6: [0, 1, 2, 3, 4, 5]}  # the paper's small and large pools
 LARGEST_GRAPH = 10**5  # the reference's backward keeps whole intermediates
@@ -46,11 +50,14 @@ def test_choice_step(
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator)
 
-        state = [draw(k, n), draw(k, n).square(), draw(LAYERS, HIDDEN, n), draw(LAYERS, HIDDEN, n)]
-        step = (draw(n), *state, weights, torch.arange(n) % 5, KINDS_OF[k], *of_each, 0.5, 1.0)
+        cells = draw(LAYERS, HIDDEN, n), draw(LAYERS, HIDDEN, n)
+        state = StudentState(draw(k, n), draw(k, n).square(), *cells)
+        pool = PoolSettings(KINDS_OF[k], *of_each)
+        step = (draw(n), state, weights, ChoiceArguments(torch.arange(n) % 5, pool, 0.5, 1.0))
         if direction == "forward":
             return step
-        return ([torch.ones_like(t) for t in (step[0], *state, state[0])], *step)
+        d_state = StudentState(*map(torch.ones_like, state))
+        return (torch.ones_like(step[0]), d_state, torch.ones_like(state.m), *step)
 
     function, few = kernel(name, backend), arguments(min(n, 4099))
     assert_close(function(*few), kernel(name, "reference")(*few), rtol=1e-3, of_scale=1e-4)

@@ -30,6 +30,7 @@ from harness import (
 )
 from torch import Tensor
 
+from amalgam import AmalgamatedOptimizer, Student, StudentConfig
 from amalgam.ops import StepSettings, StudentState, initial_state
 from amalgam.ops import student_step_ as in_place
 
@@ -57,7 +58,7 @@ def whole_step(
 ) -> None:
     function = kernel("student_step", "reference" if rival == "eager" else rival)
     with torch.no_grad():
-        update, *new = function(grad, *state, weights, *SETTINGS)
+        update, new = function(grad, state, weights, SETTINGS)
         param -= update
         for old, value in zip(state, new, strict=True):
             old.copy_(value)
@@ -122,10 +123,10 @@ def test_functional(benchmark: Any, direction: str, backend: str, threads: int, 
     def arguments(n: int) -> tuple[Any, ...]:
         param, grad = make_vectors(n)
         state = initial_state(param, weights)._replace(v=grad.square())
-        step = (grad, *state, weights, *SETTINGS)
+        step = (grad, state, weights, SETTINGS)
         if direction == "forward":
             return step
-        return ([torch.ones_like(t) for t in (grad, *state)], *step)
+        return (torch.ones_like(grad), StudentState(*map(torch.ones_like, state)), *step)
 
     function, few = kernel(name, backend), arguments(min(n, FEW))
     # Of the sums over coordinates, float32 keeps the digits that their scale leaves.
@@ -145,10 +146,14 @@ def test_functional(benchmark: Any, direction: str, backend: str, threads: int, 
 
 
 @threads_of_each
-@pytest.mark.parametrize("rival", ["adamw_foreach", "reference", "cpu", "cpu_at_once"])
+@pytest.mark.parametrize("rival", ["adamw_foreach", "reference", "cpu", "cpu_at_once", "optimizer"])
 def test_a_thousand_parameters(benchmark: Any, rival: str, threads: int) -> None:
-    """``cpu_at_once`` has them in one tensor: the arithmetic without what each tensor costs."""
-    need(rival, "student_step_")
+    """``cpu_at_once`` has them in one tensor: the arithmetic without what each tensor costs.
+
+    ``optimizer`` is ``AmalgamatedOptimizer.step()``, which keeps from step to step what ``cpu``,
+    the operation called by itself, finds out anew.
+    """
+    need("cpu" if rival == "optimizer" else rival, "student_step_")
     count, each = 1000, 100
     weights, (values, slopes) = make_weights(), make_vectors(count * each)
     part = count * each if rival == "cpu_at_once" else each
@@ -158,6 +163,11 @@ def test_a_thousand_parameters(benchmark: Any, rival: str, threads: int) -> None
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         call: Run = torch.optim.AdamW(params, foreach=True).step
+    elif rival == "optimizer":
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        student = Student(StudentConfig(), generator=torch.Generator().manual_seed(0))
+        call = AmalgamatedOptimizer(params, student=student, backend="cpu", warmup_steps=0).step
     else:
         backend = "cpu" if rival == "cpu_at_once" else rival
         states = [initial_state(param, weights) for param in params]

@@ -47,9 +47,7 @@ def rival_of(name: str) -> Run:
     steps = kernel("student_step", "cpu"), kernel("student_step_backward", "cpu")
 
     def composed(*arguments: Any) -> list[Tensor]:
-        *inputs, weights, alpha, beta1, beta2, eps = arguments
-        constants = alpha, beta1, beta2, eps
-        return by_steps(*steps, inputs, weights, constants, chunk=CHUNK, held=HELD)
+        return by_steps(*steps, *arguments, chunk=CHUNK, held=HELD)
 
     return composed
 
@@ -58,7 +56,7 @@ def arguments_of(steps: int, n: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(n)
     weights = lstm_weights(2, HIDDEN, LAYERS, 1)
     grads, adjoints = (torch.randn(steps, n, generator=generator) for _ in range(2))
-    return grads, adjoints, *initial_state(grads[0], weights), weights, *SETTINGS
+    return grads, adjoints, initial_state(grads[0], weights), weights, SETTINGS
 
 
 @pytest.mark.parametrize("n", sizes(10**3, 16_000, 10**5, 10**6))

@@ -12,18 +12,20 @@ import torch
 from harness import kernel, measure, need, sizes, threads_of_each
 from torch import Tensor
 
+from amalgam.operations.teacher_distance import DistanceArguments
+
 K = 6
 EPS = 1e-10
 
 
 def _forward(student: Tensor, teachers: Tensor) -> tuple[list[Any], int]:
-    return [student, teachers, EPS, None], (K + 1) * student.nbytes
+    return [DistanceArguments(student, teachers, EPS, None)], (K + 1) * student.nbytes
 
 
 def _backward(student: Tensor, teachers: Tensor) -> tuple[list[Any], int]:
-    total = kernel("teacher_distance", "reference")(student, teachers, EPS, None)[1]
-    grad = torch.ones_like(total)
-    return [grad, student, teachers, total, EPS, None, True], 2 * (K + 1) * student.nbytes
+    arguments = DistanceArguments(student, teachers, EPS, None)
+    totals = kernel("teacher_distance", "reference")(arguments)[1]
+    return [torch.ones_like(totals), totals, arguments, True], 2 * (K + 1) * student.nbytes
 
 
 @pytest.mark.parametrize("n", sizes(10**3, 10**4, 10**5, 10**6, 10**7))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness import assert_close, kernel, measure, need, sizes, threads_of_each
 
+from amalgam.operations.teacher_step import PoolSettings
 from amalgam.ops import KINDS
 
 K = len(KINDS)
@@ -26,7 +27,7 @@ def test_teacher_step(benchmark: Any, direction: str, backend: str, threads: int
     generator = torch.Generator().manual_seed(n)
     grads, m, v, *grads_out = (torch.randn(K, n, generator=generator) for _ in range(6))
     of_each = [[value] * K for value in (0.1, 0.9, 0.999, 1e-10)]
-    inputs = grads, m, v.square(), list(range(K)), *of_each
+    inputs = grads, m, v.square(), PoolSettings(list(range(K)), *of_each)
     arguments = inputs if direction == "forward" else (grads_out, *inputs)
 
     function = kernel(name, backend)

@@ -260,7 +260,7 @@ def rival_case(place: Place, kind: str, n: int) -> Row:
 
     def call() -> None:
         with torch.no_grad():
-            update, *new = function(grad, *state, weights, *SETTINGS)
+            update, new = function(grad, state, weights, SETTINGS)
             param.sub_(update)
             for old, value in zip(state, new, strict=True):
                 old.copy_(value)
