@@ -7,12 +7,14 @@ first proves by two deliberate faults that this is so here.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,11 +72,6 @@ def teacher_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
 
 def pool_of(kinds: Sequence[int]) -> PoolSettings:
     return PoolSettings(list(kinds), *([value] * len(kinds) for value in (0.1, 0.9, 0.999, 1e-10)))
-
-
-def largest_magnitude(dtype: torch.dtype) -> Iterator[Arguments]:
-    for n in (*SIZES, 1 << 18):
-        yield ([tensor(n, dtype=dtype), tensor(0, dtype=dtype), strided(n, dtype)],)
 
 
 def weights_of(
@@ -167,7 +164,6 @@ def choice_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
 MAKERS: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "teacher_distance": lambda dtype: teacher_distance(dtype, False),
     "teacher_distance_backward": lambda dtype: teacher_distance(dtype, True),
-    "largest_magnitude": largest_magnitude,
     "teacher_step": lambda dtype: teacher_step(dtype, False),
     "teacher_step_backward": lambda dtype: teacher_step(dtype, True),
     "student_step": lambda dtype: student_step(dtype, False),
@@ -179,6 +175,18 @@ MAKERS: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
     "choice_step": lambda dtype: choice_step(dtype, False),
     "choice_step_backward": lambda dtype: choice_step(dtype, True),
 }
+
+
+def maker_of(name: str) -> Callable[[torch.dtype], Iterator[Arguments]]:
+    """What makes a kernel's arguments: of MAKERS, or ``memory_cases`` of the operation's tests."""
+    if name in MAKERS:
+        return MAKERS[name]
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "operations")]
+    cases = getattr(importlib.import_module(f"test_{name}"), "memory_cases", None)
+    if cases is None:
+        sys.exit(f"tests/operations/test_{name}.py must define memory_cases(dtype)")
+    found: Callable[[torch.dtype], Iterator[Arguments]] = cases
+    return found
 
 
 def expect_a_report(what: str, fault: Callable[[], None]) -> None:
@@ -219,7 +227,7 @@ def run_here() -> None:
     for name, entry in cpu.backend.kernels.items():
         dtypes = entry.dtypes or registry.FLOATS
         for dtype in sorted(dtypes, key=str):
-            for arguments in MAKERS[name](dtype):
+            for arguments in maker_of(name)(dtype):
                 for threads in (1, 2):
                     torch.set_num_threads(threads)
                     entry.function(*arguments)
@@ -230,11 +238,11 @@ def run_here() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     known = cpu.backend.kernels.keys()
-    if known - MAKERS.keys():
-        sys.exit(f"MAKERS in {__file__} makes no arguments for {sorted(known - MAKERS.keys())}")
     if arguments == ["here"]:
         run_here()
         return
+    for name in known:
+        maker_of(name)
     print(f"kernels: {', '.join(known)}; the cpu backend lacks {sorted(MAKERS.keys() - known)}")
     for isa in core.core().cpu.available_isas():
         done = subprocess.run(

@@ -57,8 +57,10 @@ def _cuda_teacher_distance_backward(
 
 
 def _dense(arguments: DistanceArguments) -> DistanceArguments:
-    student, teachers = contiguous((arguments.student, arguments.teachers))
-    return arguments._replace(student=student, teachers=teachers)
+    student, teachers, eps, huber_delta = arguments
+    if student.is_contiguous() and teachers.is_contiguous():
+        return arguments
+    return DistanceArguments(student.contiguous(), teachers.contiguous(), eps, huber_delta)
 
 
 def _run_backward(

@@ -105,7 +105,6 @@ def distances_and_slope(
 
 def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None:
     check_floating("student", student)
-    check_floating("teachers", teachers)
     if student.dim() != 1:
         raise ValueError(f"student must have shape (N,), not {tuple(student.shape)}")
     if teachers.dim() != 2 or teachers.shape[1] != student.shape[0]:
@@ -113,7 +112,8 @@ def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None
             f"teachers must have shape (K, {student.shape[0]}) to fit student, "
             f"not {tuple(teachers.shape)}"
         )
-    check_like("teachers", teachers, teachers.shape, student)
+    if teachers.dtype != student.dtype or teachers.device != student.device:
+        check_like("teachers", teachers, teachers.shape, student)
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta must be positive or None (no Huber), not {huber_delta}")
 

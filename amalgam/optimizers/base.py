@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -173,14 +172,6 @@ def check_group(group: dict[str, Any], names: Iterable[str]) -> None:
     for param in group["params"]:
         if not param.is_floating_point():
             raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
-
-
-def digest(weights: Iterable[Tensor]) -> str:
-    """A short fingerprint of weights, to tell policies apart."""
-    digest = hashlib.blake2b(digest_size=8)
-    for weight in weights:
-        digest.update(weight.to(torch.float64).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def capturing() -> bool:

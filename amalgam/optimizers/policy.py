@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
+from amalgam.digest import digest_of
 from amalgam.layout import Layout
-from amalgam.optimizers.base import LearnedOptimizer, computing_dtype, digest
+from amalgam.optimizers.base import LearnedOptimizer, computing_dtype
 from amalgam.policies import Policy, load_policy
 
 
@@ -66,7 +67,7 @@ class PolicyOptimizer(LearnedOptimizer):
             "weight_decay": weight_decay,
             "warmup_steps": config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": config.warmup_lr if warmup_lr is None else warmup_lr,
-            "policy": f"{own.kind} {digest(own.weights())}",
+            "policy": f"{own.kind} {digest_of(weight.double() for weight in own.weights())}",
         }
         super().__init__(params, defaults)
 

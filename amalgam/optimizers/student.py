@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
+from amalgam.digest import digest_of
 from amalgam.operations.kept import Kept
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.rounding import ROW
@@ -20,7 +21,6 @@ from amalgam.optimizers.base import (
     LearnedOptimizer,
     check_before_capture,
     computing_dtype,
-    digest,
     finite,
 )
 from amalgam.policies import Student
@@ -109,7 +109,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             "weight_decay": weight_decay,
             "warmup_steps": self.config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": self.config.warmup_lr if warmup_lr is None else warmup_lr,
-            "student": digest(own),
+            "student": digest_of(weight.double() for weight in own),
             "rounding": rounding,
             "seed": seed,
             "capturable": capturable,

@@ -6,12 +6,12 @@ Its weights are constants. A student learns from the parameters that it reaches 
 from __future__ import annotations
 
 import copy
-import hashlib
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
+from amalgam.digest import digest_of
 from amalgam.layout import Layout
 from amalgam.policies.policy import Policy
 
@@ -36,10 +36,7 @@ class PolicyTeacher:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = copy.deepcopy(policy).requires_grad_(False)
-        digest = hashlib.blake2b(digest_size=8)
-        for weight in self.policy.weights():
-            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-        self.digest = digest.hexdigest()
+        self.digest = digest_of(self.policy.weights())
         self._policies: dict[torch.device, Policy] = {}
 
     @property

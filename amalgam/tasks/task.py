@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import overload
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from amalgam.digest import digest_of
 from amalgam.layout import Layout
 from amalgam.tasks import convolution
 
@@ -135,12 +135,10 @@ class Task:
 
     def describe(self) -> str:
         """Name, sizes and a fingerprint of the data, for provenance."""
-        digest = hashlib.blake2b(digest_size=8)
-        for tensor in (*self.train, *self.validation):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest = digest_of((*self.train, *self.validation))
         return (
             f"{self.name}: {len(self.train[0])} training and {len(self.validation[0])} validation "
-            f"samples, blake2b {digest.hexdigest()}"
+            f"samples, blake2b {digest}"
         )
 
     def init_module(self, generator: torch.Generator) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ from amalgam.ops import largest_magnitudes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 of_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def memory_cases(dtype: torch.dtype) -> Iterator[tuple[list[Tensor]]]:
+    """Arguments of the kernel, for tests/sanitize_core.py."""
+    for n in (0, 1, 7, 16, 17, 33, 257, 1 << 18):
+        spread = draw(max(2 * n - 1, 0), dtype=dtype)
+        yield ([draw(n, dtype=dtype), draw(0, dtype=dtype), spread[::2]],)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
