@@ -33,4 +33,4 @@ def test_meta_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_commands_are_the_ones_that_ci_and_users_run() -> None:
     assert "\npip install -c constraints.txt . && amalgam train digits\n" in README
-    assert "\npip install -c constraints.txt -e '.[test]' && python -m pytest\n" in README
+    assert "\npip install -c constraints.txt -e '.[test]' && python -m pytest -n 2\n" in README
