@@ -34,7 +34,8 @@ PACKAGE_FOLDERS = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=compiling.asks)
+    # The longest tests, which start whole processes, come first: at the end a core would wait.
+    items.sort(key=lambda item: (compiling.asks(item), item.path.name != "test_cli.py"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch sees none here")

@@ -13,6 +13,8 @@ run folder. The words that this package uses:
   :class:`PersistentEvolution` estimates a meta-gradient.
 * *row*: one student's optimizee (or one particle's), as an index into the tensors of all of them.
 * *trajectory*: the parameters and the state of a student or a teacher in one row, step by step.
+* *unroll*: the training of optimizees step by step. An :class:`Unroll` runs the episodes of one
+  task; a strategy's ``unroll`` is the length of a window.
 * *window*: a number of steps through which a meta-gradient is computed.
 * *episode*: begins with new optimizees and a warm-up by SGD; a number of windows follow, each from
   where the one before ended.

@@ -58,7 +58,8 @@ class _Place:
 class _RuleByRecords(ABC):
     """A strategy that is a rule for what follows the last of some records.
 
-    :meth:`next` applies the rule after each record in turn, and so checks the records.
+    :meth:`next` replays the rule over the records: it raises if one of them is not of the period
+    that the rule would have chosen.
     """
 
     @property
@@ -254,7 +255,7 @@ class Curriculum(_RuleByRecords):
 
     Attributes:
         num_stages: Number of stages.
-        num_periods: One less than the least number of periods per stage.
+        num_periods: A stage has at least one period more than this; the authors count so.
         num_chances: How many periods in a row without a new best end a stage.
         unroll: Steps per window, by stage.
         windows: Windows per episode, by stage.

@@ -44,9 +44,9 @@ class Memory:
     Attributes:
         budget: Bytes for all that the backward pass holds, as in ``"4GiB"``: the tape, three points
             to compute with, and with the rest the kept points, then optimizees' graphs. Where
-            ``None``, half of the memory that is free when a window begins; if that is too little
-            for one kept point, what one needs, up to nine tenths of the free memory. The
-            meta-gradient is the same for any budget, bit for bit.
+            ``None``, half of the memory that is free when a window begins; more, up to nine tenths,
+            only where half can't hold one kept point. The meta-gradient is the same for any budget,
+            bit for bit.
         segment: In place of a budget: keep the point of every ``segment``-th step, and all points
             of the segment that is being reversed.
         cells: Dtype of the recurrent state (h and c) in kept points. ``"bfloat16"`` halves its size

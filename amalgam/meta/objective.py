@@ -139,9 +139,13 @@ def imitation_terms(how: Amalgamation, distances: Tensor) -> Tensor:
 
 
 def imitation_slopes(how: Amalgamation, distances: Tensor) -> Tensor:
-    """The gradient of one imitation term with respect to its log distances, shape (K,).
+    """The gradient of one row's imitation term with respect to its log distances, shape (K,).
 
     Where several distances are the largest, they share the gradient alike.
+
+    Args:
+        how: The settings of the losses.
+        distances: The row's log distances, shape (K,).
     """
     if how.mechanism == "mean":
         slopes = torch.full_like(distances, 1 / len(distances))

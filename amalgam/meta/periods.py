@@ -20,7 +20,7 @@ INITIAL = "initial"
 
 @dataclass(frozen=True)
 class UnrollSettings:
-    """How many optimizees are trained in a period or its validation, and for how long.
+    """How many episodes a period or its validation has, and how long they are.
 
     Attributes:
         unroll: Steps per window.

@@ -43,7 +43,7 @@ class KeptPoints:
     may overwrite the point that it begins from.
 
     Args:
-        steps: The policy's steps, to which the memory of states goes back for later states.
+        steps: The policy's steps, which get the memory of released states for later ones.
         first: The point of step 0, which is always kept, unrounded.
         cells: The dtype of the recurrent state (h and c) in all other kept points; see
             :class:`amalgam.meta.Memory`.
@@ -132,8 +132,8 @@ class KeptPoints:
     def _step_to_keep(self, plan: Plan, step: int, end: int) -> int:
         """The step whose point to keep next, after this one's.
 
-        Step ``end - 1`` is reversed first. Its point is at hand then, so it needs no place among
-        the kept ones.
+        Of the steps before ``end``, the last is reversed first. Its point is at hand then, so it
+        needs no place among the kept ones.
         """
         free = plan.points - (len(self._kept) - 1)
         return min(step + plan.next_kept(end - step, free), end - 1) if free else end - 1

@@ -80,12 +80,13 @@ class StudentSteps:
             step: The step's number.
             point: Where the students stand.
             grads: Their gradients, shape (R, N).
-            moved: Which rows are to move, shape (R,).
+            moved: Which rows move, shape (R,); the others stay where they stand.
             reuse: Whether the new states may overwrite the old ones. They do so only if all rows
                 move.
 
         Returns:
-            The next point, and whether each row's update is usable, shape (R,).
+            The next point, and whether each row's update is usable, shape (R,). Rows with an
+            unusable update are in the next point as it leaves them: the caller has to look.
         """
         if not moved.any():
             return point, moved

@@ -144,9 +144,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for batch in self._batches_of(group, params):
             warming = batch.below(group["warmup_steps"])
             self._warm_up(group, [batch.tensors.params[index] for index in warming])
-            batch.count(1)
             trained = batch.without(warming) if warming else batch.tensors
             self._run(trained, lr=lr, weight_decay=decay)
+            batch.count(1)
 
     def _warm_up(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])
