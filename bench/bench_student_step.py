@@ -24,6 +24,7 @@ from harness import (
     lstm_weights,
     measure,
     need,
+    seconds,
     sizes,
     temporary_bytes,
     threads_of_each,
@@ -190,3 +191,34 @@ def test_a_thousand_parameters(benchmark: Any, rival: str, threads: int) -> None
         threads=threads,
         flop=0 if rival == "adamw_foreach" else count * each * FLOP,
     )
+
+
+@threads_of_each
+def test_a_thousand_parameters_alternating(benchmark: Any, threads: int) -> None:
+    """The least time of each of 100 steps that optimizers take in turn, so that noise hits all."""
+    values, slopes = make_vectors(100_000)
+    student = Student(StudentConfig(), generator=torch.Generator().manual_seed(0))
+
+    def stepper_of(part: int, kind: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Run:
+        params = [each.clone().requires_grad_() for each in values.split(part)]
+        for param, grad in zip(params, slopes.split(part), strict=True):
+            param.grad = grad.clone()
+        return kind(params).step
+
+    def amalgamated(params: list[Tensor]) -> torch.optim.Optimizer:
+        return AmalgamatedOptimizer(params, student=student, backend="cpu", warmup_steps=0)
+
+    def adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, foreach=True)
+
+    steps = {
+        "optimizer": stepper_of(100, amalgamated),
+        "adamw_foreach": stepper_of(100, adamw),
+        "optimizer_at_once": stepper_of(100_000, amalgamated),
+    }
+    least = dict.fromkeys(steps, float("inf"))
+    for _ in range(100):
+        for name, step in steps.items():
+            least[name] = min(least[name], seconds(step, repeats=1))
+    benchmark.pedantic(steps["optimizer"], rounds=10)
+    benchmark.extra_info |= {"threads": threads, "least_ms": {n: 1e3 * t for n, t in least.items()}}
