@@ -27,12 +27,13 @@ run folder. The words that this package uses:
 """
 
 from amalgam.meta.clipping import clip_adaptively
-from amalgam.meta.curriculum import Curriculum, Repeat, Stage, Stages
+from amalgam.meta.curriculum import Curriculum, Repeat
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.estimators import Estimator, PersistentEvolution, Truncation
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import MECHANISMS, Amalgamation
 from amalgam.meta.periods import Strategy
+from amalgam.meta.stages import Stage, Stages
 from amalgam.meta.trainer import Trainer
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll

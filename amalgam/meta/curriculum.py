@@ -11,13 +11,14 @@ A recipe's table ``[strategy]`` chooses one by its ``kind``: a name of :data:`ST
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from amalgam.hints import did_you_mean
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, UnrollSettings
+from amalgam.meta.rule import Place, RuleByRecords
+from amalgam.meta.stages import Stages
 
 IMITATION_WEIGHTS: dict[str, tuple[float, ...]] = {
     "il_more": (0.2, 0.1, 0.05, 0.02),
@@ -43,137 +44,6 @@ def value_at(schedule: Schedule, index: int) -> float:
     if isinstance(schedule, tuple):
         return schedule[min(index, len(schedule) - 1)]
     return schedule
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Which period comes next, and from which checkpoint; the fields are :class:`Period`'s."""
-
-    stage: int = 0
-    period: int = 0
-    repeat: int = 0
-    begin_from: str = INITIAL
-
-
-class _RuleByRecords(ABC):
-    """A strategy that is a rule for what follows the last of some records.
-
-    :meth:`next` replays the rule over the records: it raises if one of them is not of the period
-    that the rule would have chosen.
-    """
-
-    @property
-    def goes_back(self) -> bool:
-        """See :class:`amalgam.meta.periods.Strategy`."""
-        return True
-
-    @property
-    def meta_steps(self) -> int | None:
-        """See :class:`amalgam.meta.periods.Strategy`."""
-        return None
-
-    def next(self, records: Sequence[Record]) -> Period | Finish:
-        """See :class:`amalgam.meta.periods.Strategy`."""
-        place: _Place | Finish = _Place()
-        for index, record in enumerate(records):
-            if isinstance(place, Finish):
-                raise ValueError(
-                    f"records must end with the last period, not go on with {record.name}"
-                )
-            expected = (place.stage, place.period, place.repeat)
-            if (record.stage, record.period, record.repeat) != expected:
-                wanted = self._period(place).name
-                raise ValueError(
-                    f"records must be of this strategy: {record.name} stands where it does {wanted}"
-                )
-            place = self._after(records[: index + 1])
-        return place if isinstance(place, Finish) else self._period(place)
-
-    @abstractmethod
-    def _after(self, records: Sequence[Record]) -> _Place | Finish:
-        """What follows the last of one or more records."""
-
-    @abstractmethod
-    def _period(self, place: _Place) -> Period:
-        """The period to train at a place."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of :class:`Stages`.
-
-    Attributes:
-        episodes: Number of episodes, each with new optimizees.
-        windows: Number of windows per episode; a meta-step follows each window.
-        imitation_weight: Weight of the imitation loss beside the meta-loss.
-    """
-
-    episodes: int = 10
-    windows: int = 1
-    imitation_weight: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be run."""
-        for name in ("episodes", "windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if not self.imitation_weight >= 0:
-            raise ValueError(f"imitation_weight must be 0 or more, not {self.imitation_weight}")
-
-
-@dataclass(frozen=True)
-class Stages(_RuleByRecords):
-    """Fixed stages of one period each, one after another, with no return to earlier weights.
-
-    Episodes warm up as the student's configuration says. The run validates the student every
-    :attr:`amalgam.meta.Training.validate_every` meta-steps and keeps the best one.
-
-    Attributes:
-        stages: The stages, in order. Each may also be a mapping of :class:`Stage`'s fields, as
-            recipes give them.
-        unroll: Steps per window.
-    """
-
-    stages: tuple[Stage, ...] = (Stage(),)
-    unroll: int = 100
-
-    def __post_init__(self) -> None:
-        """Make stages of tables, and refuse what can't be run."""
-        stages = (Stage(**s) if isinstance(s, Mapping) else s for s in self.stages)
-        object.__setattr__(self, "stages", tuple(stages))
-        if not self.stages:
-            raise ValueError("stages must hold at least one stage, not none")
-        for stage in self.stages:
-            if not isinstance(stage, Stage):
-                raise TypeError(f"stages must hold stages, as in (Stage(10, 2),), not {stage!r}")
-        if self.unroll < 1:
-            raise ValueError(f"unroll must be 1 or more, not {self.unroll}")
-
-    @property
-    def goes_back(self) -> bool:
-        """See :class:`amalgam.meta.periods.Strategy`."""
-        return False
-
-    @property
-    def meta_steps(self) -> int:
-        """See :class:`amalgam.meta.periods.Strategy`."""
-        return sum(stage.episodes * stage.windows for stage in self.stages)
-
-    def _period(self, place: _Place) -> Period:
-        stage = self.stages[place.stage]
-        return Period(
-            **asdict(place),
-            training=UnrollSettings(self.unroll, stage.windows, stage.episodes, 0, 0.0),
-            imitation_weight=stage.imitation_weight,
-            validation=None,
-            own_warmup=True,
-        )
-
-    def _after(self, records: Sequence[Record]) -> _Place | Finish:
-        last = records[-1]
-        if last.stage + 1 == len(self.stages):
-            return Finish(last.name)
-        return _Place(last.stage + 1, 0, 0, last.name)
 
 
 def _exploded(loss: float, reference: float, threshold: float) -> bool:
@@ -231,7 +101,7 @@ def _unrolls(strategy: Curriculum | Repeat, index: int) -> UnrollSettings:
 
 
 @dataclass(frozen=True)
-class Curriculum(_RuleByRecords):
+class Curriculum(RuleByRecords):
     """The paper's strategy: unrolls get longer from stage to stage; a stage lasts while it helps.
 
     Every period is validated on the unrolls of the *next* stage. Lower is better. The rules:
@@ -286,7 +156,7 @@ class Curriculum(_RuleByRecords):
         _name_weights(self)
         _check(self, ("num_stages", "num_periods", "num_chances"), _SCHEDULES)
 
-    def _period(self, place: _Place) -> Period:
+    def _period(self, place: Place) -> Period:
         assert not isinstance(self.imitation_weight, str)
         return Period(
             **asdict(place),
@@ -295,20 +165,20 @@ class Curriculum(_RuleByRecords):
             validation=_unrolls(self, place.stage + 1),
         )
 
-    def _after(self, records: Sequence[Record]) -> _Place | Finish:
+    def _after(self, records: Sequence[Record]) -> Place | Finish:
         last = records[-1]
         if self._must_repeat(records):
             begin_from = self._previous(records)
-            return _Place(last.stage, last.period, last.repeat + 1, begin_from)
+            return Place(last.stage, last.period, last.repeat + 1, begin_from)
         best = _best(_records_of(records, last.stage))
         if last.period < self.num_periods or (
             best is not None and last.period - best.period < self.num_chances
         ):
-            return _Place(last.stage, last.period + 1, 0, last.name)
+            return Place(last.stage, last.period + 1, 0, last.name)
         kept = self._best_until(records, last.stage)
         if last.stage + 1 == self.num_stages:
             return Finish(kept)
-        return _Place(last.stage + 1, 0, 0, kept)
+        return Place(last.stage + 1, 0, 0, kept)
 
     def _must_repeat(self, records: Sequence[Record]) -> bool:
         last = records[-1]
@@ -343,7 +213,7 @@ class Curriculum(_RuleByRecords):
 
 
 @dataclass(frozen=True)
-class Repeat(_RuleByRecords):
+class Repeat(RuleByRecords):
     """A fixed number of periods, each repeated if its loss exploded.
 
     The loss of a period exploded if its validation is greater than ``r + repeat_threshold * |r|``,
@@ -385,7 +255,7 @@ class Repeat(_RuleByRecords):
             object.__setattr__(self, "validation", UnrollSettings(**self.validation))
         _check(self, ("num_periods",), _SCHEDULES)
 
-    def _period(self, place: _Place) -> Period:
+    def _period(self, place: Place) -> Period:
         assert not isinstance(self.imitation_weight, str)
         return Period(
             **asdict(place),
@@ -394,15 +264,15 @@ class Repeat(_RuleByRecords):
             validation=self.validation,
         )
 
-    def _after(self, records: Sequence[Record]) -> _Place | Finish:
+    def _after(self, records: Sequence[Record]) -> Place | Finish:
         last = records[-1]
         if last.period and not (self.max_repeat and last.repeat >= self.max_repeat):
             before = _records_of(records, 0, last.period - 1)[-1]
             if _exploded(last.validation, before.validation, self.repeat_threshold):
-                return _Place(0, last.period, last.repeat + 1, before.name)
+                return Place(0, last.period, last.repeat + 1, before.name)
         if last.period + 1 == self.num_periods:
             return Finish(last.name)
-        return _Place(0, last.period + 1, 0, last.name)
+        return Place(0, last.period + 1, 0, last.name)
 
 
 def _name_weights(strategy: Curriculum | Repeat) -> None:

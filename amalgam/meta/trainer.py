@@ -22,7 +22,6 @@ import torch
 
 from amalgam.device import resolve
 from amalgam.meta import distributed, validation
-from amalgam.meta.curriculum import Stages
 from amalgam.meta.estimators import Estimator, Truncation
 from amalgam.meta.memory import Memory
 from amalgam.meta.meta_step import MetaSteps
@@ -33,6 +32,7 @@ from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.replicate import Replicate
 from amalgam.meta.run_folder import RunFolder
 from amalgam.meta.run_state import RunState
+from amalgam.meta.stages import Stages
 from amalgam.meta.training import Training
 from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy, Pool

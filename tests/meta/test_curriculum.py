@@ -8,17 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from amalgam.meta.curriculum import (
-    STRATEGIES,
-    Curriculum,
-    Repeat,
-    Stage,
-    Stages,
-    choice_strategy,
-    simple,
-)
+from amalgam.meta.curriculum import STRATEGIES, Curriculum, Repeat, choice_strategy, simple
 from amalgam.meta.objective import loss_weights
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, Strategy, UnrollSettings
+from amalgam.meta.stages import Stage, Stages
 
 NAN, INF = math.nan, math.inf
 Losses = Callable[[Period], tuple[float, float]]

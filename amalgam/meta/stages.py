@@ -1,0 +1,87 @@
+"""The strategy that trains in fixed stages, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from amalgam.meta.periods import Finish, Period, Record, UnrollSettings
+from amalgam.meta.rule import Place, RuleByRecords
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of :class:`Stages`.
+
+    Attributes:
+        episodes: Number of episodes, each with new optimizees.
+        windows: Number of windows per episode; a meta-step follows each window.
+        imitation_weight: Weight of the imitation loss beside the meta-loss.
+    """
+
+    episodes: int = 10
+    windows: int = 1
+    imitation_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be run."""
+        for name in ("episodes", "windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not self.imitation_weight >= 0:
+            raise ValueError(f"imitation_weight must be 0 or more, not {self.imitation_weight}")
+
+
+@dataclass(frozen=True)
+class Stages(RuleByRecords):
+    """Fixed stages of one period each, one after another, with no return to earlier weights.
+
+    Episodes warm up as the student's configuration says. The run validates the student every
+    :attr:`amalgam.meta.Training.validate_every` meta-steps and keeps the best one.
+
+    Attributes:
+        stages: The stages, in order. Each may also be a mapping of :class:`Stage`'s fields, as
+            recipes give them.
+        unroll: Steps per window.
+    """
+
+    stages: tuple[Stage, ...] = (Stage(),)
+    unroll: int = 100
+
+    def __post_init__(self) -> None:
+        """Make stages of tables, and refuse what can't be run."""
+        stages = (Stage(**s) if isinstance(s, Mapping) else s for s in self.stages)
+        object.__setattr__(self, "stages", tuple(stages))
+        if not self.stages:
+            raise ValueError("stages must hold at least one stage, not none")
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"stages must hold stages, as in (Stage(10, 2),), not {stage!r}")
+        if self.unroll < 1:
+            raise ValueError(f"unroll must be 1 or more, not {self.unroll}")
+
+    @property
+    def goes_back(self) -> bool:
+        """See :class:`amalgam.meta.periods.Strategy`."""
+        return False
+
+    @property
+    def meta_steps(self) -> int:
+        """See :class:`amalgam.meta.periods.Strategy`."""
+        return sum(stage.episodes * stage.windows for stage in self.stages)
+
+    def _period(self, place: Place) -> Period:
+        stage = self.stages[place.stage]
+        return Period(
+            **asdict(place),
+            training=UnrollSettings(self.unroll, stage.windows, stage.episodes, 0, 0.0),
+            imitation_weight=stage.imitation_weight,
+            validation=None,
+            own_warmup=True,
+        )
+
+    def _after(self, records: Sequence[Record]) -> Place | Finish:
+        last = records[-1]
+        if last.stage + 1 == len(self.stages):
+            return Finish(last.name)
+        return Place(last.stage + 1, 0, 0, last.name)
