@@ -8,8 +8,8 @@ arguments and chooses the backend.
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.registry import BackendStatus, backends, check_backend
+from amalgam.operations.student_forms import StepSettings
 from amalgam.operations.student_step import (
-    StepSettings,
     StudentState,
     initial_state,
     student_step,

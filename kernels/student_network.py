@@ -5,8 +5,6 @@ The formulas are in amalgam/operations/student_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +13,7 @@ from amalgam.kernels import lstm, lstm_weights
 from amalgam.kernels.configurations import FEW
 from amalgam.kernels.lstm import cell, column, rows_of, sigmoid, sizes_of, tanh
 from amalgam.kernels.rounding import random_bits, rounded_stochastically
+from amalgam.operations.student_forms import StepSettings
 
 FEATURES = 2
 FEW_UNITS = tl.constexpr(FEW)
@@ -310,9 +309,9 @@ def step_of_block(
     return alpha * tanh(top, PTX, APPROXIMATE)
 
 
-def constants_of(settings: Sequence[float]) -> tuple[float, ...]:
-    """Kernels' arguments alpha to eps, from alpha, beta1, beta2 and eps."""
-    alpha, beta1, beta2, eps = settings
+def constants_of(settings: StepSettings) -> tuple[float, ...]:
+    """Kernels' arguments alpha to eps."""
+    alpha, beta1, beta2, eps = settings.constants
     return alpha, beta1, beta2, 1 - beta1, 1 - beta2, eps
 
 

@@ -31,6 +31,7 @@ from amalgam.kernels.student_network import (
     student_cell,
     with_inputs,
 )
+from amalgam.operations.student_forms import StepSettings
 
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -318,7 +319,7 @@ def backward(
 def student_step(
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    settings: Sequence[float],
+    settings: StepSettings,
     precision: str | None,
     approximate: bool,
 ) -> tuple[Tensor, ...]:
@@ -327,7 +328,7 @@ def student_step(
     Args:
         inputs: grad, m, v (N,), h and c (layers, hidden, N), all contiguous and float32.
         weights: As the operation has them.
-        settings: alpha, beta1, beta2, eps.
+        settings: The student's constants.
         precision: Of the matrix products: "ieee", "3xtf32", "tf32" or "bf16"; ``None`` for the
             fastest that errs as float32 does.
         approximate: Whether tanh and sigmoid are NVIDIA's tanh.approx.
@@ -361,7 +362,7 @@ def student_step_backward(
     grads_out: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
-    settings: Sequence[float],
+    settings: StepSettings,
     precision: str | None,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Launch the backward of the functional step.
@@ -370,7 +371,7 @@ def student_step_backward(
         grads_out: Gradients in the update and in the new m, v, h, c, contiguous, float32.
         inputs: As in :func:`student_step`.
         weights: As the operation has them.
-        settings: alpha, beta1, beta2, eps.
+        settings: The student's constants.
         precision: As in :func:`student_step`; activations are precise.
 
     Returns:

@@ -24,7 +24,8 @@ import amalgam  # noqa: F401  registers the operations
 from amalgam.backends import core, cpu
 from amalgam.operations import registry
 from amalgam.operations.choice_step import ChoiceArguments
-from amalgam.operations.student_step import StepSettings, StudentState
+from amalgam.operations.student_forms import StepSettings
+from amalgam.operations.student_step import StudentState
 from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
 from amalgam.operations.teacher_distance import DistanceArguments
 from amalgam.operations.teacher_step import KINDS, PoolSettings

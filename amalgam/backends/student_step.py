@@ -13,14 +13,16 @@ from amalgam.backends.memory import (
     check_written,
     contiguous,
     dtype_name,
+    rnnprop_alone,
     unwritten,
 )
 from amalgam.operations.registry import Numerics
-from amalgam.operations.student_step import StepSettings, StudentState, register_into
+from amalgam.operations.student_forms import StepSettings
+from amalgam.operations.student_step import StudentState, register_into
 from amalgam.operations.table import addresses
 
 
-@cpu.backend.kernel("student_step")
+@cpu.backend.kernel("student_step", accepts=rnnprop_alone)
 def _cpu_student_step(
     grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
 ) -> tuple[Tensor, StudentState]:
@@ -30,7 +32,7 @@ def _cpu_student_step(
     return update, new
 
 
-@cpu.backend.kernel("student_step_into")
+@cpu.backend.kernel("student_step_into", accepts=rnnprop_alone)
 def _cpu_student_step_into(
     update: Tensor,
     new: StudentState,
@@ -61,7 +63,7 @@ def _cpu_student_step_into(
 _WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
 
 
-@cpu.backend.kernel("student_step_backward")
+@cpu.backend.kernel("student_step_backward", accepts=rnnprop_alone)
 def _cpu_student_step_backward(
     d_update: Tensor,
     d_new: StudentState,
@@ -77,7 +79,7 @@ def _cpu_student_step_backward(
     return d_grad, d_state, d_weights
 
 
-@cpu.backend.kernel("student_step_backward_into")
+@cpu.backend.kernel("student_step_backward_into", accepts=rnnprop_alone)
 def _cpu_student_step_backward_into(
     d_update: Tensor,
     d_state: StudentState,
@@ -117,7 +119,7 @@ def _run_student_step_backward(
         n=grad.numel(),
         layers=layers,
         hidden=hidden,
-        constants=settings,
+        constants=settings.constants,
         threads=torch.get_num_threads(),
     )
     return d_grad, d_weights
@@ -157,7 +159,7 @@ def run_on_cpu(
         addresses(weights),
         layers=(len(weights) - 2) // 3,
         hidden=weights[-2].shape[1],
-        constants=settings,
+        constants=settings.constants,
         grad=dtype_name(grad),
         cells=dtype_name(cells),
         out=dtype_name(out),
@@ -166,7 +168,9 @@ def run_on_cpu(
     )
 
 
-@triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)
+@triton.backend.kernel(
+    "student_step", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
+)
 def _triton_student_step(
     grad: Tensor,
     state: StudentState,
@@ -182,7 +186,9 @@ def _triton_student_step(
     return update, StudentState(*new)
 
 
-@triton.backend.kernel("student_step_backward", dtypes=triton.SINGLE, takes_numerics=True)
+@triton.backend.kernel(
+    "student_step_backward", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
+)
 def _triton_student_step_backward(
     d_update: Tensor,
     d_state: StudentState,
@@ -202,4 +208,4 @@ def _triton_student_step_backward(
     return d_grad, StudentState(*d_old), d_weights
 
 
-register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True)
+register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone)

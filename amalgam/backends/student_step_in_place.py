@@ -15,6 +15,7 @@ from amalgam.backends.memory import (
     contiguous,
     dense_in_place,
     dtype_name,
+    rnnprop_alone,
 )
 from amalgam.backends.student_step import run_on_cpu, table_fields
 from amalgam.operations.kept import kept
@@ -26,7 +27,7 @@ from amalgam.operations.table import addresses, launches
 from amalgam.operations.warm_up import warm_up_
 
 
-@cpu.backend.kernel("student_step_")
+@cpu.backend.kernel("student_step_", accepts=rnnprop_alone)
 def _cpu_student_step_in_place(step: InPlaceStep) -> None:
     keep, lr, warm_rate = 1 - step.lr * step.weight_decay, step.lr, 0.0
     if step.control is not None:
@@ -117,6 +118,8 @@ def _blocks() -> dict[tuple[int, int], int]:
 
 
 def _accepts(step: InPlaceStep, *, numerics: Numerics) -> str | None:
+    if problem := rnnprop_alone(step):
+        return f"{problem}; backend='triton' computes either"
     layers, hidden = step.tensors.h[0].shape[:2]
     if (layers, hidden) not in _blocks():
         sizes = ", ".join(f"{layers}x{hidden}" for layers, hidden in sorted(_blocks()))
@@ -160,7 +163,7 @@ def _cuda_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> Non
                 blocks=launch.blocks,
                 layers=layers,
                 hidden=hidden,
-                constants=step.settings,
+                constants=step.settings.constants,
                 param=dtype_name(param_dtype),
                 grad=dtype_name(grad_dtype),
                 cells=dtype_name(cells),
@@ -249,7 +252,9 @@ def _pack(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
 
 
-@triton.backend.kernel("student_step_", dtypes=triton.SINGLE, takes_numerics=True)
+@triton.backend.kernel(
+    "student_step_", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
+)
 def _triton_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     from amalgam.kernels import student_step_in_place as kernels
 

@@ -12,16 +12,18 @@ from amalgam.backends import core, cpu, triton
 from amalgam.backends.memory import (
     contiguous,
     dtype_name,
+    rnnprop_alone,
     unwritten,
     with_contiguous_rows,
 )
 from amalgam.operations.registry import Numerics
-from amalgam.operations.student_step import StepSettings, StudentState
+from amalgam.operations.student_forms import StepSettings
+from amalgam.operations.student_step import StudentState
 from amalgam.operations.student_unroll_backward import by_steps
 from amalgam.operations.table import addresses
 
 
-@cpu.backend.kernel("student_unroll_backward")
+@cpu.backend.kernel("student_unroll_backward", accepts=rnnprop_alone)
 def _cpu_student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,
@@ -47,7 +49,7 @@ def _cpu_student_unroll_backward(
         adjoints_stride=adjoints_stride,
         layers=layers,
         hidden=hidden,
-        constants=settings,
+        constants=settings.constants,
         threads=torch.get_num_threads(),
     )
     return d_weights
@@ -60,7 +62,9 @@ UNROLL_CHUNK = 1 << 16
 UNROLL_HELD = 3 << 30
 
 
-@triton.backend.kernel("student_unroll_backward", dtypes=triton.SINGLE, takes_numerics=True)
+@triton.backend.kernel(
+    "student_unroll_backward", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
+)
 def _triton_student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,

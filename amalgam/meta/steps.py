@@ -136,7 +136,7 @@ class FusedSteps:
     def initial(self, like: Tensor) -> StudentState:
         """See :class:`PolicySteps`; the tensors are views of one zero, which no step writes to."""
         weights = self._student.weights()
-        layers, hidden = lstm.architecture(weights, 1)
+        layers, hidden = lstm.architecture(weights)
         zero, n = weights[0].new_zeros(()), like.numel()
         cells = zero.expand(layers, hidden, n)
         return StudentState(zero.expand(n), zero.expand(n), cells, cells)

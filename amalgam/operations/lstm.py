@@ -31,29 +31,44 @@ class Trace(NamedTuple):
     cells: list[Tensor]
 
 
-def architecture(weights: Sequence[Tensor], outputs: int) -> tuple[int, int]:
-    """(layers, hidden) of a list of weights whose head has this many outputs."""
+def architecture(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """(layers, hidden) of a list of weights."""
     if len(weights) < 5 or (len(weights) - 2) % 3:
         raise ValueError(
             f"weights must hold three tensors a layer and two of the head, not {len(weights)}"
         )
     if weights[-2].dim() != 2:
         raise ValueError(
-            f"weights[-2], the head, must have shape ({outputs}, hidden), "
+            f"weights[-2], the head, must have shape (outputs, hidden), "
             f"not {tuple(weights[-2].shape)}"
         )
     return (len(weights) - 2) // 3, weights[-2].shape[-1]
 
 
 def check_weights(
-    weights: Sequence[Tensor], h: Tensor, like: Tensor, features: int, outputs: int
+    weights: Sequence[Tensor],
+    h: Tensor,
+    like: Tensor,
+    features: int,
+    outputs: int,
+    biases: Sequence[int] = (),
 ) -> None:
-    """Raise ValueError unless the weights fit each other, the state h and a tensor's dtype."""
-    layers, hidden = architecture(weights, outputs)
+    """Raise ValueError unless the weights fit each other, the state h and a tensor's dtype.
+
+    Args:
+        weights: The weights.
+        h: The state's h, shape (layers, hidden, ...).
+        like: A tensor of their dtype and device.
+        features: Inputs of the first layer.
+        outputs: Outputs of the head.
+        biases: The dimensions before the first layer's bias's own; none, or what there are several
+            biases for.
+    """
+    layers, hidden = architecture(weights)
     expected: list[tuple[int, ...]] = []
     for layer in range(layers):
-        inputs = hidden if layer else features
-        expected += [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,)]
+        inputs, several = (hidden, ()) if layer else (features, tuple(biases))
+        expected += [(4 * hidden, inputs), (4 * hidden, hidden), (*several, 4 * hidden)]
     expected += [(outputs, hidden), (outputs,)]
     for index, (weight, shape) in enumerate(zip(weights, expected, strict=True)):
         check_like(f"weights[{index}]", weight, shape, like)
@@ -67,9 +82,13 @@ def check_weights(
 def layer_step(
     x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """One layer: x (inputs, N), h, c (hidden, N) -> its output, new cell, gates i, f, a, o."""
+    """One layer: x (inputs, N), h, c (hidden, N) -> its output, new cell, gates i, f, a, o.
+
+    The bias may be one a coordinate, (4 hidden, N).
+    """
     w_ih, w_hh, bias = weights
-    i, f, a, o = (torch.addmm(bias[:, None], w_ih, x) + w_hh @ h).chunk(4)
+    columns = bias if bias.dim() == 2 else bias[:, None]
+    i, f, a, o = (torch.addmm(columns, w_ih, x) + w_hh @ h).chunk(4)
     i, f, a, o = i.sigmoid(), f.sigmoid(), a.tanh(), o.sigmoid()
     cell = f * c + i * a
     return o * cell.tanh(), cell, (i, f, a, o)
@@ -119,13 +138,14 @@ def backward(
         weights: The layers' weights; what follows them is not looked at.
 
     Returns:
-        Gradients in x, h, c, and in the layers' weights.
+        Gradients in x, h, c, and in the layers' weights; where the first layer's bias was one a
+        coordinate, in each of these.
     """
     inputs, gates, cells = traced
     d_weights: list[Tensor] = []
     in_h, in_c = [], []
     for layer in reversed(range(h.shape[0])):
-        w_ih, w_hh, _ = weights[3 * layer : 3 * layer + 3]
+        w_ih, w_hh, bias = weights[3 * layer : 3 * layer + 3]
         i, f, a, o = gates[layer]
         squashed = cells[layer].tanh()
         d_out = d_x + d_h[layer]
@@ -138,7 +158,8 @@ def backward(
                 d_out * squashed * o * (1 - o),
             )
         )
-        d_weights[:0] = [d_gates @ inputs[layer].T, d_gates @ h[layer].T, d_gates.sum(1)]
+        d_bias = d_gates.sum(1) if bias.dim() == 1 else d_gates
+        d_weights[:0] = [d_gates @ inputs[layer].T, d_gates @ h[layer].T, d_bias]
         in_h.append(w_hh.T @ d_gates)
         in_c.append(d_cell * f)
         d_x = w_ih.T @ d_gates

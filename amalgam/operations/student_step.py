@@ -1,14 +1,14 @@
-"""``student_step``: one step of the RNNProp student over every coordinate.
+"""``student_step``: one step of a student over every coordinate.
 
-Per coordinate, with m, v the moments and (h, c) the cells' state (RNNProp, Lv et al. 2017, as the
-authors of Optimizer Amalgamation, ICLR 2022, use it; no bias correction that depends on time)::
+Per coordinate, with m, v the moments and (h, c) the cells' state::
 
     m <- beta1 m + (1 - beta1) g             v <- beta2 v + (1 - beta2) g^2
-    scale = 1 / sqrt(v / (1 - beta2) + eps)
-    x = [ m / (1 - beta1) * scale,  g * scale ]
+    x = what the form makes of g, m and v
     for each layer: i, f, a, o = W_ih x + W_hh h + b      (a: the candidate)
                     c <- sigmoid(f) c + sigmoid(i) tanh(a);  x = h <- sigmoid(o) tanh(c)
-    update = alpha tanh(head . x + head_bias)
+    update = what the form makes of head . x + head_bias
+
+There are two forms, RNNProp and nominal: :mod:`amalgam.operations.student_forms`.
 
 Coordinates are the last, fastest dimension of every array: eager PyTorch runs that order 1.2 to 3
 times as fast as the transposed one, and it is the order that fills whole vectors and sectors.
@@ -25,10 +25,14 @@ from torch import Tensor
 
 from amalgam.operations import lstm, registry
 from amalgam.operations.checks import check_floating, check_like
+from amalgam.operations.student_forms import (
+    StepSettings,
+    bias_by_coordinate,
+    by_tensor,
+    check_tensors,
+)
 
 _NAME = "student_step"
-FEATURES = 2
-OUTPUTS = 1
 
 
 class StudentState(NamedTuple):
@@ -47,22 +51,6 @@ class StudentState(NamedTuple):
     c: Tensor
 
 
-class StepSettings(NamedTuple):
-    """The student's constants.
-
-    Attributes:
-        alpha: Largest update of a coordinate in one step.
-        beta1: Decay of the first moment, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1).
-        eps: Added to the second moment inside the root.
-    """
-
-    alpha: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-10
-
-
 DEFAULTS = StepSettings()
 
 # What errors call a state's four tensors, and gradients in them.
@@ -72,7 +60,9 @@ GRADIENT_NAMES = tuple(f"grads_out[{index}]" for index in range(1, 5))
 
 # How the torch operators spell what the structures above hold.
 STATE_SCHEMA = "Tensor m, Tensor v, Tensor h, Tensor c"
-SETTINGS_SCHEMA = "float alpha, float beta1, float beta2, float eps"
+SETTINGS_SCHEMA = (
+    "float alpha, float beta1, float beta2, float eps, Tensor? corrections, SymInt[] sizes"
+)
 _ARGUMENTS_SCHEMA = f"Tensor grad, {STATE_SCHEMA}, Tensor[] weights, {SETTINGS_SCHEMA}, str backend"
 
 
@@ -90,9 +80,10 @@ def student_step(
         grad: The optimizee's gradient, shape (N,), float32 or float64.
         state: The carried state, same dtype and device.
         weights: For each layer W_ih (4 hidden, inputs), W_hh (4 hidden, hidden), b (4 hidden,)
-            with gates in the order input, forget, candidate, output; then the head (1, hidden)
-            and its bias (1,). Same dtype and device.
-        settings: The student's constants.
+            with gates in the order input, forget, candidate, output; then the head (outputs,
+            hidden) and its bias (outputs,). Same dtype and device. The first layer has 2 inputs and
+            the head 1 output; of the nominal form 3 and 2, and the first b is (tensors, 4 hidden).
+        settings: The student's constants, and the form.
         backend: ``"auto"``, or a backend's name. All but ``"reference"`` are once differentiable.
 
     Returns:
@@ -104,20 +95,44 @@ def student_step(
         RuntimeError: The backend asked for can't compute this here.
     """
     check_floating("grad", grad)
-    chosen = registry.resolve(_NAME, backend, grad)
+    chosen = registry.resolve(_NAME, backend, grad, grad, state, weights, settings)
     if chosen == registry.REFERENCE:
-        _check(grad, state, weights)
+        _check(grad, state, weights, settings)
         return _reference(grad, state, weights, settings)
     update, *new = torch.ops.amalgam.student_step(grad, *state, list(weights), *settings, chosen)
     return update, StudentState(*new)
 
 
-def _check(grad: Tensor, state: StudentState, weights: Sequence[Tensor]) -> None:
+def _check(
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> None:
     check_floating("grad", grad)
-    lstm.check_weights(weights, state.h, grad, FEATURES, OUTPUTS)
+    check_weights(weights, state.h, grad, settings, ())
     if grad.dim() != 1:
         raise ValueError(f"grad must have shape (N,), not {tuple(grad.shape)}")
     check_state(state, grad.shape, state.h.shape[:2], grad, grad)
+    check_tensors(settings, weights[2], grad.numel(), grad)
+
+
+def check_weights(
+    weights: Sequence[Tensor],
+    h: Tensor,
+    like: Tensor,
+    settings: StepSettings,
+    steps: Sequence[int],
+) -> None:
+    """Raise ValueError unless the weights fit the form, each other, the state and a dtype.
+
+    Args:
+        weights: The weights.
+        h: The state's h, shape (layers, hidden, ...).
+        like: A tensor of their dtype and device.
+        settings: The form; where it has corrections, their number of tensors is the biases', too.
+        steps: (T,) where there are T steps' biases, else ().
+    """
+    form, corrections = settings.form, settings.corrections
+    biases = () if corrections is None else (*steps, *corrections.shape[-2:-1])
+    lstm.check_weights(weights, h, like, form.features, form.outputs, biases)
 
 
 def check_state(
@@ -155,7 +170,7 @@ def initial_state(
     Returns:
         m, v of shape S and h, c of shape (layers, hidden, *S), contiguous zeros.
     """
-    layers, hidden = lstm.architecture(weights, OUTPUTS)
+    layers, hidden = lstm.architecture(weights)
 
     def zeros(*shape: int, dtype: torch.dtype = weights[0].dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=like.device)
@@ -185,13 +200,12 @@ def update_moments(
 def _reference(
     grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
 ) -> tuple[Tensor, StudentState]:
-    alpha, beta1, beta2, eps = settings
+    form = settings.form
     m, v = update_moments(grad, state.m, state.v, settings)
-    scale = (v / (1 - beta2) + eps).rsqrt()
-    x = torch.stack((m / (1 - beta1) * scale, grad * scale))
-    x, h, c = lstm.step(x, state.h, state.c, weights)
+    x, kept = form.seen(grad, m, v, settings)
+    out, h, c = lstm.step(x, state.h, state.c, _with_columns(weights, settings))
     head, head_bias = weights[-2:]
-    update = alpha * (head @ x + head_bias[:, None]).tanh().squeeze(0)
+    update = form.update(head @ out + head_bias[:, None], kept, settings)
     return update, StudentState(m, v, h, c)
 
 
@@ -205,27 +219,32 @@ def _reference_backward(
     settings: StepSettings,
 ) -> tuple[Tensor, StudentState, list[Tensor]]:
     """The step's vector-Jacobian product; only its inputs were kept, the gates come again."""
-    alpha, beta1, beta2, eps = settings
+    form, beta1, beta2 = settings.form, settings.beta1, settings.beta2
     m, v = update_moments(grad, state.m, state.v, settings)
-    scale = (v / (1 - beta2) + eps).rsqrt()
-    m_hat = m / (1 - beta1)
-
-    inputs = torch.stack((m_hat * scale, grad * scale))
-    traced = lstm.trace(inputs, state.h, state.c, weights)
+    x, kept = form.seen(grad, m, v, settings)
+    spread = _with_columns(weights, settings)
+    traced = lstm.trace(x, state.h, state.c, spread)
     out = traced.inputs[-1]
     head, head_bias = weights[-2:]
-    top = (head @ out + head_bias[:, None]).tanh()
-    d_top = d_update * alpha * (1 - top.square())
+    d_o, beside = form.back_to_outputs(d_update, head @ out + head_bias[:, None], kept, settings)
     d_x, in_h, in_c, d_weights = lstm.backward(
-        traced, head.T @ d_top, d_state.h, d_state.c, state.h, state.c, weights
+        traced, head.T @ d_o, d_state.h, d_state.c, state.h, state.c, spread
     )
-    d_weights += [d_top @ out.T, d_top.sum(1)]
+    d_weights += [d_o @ out.T, d_o.sum(1)]
+    if settings.corrections is not None:
+        d_weights[2] = by_tensor(d_weights[2], settings.sizes)
 
-    d_scale = d_x[0] * m_hat + d_x[1] * grad
-    d_m = d_state.m + d_x[0] * scale / (1 - beta1)
-    d_v = d_state.v - 0.5 * d_scale * scale.pow(3) / (1 - beta2)
-    d_grad = d_x[1] * scale + (1 - beta1) * d_m + 2 * (1 - beta2) * grad * d_v
+    d_grad, d_m, d_v = form.back_to_moments(d_x, beside, grad, m, v, kept, settings)
+    d_m, d_v = d_state.m + d_m, d_state.v + d_v
+    d_grad = d_grad + (1 - beta1) * d_m + 2 * (1 - beta2) * grad * d_v
     return d_grad, StudentState(beta1 * d_m, beta2 * d_v, in_h, in_c), d_weights
+
+
+def _with_columns(weights: Sequence[Tensor], settings: StepSettings) -> Sequence[Tensor]:
+    """The weights with a first bias a coordinate, in the nominal form."""
+    if settings.corrections is None:
+        return weights
+    return [*weights[:2], bias_by_coordinate(weights[2], settings), *weights[3:]]
 
 
 def register_into(backend: registry.Backend, **how: Any) -> None:
@@ -281,7 +300,7 @@ def step_into(
         ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
             share memory or are not contiguous.
     """
-    _check(grad, state, weights)
+    _check(grad, state, weights, settings)
     check_like("update", update, grad.shape, grad)
     check_state(new, grad.shape, state.h.shape[:2], grad, grad, NEW_NAMES)
     registry.compute(f"{_NAME}_into", backend, grad, update, new, grad, state, weights, settings)
@@ -314,7 +333,7 @@ def backward_into(
         ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
             share memory or are not contiguous.
     """
-    _check_backward(d_update, d_state, grad, state, weights)
+    _check_backward(d_update, d_state, grad, state, weights, settings)
     d_grad, d_weights = registry.compute(
         f"{_NAME}_backward_into", backend, grad, d_update, d_state, grad, state, weights, settings
     )
@@ -327,8 +346,9 @@ def _check_backward(
     grad: Tensor,
     state: StudentState,
     weights: Sequence[Tensor],
+    settings: StepSettings,
 ) -> None:
-    _check(grad, state, weights)
+    _check(grad, state, weights, settings)
     check_like("grads_out[0]", d_update, grad.shape, grad)
     check_state(d_state, grad.shape, state.h.shape[:2], grad, grad, GRADIENT_NAMES)
 
@@ -350,7 +370,7 @@ def _structured(
 )
 def _op(*flat: Any) -> tuple[Tensor, ...]:
     grad, state, weights, settings, backend = _structured(*flat)
-    _check(grad, state, weights)
+    _check(grad, state, weights, settings)
     update, new = registry.compute(_NAME, backend, grad, grad, state, weights, settings)
     return update, *new
 
@@ -365,7 +385,7 @@ def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list
     grad, state, weights, settings, backend = _structured(*flat)
     d_update, *d_new = grads_out
     d_state = StudentState(*d_new)
-    _check_backward(d_update, d_state, grad, state, weights)
+    _check_backward(d_update, d_state, grad, state, weights, settings)
     d_grad, d_old, d_weights = registry.compute(
         f"{_NAME}_backward", backend, grad, d_update, d_state, grad, state, weights, settings
     )
@@ -374,8 +394,8 @@ def _backward_op(grads_out: Sequence[Tensor], *flat: Any) -> tuple[Tensor | list
 
 @_op.register_fake
 def _(*flat: Any) -> tuple[Tensor, ...]:
-    grad, state, weights, *_ = _structured(*flat)
-    _check(grad, state, weights)
+    grad, state, weights, settings, _ = _structured(*flat)
+    _check(grad, state, weights, settings)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (grad, *state))
 
 
@@ -396,7 +416,9 @@ def _autograd(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
     *found, in_weights = torch.ops.amalgam.student_step_backward(
         list(grads_out), grad, m, v, h, c, weights, *ctx.constants
     )
-    return *found, in_weights, *(None for _ in ctx.constants)
+    # An empty list takes no gradient for each of its elements; one of numbers takes one in all.
+    none = [[] if isinstance(value, list) and not value else None for value in ctx.constants]
+    return *found, in_weights, *none
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.operations import lstm, registry
+from amalgam.operations import registry
 from amalgam.operations.checks import check_distinct, check_floating
 from amalgam.operations.rounding import as_stored, key_of
+from amalgam.operations.student_forms import StepSettings, check_tensors
 from amalgam.operations.student_step import (
     DEFAULTS,
-    FEATURES,
-    OUTPUTS,
     SETTINGS_SCHEMA,
-    StepSettings,
     StudentState,
     check_state,
+    check_weights,
 )
 
 _NAME = "student_step_"
@@ -78,7 +77,7 @@ class StudentTensors:
         """All tensors that a step writes to."""
         return [*self.params, *self.m, *self.v, *self.h, *self.c]
 
-    def check(self, weights: Sequence[Tensor]) -> None:
+    def check(self, weights: Sequence[Tensor], settings: StepSettings) -> None:
         """Hold the tensors against each other and the weights, unless they are as last time.
 
         Raises:
@@ -86,15 +85,29 @@ class StudentTensors:
             ValueError: Shapes, dtypes or devices do not fit, a state is not contiguous, or two
                 tensors share memory.
         """
-        lstm.check_weights(weights, self.h[0], self.m[0], FEATURES, OUTPUTS)
+        self.check_weights(weights, settings)
         if self._checked and self._checked == self._stamp():
             return
         self._checked = []
-        self.check_shapes()
+        self.check_shapes(weights)
         check_distinct("params and states", self.written())
         self.shapes = list(map(_shape, self.params))
         self.made.clear()
         self._checked = self._stamp()
+
+    def check_weights(self, weights: Sequence[Tensor], settings: StepSettings) -> None:
+        """Raise ValueError unless the weights fit the states, and what is given of tensors, these.
+
+        It is not kept that they do: they may be others in every step.
+        """
+        like = self.computed_like(weights)
+        check_weights(weights, self.h[0], like, settings, ())
+        check_tensors(settings, weights[2], None, like)
+        if settings.corrections is not None and len(settings.corrections) != len(self.params):
+            raise ValueError(
+                f"corrections must be those of {len(self.params)} tensors, "
+                f"not of {len(settings.corrections)}"
+            )
 
     def _stamp(self) -> list[Any]:
         # Other shapes of the same states are not looked for: they would lie elsewhere, or be parts.
@@ -105,15 +118,22 @@ class StudentTensors:
             list(map(Tensor.is_contiguous, self.params)),
         ]
 
-    def check_shapes(self) -> None:
+    def computed_like(self, weights: Sequence[Tensor]) -> Tensor:
+        """A tensor of the dtype that steps are computed in: the moments', or where narrower, 32."""
+        m = self.m[0]
+        narrow = m.dtype == torch.bfloat16 and weights and weights[0].dtype == torch.float32
+        return weights[0] if narrow else m
+
+    def check_shapes(self, weights: Sequence[Tensor]) -> None:
         """Raise as :meth:`check` does, but for shared memory: fake tensors have no addresses."""
+        like = self.computed_like(weights)
         m, h = self.m[0], self.h[0]
         check_floating("state.m", m)
-        cells_like = h if (h.dtype, m.dtype) == (torch.bfloat16, torch.float32) else m
+        moments_like, cells_like = _narrow_or(like, m), _narrow_or(like, h)
         states = map(StudentState, *self._columns())
         for param, state in zip(self.params, states, strict=True):
             check_floating("params", param)
-            check_state(state, param.shape, h.shape[:2], m, cells_like)
+            check_state(state, param.shape, h.shape[:2], moments_like, cells_like)
             for name, tensor in state._asdict().items():
                 if not tensor.is_contiguous():
                     raise ValueError(f"state.{name} must be contiguous")
@@ -121,6 +141,11 @@ class StudentTensors:
                 raise ValueError(f"params must be on {m.device}, not on {param.device}")
             if param.layout != torch.strided:
                 raise ValueError(f"params must be dense tensors, not {param.layout}")
+
+
+def _narrow_or(like: Tensor, stored: Tensor) -> Tensor:
+    """What states are to be like: bfloat16 may stand beside float32."""
+    return stored if (stored.dtype, like.dtype) == (torch.bfloat16, torch.float32) else like
 
 
 class InPlaceStep(NamedTuple):
@@ -170,9 +195,11 @@ def student_step_(
         grads: Their gradients, same shapes; computed with in the states' dtype.
         states: Their states, with m, v of the parameter's shape S and h, c of shape
             (layers, hidden, *S), contiguous, all in the weights' dtype; beside float32, h and c
-            may be bfloat16 (all of them), to which they are rounded after every step.
+            may be bfloat16 (all of them), to which they are rounded after every step, and so may
+            m and v.
         weights: As in :func:`amalgam.ops.student_step`, float32 or float64.
-        settings: The student's constants.
+        settings: The student's constants, and the form; the nominal form's tensors are the
+            parameters, and ``sizes`` is empty.
         **how: As in :func:`step_tensors_`.
 
     Raises:
@@ -224,8 +251,8 @@ def step_tensors_(
             moments follow and h, c wait.
         warmup_lr: Its learning rate, multiplied by ``lr``.
         skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
-        seeds: One a parameter, in [0, 2^32). With seeds, h, c and parameters that are bfloat16 are
-            rounded up or down at random, right on average. Every backend takes the same bits: a
+        seeds: One a parameter, in [0, 2^32). With seeds, states and parameters that are bfloat16
+            are rounded up or down at random, right on average. Every backend takes the same bits: a
             function of the seed, of ``steps`` where given, and of the place.
         backend: ``"auto"``, or a backend's name.
 
@@ -261,9 +288,9 @@ def step_tensors_(
 
 
 def _compute(step: InPlaceStep, backend: str) -> None:
-    step.tensors.check(step.weights)
+    step.tensors.check(step.weights, step.settings)
     _check_grads(step.tensors, step.grads)
-    registry.compute(_NAME, backend, step.tensors.m[0], step)
+    registry.compute(_NAME, backend, step.tensors.computed_like(step.weights), step)
 
 
 def _check_grads(tensors: StudentTensors, grads: Sequence[Tensor]) -> None:
@@ -360,7 +387,8 @@ def _reference(step: InPlaceStep) -> None:
 
         param, grad = gather(flat_p), gather(flat_g)
         old = StudentState(gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c))
-        update, computed = functional(grad, old, weights, step.settings)
+        of_run = _of_run(step, [i for i, _ in run], [part.stop - part.start for _, part in run])
+        update, computed = functional(grad, old, *of_run)
         new = list(computed)
         moved = param * keep - rate * update
         sizes = [part.stop - part.start for _, part in run]
@@ -372,7 +400,8 @@ def _reference(step: InPlaceStep) -> None:
         if skip is not None:
             moved = torch.where(skip, param, moved)
             new = [torch.where(skip, *both) for both in zip(old, new, strict=True)]
-        targets = [(flat_p, layers * hidden, 16), (flat_m, 0, 0), (flat_v, 0, 0)]
+        rows = layers * hidden
+        targets = [(flat_p, rows, 16), (flat_m, rows + 1, 16), (flat_v, rows + 1, 0)]
         targets += [(flat_h, 0, 16), (flat_c, 0, 0)]
         for (written, row, shift), values in zip(targets, (moved, *new), strict=True):
             for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
@@ -383,6 +412,19 @@ def _reference(step: InPlaceStep) -> None:
     for param, flat in zip(params, flat_p, strict=True):
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
+
+
+def _of_run(
+    step: InPlaceStep, tensors: Sequence[int], sizes: Sequence[int]
+) -> tuple[Sequence[Tensor], StepSettings]:
+    """Weights and settings for parts, of these sizes, of these tensors."""
+    weights, settings = step.weights, step.settings
+    if settings.corrections is None:
+        return weights, settings
+    own = torch.tensor(tensors, device=weights[0].device)
+    corrections, bias = settings.corrections[own], weights[2][own]
+    settings = settings._replace(corrections=corrections, sizes=sizes)
+    return [*weights[:2], bias, *weights[3:]], settings
 
 
 def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]:
@@ -419,8 +461,8 @@ def _op(*flat: Any) -> None:
 @_op.register_fake
 def _(*flat: Any) -> None:
     step, _ = _structured(*flat)
-    lstm.check_weights(step.weights, step.tensors.h[0], step.tensors.m[0], FEATURES, OUTPUTS)
-    step.tensors.check_shapes()
+    step.tensors.check_weights(step.weights, step.settings)
+    step.tensors.check_shapes(step.weights)
     _check_grads(step.tensors, step.grads)
 
 
@@ -434,8 +476,7 @@ def _structured(
     weights: list[Tensor],
     *rest: Any,
 ) -> tuple[InPlaceStep, str]:
-    alpha, beta1, beta2, eps, *how, backend = rest
+    fields = len(StepSettings._fields)
+    settings, (*how, backend) = StepSettings(*rest[:fields]), rest[fields:]
     tensors = StudentTensors(params, list(map(StudentState, m, v, h, c)))
-    return InPlaceStep(
-        tensors, grads, weights, StepSettings(alpha, beta1, beta2, eps), *how
-    ), backend
+    return InPlaceStep(tensors, grads, weights, settings, *how), backend

@@ -22,17 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.operations import lstm, registry
+from amalgam.operations import registry
 from amalgam.operations.checks import check_floating, check_like
+from amalgam.operations.student_forms import StepSettings, check_tensors
 from amalgam.operations.student_step import (
     DEFAULTS,
-    FEATURES,
-    OUTPUTS,
     SETTINGS_SCHEMA,
     STATE_SCHEMA,
-    StepSettings,
     StudentState,
     check_state,
+    check_weights,
 )
 
 _NAME = "student_unroll_backward"
@@ -56,8 +55,10 @@ def student_unroll_backward(
             a larger matrix, ``buffer[:, a:b]``, are read where they lie.
         adjoints: Gradients of the loss in the updates, likewise, of the same dtype and device.
         state: What the first step began with, of N coordinates, same dtype and device.
-        weights: The student's, as in :func:`amalgam.ops.student_step`.
-        settings: The student's constants.
+        weights: The student's, as in :func:`amalgam.ops.student_step`; of the nominal form the
+            first b is each step's, (T, tensors, 4 hidden).
+        settings: The student's constants, and the form; corrections are each step's, too, of shape
+            (T, tensors, 2).
         backend: ``"auto"``, or a backend's name.
 
     Returns:
@@ -77,13 +78,20 @@ def student_unroll_backward(
     )
 
 
-def _check(grads: Tensor, adjoints: Tensor, state: StudentState, weights: Sequence[Tensor]) -> None:
+def _check(
+    grads: Tensor,
+    adjoints: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+) -> None:
     check_floating("grads", grads)
     if grads.dim() != 2:
         raise ValueError(f"grads must have shape (T, N), not {tuple(grads.shape)}")
     check_like("adjoints", adjoints, grads.shape, grads)
-    lstm.check_weights(weights, state.h, grads, FEATURES, OUTPUTS)
+    check_weights(weights, state.h, grads, settings, grads.shape[:1])
     check_state(state, grads.shape[1:], state.h.shape[:2], grads, grads)
+    check_tensors(settings, weights[2], grads.shape[1], grads)
 
 
 def by_steps(
@@ -116,38 +124,75 @@ def by_steps(
         The gradients of the weights.
     """
     totals = [torch.zeros_like(weight) for weight in weights]
-    columns = zip(*(tensor.split(chunk, -1) for tensor in (grads, adjoints, *state)), strict=True)
-    for column in columns:
-        seen, slopes, *rest = (part.contiguous() for part in column)
-        first = StudentState(*rest)
-        steps, n = seen.shape
-        if not steps or not n:
+    n, first = grads.shape[1], 0
+    while first < n:
+        part = slice(first, min(n, first + chunk))
+        first = part.stop
+        seen, slopes, *rest = (
+            tensor[..., part].contiguous() for tensor in (grads, adjoints, *state)
+        )
+        inside, alike = _of_part(settings, part)
+        ours = weights if inside is None else _with_bias(weights, weights[2][:, inside])
+        begin = StudentState(*rest)
+        steps = len(seen)
+        if not steps:
             continue
-        each = sum(tensor.numel() * tensor.element_size() for tensor in first)
+        each = sum(tensor.numel() * tensor.element_size() for tensor in begin)
         length = steps if steps * each <= held else math.isqrt(steps - 1) + 1
 
-        checkpoints = [first]
-        segments = list(zip(seen.split(length), slopes.split(length), strict=True))
-        for segment, _ in segments[:-1]:
+        checkpoints = [begin]
+        segments = [range(at, min(steps, at + length)) for at in range(0, steps, length)]
+        for segment in segments[:-1]:
             at_begin = checkpoints[-1]
-            for grad in segment:
-                _, at_begin = step(grad, at_begin, weights, settings)
+            for t in segment:
+                _, at_begin = step(seen[t], at_begin, *of_step(ours, alike, t))
             checkpoints.append(at_begin)
-        d_state = StudentState(*map(torch.zeros_like, first))
-        for segment, slopes_of_segment in reversed(segments):
+        d_state = StudentState(*map(torch.zeros_like, begin))
+        for segment in reversed(segments):
             states = [checkpoints.pop()]
-            for grad in segment[:-1]:
-                states.append(step(grad, states[-1], weights, settings)[1])
-            backwards = zip(
-                reversed(segment.unbind()), reversed(slopes_of_segment.unbind()), strict=True
-            )
-            for grad, slope in backwards:
+            for t in segment[:-1]:
+                states.append(step(seen[t], states[-1], *of_step(ours, alike, t))[1])
+            for t in reversed(segment):
                 _, d_state, d_weights = backward(
-                    slope, d_state, grad, states.pop(), weights, settings
+                    slopes[t], d_state, seen[t], states.pop(), *of_step(ours, alike, t)
                 )
-                for total, d_weight in zip(totals, d_weights, strict=True):
-                    total += d_weight
+                for index, (total, d_weight) in enumerate(zip(totals, d_weights, strict=True)):
+                    if inside is not None and index == 2:
+                        total[t, inside] += d_weight
+                    else:
+                        total += d_weight
     return totals
+
+
+def of_step(
+    weights: Sequence[Tensor], settings: StepSettings, step: int
+) -> tuple[Sequence[Tensor], StepSettings]:
+    """The weights and settings of one step, of an unroll's."""
+    if settings.corrections is None:
+        return weights, settings
+    own = settings._replace(corrections=settings.corrections[step])
+    return _with_bias(weights, weights[2][step]), own
+
+
+def _with_bias(weights: Sequence[Tensor], bias: Tensor) -> list[Tensor]:
+    return [*weights[:2], bias, *weights[3:]]
+
+
+def _of_part(settings: StepSettings, part: slice) -> tuple[slice | None, StepSettings]:
+    """Which tensors of the nominal form have coordinates in a part, and the settings of these."""
+    if settings.corrections is None:
+        return None, settings
+    begin, sizes, tensors = 0, [], []
+    for tensor, size in enumerate(settings.sizes):
+        inside = min(part.stop, begin + size) - max(part.start, begin)
+        begin += size
+        if inside > 0:
+            sizes.append(inside)
+            tensors.append(tensor)
+    own = slice(tensors[0], tensors[-1] + 1)
+    # Empty tensors between them stay.
+    sizes = [dict(zip(tensors, sizes, strict=True)).get(t, 0) for t in range(own.start, own.stop)]
+    return own, settings._replace(corrections=settings.corrections[:, own], sizes=sizes)
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
@@ -168,6 +213,13 @@ def _reference(
     )
 
 
+def _structured(
+    m: Tensor, v: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], *rest: Any
+) -> tuple[StudentState, Sequence[Tensor], StepSettings, str]:
+    *settings, backend = rest
+    return StudentState(m, v, h, c), weights, StepSettings(*settings), backend
+
+
 @torch.library.custom_op(
     "amalgam::student_unroll_backward",
     mutates_args=(),
@@ -175,16 +227,15 @@ def _reference(
     "str backend) -> Tensor[]",
 )
 def _op(grads: Tensor, adjoints: Tensor, *rest: Any) -> list[Tensor]:
-    m, v, h, c, weights, alpha, beta1, beta2, eps, backend = rest
-    state, settings = StudentState(m, v, h, c), StepSettings(alpha, beta1, beta2, eps)
-    _check(grads, adjoints, state, weights)
+    state, weights, settings, backend = _structured(*rest)
+    _check(grads, adjoints, state, weights, settings)
     return registry.compute(_NAME, backend, grads, grads, adjoints, state, weights, settings)
 
 
 @_op.register_fake
 def _(grads: Tensor, adjoints: Tensor, *rest: Any) -> list[Tensor]:
-    m, v, h, c, weights = rest[:5]
-    _check(grads, adjoints, StudentState(m, v, h, c), weights)
+    state, weights, settings, _ = _structured(*rest)
+    _check(grads, adjoints, state, weights, settings)
     return [weight.new_empty(weight.shape) for weight in weights]
 
 

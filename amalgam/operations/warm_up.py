@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from amalgam.operations.rounding import as_stored
-from amalgam.operations.student_step import StepSettings, update_moments
+from amalgam.operations.student_forms import StepSettings
+from amalgam.operations.student_step import update_moments
 
 
 def warm_up_(
@@ -24,19 +26,20 @@ def warm_up_(
     Args:
         param: Becomes ``keep param - rate grad``; of any floating-point dtype.
         grad: Of its shape.
-        m: Of its shape, in the dtype to compute in.
+        m: Of its shape, in the dtype to compute in; or in bfloat16, beside float32.
         v: Like ``m``.
         settings: The student's constants.
         keep: 1 without weight decay.
         rate: The learning rate.
-        key: Of the bits that a bfloat16 parameter is rounded with; ``None`` rounds to nearest.
-        row: Which row of bits are its own.
+        key: Of the bits that what is bfloat16 is rounded with; ``None`` rounds to nearest.
+        row: Which row of bits are the parameter's own; the next one is the moments'.
     """
-    grad = grad.to(m.dtype)
-    new_m, new_v = update_moments(grad, m, v, settings)
-    m.copy_(new_m)
-    v.copy_(new_v)
-    moved = param.to(m.dtype) * keep - rate * grad
-    if key is not None:
-        moved = as_stored(moved, param.dtype, key, row, range(param.numel()))
-    param.copy_(moved)
+    dtype = torch.float32 if m.dtype == torch.bfloat16 else m.dtype
+    grad = grad.to(dtype)
+    new_m, new_v = update_moments(grad, m.to(dtype), v.to(dtype), settings)
+    moved = param.to(dtype) * keep - rate * grad
+    written = [(param, moved, row, 16), (m, new_m, row + 1, 16), (v, new_v, row + 1, 0)]
+    for to, value, of, shift in written:
+        if key is not None:
+            value = as_stored(value, to.dtype, key, of, range(param.numel()), shift)
+        to.copy_(value)
