@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from amalgam.optimizers.memory import MemoryEstimate, estimate_memory
 from amalgam.optimizers.policy import PolicyOptimizer
 from amalgam.optimizers.student import DEFAULT_STUDENT, AmalgamatedOptimizer
 from amalgam.optimizers.teacher import TeacherOptimizer
@@ -42,8 +43,10 @@ def optimizer_of_teacher(
 __all__ = [
     "DEFAULT_STUDENT",
     "AmalgamatedOptimizer",
+    "MemoryEstimate",
     "PolicyOptimizer",
     "TeacherOptimizer",
+    "estimate_memory",
     "optimizer_of",
     "optimizer_of_teacher",
 ]
