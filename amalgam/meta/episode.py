@@ -23,7 +23,7 @@ from amalgam.meta.finite import usable
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
-from amalgam.policies import Policy, Pool, Student
+from amalgam.policies import FusedStudent, Policy, Pool
 from amalgam.tasks import Batch, Task
 
 
@@ -35,7 +35,7 @@ class Trajectories(NamedTuple):
     Attributes:
         scale: The episode's scaling s, shape (R, N). All parameters here are scaled: p / s.
         params: The students' parameters, shape (R, N).
-        states: One state per student. A :class:`amalgam.policies.Student`'s holds the B * N
+        states: One state per student. A :class:`amalgam.policies.FusedStudent`'s holds the B * N
             coordinates of its rows, one row after another; any other policy's is a tuple of one
             state per row.
         teacher_params: The teachers' parameters, shape (K, R, N).
@@ -98,8 +98,8 @@ class Episodes:
         self._graph_bytes: int | None = None
         first = self.students[0]
         self.steps: PolicySteps = (
-            FusedSteps(first, amalgamation.backend)
-            if isinstance(first, Student)
+            FusedSteps(first, task.layout, amalgamation.backend)
+            if isinstance(first, FusedStudent)
             else AutogradSteps(first, task.layout, amalgamation.backend)
         )
 

@@ -172,7 +172,14 @@ class Truncation:
             else:
                 chosen = _added(weights, drawn())
         window, loss = window_at(chosen, noise)
-        return Estimate(window, loss.detach(), _gradients(loss, weights), [])
+        grads = _gradients(loss, weights)
+        # The losses' graph would keep the window's tape as long as the losses.
+        window = replace(
+            window,
+            meta_loss=window.meta_loss.detach(),
+            imitation_loss=window.imitation_loss.detach(),
+        )
+        return Estimate(window, loss.detach(), grads, [])
 
 
 @dataclass(frozen=True)

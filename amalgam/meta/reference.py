@@ -14,13 +14,13 @@ from torch import Tensor
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.objective import Amalgamation
 from amalgam.ops import teacher_distance
-from amalgam.policies import Pool, Student
+from amalgam.policies import FusedStudent, Pool
 from amalgam.tasks import Batch, Task
 
 
 def window(
     task: Task,
-    student: Student,
+    student: FusedStudent,
     pool: Pool,
     how: Amalgamation,
     begin: Trajectories,
@@ -46,9 +46,13 @@ def window(
     scale, n = begin.scale[row], begin.scale.shape[1]
     params = begin.params[row].detach().requires_grad_()
     each = len(begin.params) // len(begin.states)
-    in_student = slice(row % each * n, row % each * n + n)
     state: Any = begin.states[row // each]
-    state = type(state)(*(t[..., in_student] for t in state))
+
+    def of_row(tensor: Tensor) -> Tensor:
+        width = tensor.shape[-1] // each
+        return tensor[..., row % each * width : (row % each + 1) * width]
+
+    state = type(state)(*map(of_row, state))
     teachers = begin.teacher_params[:, row]
     in_pool = slice(row * n, row * n + n)
     (teacher_state,) = begin.teacher_state
@@ -68,7 +72,9 @@ def window(
             meta = meta + ((loss + how.eps).log() - (start + how.eps).log()) / len(batches)
         else:
             meta = meta + loss / (start + how.eps) / len(batches)
-        update, state = student.step(grad, state, weights[t], backend="reference")
+        update, state = student.step(
+            grad, state, weights[t], layout=task.layout, params=params, backend="reference"
+        )
         params = params - update
 
         grads = []

@@ -1,4 +1,4 @@
-"""What is random in a run's episodes: the task, the optimizees, their batches.
+"""What is random in a run's episodes: the task, the horizon, the optimizees, their batches.
 
 Each draw has a generator of its own, which derives from the run's seed and from a *purpose*: words
 and numbers that name the draw. So what an episode sees depends neither on what ran before it nor on
@@ -7,7 +7,7 @@ how the run was cut and resumed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -90,12 +90,33 @@ class Sampler:
         self._particles = particles
         self._optimizees = optimizees
 
-    def task_of(self, episode: int) -> int:
-        """The index of the task that an episode takes."""
+    def task_of(self, episode: int, taken: Collection[int] = ()) -> int:
+        """The index of the task that an episode takes.
+
+        Args:
+            episode: The episode's number.
+            taken: Tasks that it may not take, unless they are all.
+        """
         if len(self._tasks) == 1:
             return 0
+        weights = torch.tensor(self._task_weights)
+        if len(set(taken)) < len(self._tasks):
+            weights[list(taken)] = 0
         generator = generator_for(self._seed, "task", episode)
-        return int(torch.multinomial(torch.tensor(self._task_weights), 1, generator=generator))
+        return int(torch.multinomial(weights, 1, generator=generator))
+
+    def windows_of(self, episode: int, unroll: int, shortest: int, longest: int) -> int:
+        """How many windows an episode has whose horizon is drawn, log-uniform.
+
+        Args:
+            episode: The episode's number.
+            unroll: Steps per window.
+            shortest: The shortest horizon, in steps.
+            longest: The longest horizon, in steps.
+        """
+        generator = generator_for(self._seed, "horizon", episode)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return max(1, round(shortest * (longest / shortest) ** drawn / unroll))
 
     def generators(self, *purpose: str | int) -> list[torch.Generator]:
         """One generator per row, in its initial state.

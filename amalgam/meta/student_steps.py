@@ -93,15 +93,16 @@ class StudentSteps:
         reuse = reuse and bool(moved.all())
         updates, states = [], []
         inputs = zip(
+            self._episodes.by_student(point.params),
             self._episodes.by_student(self._seen(step, grads)),
             point.states,
             self._weights_at(step),
             self._episodes.by_student(moved),
             strict=True,
         )
-        for student, (seen, state, weights, to_move) in enumerate(inputs):
+        for student, (params, seen, state, weights, to_move) in enumerate(inputs):
             update, new = self._episodes.steps.forward(
-                seen, state, weights, to_move, self._draws_of(step, student), reuse
+                params, seen, state, weights, to_move, self._draws_of(step, student), reuse
             )
             updates.append(update)
             states.append(new)
@@ -130,6 +131,7 @@ class StudentSteps:
         episodes = self._episodes
         d_updates = episodes.by_student(-adjoint.params)
         seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
+        params = episodes.by_student(point.params)
         d_grads = torch.zeros_like(grads)
         for student, rows_moved in enumerate(episodes.by_student(moved)):
             if not rows_moved.any():
@@ -137,6 +139,7 @@ class StudentSteps:
             d_grad, adjoint.states[student], d_weights = episodes.steps.backward(
                 d_updates[student],
                 adjoint.states[student],
+                params[student],
                 seen[student],
                 point.states[student],
                 weights[student],

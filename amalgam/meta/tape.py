@@ -39,7 +39,9 @@ from amalgam import ops
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Adjoint, StudentSteps
+from amalgam.operations.student_forms import tensors_of_part
 from amalgam.ops import StudentState
+from amalgam.policies.fused_student import FusedStudent, Told
 from amalgam.tasks import Batch
 
 # Coordinates whose adjoints are made at once: few enough to be small beside the tape, many enough
@@ -67,6 +69,8 @@ class Tape:
         moved: Which rows took each step, shape (T, R).
         loss_slopes: The derivatives of the meta-losses with respect to the students' losses, shape
             (T, R).
+        told: What each student was told of tensors in each step, a list of T a student; empty where
+            the backward pass goes by steps.
         graphs: For some steps, what :meth:`amalgam.meta.episode.Episodes.gradients` returns for
             second order: the leaf, and the gradients in their graph.
     """
@@ -81,6 +85,7 @@ class Tape:
     slopes: Tensor
     moved: Tensor
     loss_slopes: Tensor
+    told: list[list[Told]] = field(default_factory=list)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def advance(self, step: int, point: Point) -> Point:
@@ -128,23 +133,38 @@ class Tape:
         """What some coordinates of one optimizee add to the gradients of its student's weights."""
         episodes, n = self.episodes, self.begin.params.shape[1]
         row = student * episodes.optimizees + index
+        if not self.moved[:, row].any():
+            return [torch.zeros_like(weight) for weight in self.steps.weights[student]]
         adjoints = self._update_adjoints(row, part, d_slopes[row], d_grads[:, row])
         grads, moved = self.grads[:, row, part], self.moved[:, row]
         if not moved.all():
             adjoints, grads = adjoints[moved], grads[moved]
         in_state = slice(index * n + part.start, index * n + part.stop)
+        policy = episodes.students[0]
+        assert isinstance(policy, FusedStudent)
         state = StudentState(
-            *(tensor[..., in_state].contiguous() for tensor in self.begin.states[student])
+            *(tensor[..., in_state].contiguous() for tensor in self.begin.states[student][:4])
         )
-        share: list[Tensor] = ops.student_unroll_backward(
-            grads,
-            adjoints,
-            state,
-            self.steps.weights[student],
-            episodes.students[0].config.settings,
-            backend=episodes.amalgamation.backend,
+        told = self._told_of_part(student, index, part, moved)
+        weights, settings = policy.folded(self.steps.weights[student], told)
+        found = ops.student_unroll_backward(
+            grads, adjoints, state, weights, settings, backend=episodes.amalgamation.backend
         )
-        return share
+        return policy.unfolded(found, told)
+
+    def _told_of_part(self, student: int, index: int, part: slice, moved: Tensor) -> Told | None:
+        """What a student was told in the steps that it took, of some coordinates' tensors."""
+        if not self.told:
+            return None
+        taken = [told for told, ok in zip(self.told[student], moved, strict=True) if ok]
+        tensors = len(taken[0].sizes) // self.episodes.optimizees
+        among, inside = tensors_of_part(taken[0].sizes[:tensors], part)
+        own = slice(index * tensors + among.start, index * tensors + among.stop)
+        inputs, corrections = (
+            torch.stack([getattr(told, name)[own] for told in taken])
+            for name in ("inputs", "corrections")
+        )
+        return Told(inputs, corrections, inside)
 
     def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
         """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""

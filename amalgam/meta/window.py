@@ -179,6 +179,8 @@ class _Run:
             grads = torch.where(ok[:, None], grads, 0)
             if self.recorded:
                 tape.grads[t] = grads
+                if not tape.by_steps:
+                    self._note_told(point)
             point, moved = self._step(t, point, grads, ok)
             tape.moved[t] = moved
             skipped[:, 0] += ~moved
@@ -244,6 +246,15 @@ class _Run:
             reuse = self.recorded and tape.points.is_free(point)
             after, _ = tape.steps.forward(t, point, grads, moved, reuse)
         return after, moved
+
+    def _note_told(self, point: Point) -> None:
+        """Put on the tape what the students are told of tensors in the step from a point."""
+        steps, rows = self._episodes.steps, self._episodes.by_student(point.params)
+        for student, (params, state) in enumerate(zip(rows, point.states, strict=True)):
+            told = steps.told(params, state)
+            if told is not None:
+                self.tape.told.extend([] for _ in range(student + 1 - len(self.tape.told)))
+                self.tape.told[student].append(told)
 
     def _plan(self) -> Plan:
         """What to keep in the memory that the tape and the backward pass itself leave."""

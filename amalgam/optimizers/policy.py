@@ -116,7 +116,10 @@ class PolicyOptimizer(LearnedOptimizer):
             rate = float(group["warmup_lr"])
             update, state = rate * grad, policy.warm_up(grad, state, layout=layout)
         else:
-            update, state = policy.step(grad, state, layout=layout, backend=self.backend)
+            seen: dict[str, Any] = {}
+            if policy.sees_params:
+                seen["params"] = torch.cat([param.reshape(-1).to(dtype) for param in unit])
+            update, state = policy.step(grad, state, layout=layout, backend=self.backend, **seen)
         self._scatter(policy, group, unit, state)
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         for param, change in zip(unit, layout.unflatten(update).values(), strict=True):

@@ -178,6 +178,7 @@ class Recipe(MadeOnce):
                 f"{self.strategy.kind!r} does, not {self.replicates}; train by stages, or one "
                 f"after another (--seed)"
             )
+        self.training.check_schedule(self.strategy.settings.meta_steps)
         names = self.pool.names
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must differ in kind or learning rate, not {list(names)}")
