@@ -63,6 +63,7 @@ struct Ahead {
 template <typename T>
 struct LstmTile {
   T* const* in;               // (layers,) a layer's inputs, then its h of before
+  const T* bias;              // (4 hidden) the first layer's; the network's where null
   Rows<const T> cells;        // (layers * hidden) c
   Rows<T> new_cells;          // (layers * hidden) gets the new c; may be the same rows
   Rows<T> new_h;              // (layers * hidden) gets a copy of the new h; nothing where null
