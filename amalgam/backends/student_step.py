@@ -200,9 +200,7 @@ def run_on_cpu(
     )
 
 
-@triton.backend.kernel(
-    "student_step", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_step(
     grad: Tensor,
     state: StudentState,
@@ -218,9 +216,7 @@ def _triton_student_step(
     return update, StudentState(*new)
 
 
-@triton.backend.kernel(
-    "student_step_backward", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_step_backward", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_step_backward(
     d_update: Tensor,
     d_state: StudentState,
@@ -240,4 +236,4 @@ def _triton_student_step_backward(
     return d_grad, StudentState(*d_old), d_weights
 
 
-register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone)
+register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True)

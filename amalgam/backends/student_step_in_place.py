@@ -255,9 +255,7 @@ def _pack(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
 
 
-@triton.backend.kernel(
-    "student_step_", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_step_", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     from amalgam.kernels import student_step_in_place as kernels
 

@@ -60,9 +60,7 @@ UNROLL_CHUNK = 1 << 16
 UNROLL_HELD = 3 << 30
 
 
-@triton.backend.kernel(
-    "student_unroll_backward", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_unroll_backward", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,
