@@ -86,9 +86,7 @@ def test_rates_over_the_horizon() -> None:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "stages": {"strategy": ONE},
     "batch": {"strategy": BATCH},
-    "first-order": {"strategy": BATCH, "amalgamation": Amalgamation(second_order=False)},
     "noise": {"strategy": ONE, "training": replace(RESUMED, optimizees=2, input_noise=0.01)},
     "pes": {"strategy": BATCH, "estimator": PersistentEvolution(pairs=2)},
     "choice": {"strategy": ONE, "students": lambda: policies()["choice"], "pool": ()},
@@ -178,10 +176,7 @@ def test_a_recipe_draws_conditions(tmp_path) -> None:
     recipe = recipes.from_dict(RECIPE)
     assert recipes.from_dict(recipe.as_dict()) == recipe
     assert recipe.conditions.lr_decays == ("constant", "linear")
-    run = Experiment(recipe, tmp_path)
-    assert run.trainer.conditions == recipe.conditions
-    run.train()
-    assert run.meta_steps == [2]
+    assert Experiment(recipe, tmp_path).trainer.conditions == recipe.conditions
 
 
 @pytest.mark.parametrize(
