@@ -1,9 +1,12 @@
 #include "student_step.h"
 
 #include <algorithm>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
+#include "lstm_pairs.h"
 #include "parallel.h"
 #include "rounding.h"
 #include "storage.h"
@@ -61,7 +64,13 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
   const StudentKernels<T> kernels = AMALGAM_DISPATCH(student_kernels<T>);
   const int layers = step.layers, hidden = step.hidden;
   const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, false);
-  const StudentNetwork<T> network = network_of(lstm, step.constants, weights + 3 * layers);
+  StudentNetwork<T> network = network_of(lstm, step.constants, weights + 3 * layers);
+  std::optional<PairedLstm> pairs;
+  if constexpr (std::is_same_v<T, float>) {
+    if (step.bfloat16 && multiplies_bfloat16()) {
+      network.lstm = pairs.emplace(network.lstm, step.approximate).network();
+    }
+  }
   std::vector<int64_t> ends(count);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) ends[i] = total += tensors[i].numel;
@@ -80,7 +89,8 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
       load_row(step.grad, tensor.grad, piece.start, piece.count, tile.grad + piece.place);
       copy_in(static_cast<const T*>(tensor.m), tensor.numel, 1, piece, tile.m);
       copy_in(static_cast<const T*>(tensor.v), tensor.numel, 1, piece, tile.v);
-      load_state(lstm.shapes(), state_of(tensor), piece, tile.lstm);
+      load_state(lstm.shapes(), state_of(tensor), piece, tile.lstm,
+                 network.lstm.forward != nullptr);
     });
     clear_tile_after(std::min<int64_t>(kTile, total - first), lstm.shapes(), tile);
     kernels.forward(network, tile);
@@ -164,12 +174,12 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
       [](Address tensors, int64_t count, const std::vector<Address>& weights, int layers,
          int hidden, const Constants& constants, const std::string& grad, const std::string& cells,
          const std::string& out, bool in_place, double keep, double lr, bool stochastic,
-         int threads) {
+         int threads, bool bfloat16, bool approximate) {
         const StudentStep step{
             layers,         hidden,       student_constants(constants),
             storage(grad),  storage(cells), storage(out),
             in_place,       keep,         lr,
-            stochastic};
+            stochastic,     bfloat16,     approximate};
         const std::vector<const T*> pointers = all_at<const T>(weights);
         const py::gil_scoped_release release;
         student_step<T>(step, pointers.data(),
@@ -177,7 +187,8 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
                                       threads);
       },
       "tensors"_a, "count"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a,
-      "grad"_a, "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a);
+      "grad"_a, "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a,
+      "bfloat16"_a = false, "approximate"_a = false);
   module.def(
       ("student_step_backward_" + dtype).c_str(),
       [](Address d_update, const StateAddresses& d_new, Address grad, const StateAddresses& state,

@@ -56,6 +56,8 @@ struct StudentStep {
   double keep;          // with in_place: keep p - lr update
   double lr;
   bool stochastic;      // how h, c and parameters are rounded to bfloat16
+  bool bfloat16;        // whether products may take bfloat16, and whether, with them, tanh and
+  bool approximate;     // sigmoid may have 11 bits; used where this machine is faster so
 };
 
 // weights: three arrays a layer (W_ih, W_hh, b) and two of the head, as PyTorch lays them out.
