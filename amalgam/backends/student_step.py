@@ -184,7 +184,8 @@ def run_on_cpu(
         moments: The dtype of m and v.
         cells: The dtype of h and c.
         out: The dtype of updates or parameters.
-        **how: What the core takes beside: ``in_place``, ``keep``, ``lr``, ``stochastic``.
+        **how: What the core takes beside: ``in_place``, ``keep``, ``lr``, ``stochastic``; and what
+            it may do for speed, ``bfloat16`` products and with them ``approximate`` activations.
     """
     student, _held = student_on_cpu(weights, settings)
     getattr(core.core().cpu, f"student_step_{dtype_name(weights[0])}")(
