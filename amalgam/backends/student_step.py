@@ -13,7 +13,6 @@ from amalgam.backends.memory import (
     check_written,
     contiguous,
     dtype_name,
-    rnnprop_alone,
     unwritten,
 )
 from amalgam.operations.registry import Numerics

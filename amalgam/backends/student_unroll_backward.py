@@ -12,7 +12,6 @@ from amalgam.backends import core, cpu, triton
 from amalgam.backends.memory import (
     contiguous,
     dtype_name,
-    rnnprop_alone,
     unwritten,
     with_contiguous_rows,
 )
