@@ -21,6 +21,7 @@ from amalgam import (
     estimate_memory,
 )
 from amalgam.policies import Choice
+from amalgam.policies.nominal_student import INPUTS
 
 SHAPES = [(3, 4), (), (5,), (2, 3, 2, 2), (0, 3), (70,)]
 STEPS = 12
@@ -29,7 +30,8 @@ STEPS = 12
 def made(**config: Any) -> NominalStudent:
     """A student whose every part acts."""
     generator = torch.Generator().manual_seed(4)
-    student = NominalStudent(NominalConfig(**{"hidden": 4, **config}), generator=generator)
+    given = {"hidden": 4, "inputs": tuple(INPUTS), **config}
+    student = NominalStudent(NominalConfig(**given), generator=generator)
     with torch.no_grad():
         for weight in student.parameters():
             weight.add_(0.4 * torch.randn(weight.shape, generator=generator))

@@ -41,7 +41,7 @@ class NominalConfig(FusedConfig):
         hidden: Units in each.
         lr: The learning rate of Adam that it begins from.
         gain: Factor on the head's first output, the logarithm of the factor on Adam's step.
-        inputs: What it is told of a tensor as a whole, any of :data:`INPUTS`: the number of its
+        inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
             logarithm of its parameters' ``"rms"``.
@@ -57,7 +57,7 @@ class NominalConfig(FusedConfig):
     hidden: int = 8
     lr: float = 0.005
     gain: float = 2.0
-    inputs: tuple[str, ...] = tuple(INPUTS)
+    inputs: tuple[str, ...] = ()
     eps: float = 1e-15
     warmup_steps: int = 0
 

@@ -11,6 +11,7 @@ import torch
 
 from amalgam.layout import Layout
 from amalgam.policies import NominalConfig, NominalStudent, load_policy
+from amalgam.policies.nominal_student import INPUTS
 
 LAYOUT = Layout({"w": (3, 4), "b": (4,), "none": (0, 2), "k": (2, 3, 2, 2), "s": ()})
 FILLED = [size for size in LAYOUT.sizes if size]
@@ -18,7 +19,8 @@ FILLED = [size for size in LAYOUT.sizes if size]
 
 def made(**config: Any) -> NominalStudent:
     generator = torch.Generator().manual_seed(0)
-    student = NominalStudent(NominalConfig(hidden=3, **config), generator=generator).double()
+    given = {"hidden": 3, "inputs": tuple(INPUTS), **config}
+    student = NominalStudent(NominalConfig(**given), generator=generator).double()
     with torch.no_grad():
         student.head.weight.copy_(torch.randn((2, 3), generator=generator, dtype=torch.float64))
         student.head.bias.fill_(0.25)
