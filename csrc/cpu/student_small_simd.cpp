@@ -28,14 +28,19 @@ inline Floats at_most(float ceiling, Floats y) {
 #endif
 }
 
-// 2^y within 2 ulp, for y up to kMostLog2, before its last product, and perhaps sum.
-struct Power {
-  Floats scale, rest;
-};
-
 #ifdef __AVX512F__
-// c 2^(k / 32) with the c of below.
+constexpr float kRound = 0x1.8p18f;  // its sums have a last bit of 1/32
+
+// 2^(k / 32), and that times the c of below.
 alignas(64) constexpr float kPowers[32] = {
+    0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f,
+    0x1.1d4874p+0f, 0x1.2387a6p+0f, 0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f,
+    0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f,
+    0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f,
+    0x1.8ace54p+0f, 0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f,
+    0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f,
+    0x1.ea4afap+0f, 0x1.f50766p+0f};
+alignas(64) constexpr float kScaled[32] = {
     0x1.ebfdbap-3f, 0x1.f6c3aap-3f, 0x1.00e300p-2f, 0x1.068306p-2f, 0x1.0c4294p-2f,
     0x1.12225ap-2f, 0x1.18230ep-2f, 0x1.1e456ap-2f, 0x1.248a28p-2f, 0x1.2af20ap-2f,
     0x1.317dd4p-2f, 0x1.382e50p-2f, 0x1.3f044cp-2f, 0x1.460098p-2f, 0x1.4d240ep-2f,
@@ -44,21 +49,34 @@ alignas(64) constexpr float kPowers[32] = {
     0x1.a6c5d0p-2f, 0x1.b007bep-2f, 0x1.b97d8ep-2f, 0x1.c32868p-2f, 0x1.cd0974p-2f,
     0x1.d721e0p-2f, 0x1.e172e2p-2f};
 
-// A table's power, by the sum's last bits, times c ((r + h)^2 + d), the minimax polynomial for |r| <=
-// 1/64: with its square completed it takes two products. They, and not sums, are what is scarce.
-inline Power power_of(Floats y) {
-  constexpr float kRound = 0x1.8p18f;  // its sums have a last bit of 1/32
+// A table's 2^n, where `rounded` is n + kRound: which of its numbers is in the last bits.
+inline Floats looked_up(const float* table, Floats rounded, Floats n) {
+  const __m512 found = _mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)rounded,
+                                              _mm512_load_ps(table + 16));
+  return (Floats)_mm512_scalef_ps(found, (__m512)n);
+}
+
+// 1 + 2^y within 2 ulp, for y up to kMostLog2: 2^n c ((r + h)^2 + d), the minimax polynomial for |r|
+// <= 1/64. With its square completed it takes two products; they, and not sums, are what is scarce.
+inline Floats one_and_power(Floats y) {
   constexpr float kH = 0x1.715476p+0f, kD = 0x1.0a684ap+1f;
+  y = at_most(kMostLog2, y);
   const Floats rounded = y + kRound, n = rounded - kRound, u = (y + kH) - n;
-  const Floats t = (Floats)_mm512_permutex2var_ps(_mm512_load_ps(kPowers), (__m512i)rounded,
-                                                  _mm512_load_ps(kPowers + 16));
-  return {(Floats)_mm512_scalef_ps((__m512)t, (__m512)n), u * u + kD};
+  return looked_up(kScaled, rounded, n) * (u * u + kD) + 1.0f;
+}
+
+// 1 - 2^y for y up to kMostLog2, within 2^-24 beside 1, and of its own size where |y| <= 1/64.
+inline Floats one_less_power(Floats y) {
+  y = at_most(kMostLog2, y);
+  const Floats rounded = y + kRound, n = rounded - kRound, r = y - n;
+  const Floats t = looked_up(kPowers, rounded, n);
+  return (1.0f - t) - t * (r * (r * 0x1.ebfbe4p-3f + 0x1.62e584p-1f));
 }
 #else
-// 2^n times the minimax polynomial for |r| <= 1/2.
-inline Power power_of(Floats y) {
+// 1 - 2^y for y up to kMostLog2: 1 - 2^n (1 + p(r)), the minimax polynomial for |r| <= 1/2.
+inline Floats one_less_power(Floats y) {
   constexpr float kRound = 0x1.8p23f;
-  y = at_least(splat(-126.0f), y);
+  y = at_least(splat(-126.0f), at_most(kMostLog2, y));
   const Floats rounded = y + kRound, r = y - (rounded - kRound);
   Floats p = splat(0x1.41fbbcp-13f);
   p = p * r + 0x1.5f3e52p-10f;
@@ -66,19 +84,12 @@ inline Power power_of(Floats y) {
   p = p * r + 0x1.c6aee8p-5f;
   p = p * r + 0x1.ebfbdcp-3f;
   p = p * r + 0x1.62e430p-1f;
-  return {(Floats)(((Ints)rounded << 23) + (127 << 23)), p * r + 1.0f};
+  const Floats t = (Floats)(((Ints)rounded << 23) + (127 << 23));
+  return (1.0f - t) - t * (p * r);
 }
+
+inline Floats one_and_power(Floats y) { return 2.0f - one_less_power(y); }
 #endif
-
-inline Floats power(Floats y) {
-  const Power p = power_of(at_most(kMostLog2, y));
-  return p.scale * p.rest;
-}
-
-inline Floats one_and_power(Floats y) {
-  const Power p = power_of(at_most(kMostLog2, y));
-  return p.scale * p.rest + 1.0f;
-}
 
 inline Floats absolute(Floats x) { return (Floats)((Ints)x & ~kSign); }
 
@@ -208,11 +219,11 @@ inline void moments_and_inputs(const Small<hidden>& small, Bits places, const Pl
   const Floats r = v > 0.0f ? inverse : splat(0.0f);
   step.a = m * of.c1 * r;
   step.b = g * r;
-  const Floats s = power(step.a * step.b * float(kOfTanh));
-  const Floats t = power(absolute(step.b) * float(kOfTanh));
+  const Floats s = one_less_power(step.a * step.b * float(kOfTanh));
+  const Floats t = one_less_power(absolute(step.b) * float(kOfTanh));
   step.x[0] = absolute(step.a);
-  step.x[1] = (1.0f - s) / (1.0f + s);
-  step.x[2] = (1.0f - t) / (1.0f + t);
+  step.x[1] = s / (2.0f - s);
+  step.x[2] = t / (2.0f - t);
 }
 
 // A unit's sums, row by row of its inputs, in parts between which other work is put.
@@ -254,33 +265,38 @@ inline __attribute__((always_inline)) void units(const Small<hidden>& small, Bit
     for (int gate = 0; gate < 4; ++gate) sums.gates[gate] = splat(small.of.bias[unit][gate]);
     return sums;
   };
-  const auto finish = [&](int unit, const Floats* gates, auto& next)
-      __attribute__((always_inline)) {
-    __builtin_prefetch(at.h + unit * at.stride + kAhead);
-    __builtin_prefetch(at.c + unit * at.stride + kAhead);
-    const Floats e = power(gates[2]);
-    next.template add<0>();
-    const Floats i = one_and_power(gates[0]);
-    next.template add<1>();
-    const Floats f = one_and_power(gates[1]);
-    next.template add<2>();
-    // f c + i a over one denominator.
-    const Floats ia = i * (1.0f + e), c = load_numbers(narrow, at.c + unit * at.stride);
-    const Floats cell = (c * ia + (1.0f - e) * f) / (ia * f);
-    next.template add<3>();
-    const Floats o = one_and_power(gates[3]);
-    next.template add<4>();
+  // What is left of a unit when its cell is known.
+  Floats cell, o;
+  const auto finish = [&](int unit) __attribute__((always_inline)) {
     // Infinite cells have no power.
-    const Floats w = power(at_least(splat(-126.0f), cell * float(kOfTanh)));
-    next.template add<5>();
-    const Floats h = (1.0f - w) / ((1.0f + w) * o);
-    next.template add<6>();
-    o1 += small.student.head[2 * unit] * h;
-    o2 += small.student.head[2 * unit + 1] * h;
+    const Floats w = one_less_power(at_least(splat(-126.0f), cell * float(kOfTanh)));
+    const Floats h = w / ((2.0f - w) * o);
     const Bits random = random_bits(small, places, unit);
     const Storing storing{narrow, small.how.stochastic};
     store_numbers(storing, h, upper(random), at.new_h + unit * at.stride);
     store_numbers(storing, cell, lower(random), at.new_c + unit * at.stride);
+    o1 += small.student.head[2 * unit] * h;
+    o2 += small.student.head[2 * unit + 1] * h;
+  };
+  const auto advance = [&](int unit, const Floats* gates, bool others, auto& next)
+      __attribute__((always_inline)) {
+    __builtin_prefetch(at.h + unit * at.stride + kAhead);
+    __builtin_prefetch(at.c + unit * at.stride + kAhead);
+    const Floats e = one_less_power(gates[2]);
+    next.template add<0>();
+    const Floats i = one_and_power(gates[0]);
+    next.template add<1>();
+    if (others) finish(unit - 1);
+    next.template add<2>();
+    const Floats f = one_and_power(gates[1]);
+    next.template add<3>();
+    o = one_and_power(gates[3]);
+    next.template add<4>();
+    // f c + i a over one denominator.
+    const Floats ia = i * (2.0f - e), c = load_numbers(narrow, at.c + unit * at.stride);
+    next.template add<5>();
+    cell = (c * ia + e * f) / (ia * f);
+    next.template add<6>();
   };
   Sums<kRows> sums = begin(0);
   sums.template add<0>();
@@ -290,13 +306,19 @@ inline __attribute__((always_inline)) void units(const Small<hidden>& small, Bit
   sums.template add<4>();
   sums.template add<5>();
   sums.template add<6>();
-  for (int unit = 0; unit + 1 < hidden; ++unit) {
+  {
+    Sums<kRows> next = begin(1);
+    advance(0, sums.gates, false, next);
+    for (int gate = 0; gate < 4; ++gate) sums.gates[gate] = next.gates[gate];
+  }
+  for (int unit = 1; unit + 1 < hidden; ++unit) {
     Sums<kRows> next = begin(unit + 1);
-    finish(unit, sums.gates, next);
+    advance(unit, sums.gates, true, next);
     for (int gate = 0; gate < 4; ++gate) sums.gates[gate] = next.gates[gate];
   }
   Sums<0> none{};
-  finish(hidden - 1, sums.gates, none);
+  advance(hidden - 1, sums.gates, true, none);
+  finish(hidden - 1);
   step.o1 = o1;
   step.o2 = o2;
 }
@@ -306,7 +328,7 @@ inline void move(const Small<hidden>& small, Bits places, const Place& at, const
   const auto& [student, how, of] = small;
   constexpr float kLeast = float(Nominal::kLeastLog * kOfExp);
   constexpr float kMost = float(Nominal::kMostLog * kOfExp);
-  const Floats factor = student.alpha * power(at_least(splat(kLeast), at_most(kMost, step.o1)));
+  const Floats factor = student.alpha * (1.0f - one_less_power(at_least(splat(kLeast), at_most(kMost, step.o1))));
   const Floats below = 1.0f + absolute(step.b) * float(1 / Nominal::kSoft);
   Floats out = factor * (step.a + step.o2 * (step.b / below));
   if (how.in_place) out = how.keep * load_numbers(how.narrow_out, at.out) - how.lr * out;
