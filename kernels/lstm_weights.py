@@ -36,19 +36,34 @@ class Packing(NamedTuple):
 
 
 @functools.cache
-def packing(layers: int, hidden: int, features: int, outputs: int, device: torch.device) -> Packing:
-    """The packing of an LSTM with a head, built once per architecture and device."""
+def packing(
+    layers: int,
+    hidden: int,
+    features: int,
+    outputs: int,
+    device: torch.device,
+    *,
+    own_bias: bool = False,
+) -> Packing:
+    """The packing of an LSTM with a head, built once per architecture and device.
+
+    With ``own_bias``, the first layer's bias is not among the weights, and zeros stand for it.
+    """
     units = max(SMALLEST_UNITS, triton.next_power_of_2(hidden))
     folded = hidden + 1 + features <= units
     shapes: list[tuple[int, ...]] = []
     for layer in range(layers):
         inputs = hidden if layer else features
-        shapes += [(4, hidden, inputs), (4, hidden, hidden), (4, hidden)]
+        shapes += [(4, hidden, inputs), (4, hidden, hidden)]
+        if layer or not own_bias:
+            shapes.append((4, hidden))
     shapes += [(outputs, hidden), (outputs,)]
     counts = [torch.Size(shape).numel() for shape in shapes]
     zero = sum(counts)
     split = torch.arange(zero).split(counts)
     weights = [place.view(shape) for shape, place in zip(shapes, split, strict=True)]
+    if own_bias:
+        weights.insert(2, torch.full((4, hidden), zero))
 
     parts = []
     for layer in range(layers):

@@ -1,9 +1,13 @@
-"""The RNNProp student's network on blocks of coordinates, for the kernels of its step.
+"""The student's network on blocks of coordinates, for the kernels of its step.
 
-The formulas are in amalgam/operations/student_step.py.
+The formulas are in amalgam/operations/student_step.py, those of its forms in
+kernels/student_forms.py. In the nominal form the first layer's bias is a tensor's own: it is not
+among the packed weights, whose place for it holds zeros.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -13,47 +17,99 @@ from amalgam.kernels import lstm, lstm_weights
 from amalgam.kernels.configurations import FEW
 from amalgam.kernels.lstm import cell, column, rows_of, sigmoid, sizes_of, tanh
 from amalgam.kernels.rounding import random_bits, rounded_stochastically
-from amalgam.operations.student_forms import StepSettings
+from amalgam.kernels.student_forms import (
+    corrected,
+    fresh_moments,
+    scale_of,
+    seen,
+    update_of,
+)
+from amalgam.operations.student_forms import NOMINAL, Form, StepSettings
 
-FEATURES = 2
 FEW_UNITS = tl.constexpr(FEW)
 
 
 @triton.jit
-def features_of(g, m, v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """The new moments, and the two features of them."""
-    # fma says which product is not rounded: the compiler would choose differently by dtype.
-    m = tl.fma(beta1, m, one_minus_beta1 * g)
-    v = tl.fma(beta2, v, one_minus_beta2 * (g * g))
-    scale = 1.0 / tl.sqrt_rn(v / one_minus_beta2 + eps)
-    return m, v, scale
+def tensor_of(first_block, count, depth, block):
+    """Which tensor a block is of, int32; tensors without coordinates have none."""
+    tensor = tl.zeros((), tl.int32)
+    after = tensor + count
+    for _ in range(depth):
+        middle = (tensor + after) // 2
+        before = tl.load(first_block + middle) <= block
+        tensor = tl.where(before, middle, tensor)
+        after = tl.where(before, after, middle)
+    return tensor
 
 
 @triton.jit
-def first_sums(
-    packed, a, b, GATE: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr
-):  # a, b (BLOCK,)
+def first_sums(packed, features, GATE: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr):
     """What the first layer's gate takes of the features, (UNITS, BLOCK)."""
     weights = packed + GATE * FEATURES * UNITS
-    of_a = column(weights, UNITS)[:, None] * a[None, :]
-    return of_a + column(weights + UNITS, UNITS)[:, None] * b[None, :]
+    sums = column(weights, UNITS)[:, None] * features[0][None, :]
+    for k in tl.static_range(1, FEATURES):
+        sums += column(weights + k * UNITS, UNITS)[:, None] * features[k][None, :]
+    return sums
+
+
+@triton.jit
+def own_bias(
+    bias,
+    GATE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UNITS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """A tensor's own bias of a gate, (UNITS, 1); with APPROXIMATE as packed weights have it."""
+    unit = tl.arange(0, UNITS)
+    own = tl.load(bias + GATE * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+    if APPROXIMATE and GATE != 2:
+        own *= 0.5
+    return own[:, None]
+
+
+@triton.jit
+def begun_sums(
+    packed,
+    bias,
+    features,
+    like,  # (UNITS, BLOCK)
+    GATE: tl.constexpr,
+    LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """What a gate's sums begin with, (UNITS, BLOCK)."""
+    if LAYER == 0 and not FOLDED:
+        sums = first_sums(packed, features, GATE, UNITS, FEATURES)
+    else:
+        sums = tl.zeros_like(like)
+    if NOMINAL and LAYER == 0:
+        sums += own_bias(bias, GATE, HIDDEN, UNITS, APPROXIMATE)
+    return sums
 
 
 @triton.jit
 def with_inputs(
     h,  # (UNITS, BLOCK)
-    m_feature,  # (BLOCK,)
-    g_feature,  # (BLOCK,)
+    features,  # FEATURES of (BLOCK,)
     LAYER: tl.constexpr,
     HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     """The old h with what FOLDED weights multiply in the rows that are no unit's."""
     unit = tl.arange(0, UNITS)[:, None]
     rest = (unit == HIDDEN).to(tl.float32)
     if LAYER == 0:
-        features = tl.where(unit == HIDDEN + 1, m_feature[None, :], g_feature[None, :])
-        rest = tl.where((unit == HIDDEN + 1) | (unit == HIDDEN + 2), features, rest)
+        first_two = tl.where(unit == HIDDEN + 1, features[0][None, :], features[1][None, :])
+        rest = tl.where((unit == HIDDEN + 1) | (unit == HIDDEN + 2), first_two, rest)
+        for k in tl.static_range(2, FEATURES):
+            rest = tl.where(unit == HIDDEN + 1 + k, features[k][None, :], rest)
     return tl.where(unit < HIDDEN, h, rest)
 
 
@@ -64,27 +120,35 @@ def student_cell(
     x,  # (UNITS, BLOCK) the layer below's new h; unused by the first layer
     h,  # (UNITS, BLOCK); of FOLDED weights, with its inputs
     c,  # (UNITS, BLOCK)
-    m_feature,  # (BLOCK,)
-    g_feature,  # (BLOCK,)
+    features,  # FEATURES of (BLOCK,)
+    bias,  # (4 HIDDEN,) the first layer's, of NOMINAL
     LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates, its new c, and the tanh of that."""
-    if LAYER == 0 and not FOLDED:
-        i = first_sums(packed, m_feature, g_feature, 0, UNITS, FEATURES)
-        f = first_sums(packed, m_feature, g_feature, 1, UNITS, FEATURES)
-        a = first_sums(packed, m_feature, g_feature, 2, UNITS, FEATURES)
-        o = first_sums(packed, m_feature, g_feature, 3, UNITS, FEATURES)
-    else:
-        i = tl.zeros_like(h)
-        f = tl.zeros_like(h)
-        a = tl.zeros_like(h)
-        o = tl.zeros_like(h)
+    i = begun_sums(
+        packed, bias, features, h, 0,
+        LAYER, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, APPROXIMATE,
+    )  # fmt: skip
+    f = begun_sums(
+        packed, bias, features, h, 1,
+        LAYER, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, APPROXIMATE,
+    )  # fmt: skip
+    a = begun_sums(
+        packed, bias, features, h, 2,
+        LAYER, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, APPROXIMATE,
+    )  # fmt: skip
+    o = begun_sums(
+        packed, bias, features, h, 3,
+        LAYER, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, APPROXIMATE,
+    )  # fmt: skip
     return cell(
         packed, other, x, h, c, i, f, a, o,
         LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, False,
@@ -110,16 +174,50 @@ def stored(value, bits, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _plain_sum(packed, x, h, m_feature, g_feature, FIRST, LAYER, HIDDEN, UNITS, FEATURES):
-    """A gate's sum of one unit, (BLOCK,); FIRST is where the row of its weights begins."""
+def store_moments(
+    to_m, to_v, m, v, at, inside, key, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr
+):  # fmt: skip
+    """Stores moments, (BLOCK,); their random bits are of the row after cells' and parameter's."""
+    TYPE: tl.constexpr = to_m.dtype.element_ty
+    bits = at
+    if STOCHASTIC and tl.bfloat16 == TYPE:
+        bits = random_bits(key, tl.full((), ROWS + 1, tl.int32), at)
+    tl.store(to_m + at, stored(m, bits >> 16, TYPE, STOCHASTIC), mask=inside)
+    tl.store(to_v + at, stored(v, bits & 0xFFFF, TYPE, STOCHASTIC), mask=inside)
+
+
+@triton.jit
+def _plain_sum(
+    packed,
+    bias,
+    x,
+    h,
+    features,
+    GATE: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    NOMINAL: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """A gate's sum of one unit, (BLOCK,)."""
     W_IH, W_HH, _B, _END = sizes_of(LAYER, FEATURES, UNITS, True)
+    FIRST: tl.constexpr = (GATE * UNITS + UNIT) * UNITS
     row = packed + W_HH + FIRST
-    total = tl.load(row + HIDDEN) + tl.load(row) * h[0]
+    if NOMINAL and LAYER == 0:
+        begin = tl.load(bias + GATE * HIDDEN + UNIT)
+        if APPROXIMATE and GATE != 2:
+            begin *= 0.5
+    else:
+        begin = tl.load(row + HIDDEN)
+    total = begin + tl.load(row) * h[0]
     for k in tl.static_range(1, HIDDEN):
         total += tl.load(row + k) * h[k]
     if LAYER == 0:
-        total += tl.load(row + HIDDEN + 1) * m_feature
-        total += tl.load(row + HIDDEN + 2) * g_feature
+        for k in tl.static_range(FEATURES):
+            total += tl.load(row + HIDDEN + 1 + k) * features[k]
     else:
         for k in tl.static_range(HIDDEN):
             total += tl.load(packed + W_IH + FIRST + k) * x[k]
@@ -136,24 +234,25 @@ def _small_layers(
     c,
     new_h,
     new_c,
-    m_feature,
-    g_feature,
+    features,
+    bias,
     key,
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
+    NOMINAL: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """The layers of few units, without tensor cores; returns the head's sum, (BLOCK,).
+    """The layers of few units, without tensor cores; returns the head's outputs, of (BLOCK,).
 
     A thread computes whole coordinates. Padded to the 16 units that tensor cores take, four or
     eight would cost several times as much.
     """
     TYPE: tl.constexpr = new_h.dtype.element_ty
-    x = (m_feature,)  # unused by the first layer
+    x = features  # unused by the first layer
     for layer in tl.static_range(LAYERS):
         old_h = ()
         old_c = ()
@@ -166,20 +265,20 @@ def _small_layers(
         for unit in tl.static_range(HIDDEN):
             here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
             i = _plain_sum(
-                packed, x, old_h, m_feature, g_feature, unit * UNITS,
-                layer, HIDDEN, UNITS, FEATURES,
+                packed, bias, x, old_h, features, 0, unit,
+                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
             )  # fmt: skip
             f = _plain_sum(
-                packed, x, old_h, m_feature, g_feature, (UNITS + unit) * UNITS,
-                layer, HIDDEN, UNITS, FEATURES,
+                packed, bias, x, old_h, features, 1, unit,
+                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
             )  # fmt: skip
             a = _plain_sum(
-                packed, x, old_h, m_feature, g_feature, (2 * UNITS + unit) * UNITS,
-                layer, HIDDEN, UNITS, FEATURES,
+                packed, bias, x, old_h, features, 2, unit,
+                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
             )  # fmt: skip
             o = _plain_sum(
-                packed, x, old_h, m_feature, g_feature, (3 * UNITS + unit) * UNITS,
-                layer, HIDDEN, UNITS, FEATURES,
+                packed, bias, x, old_h, features, 3, unit,
+                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
             )  # fmt: skip
             entering = sigmoid(i, PTX, APPROXIMATE) * tanh(a, PTX, APPROXIMATE)
             cell = tl.fma(sigmoid(f, PTX, APPROXIMATE), old_c[unit], entering)
@@ -192,10 +291,51 @@ def _small_layers(
             tl.store(new_c + here, stored(cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=inside)
         x = outputs
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, True)
-    top = tl.load(packed + HEAD + UNITS) + tl.load(packed + HEAD) * x[0]
-    for unit in tl.static_range(1, HIDDEN):
-        top += tl.load(packed + HEAD + unit) * x[unit]
-    return top
+    OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
+    o = ()
+    for output in tl.static_range(OUTPUTS):
+        ROW: tl.constexpr = HEAD + output * UNITS
+        top = tl.load(packed + HEAD + OUTPUTS * UNITS + output) + tl.load(packed + ROW) * x[0]
+        for unit in tl.static_range(1, HIDDEN):
+            top += tl.load(packed + ROW + unit) * x[unit]
+        o = o + (top,)
+    return o
+
+
+@triton.jit
+def head_columns(packed, HEAD: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """The head's weights, OUTPUTS of (UNITS,)."""
+    columns = ()
+    for output in tl.static_range(OUTPUTS):
+        columns = columns + (column(packed + HEAD + output * UNITS, UNITS),)
+    return columns
+
+
+@triton.jit
+def head_biases(packed, HEAD: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """The head's biases, OUTPUTS of ()."""
+    biases = ()
+    for output in tl.static_range(OUTPUTS):
+        biases = biases + (tl.load(packed + HEAD + OUTPUTS * UNITS + output),)
+    return biases
+
+
+@triton.jit
+def head_sums(columns, x, OUTPUTS: tl.constexpr):
+    """What the head's weights make of x (UNITS, BLOCK): OUTPUTS of (BLOCK,)."""
+    sums = ()
+    for output in tl.static_range(OUTPUTS):
+        sums = sums + (tl.sum(columns[output][:, None] * x, 0),)
+    return sums
+
+
+@triton.jit
+def with_biases(sums, biases, OUTPUTS: tl.constexpr):
+    """The head's outputs, OUTPUTS of (BLOCK,)."""
+    o = ()
+    for output in tl.static_range(OUTPUTS):
+        o = o + (sums[output] + biases[output],)
+    return o
 
 
 @triton.jit
@@ -209,21 +349,22 @@ def _layers(
     c,
     new_h,
     new_c,
-    m_feature,
-    g_feature,
+    features,
+    bias,
     key,
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Writes the new h and c and returns the head's sum, (BLOCK,)."""
+    """Writes the new h and c and returns the head's outputs, of (BLOCK,)."""
     TYPE: tl.constexpr = new_h.dtype.element_ty
     unit = tl.arange(0, UNITS)
     used = (unit < HIDDEN)[:, None] & inside[None, :]
@@ -233,10 +374,10 @@ def _layers(
         old_h = tl.load(h + rows, mask=used, other=0.0).to(tl.float32)
         old_c = tl.load(c + rows, mask=used, other=0.0).to(tl.float32)
         if FOLDED:
-            old_h = with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
+            old_h = with_inputs(old_h, features, layer, HIDDEN, FEATURES, UNITS)
         _i, _f, _a, o, new_cell, squashed = student_cell(
-            packed, other, x, old_h, old_c, m_feature, g_feature,
-            layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE,
+            packed, other, x, old_h, old_c, features, bias,
+            layer, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, PRECISION, PTX, APPROXIMATE,
         )  # fmt: skip
         x = o * squashed
         bits = rows
@@ -247,7 +388,9 @@ def _layers(
         tl.store(new_c + rows, stored(new_cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=used)
 
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, FOLDED)
-    return tl.sum(column(packed + HEAD, UNITS)[:, None] * x, 0) + tl.load(packed + HEAD + UNITS)
+    OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
+    sums = head_sums(head_columns(packed, HEAD, UNITS, OUTPUTS), x, OUTPUTS)
+    return with_biases(sums, head_biases(packed, HEAD, UNITS, OUTPUTS), OUTPUTS)
 
 
 @triton.jit
@@ -267,6 +410,9 @@ def step_of_block(
     new_h,
     new_c,
     key,  # of random bits, where rounding is STOCHASTIC
+    bias,  # of NOMINAL: (4 HIDDEN,) this tensor's, of the first layer; and its corrections
+    correction1,
+    correction2,
     alpha,
     beta1,
     beta2,
@@ -278,6 +424,7 @@ def step_of_block(
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -285,28 +432,30 @@ def step_of_block(
     STOCHASTIC: tl.constexpr,
 ):
     """Writes a block's new state and returns its update, (BLOCK,)."""
-    old_m = tl.load(m + at, mask=inside, other=0.0)
-    old_v = tl.load(v + at, mask=inside, other=1.0)
-    fresh_m, fresh_v, scale = features_of(
-        g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+    old_m = tl.load(m + at, mask=inside, other=0.0).to(tl.float32)
+    old_v = tl.load(v + at, mask=inside, other=1.0).to(tl.float32)
+    fresh_m, fresh_v = fresh_moments(
+        g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2
     )
+    scale, _root = scale_of(fresh_v, one_minus_beta2, eps, correction2, NOMINAL)
     if LAYERS * HIDDEN > FEW_UNITS:
         wait_for_loads()
-    tl.store(new_m + at, fresh_m, mask=inside)
-    tl.store(new_v + at, fresh_v, mask=inside)
-    m_feature = fresh_m / one_minus_beta1 * scale
-    g_feature = g * scale
+    store_moments(new_m, new_v, fresh_m, fresh_v, at, inside, key, LAYERS * HIDDEN, STOCHASTIC)
+    a = corrected(fresh_m, one_minus_beta1, correction1, NOMINAL) * scale
+    b = g * scale
+    features = seen(a, b, NOMINAL, PTX, APPROXIMATE)
     if LAYERS * HIDDEN <= FEW_UNITS:
-        top = _small_layers(
-            packed, inside, at, n, h, c, new_h, new_c, m_feature, g_feature, key,
-            LAYERS, HIDDEN, FEATURES, UNITS, PTX, APPROXIMATE, STOCHASTIC,
+        o = _small_layers(
+            packed, inside, at, n, h, c, new_h, new_c, features, bias, key,
+            LAYERS, HIDDEN, FEATURES, UNITS, NOMINAL, PTX, APPROXIMATE, STOCHASTIC,
         )  # fmt: skip
     else:
-        top = _layers(
-            packed, other, inside, at, n, h, c, new_h, new_c, m_feature, g_feature, key,
-            LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
+        o = _layers(
+            packed, other, inside, at, n, h, c, new_h, new_c, features, bias, key,
+            LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL,
+            BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
         )  # fmt: skip
-    return alpha * tanh(top, PTX, APPROXIMATE)
+    return update_of(o, a, b, alpha, NOMINAL, PTX, APPROXIMATE)
 
 
 def constants_of(settings: StepSettings) -> tuple[float, ...]:
@@ -315,21 +464,34 @@ def constants_of(settings: StepSettings) -> tuple[float, ...]:
     return alpha, beta1, beta2, 1 - beta1, 1 - beta2, eps
 
 
-def plan_of(h: Tensor) -> tuple[lstm_weights.Packing, dict[str, int]]:
-    """How the weights are packed, and the constants of a kernel that depend on the network alone.
+def plan_of(h: Tensor, form: Form) -> tuple[lstm_weights.Packing, dict[str, int]]:
+    """How the weights are packed, and the constants of a kernel that depend on the student alone.
 
     Args:
         h: Shape (layers, hidden, ...), on the device where the weights are.
+        form: The form of its step.
     """
     layers, hidden = h.shape[:2]
-    plan = lstm_weights.packing(layers, hidden, FEATURES, 1, h.device)
+    nominal = form is NOMINAL
+    plan = lstm_weights.packing(
+        layers, hidden, form.features, form.outputs, h.device, own_bias=nominal
+    )
     return plan, {
         "LAYERS": layers,
         "HIDDEN": hidden,
-        "FEATURES": FEATURES,
+        "FEATURES": form.features,
         "UNITS": plan.units,
         "FOLDED": plan.folded,
+        "NOMINAL": nominal,
     }
+
+
+def to_pack(weights: Sequence[Tensor], form: Form) -> Sequence[Tensor]:
+    """The weights that are packed: all but the bias that is a tensor's own.
+
+    It is another in every step, and the others are packed once.
+    """
+    return [*weights[:2], *weights[3:]] if form is NOMINAL else weights
 
 
 def precision_of(precision: str | None, h: Tensor) -> str:

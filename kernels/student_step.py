@@ -1,8 +1,15 @@
-"""The functional step of the RNNProp student; formulas: amalgam/operations/student_step.py."""
+"""The functional step of the student; formulas: amalgam/operations/student_step.py.
+
+In the nominal form the coordinates are those of several tensors, one after another. A block is of
+one of them: which, says a table of where each begins.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,27 +23,76 @@ from amalgam.kernels.lstm import (
     add,
     cell_gradients,
     column,
-    exp,
     of_gate,
     recurrent_gradients,
     rows_of,
     sizes_of,
 )
+from amalgam.kernels.student_forms import (
+    corrected,
+    direction_gradients,
+    fresh_moments,
+    m_gradient,
+    output_gradients,
+    scale_of,
+    seen,
+    v_descent,
+)
 from amalgam.kernels.student_network import (
     constants_of,
-    features_of,
+    head_biases,
+    head_columns,
+    head_sums,
     plan_of,
     precision_of,
     step_of_block,
     student_cell,
+    tensor_of,
+    to_pack,
+    with_biases,
     with_inputs,
 )
-from amalgam.operations.student_forms import StepSettings
+from amalgam.operations.student_forms import NOMINAL, StepSettings
 
 PROGRAMS_PER_PROCESSOR = 2
 
 
 @triton.jit
+def _place_of(
+    bounds,
+    biases,
+    corrections,
+    count,
+    depth,
+    block,
+    n,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NOMINAL: tl.constexpr,
+):
+    """Which coordinates a block is of, which of these exist, and what there is of their tensor.
+
+    That is its number, its bias and corrections, and which of its blocks this one is.
+    """
+    if NOMINAL:
+        tensor = tensor_of(bounds, count, depth, block)
+        number = block - tl.load(bounds + tensor).to(block.dtype)
+        ends = bounds + count + tensor
+        first = tl.load(ends).to(block.dtype)
+        if ALIGNED:
+            first = tl.multiple_of(first, 16)
+        at = first + number * BLOCK + tl.arange(0, BLOCK)
+        bias = biases + tensor.to(tl.int64) * (4 * HIDDEN)
+        correction1 = tl.load(corrections + 2 * tensor)
+        correction2 = tl.load(corrections + 2 * tensor + 1)
+        return at, at < tl.load(ends + 1), bias, correction1, correction2, tensor, number
+    else:
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        return at, at < n, biases, 1.0, 1.0, 0, block
+
+
+@triton.jit(do_not_specialize=["count", "depth"], do_not_specialize_on_alignment=["bounds"])
 def forward(
     packed,
     other,
@@ -50,6 +106,11 @@ def forward(
     new_v,  # (N,) out
     new_h,  # (LAYERS, HIDDEN, N) out
     new_c,  # (LAYERS, HIDDEN, N) out
+    bounds,  # of NOMINAL, as _bounds has them
+    biases,  # of NOMINAL: (count, 4 HIDDEN)
+    corrections,  # of NOMINAL: (count, 2)
+    count,
+    depth,
     n,
     alpha,
     beta1,
@@ -62,6 +123,8 @@ def forward(
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -69,13 +132,16 @@ def forward(
     WIDE: tl.constexpr,
 ):
     """The functional step: program p takes the p-th block of coordinates."""
-    at = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+    block = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    at, inside, bias, correction1, correction2, _tensor, _number = _place_of(
+        bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
+    )
     g = tl.load(grad + at, mask=inside, other=0.0)
     result = step_of_block(
         packed, other, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c, 0,
+        bias, correction1, correction2,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
-        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, False,
+        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, BLOCK, PRECISION, PTX, APPROXIMATE, False,
     )  # fmt: skip
     tl.store(update + at, result, mask=inside)
 
@@ -85,21 +151,22 @@ def _gate_gradients(
     packed,
     other,
     partials,  # this program's sums, as the packed weights
+    d_bias,  # of NOMINAL: (4, UNITS) its sums of the tensor's own bias, and whether there are any
+    bias_later,
     d_gate,  # (UNITS, BLOCK) of the gate's sum
     x,  # (UNITS, BLOCK)
     h,  # (UNITS, BLOCK)
-    m_feature,  # (BLOCK,)
-    g_feature,  # (BLOCK,)
+    features,  # FEATURES of (BLOCK,)
     d_x,  # (UNITS, BLOCK) gradients in x so far
     d_h,  # (UNITS, BLOCK) and in h
-    d_m_feature,  # (BLOCK,) and in the features
-    d_g_feature,  # (BLOCK,)
+    d_features,  # and in the features
     later,
     gate,
     LAYER: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One gate's part of all gradients; the weights' are added to the program's sums."""
@@ -107,15 +174,20 @@ def _gate_gradients(
         packed, other, partials, d_gate, x, h, d_x, d_h, later, gate,
         LAYER, FEATURES, UNITS, FOLDED, PRECISION,
     )  # fmt: skip
+    unit = tl.arange(0, UNITS)
+    if NOMINAL and LAYER == 0:
+        add(d_bias + gate * UNITS + unit, tl.sum(d_gate, 1), bias_later)
     if LAYER == 0 and not FOLDED:
-        unit = tl.arange(0, UNITS)
-        w_m = gate * FEATURES * UNITS
-        w_g = w_m + UNITS
-        add(partials + w_m + unit, tl.sum(d_gate * m_feature[None, :], 1), later)
-        add(partials + w_g + unit, tl.sum(d_gate * g_feature[None, :], 1), later)
-        d_m_feature += tl.sum(column(packed + w_m, UNITS)[:, None] * d_gate, 0)
-        d_g_feature += tl.sum(column(packed + w_g, UNITS)[:, None] * d_gate, 0)
-    return d_x, d_h, d_m_feature, d_g_feature
+        w_ih = gate * FEATURES * UNITS
+        for k in tl.static_range(FEATURES):
+            total = tl.sum(d_gate * features[k][None, :], 1)
+            add(partials + w_ih + k * UNITS + unit, total, later)
+        found = ()
+        for k in tl.static_range(FEATURES):
+            weights = column(packed + w_ih + k * UNITS, UNITS)
+            found = found + (d_features[k] + tl.sum(weights[:, None] * d_gate, 0),)
+        d_features = found
+    return d_x, d_h, d_features
 
 
 @triton.jit
@@ -129,13 +201,14 @@ def _lower_layers(
     n,
     h,  # (LAYERS, HIDDEN, N)
     c,  # (LAYERS, HIDDEN, N)
-    m_feature,  # (BLOCK,)
-    g_feature,  # (BLOCK,)
+    features,  # FEATURES of (BLOCK,)
+    bias,  # (4 HIDDEN,) of NOMINAL
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -150,10 +223,10 @@ def _lower_layers(
         old_h = tl.load(h + rows, mask=used, other=0.0)
         old_c = tl.load(c + rows, mask=used, other=0.0)
         if FOLDED:
-            old_h = with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
+            old_h = with_inputs(old_h, features, layer, HIDDEN, FEATURES, UNITS)
         _i, _f, _a, o, _c, squashed = student_cell(
-            packed, other, x, old_h, old_c, m_feature, g_feature,
-            layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, False,
+            packed, other, x, old_h, old_c, features, bias,
+            layer, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, PRECISION, PTX, False,
         )  # fmt: skip
         x = o * squashed
         tl.store(outputs + layer * UNITS * BLOCK + here, x)
@@ -162,38 +235,10 @@ def _lower_layers(
     return x
 
 
-@triton.jit
-def _feature_gradients(
-    g,  # (BLOCK,)
-    m_hat,  # (BLOCK,) the new m over 1 - beta1
-    scale,  # (BLOCK,) the features' factor
-    d_m_feature,  # (BLOCK,)
-    d_g_feature,  # (BLOCK,)
-    d_new_m,  # (N,)
-    d_new_v,  # (N,)
-    d_grad,  # (N,) out
-    d_m,  # (N,) out
-    d_v,  # (N,) out
-    at,  # (BLOCK,)
-    inside,  # (BLOCK,) which of them exist
-    beta1,
-    beta2,
-    one_minus_beta1,
-    one_minus_beta2,
-):
-    """Writes the gradients in grad, m and v, from those in the features and in the new moments."""
-    d_scale = d_m_feature * m_hat + d_g_feature * g
-    d_fresh_m = tl.load(d_new_m + at, mask=inside, other=0.0)
-    d_fresh_m += d_m_feature * scale / one_minus_beta1
-    d_fresh_v = tl.load(d_new_v + at, mask=inside, other=0.0)
-    d_fresh_v -= 0.5 * d_scale * (scale * scale * scale) / one_minus_beta2
-    of_moments = one_minus_beta1 * d_fresh_m + 2.0 * one_minus_beta2 * g * d_fresh_v
-    tl.store(d_grad + at, d_g_feature * scale + of_moments, mask=inside)
-    tl.store(d_m + at, beta1 * d_fresh_m, mask=inside)
-    tl.store(d_v + at, beta2 * d_fresh_v, mask=inside)
-
-
-@triton.jit(do_not_specialize=["blocks", "size"])
+@triton.jit(
+    do_not_specialize=["blocks", "size", "count", "depth"],
+    do_not_specialize_on_alignment=["bounds"],
+)
 def backward(
     packed,
     other,
@@ -214,6 +259,12 @@ def backward(
     d_c,  # (LAYERS, HIDDEN, N) out
     partials,  # (P, size) float64 out, P programs' gradients in the packed weights
     outputs,  # (P, LAYERS, UNITS, BLOCK) scratch: the layers' new h
+    bounds,  # of NOMINAL, as _bounds has them
+    biases,  # of NOMINAL: (count, 4 HIDDEN)
+    corrections,  # of NOMINAL: (count, 2)
+    d_biases,  # of NOMINAL: (rows, 4, UNITS) float64 out, each program's sums of each tensor
+    count,
+    depth,
     n,
     blocks,
     size,
@@ -228,6 +279,8 @@ def backward(
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -240,32 +293,44 @@ def backward(
     here = unit[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     outputs += program.to(tl.int64) * LAYERS * UNITS * BLOCK
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, FOLDED)
-    head = column(packed + HEAD, UNITS)
-    head_bias = tl.load(packed + HEAD + UNITS)
+    OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
+    head = head_columns(packed, HEAD, UNITS, OUTPUTS)
+    head_bias = head_biases(packed, HEAD, UNITS, OUTPUTS)
     programs = tl.num_programs(0)
     for turn in range(tl.cdiv(blocks - program, programs)):
         later = turn > 0
         block = program.to(tl.int64 if WIDE else tl.int32) + turn * programs
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        inside = at < n
+        at, inside, bias, correction1, correction2, tensor, number = _place_of(
+            bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
+        )
+        d_bias = d_biases
+        bias_later = later
+        if NOMINAL:
+            # Each program that has blocks of a tensor has one row of them.
+            row = tl.load(bounds + 2 * count + 1 + tensor) + number % programs
+            d_bias += row * (4 * UNITS)
+            bias_later = number >= programs
         used = (unit < HIDDEN)[:, None] & inside[None, :]
         g = tl.load(grad + at, mask=inside, other=1.0)
         old_m = tl.load(m + at, mask=inside, other=0.0)
         old_v = tl.load(v + at, mask=inside, other=1.0)
-        fresh_m, _fresh_v, scale = features_of(
-            g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+        fresh_m, fresh_v = fresh_moments(
+            g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2
         )
-        m_hat = fresh_m / one_minus_beta1
-        m_feature = m_hat * scale
-        g_feature = g * scale
+        scale, root = scale_of(fresh_v, one_minus_beta2, eps, correction2, NOMINAL)
+        m_hat = corrected(fresh_m, one_minus_beta1, correction1, NOMINAL)
+        a_direction = m_hat * scale
+        b_direction = g * scale
+        features = seen(a_direction, b_direction, NOMINAL, PTX, False)
 
         x = _lower_layers(
-            packed, other, outputs, here, used, at, n, h, c, m_feature, g_feature,
-            LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX,
+            packed, other, outputs, here, used, at, n, h, c, features, bias,
+            LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, BLOCK, PRECISION, PTX,
         )  # fmt: skip
 
-        d_m_feature = tl.zeros((BLOCK,), tl.float32)
-        d_g_feature = tl.zeros((BLOCK,), tl.float32)
+        d_features = ()
+        for _ in tl.static_range(FEATURES):
+            d_features = d_features + (tl.zeros((BLOCK,), tl.float32),)
         d_x = tl.zeros((UNITS, BLOCK), tl.float32)
         for layer in tl.static_range(LAYERS - 1, -1, -1):
             if layer > 0:
@@ -274,21 +339,25 @@ def backward(
             old_h = tl.load(h + rows, mask=used, other=0.0)
             old_c = tl.load(c + rows, mask=used, other=0.0)
             if FOLDED:
-                old_h = with_inputs(old_h, m_feature, g_feature, layer, HIDDEN, UNITS)
+                old_h = with_inputs(old_h, features, layer, HIDDEN, FEATURES, UNITS)
             i, f, a, o, _c, squashed = student_cell(
-                packed, other, x, old_h, old_c, m_feature, g_feature,
-                layer, FEATURES, UNITS, FOLDED, PRECISION, PTX, False,
+                packed, other, x, old_h, old_c, features, bias,
+                layer, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, PRECISION, PTX, False,
             )  # fmt: skip
             if layer == LAYERS - 1:
                 top_h = o * squashed
-                top = tl.sum(head[:, None] * top_h, 0) + head_bias
-                # tanh's slope as 4 t / (1 + t)^2: 1 - tanh^2 would cancel.
-                t = exp(-2.0 * tl.abs(top), PTX)
-                d_top = tl.load(d_update + at, mask=inside, other=0.0) * alpha
-                d_top *= 4.0 * t / ((1.0 + t) * (1.0 + t))
-                add(partials + HEAD + unit, tl.sum(top_h * d_top[None, :], 1), later)
-                add(partials + HEAD + UNITS, tl.sum(d_top, 0), later)
-                d_x = head[:, None] * d_top[None, :]
+                top = with_biases(head_sums(head, top_h, OUTPUTS), head_bias, OUTPUTS)
+                d_top, d_a_direction, d_b_direction = output_gradients(
+                    d_update + at, inside, top, a_direction, b_direction, alpha, NOMINAL, PTX,
+                )  # fmt: skip
+                for output in tl.static_range(OUTPUTS):
+                    row = HEAD + output * UNITS + unit
+                    add(partials + row, tl.sum(top_h * d_top[output][None, :], 1), later)
+                    end = HEAD + OUTPUTS * UNITS + output
+                    add(partials + end, tl.sum(d_top[output], 0), later)
+                d_x = head[0][:, None] * d_top[0][None, :]
+                if NOMINAL:
+                    d_x += head[1][:, None] * d_top[1][None, :]
 
             d_i, d_f, d_a, d_o = cell_gradients(
                 d_x, d_new_h, d_new_c, d_c, rows, used, old_c, i, f, a, o, squashed
@@ -297,23 +366,81 @@ def backward(
             d_old_h = tl.zeros((UNITS, BLOCK), tl.float32)
             for gate in tl.range(4, num_stages=1):
                 d_gate = of_gate(gate, d_i, d_f, d_a, d_o)
-                d_x, d_old_h, d_m_feature, d_g_feature = _gate_gradients(
-                    packed, other, partials, d_gate, x, old_h, m_feature, g_feature,
-                    d_x, d_old_h, d_m_feature, d_g_feature, later, gate,
-                    layer, FEATURES, UNITS, FOLDED, PRECISION,
+                d_x, d_old_h, d_features = _gate_gradients(
+                    packed, other, partials, d_bias, bias_later, d_gate, x, old_h, features,
+                    d_x, d_old_h, d_features, later, gate,
+                    layer, FEATURES, UNITS, FOLDED, NOMINAL, PRECISION,
                 )  # fmt: skip
             tl.store(d_h + rows, d_old_h, mask=used)
             if FOLDED and layer == 0:
-                of_m, of_g = (unit == HIDDEN + 1)[:, None], (unit == HIDDEN + 2)[:, None]
-                d_m_feature = tl.sum(tl.where(of_m, d_old_h, 0.0), 0)
-                d_g_feature = tl.sum(tl.where(of_g, d_old_h, 0.0), 0)
+                d_features = ()
+                for k in tl.static_range(FEATURES):
+                    of_feature = (unit == HIDDEN + 1 + k)[:, None]
+                    found = tl.sum(tl.where(of_feature, d_old_h, 0.0), 0)
+                    d_features = d_features + (found,)
         # The next block's layers overwrite what these read.
         tl.debug_barrier()
 
-        _feature_gradients(
-            g, m_hat, scale, d_m_feature, d_g_feature, d_new_m, d_new_v, d_grad, d_m, d_v,
-            at, inside, beta1, beta2, one_minus_beta1, one_minus_beta2,
-        )  # fmt: skip
+        d_a_direction, d_b_direction = direction_gradients(
+            d_features, d_a_direction, d_b_direction, a_direction, b_direction, features, NOMINAL
+        )
+        d_scale = d_a_direction * m_hat + d_b_direction * g
+        d_fresh_m = tl.load(d_new_m + at, mask=inside, other=0.0)
+        d_fresh_m += m_gradient(d_a_direction, scale, one_minus_beta1, correction1, NOMINAL)
+        d_fresh_v = tl.load(d_new_v + at, mask=inside, other=0.0)
+        d_fresh_v -= v_descent(d_scale, scale, root, one_minus_beta2, correction2, NOMINAL)
+        of_moments = one_minus_beta1 * d_fresh_m + 2.0 * one_minus_beta2 * g * d_fresh_v
+        tl.store(d_grad + at, d_b_direction * scale + of_moments, mask=inside)
+        tl.store(d_m + at, beta1 * d_fresh_m, mask=inside)
+        tl.store(d_v + at, beta2 * d_fresh_v, mask=inside)
+
+
+class _Bounds(NamedTuple):
+    """Where the tensors lie that the coordinates are of.
+
+    Attributes:
+        blocks: How many blocks they take together.
+        aligned: Whether all begin at a multiple of 16.
+        table: Int64: the first block of each; where each begins, and where the last one ends; and
+            the first of each one's rows of sums.
+        rows: How many rows of sums there are.
+        lengths: And how many of each tensor, int64 (tensors,).
+    """
+
+    blocks: int
+    aligned: bool
+    table: Tensor
+    rows: int
+    lengths: Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds(sizes: tuple[int, ...], block: int, programs: int, device: torch.device) -> _Bounds:
+    """Of tensors of these sizes, for blocks of this size by so many programs at most.
+
+    They are kept: a step's are those of the next, and a copy to the device would wait for it.
+    """
+    blocks = [triton.cdiv(size, block) for size in sizes]
+    rows = [min(count, programs) for count in blocks]
+    first_block, begin, first_row = (
+        list(itertools.accumulate(counts, initial=0)) for counts in (blocks, sizes, rows)
+    )
+    with torch.inference_mode(False):  # steps outside it read them, too
+        table = torch.tensor([*first_block[:-1], *begin, *first_row[:-1]], device=device)
+        lengths = torch.tensor(rows, device=device)
+    aligned = all(place % 16 == 0 for place in begin[:-1])
+    return _Bounds(first_block[-1], aligned, table, first_row[-1], lengths)
+
+
+def _of_tensors(
+    weights: Sequence[Tensor], settings: StepSettings, bounds: _Bounds | None
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """Kernels' arguments bounds, biases and corrections; and count and depth."""
+    if bounds is None or settings.corrections is None:
+        return (None, None, None), (None, None)
+    count = len(settings.sizes)
+    given = bounds.table, weights[2].contiguous(), settings.corrections.contiguous()
+    return given, (count, (count - 1).bit_length())
 
 
 def student_step(
@@ -340,14 +467,21 @@ def student_step(
     results = tuple(map(torch.empty_like, inputs))
     n = grad.numel()
     precision = precision_of(precision, h)
-    plan, shape = plan_of(h)
+    plan, shape = plan_of(h, settings.form)
     chosen = configuration("student_step", h.shape[0], h.shape[1], precision)
+    bounds, blocks = None, triton.cdiv(n, chosen.block)
+    if settings.form is NOMINAL:
+        bounds = _bounds(tuple(settings.sizes), chosen.block, 1, h.device)
+        blocks = bounds.blocks
+    tensors, counts = _of_tensors(weights, settings, bounds)
     if n:
         with on_device_of(grad):
-            forward[(triton.cdiv(n, chosen.block),)](
-                *lstm_weights.packed(weights, plan, precision, approximate),
-                *(*inputs, *results, n, *constants_of(settings)),
+            forward[(blocks,)](
+                *lstm_weights.packed(to_pack(weights, settings.form), plan, precision, approximate),
+                *(*inputs, *results, *tensors, *counts, n),
+                *constants_of(settings),
                 **shape,
+                ALIGNED=bounds is not None and bounds.aligned,
                 BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
@@ -382,24 +516,41 @@ def student_step_backward(
     results = tuple(map(torch.empty_like, inputs))
     n = grad.numel()
     precision = lstm.precision_of(precision)
-    plan, shape = plan_of(h)
+    form = settings.form
+    plan, shape = plan_of(h, form)
     chosen = configuration("student_step_backward", h.shape[0], h.shape[1], precision)
-    blocks = triton.cdiv(n, chosen.block)
-    programs = min(blocks, PROGRAMS_PER_PROCESSOR * processors(grad.device))
+    most = PROGRAMS_PER_PROCESSOR * processors(grad.device)
+    bounds, blocks = None, triton.cdiv(n, chosen.block)
+    if form is NOMINAL:
+        bounds = _bounds(tuple(settings.sizes), chosen.block, most, h.device)
+        blocks = bounds.blocks
+    tensors, counts = _of_tensors(weights, settings, bounds)
+    programs = min(blocks, most)
     size = plan.places.numel()
     partials = grad.new_empty((programs, size), dtype=torch.float64)
+    d_biases = None
+    if bounds is not None:
+        d_biases = partials.new_empty((bounds.rows, 4, plan.units))
     if n:
         outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
             backward[(programs,)](
-                *lstm_weights.packed(weights, plan, precision),
-                *(*inputs, *grads_out, *results, partials, outputs, n, blocks, size),
+                *lstm_weights.packed(to_pack(weights, form), plan, precision),
+                *(*inputs, *grads_out, *results, partials, outputs),
+                *(*tensors, d_biases, *counts, n, blocks, size),
                 *constants_of(settings),
                 **shape,
+                ALIGNED=bounds is not None and bounds.aligned,
                 BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
                 WIDE=wide(h),
                 **chosen.options,
             )
-    return results, lstm_weights.unpack(partials.sum(0), weights, plan)
+    d_weights = lstm_weights.unpack(partials.sum(0), to_pack(weights, form), plan)
+    if bounds is not None and d_biases is not None:
+        hidden = h.shape[1]
+        rows = d_biases[..., :hidden].flatten(1)
+        sums = torch.segment_reduce(rows, "sum", lengths=bounds.lengths, unsafe=True)
+        d_weights.insert(2, sums.to(grad.dtype))
+    return results, d_weights

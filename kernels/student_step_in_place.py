@@ -18,15 +18,19 @@ from amalgam.kernels import lstm_weights
 from amalgam.kernels.configurations import configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, wide
 from amalgam.kernels.rounding import key_of, random_bits
+from amalgam.kernels.student_forms import fresh_moments
 from amalgam.kernels.student_network import (
     constants_of,
-    features_of,
     plan_of,
     precision_of,
     step_of_block,
+    store_moments,
     stored,
+    tensor_of,
+    to_pack,
 )
 from amalgam.operations import table
+from amalgam.operations.student_forms import NOMINAL
 from amalgam.operations.student_step_in_place import InPlaceStep
 
 COLUMNS = tl.constexpr(table.COLUMNS)
@@ -35,13 +39,16 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @triton.jit(
     do_not_specialize=["count", "depth", "warmup_steps"],
-    do_not_specialize_on_alignment=["table", "first_block", "control"],
+    do_not_specialize_on_alignment=["table", "first_block", "places", "control"],
 )
 def in_place(
     packed,
     other,
     table,  # (count, COLUMNS) int64, as amalgam/operations/table.py has it
     first_block,  # (count,) int64: the first block of each tensor
+    places,  # of NOMINAL: (count,) int64: each tensor's place among biases and corrections
+    biases,  # of NOMINAL: (tensors, 4 HIDDEN)
+    corrections,  # of NOMINAL: (tensors, 2)
     count,
     depth,  # ceil(log2(count)): steps of the search
     control,  # (4,) float64: keep, lr, the learning rate of warm-up, and whether to skip the step
@@ -56,6 +63,7 @@ def in_place(
     eps,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    MOMENTS: tl.constexpr,
     CELLS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -66,6 +74,7 @@ def in_place(
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
+    NOMINAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -78,18 +87,12 @@ def in_place(
         if tl.load(control + 3) != 0.0:
             return
     block = tl.program_id(0).to(tl.int64)
-    tensor = tl.zeros((), tl.int32)
-    after = tensor + count
-    for _ in range(depth):
-        middle = (tensor + after) // 2
-        before = tl.load(first_block + middle) <= block
-        tensor = tl.where(before, middle, tensor)
-        after = tl.where(before, after, middle)
+    tensor = tensor_of(first_block, count, depth, block)
     entry = table + tensor.to(tl.int64) * COLUMNS
     param = tl.load(entry).to(tl.pointer_type(PARAM))
     grad = tl.load(entry + 1).to(tl.pointer_type(GRAD))
-    m = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
-    v = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    m = tl.load(entry + 2).to(tl.pointer_type(MOMENTS))
+    v = tl.load(entry + 3).to(tl.pointer_type(MOMENTS))
     h = tl.load(entry + 4).to(tl.pointer_type(CELLS))
     c = tl.load(entry + 5).to(tl.pointer_type(CELLS))
     n = tl.load(entry + 6)
@@ -118,20 +121,29 @@ def in_place(
             key = key_of(tl.load(entry + 8), step)
             bits = random_bits(key, tl.full((), LAYERS * HIDDEN, tl.int32), at) >> 16
         if step < warmup_steps:
-            old_m = tl.load(m + at, mask=inside, other=0.0)
-            old_v = tl.load(v + at, mask=inside, other=1.0)
-            fresh_m, fresh_v, _scale = features_of(
-                g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            old_m = tl.load(m + at, mask=inside, other=0.0).to(tl.float32)
+            old_v = tl.load(v + at, mask=inside, other=1.0).to(tl.float32)
+            fresh_m, fresh_v = fresh_moments(
+                g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2
             )
-            tl.store(m + at, fresh_m, mask=inside)
-            tl.store(v + at, fresh_v, mask=inside)
+            store_moments(m, v, fresh_m, fresh_v, at, inside, key, LAYERS * HIDDEN, STOCHASTIC)
             moved = tl.fma(keep, old, -tl.load(control + 2).to(tl.float32) * g)
             tl.store(param + at, stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
             return
+    bias = biases
+    correction1 = 1.0
+    correction2 = 1.0
+    if NOMINAL:
+        place = tl.load(places + tensor)
+        bias += place * (4 * HIDDEN)
+        correction1 = tl.load(corrections + 2 * place)
+        correction2 = tl.load(corrections + 2 * place + 1)
     update = step_of_block(
         packed, other, g, inside, at, n, m, v, h, c, m, v, h, c, key,
+        bias, correction1, correction2,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
-        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
+        LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL,
+        BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
     )  # fmt: skip
     moved = tl.fma(keep, old, -lr * update)
     tl.store(param + at, stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
@@ -147,8 +159,8 @@ def student_step_in_place(
     """Launch the step in place: once for all tensors that are alike in dtypes and alignment.
 
     Args:
-        step: The step; parameters and gradients are float32, bfloat16 or float16, m and v float32,
-            h and c all float32 or all bfloat16, weights contiguous.
+        step: The step; parameters and gradients are float32, bfloat16 or float16; m and v, and h
+            and c, all float32 or all bfloat16; weights contiguous.
         params: Its parameters, contiguous.
         grads: Its gradients, contiguous.
         precision: As in :func:`amalgam.kernels.student_step.student_step`.
@@ -159,12 +171,18 @@ def student_step_in_place(
     if control is None and step.seeds:
         control = m.new_tensor((keep, step.lr, 0, 0), dtype=torch.float64)
     if control is not None and not step.steps:
-        step = step._replace(steps=[m.new_zeros(())] * len(params))
+        step = step._replace(steps=[m.new_zeros((), dtype=torch.float32)] * len(params))
     precision = precision_of(precision, h)
-    plan, shape = plan_of(h)
+    settings, form = step.settings, step.settings.form
+    plan, shape = plan_of(h, form)
+    own: tuple[Tensor | None, Tensor | None] = None, None
+    if settings.corrections is not None:
+        own = step.weights[2], settings.corrections.contiguous()
     chosen = configuration("student_step_", h.shape[0], h.shape[1], precision)
     with on_device_of(m):
-        packed, other = lstm_weights.packed(step.weights, plan, precision, approximate)
+        packed, other = lstm_weights.packed(
+            to_pack(step.weights, form), plan, precision, approximate
+        )
         for launch in table.launches(step, params, grads, chosen.block, _kind, "triton"):
             param_dtype, grad_dtype, aligned, is_wide = launch.kind
             in_place[(launch.blocks,)](
@@ -172,15 +190,18 @@ def student_step_in_place(
                 other,
                 launch.table,
                 launch.first_block,
+                launch.places if form is NOMINAL else None,
+                *own,
                 launch.tensors,
                 (launch.tensors - 1).bit_length(),
                 control,
                 step.warmup_steps,
                 keep,
                 step.lr,
-                *constants_of(step.settings),
+                *constants_of(settings),
                 PARAM=_TYPES[param_dtype],
                 GRAD=_TYPES[grad_dtype],
+                MOMENTS=_TYPES[m.dtype],
                 CELLS=_TYPES[h.dtype],
                 ALIGNED=aligned,
                 WIDE=is_wide,

@@ -8,6 +8,7 @@ first proves by two deliberate faults that this is so here.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import amalgam  # noqa: F401  registers the operations
 from amalgam.backends import core, cpu
 from amalgam.operations import registry
 from amalgam.operations.choice_step import ChoiceArguments
+from amalgam.operations.registry import Numerics
 from amalgam.operations.student_forms import StepSettings
 from amalgam.operations.student_step import StudentState
 from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
@@ -35,6 +37,8 @@ MANY = 22003  # coordinates that busy a second thread, of six teachers too
 ARCHITECTURES = [(1, 1), (1, 4), (1, 8), (2, 20), (3, 5)]
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 SETTINGS = StepSettings(0.1, 0.9, 0.999, 1e-10)
+# Of kernels that take it; where the CPU has no products of bfloat16, all are the first.
+PERMITTED = [Numerics(), Numerics("bf16"), Numerics("bf16", True)]
 
 Arguments = tuple[Any, ...]
 
@@ -227,14 +231,22 @@ def run_here() -> None:
     start, calls = time.monotonic(), 0
     for name, entry in cpu.backend.kernels.items():
         dtypes = entry.dtypes or registry.FLOATS
+        ways: list[dict[str, Numerics]] = [{}]
+        if entry.takes_numerics:
+            ways = [{"numerics": permitted} for permitted in PERMITTED]
         for dtype in sorted(dtypes, key=str):
             for arguments in maker_of(name)(dtype):
-                for threads in (1, 2):
+                for threads, how in itertools.product((1, 2), ways):
                     torch.set_num_threads(threads)
-                    entry.function(*arguments)
+                    entry.function(*arguments, **how)
                     calls += 1
     isa = core.core().cpu.isa()
-    print(f"{isa}: {calls} calls clean in {time.monotonic() - start:.1f} s", flush=True)
+    products = "with" if core.core().cpu.multiplies_bfloat16() else "without"
+    print(
+        f"{isa}, {products} products of bfloat16: {calls} calls clean in "
+        f"{time.monotonic() - start:.1f} s",
+        flush=True,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

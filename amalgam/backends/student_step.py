@@ -13,7 +13,6 @@ from amalgam.backends.memory import (
     check_written,
     contiguous,
     dtype_name,
-    rnnprop_alone,
     unwritten,
 )
 from amalgam.operations.registry import Numerics
@@ -184,7 +183,8 @@ def run_on_cpu(
         moments: The dtype of m and v.
         cells: The dtype of h and c.
         out: The dtype of updates or parameters.
-        **how: What the core takes beside: ``in_place``, ``keep``, ``lr``, ``stochastic``.
+        **how: What the core takes beside: ``in_place``, ``keep``, ``lr``, ``stochastic``; and what
+            it may do for speed, ``bfloat16`` products and with them ``approximate`` activations.
     """
     student, _held = student_on_cpu(weights, settings)
     getattr(core.core().cpu, f"student_step_{dtype_name(weights[0])}")(
@@ -200,9 +200,7 @@ def run_on_cpu(
     )
 
 
-@triton.backend.kernel(
-    "student_step", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_step(
     grad: Tensor,
     state: StudentState,
@@ -218,9 +216,7 @@ def _triton_student_step(
     return update, StudentState(*new)
 
 
-@triton.backend.kernel(
-    "student_step_backward", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_step_backward", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_step_backward(
     d_update: Tensor,
     d_state: StudentState,
@@ -240,4 +236,4 @@ def _triton_student_step_backward(
     return d_grad, StudentState(*d_old), d_weights
 
 
-register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone)
+register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True)

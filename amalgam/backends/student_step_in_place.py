@@ -27,8 +27,8 @@ from amalgam.operations.table import addresses, launches
 from amalgam.operations.warm_up import warm_up_
 
 
-@cpu.backend.kernel("student_step_")
-def _cpu_student_step_in_place(step: InPlaceStep) -> None:
+@cpu.backend.kernel("student_step_", takes_numerics=True)
+def _cpu_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     keep, lr, warm_rate = 1 - step.lr * step.weight_decay, step.lr, 0.0
     if step.control is not None:
         keep, lr, warm_rate, skip = step.control.tolist()
@@ -70,6 +70,8 @@ def _cpu_student_step_in_place(step: InPlaceStep) -> None:
             keep=keep,
             lr=lr,
             stochastic=bool(keys),
+            bfloat16=numerics.precision == "bf16",
+            approximate=numerics.approximate,
         )
     put_back()
 
@@ -255,9 +257,7 @@ def _pack(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
 
 
-@triton.backend.kernel(
-    "student_step_", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_step_", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     from amalgam.kernels import student_step_in_place as kernels
 

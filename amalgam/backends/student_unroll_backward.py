@@ -12,7 +12,6 @@ from amalgam.backends import core, cpu, triton
 from amalgam.backends.memory import (
     contiguous,
     dtype_name,
-    rnnprop_alone,
     unwritten,
     with_contiguous_rows,
 )
@@ -60,9 +59,7 @@ UNROLL_CHUNK = 1 << 16
 UNROLL_HELD = 3 << 30
 
 
-@triton.backend.kernel(
-    "student_unroll_backward", dtypes=triton.SINGLE, takes_numerics=True, accepts=rnnprop_alone
-)
+@triton.backend.kernel("student_unroll_backward", dtypes=triton.SINGLE, takes_numerics=True)
 def _triton_student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,

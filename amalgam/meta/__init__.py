@@ -29,6 +29,7 @@ run folder. The words that this package uses:
 """
 
 from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.conditions import Conditions
 from amalgam.meta.curriculum import Curriculum, Repeat
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.estimators import Estimator, PersistentEvolution, Truncation
@@ -45,6 +46,7 @@ from amalgam.meta.window import Window
 __all__ = [
     "MECHANISMS",
     "Amalgamation",
+    "Conditions",
     "Curriculum",
     "Estimator",
     "Memory",

@@ -159,7 +159,11 @@ class Episodes:
         return rows.split(self.optimizees)
 
     def warm_up(
-        self, begin: Trajectories, batches: Sequence[Batch], lr: float | None = None
+        self,
+        begin: Trajectories,
+        batches: Sequence[Batch],
+        lr: float | None = None,
+        loss_scale: Tensor | None = None,
     ) -> Trajectories:
         """Take the warm-up's steps, which are plain SGD's.
 
@@ -171,6 +175,8 @@ class Episodes:
             begin: Where students and teachers stand.
             batches: One batch per step, each tensor of shape (R, samples, ...).
             lr: SGD's learning rate; where ``None``, ``warmup_lr`` of the student's configuration.
+            loss_scale: A factor on the gradients that the students' states see, shape (R,), and on
+                nothing else.
         """
         scale, params, states, _, teacher_state = begin
         lr = self.students[0].config.warmup_lr if lr is None else lr
@@ -182,10 +188,11 @@ class Episodes:
                 continue
             with torch.no_grad():
                 params = torch.where(ok[:, None], params - lr * grads, params)
+                to_students = grads if loss_scale is None else grads * loss_scale[:, None]
                 states = tuple(
                     self.steps.warm_up(seen, state, moved)
                     for seen, state, moved in zip(
-                        self.by_student(grads), states, self.by_student(ok), strict=True
+                        self.by_student(to_students), states, self.by_student(ok), strict=True
                     )
                 )
                 own = slice(self.teacher_rows)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amalgam.meta import distributed
+from amalgam.meta.conditions import Conditions, Drawn, StepConditions, loss_scales
 from amalgam.meta.estimators import Estimate, Estimator
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation, loss_weights
@@ -72,6 +73,7 @@ class MetaSteps:
         estimator: Computes the meta-gradients.
         memory: How much a window may keep for its backward pass.
         perturbation: Perturbs the weights at which the meta-gradient is computed.
+        conditions: What each episode draws for the students' steps.
         task_weights: Each task's share of the episodes, relative to the sum of all shares.
         seed: Decides everything random.
         meta_steps: Meta-steps of the whole run; ``None`` where they depend on its results.
@@ -91,6 +93,7 @@ class MetaSteps:
         *,
         memory: Memory,
         perturbation: Perturbation | None,
+        conditions: Conditions,
         task_weights: Sequence[float],
         seed: int,
         meta_steps: int | None,
@@ -99,6 +102,7 @@ class MetaSteps:
         self._training = training
         self._estimator = estimator
         self._perturbation = perturbation
+        self._conditions = conditions
         self._seed = seed
         self._meta_steps = meta_steps
         self._students = [replicate.student for replicate in state.replicates]
@@ -231,21 +235,42 @@ class MetaSteps:
             training = period.training
             steps, lr = training.warmup_windows * training.unroll, training.warmup_lr
         unroll, number = self.unrolls[episode.task], episode.number
+        drawn = self._drawn(episode)
         where = begin_episode(
             unroll,
             self._sampler.generators("episode", number),
             self._sampler.batches(unroll.task, steps, "warm-up", number),
             lr,
+            None if drawn is None else loss_scales(drawn, self._students[0].weights()[0]),
         )
         for window in range(episode.window):
             with torch.no_grad():
-                where = unroll.window(where, self._batches(episode, period, window)).end
+                where = unroll.window(
+                    where,
+                    self._batches(episode, period, window),
+                    conditions=self._of_window(episode, period, window),
+                ).end
         return Slot(where, [])
 
     def _batches(self, episode: EpisodeAt, period: Period, window: int) -> StackedBatches:
         """The batches of one of an episode's windows."""
         task, steps = self.unrolls[episode.task].task, period.training.unroll
         return self._sampler.batches(task, steps, "window", episode.number, window)
+
+    def _drawn(self, episode: EpisodeAt) -> list[Drawn] | None:
+        """What an episode has drawn for each row; ``None`` where there is nothing to draw."""
+        if not self._conditions.any:
+            return None
+        generators = self._sampler.generators("conditions", episode.number)
+        return [self._conditions.draw(generator) for generator in generators]
+
+    def _of_window(self, episode: EpisodeAt, period: Period, window: int) -> StepConditions | None:
+        """The conditions in one of an episode's windows; ``None`` where there are none."""
+        drawn, steps = self._drawn(episode), period.training.unroll
+        if drawn is None:
+            return None
+        horizon, like = episode.windows * steps, self._students[0].weights()[0].detach()
+        return StepConditions.of(drawn, window * steps, steps, horizon, like)
 
     def _estimate(self, slot: Slot, episode: EpisodeAt, period: Period, *own: int) -> Estimate:
         """Run an episode's next window and estimate its meta-gradient.
@@ -274,6 +299,7 @@ class MetaSteps:
             carried=slot.carried,
             perturbation=self._perturbation,
             input_noise=self._training.input_noise,
+            conditions=self._of_window(episode, period, episode.window),
         )
 
     def _grads(self, index: int, estimate: Estimate) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.objective import Amalgamation
 from amalgam.ops import teacher_distance
@@ -27,6 +28,7 @@ def window(
     batches: Sequence[Batch],
     weights: Sequence[Sequence[Tensor]],
     row: int = 0,
+    conditions: StepConditions | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The meta-loss, the imitation loss and the final parameters of one row.
 
@@ -39,6 +41,7 @@ def window(
         batches: One batch per step, each tensor of shape (R, samples, ...).
         weights: The student's weights at each step.
         row: The row's number.
+        conditions: Learning rates, weight decay and loss scales of the student's steps.
 
     Returns:
         The two losses, scalars in the weights' graph, and the scaled parameters, shape (N,).
@@ -72,10 +75,15 @@ def window(
             meta = meta + ((loss + how.eps).log() - (start + how.eps).log()) / len(batches)
         else:
             meta = meta + loss / (start + how.eps) / len(batches)
+        lr, kept, loss_scale = 1.0, 1.0, 1.0
+        if conditions is not None:
+            lr, kept = (numbers[t, row].item() for numbers in conditions[:2])
+            loss_scale = conditions.loss_scale[row].item()
+        grad = grad * loss_scale
         update, state = student.step(
             grad, state, weights[t], layout=task.layout, params=params, backend="reference"
         )
-        params = params - update
+        params = params * kept - lr * update
 
         grads = []
         for teacher in teachers:

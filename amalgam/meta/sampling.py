@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes, Trajectories
@@ -45,6 +46,7 @@ def begin_episode(
     generators: Sequence[torch.Generator],
     warmup: Sequence[Batch],
     warmup_lr: float,
+    loss_scale: Tensor | None = None,
 ) -> Trajectories:
     """Begin an episode and warm it up.
 
@@ -53,9 +55,10 @@ def begin_episode(
         generators: One per row; they decide the optimizees and their scaling.
         warmup: The warm-up's batches, one per step; an empty sequence means no warm-up.
         warmup_lr: The warm-up's learning rate.
+        loss_scale: A factor on the gradients of the warm-up that students see, shape (R,).
     """
     begin = episodes.begin(*generators)
-    return episodes.warm_up(begin, warmup, warmup_lr) if len(warmup) else begin
+    return episodes.warm_up(begin, warmup, warmup_lr, loss_scale) if len(warmup) else begin
 
 
 class Sampler:

@@ -19,6 +19,10 @@ The backward pass knows a_p and a_s after step t, and computes them before it (`
     a_g, a_s, share of a_w = student_step_backward(a_u, a_s)
     a_p = a_p + d(meta-loss)/d(l_t) * g_t + H_t @ a_g
 
+With :class:`amalgam.meta.conditions.StepConditions` the student sees c g_t, where c is the loss's
+scale, and p_{t+1} = k_t p_t - lr_t u_t. Then a_u = -lr_t a_p, a_g gets the factor c, and a_p gets
+the factor k_t before the last line.
+
 H_t is the Jacobian of g_t with respect to p_t, that is the Hessian of l_t; ``H_t @ a_g`` is its
 product with the vector a_g. First-order meta-gradients count g_t as a constant and leave out this
 product. Then a_u is a sum over the later steps that does not depend on the student, and
@@ -137,6 +141,9 @@ class Tape:
             return [torch.zeros_like(weight) for weight in self.steps.weights[student]]
         adjoints = self._update_adjoints(row, part, d_slopes[row], d_grads[:, row])
         grads, moved = self.grads[:, row, part], self.moved[:, row]
+        conditions = self.steps.conditions
+        if conditions is not None:
+            grads = grads * conditions.loss_scale[row]
         if not moved.all():
             adjoints, grads = adjoints[moved], grads[moved]
         in_state = slice(index * n + part.start, index * n + part.stop)
@@ -174,9 +181,15 @@ class Tape:
         else:
             sums = torch.zeros_like(grads)
         sums[:-1].addcmul_(d_grads[1:, None], grads[1:], value=-1)
+        conditions = self.steps.conditions
+        if conditions is None:
+            for t in range(len(sums) - 2, -1, -1):
+                sums[t] += sums[t + 1]
+            return sums
+        kept = torch.where(self.moved[:, row], conditions.kept[:, row], 1).tolist()
         for t in range(len(sums) - 2, -1, -1):
-            sums[t] += sums[t + 1]
-        return sums
+            sums[t].add_(sums[t + 1], alpha=kept[t + 1])
+        return sums.mul_(conditions.lr[:, row, None])
 
     def _back_by_steps(self, d_slopes: Tensor, d_grads: Tensor) -> list[list[Tensor]]:
         """First or second order, the last step first; see :meth:`_back_by_coordinates`."""

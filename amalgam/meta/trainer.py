@@ -23,6 +23,7 @@ import torch
 
 from amalgam.device import resolve
 from amalgam.meta import distributed, validation
+from amalgam.meta.conditions import Conditions
 from amalgam.meta.estimators import Estimator, Truncation
 from amalgam.meta.memory import Memory
 from amalgam.meta.meta_step import MetaStep, MetaSteps
@@ -59,11 +60,13 @@ class Trainer:
         estimator: Computes the meta-gradients; ``Truncation()`` where absent.
         memory: How much a window may keep for its backward pass.
         perturbation: Perturbs the weights at which the meta-gradient is computed.
+        conditions: What each episode draws for the students' steps: weight decay, learning rates,
+            the loss's scale. Nothing where absent.
         task_weights: Each task's share of the episodes, relative to the sum of all shares: the task
             of an episode is drawn by them. Equal shares where absent.
-        seed: Decides everything random. Replicate i draws its optimizees, batches and noise by
-            ``seed + i``. What all replicates have in common is drawn by ``seed``: the task of an
-            episode and, for ``il_mode="switch"``, the loss of a window.
+        seed: Decides everything random. Replicate i draws its optimizees, their conditions, batches
+            and noise by ``seed + i``. What all replicates have in common is drawn by ``seed``: the
+            task and the horizon of an episode and, for ``il_mode="switch"``, the loss of a window.
         device: Where everything is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a
             GPU if there is one. Everything random is drawn on the CPU, and so is the same on any
             device. Files hold CPU tensors, so a run may be resumed on another device.
@@ -87,6 +90,7 @@ class Trainer:
         estimator: Estimator | None = None,
         memory: Memory | None = None,
         perturbation: Perturbation | None = None,
+        conditions: Conditions | None = None,
         task_weights: Sequence[float] | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
@@ -104,6 +108,7 @@ class Trainer:
         self.estimator = estimator or Truncation()
         self.memory = memory or Memory()
         self.perturbation = perturbation
+        self.conditions = conditions or Conditions()
         self.seed = seed
         self.folder = Path(folder)
         self.provenance = dict(provenance or {})
@@ -118,6 +123,7 @@ class Trainer:
             self.estimator,
             memory=self.memory,
             perturbation=self.perturbation,
+            conditions=self.conditions,
             task_weights=self.task_weights,
             seed=seed,
             meta_steps=self.strategy.meta_steps,
@@ -163,6 +169,7 @@ class Trainer:
             "training": str(self.training),
             "estimator": str(self.estimator),
             "perturbation": str(self.perturbation),
+            "conditions": str(self.conditions),
             "memory": memory,
             "strategy": str(self.strategy),
         }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from amalgam import nests
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Plan, plan
@@ -69,12 +70,13 @@ def run_window(
     noise: WeightNoise | None,
     draws: Draws | None,
     input_noise: float,
+    conditions: StepConditions | None = None,
 ) -> Window:
     """Run a window whose losses autograd can differentiate with respect to the weights.
 
     The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
     """
-    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise)
+    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions)
     with torch.no_grad():
         window = run()
     if not run.recorded:
@@ -128,6 +130,7 @@ class _Run:
         noise: WeightNoise | None,
         draws: Draws | None,
         input_noise: float,
+        conditions: StepConditions | None,
     ) -> None:
         self._episodes = episodes
         self._begin = begin
@@ -137,7 +140,7 @@ class _Run:
             w.requires_grad for w in chain.from_iterable(weights)
         )
         constants = [[w.detach() for w in ours] for ours in weights]
-        steps = StudentSteps(episodes, constants, noise, draws, input_noise)
+        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions)
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
         self.tape = Tape(

@@ -36,6 +36,7 @@ class Launch(NamedTuple):
         kind: What it is compiled for.
         table: Int64 (tensors * COLUMNS,), on the device.
         first_block: The first block of each tensor, int64 (tensors,), on the device.
+        places: The place of each among the step's, likewise.
         tensors: How many it steps.
         blocks: How many blocks they take together.
     """
@@ -43,6 +44,7 @@ class Launch(NamedTuple):
     kind: Any
     table: Tensor
     first_block: Tensor
+    places: Tensor
     tensors: int
     blocks: int
 
@@ -83,13 +85,14 @@ def launches(
     for made_of, made in kept_before if not capturing else ():
         if made_of == stamp:
             return made
-    rows: dict[Any, list[Row]] = {}
+    rows: dict[Any, list[tuple[int, Row]]] = {}
     columns = zip(params, grads, tensors.m, tensors.v, tensors.h, tensors.c, strict=True)
     for index, group in enumerate(columns):
         if numel := group[0].numel():
             counter = step.steps[index].data_ptr() if step.steps else 0
             seed = step.seeds[index] if step.seeds else 0
-            rows.setdefault(kind(group), []).append((*addresses(group), numel, counter, seed))
+            row = (*addresses(group), numel, counter, seed)
+            rows.setdefault(kind(group), []).append((index, row))
     made = [_launch(kind, of_kind, block, device, capturing) for kind, of_kind in rows.items()]
     if not capturing:
         del kept_before[LAUNCHES_KEPT - 1 :]
@@ -98,14 +101,15 @@ def launches(
 
 
 def _launch(
-    kind: Any, rows: Sequence[Row], block: int, device: torch.device, capturing: bool
+    kind: Any, rows: Sequence[tuple[int, Row]], block: int, device: torch.device, capturing: bool
 ) -> Launch:
     numel = COLUMNS - 3
     first_block, blocks = [], 0
-    for row in rows:
+    for _, row in rows:
         first_block.append(blocks)
         blocks += -(-row[numel] // block)
-    numbers = [*(value for row in rows for value in row), *first_block]
+    places = [place for place, _ in rows]
+    numbers = [*(value for _, row in rows for value in row), *first_block, *places]
     values = torch.tensor(numbers, device="cpu")
     if capturing:
         values = _held_for_graph(values).to(device, non_blocking=True)
@@ -114,8 +118,9 @@ def _launch(
         if len(spares) < SPARES:
             spares.append(torch.empty_like(values, pin_memory=True))
         values = values.pin_memory().to(device, non_blocking=True)
-    split = len(rows) * COLUMNS
-    return Launch(kind, values[:split], values[split:], len(rows), blocks)
+    count = len(rows)
+    of_table, of_blocks, of_places = values.split((count * COLUMNS, count, count))
+    return Launch(kind, of_table, of_blocks, of_places, count, blocks)
 
 
 # Pinned memory by size, for captures, which can't pin any.

@@ -26,7 +26,7 @@ from amalgam.optimizers.base import (
 from amalgam.policies import FusedStudent, NominalStudent, load_policy
 from amalgam.policies.fused_student import Told
 
-DEFAULT_STUDENT = "digits"
+DEFAULT_STUDENT = "standard"
 _STATE = StudentState._fields
 
 

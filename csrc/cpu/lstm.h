@@ -234,6 +234,7 @@ inline void add_weight_gradients(const T* __restrict d, int outputs, const T* __
 // All layers' step; `keep` is for lstm_backward.
 template <bool keep, typename T>
 inline void lstm_forward(const LstmNetwork<T>& net, const LstmTile<T>& tile) {
+  if (!keep && net.forward) return net.forward(net, tile);
   const int hidden = net.shapes[0].hidden;
   for (int layer = 0; layer < net.layers; ++layer) {
     T* out = layer + 1 < net.layers ? tile.in[layer + 1] : tile.top;

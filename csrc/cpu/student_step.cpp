@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "lstm_pairs.h"
 #include "parallel.h"
 #include "rounding.h"
 #include "storage.h"
@@ -52,7 +55,14 @@ void student_step(const Student<T>& student, const StudentStep& step, const Stud
     if (is_small(student, step)) return small_student_step(student, step, tensors, count, threads);
   }
   const PackedStudent<T> packed(student, false);
-  const StudentNetwork<T> network = packed.network();
+  StudentNetwork<T> network = packed.network();
+  std::optional<PairedLstm> pairs;
+  if constexpr (std::is_same_v<T, float>) {
+    // Pairs have the first layer's bias among their weights, where the nominal form's is not.
+    if (step.bfloat16 && !student.nominal && multiplies_bfloat16()) {
+      network.lstm = pairs.emplace(network.lstm, step.approximate).network();
+    }
+  }
   std::vector<int64_t> sizes(count);
   for (int64_t i = 0; i < count; ++i) sizes[i] = tensors[i].numel;
   const Tiling tiling(std::move(sizes), student.nominal);
@@ -72,7 +82,8 @@ void student_step(const Student<T>& student, const StudentStep& step, const Stud
       load_row(step.grad, tensor.grad, piece.start, piece.count, tile.grad + piece.place);
       load_row(step.moments, tensor.m, piece.start, piece.count, tile.m + piece.place);
       load_row(step.moments, tensor.v, piece.start, piece.count, tile.v + piece.place);
-      load_state(packed.shapes(), state_of(tensor), piece, tile.lstm);
+      load_state(packed.shapes(), state_of(tensor), piece, tile.lstm,
+                 network.lstm.forward != nullptr);
       filled = piece.place + piece.count;
     });
     clear_tile_after(filled, packed.shapes(), tile);
@@ -161,15 +172,18 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
       ("student_step_" + dtype).c_str(),
       [](Address tensors, int64_t count, const StudentAddresses& student, const std::string& grad,
          const std::string& moments, const std::string& cells, const std::string& out,
-         bool in_place, double keep, double lr, bool stochastic, int threads) {
+         bool in_place, double keep, double lr, bool stochastic, int threads, bool bfloat16,
+         bool approximate) {
         const StudentStep step{storage(grad), storage(moments), storage(cells), storage(out),
-                               in_place,      keep,             lr,             stochastic};
+                               in_place,      keep,             lr,             stochastic,
+                               bfloat16,      approximate};
         const GivenStudent<T> given(student);
         const py::gil_scoped_release release;
         student_step<T>(given.student(), step, at<const StudentTensor>(tensors), count, threads);
       },
       "tensors"_a, "count"_a, "student"_a, py::kw_only(), "grad"_a, "moments"_a, "cells"_a, "out"_a,
-      "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a);
+      "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a, "bfloat16"_a = false,
+      "approximate"_a = false);
   module.def(
       ("student_step_backward_" + dtype).c_str(),
       [](Address d_update, const StateAddresses& d_new, Address grad, const StateAddresses& state,

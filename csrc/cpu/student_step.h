@@ -78,6 +78,8 @@ struct StudentStep {
   double keep;          // with in_place: keep p - lr update
   double lr;
   bool stochastic;      // how states and parameters are rounded to bfloat16
+  bool bfloat16;        // whether products may take bfloat16, and whether, with them, tanh and
+  bool approximate;     // sigmoid may have 11 bits; used where this machine is faster so
 };
 
 template <typename T>

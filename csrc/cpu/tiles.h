@@ -95,7 +95,7 @@ class Workspace {
     int64_t in_rows = 0;
     for (const LayerShape& shape : shapes) in_rows += shape.rows();
     const int64_t states = layers * hidden;
-    const int64_t rows = in_rows + states + hidden;
+    const int64_t rows = in_rows + states + 2 * hidden;
     const int64_t d_in_rows = in_rows - states;
     return for_backward ? rows + d_in_rows + states * 8 + hidden + widest(shapes) : rows;
   }
@@ -110,6 +110,7 @@ class Workspace {
     tile.cells = {cells, kTile};
     tile.new_cells = {cells, kTile};
     tile.top = take(hidden);
+    tile.pairs = take(hidden);
     if (for_backward) {
       d_in_.clear();
       for (const LayerShape& shape : shapes) d_in_.push_back(take(shape.inputs));
@@ -166,10 +167,12 @@ inline Ahead ahead(Storage storage, const void* first, const void* second, int64
 
 template <typename T>
 void load_state(const std::vector<LayerShape>& shapes, const LstmState& state, const Piece& piece,
-                LstmTile<T>& tile) {
+                LstmTile<T>& tile, bool h_may_stay = false) {
   const int hidden = shapes[0].hidden, rows = static_cast<int>(shapes.size()) * hidden;
   const int64_t numel = state.numel, start = piece.start;
-  for (int row = 0; row < rows; ++row) {
+  const bool h_stays = h_may_stay && stays_in_memory<T>(state, piece);
+  if (h_stays) tile.h = {static_cast<const T*>(state.h) + start, numel};
+  for (int row = 0; row < (h_stays ? 0 : rows); ++row) {
     T* to = tile.in[row / hidden] + (shapes[row / hidden].inputs + row % hidden) * kTile;
     load_row(state.storage, state.h, row * numel + start, piece.count, to + piece.place);
   }

@@ -17,6 +17,7 @@ from machine_code import (
 )
 
 from amalgam.operations import registry
+from amalgam.operations.student_forms import NOMINAL, RNNPROP
 
 # Bytes of stack that a thread may use; it reads and writes some KB in all.
 TILES_STACK = {"sm_90": 360}
@@ -60,7 +61,8 @@ FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"
 TYPES = {
     **dict.fromkeys(FLOATS, "fp32"),
     **dict.fromkeys(("n", "blocks", "size", "count", "depth", "warmup_steps"), "i32"),
-    **{"table": "*i64", "first_block": "*i64", "partials": "*fp64", "control": "*fp64"},
+    **dict.fromkeys(("table", "first_block", "places", "bounds"), "*i64"),
+    **dict.fromkeys(("partials", "d_biases", "control"), "*fp64"),
 }
 
 
@@ -82,25 +84,41 @@ OPERATIONS = {
 def triton_constants(
     name: str, student: str, cells: str, numerics: str, ptx: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and options of a student "LAYERSxHIDDEN"; "stochastic" numerics round so."""
+    """Constants and options of a kernel.
+
+    Args:
+        name: The kernel.
+        student: "LAYERSxHIDDEN", or of the nominal form "nominal:LAYERSxHIDDEN".
+        cells: The dtype of h and c, and after a plus the moments' where they are not float32.
+        numerics: What is permitted; "stochastic" among it rounds so.
+        ptx: Whether it may hold PTX.
+    """
     import triton.language as tl
 
-    from amalgam.kernels import lstm_weights
     from amalgam.kernels.configurations import configuration
+    from amalgam.kernels.student_network import plan_of
 
     stochastic = numerics.endswith(",stochastic")
     permitted = registry._parse(f"auto:{numerics.removesuffix(',stochastic')}")[1]
-    layers, hidden = map(int, student.split("x"))
-    plan = lstm_weights.packing(layers, hidden, 2, 1, torch.device("cpu"))
+    form = NOMINAL if student.startswith("nominal:") else RNNPROP
+    layers, hidden = map(int, student.removeprefix("nominal:").split("x"))
+    _, of_student = plan_of(torch.zeros(layers, hidden), form)
     chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
+    cells, _, moments = cells.partition("+")
+    without = [] if form is NOMINAL else ["bounds", "places", "biases", "corrections", "d_biases"]
+    if form is RNNPROP and name != "in_place":
+        without += ["count", "depth"]
+    if not stochastic:
+        without.append("control")
     constants = {
-        **{"LAYERS": layers, "HIDDEN": hidden, "FEATURES": 2, "BLOCK": chosen.block},
-        **{"UNITS": plan.units, "FOLDED": plan.folded, "WIDE": False, "PTX": ptx},
-        **{"PARAM": tl.float32, "GRAD": tl.float32, "CELLS": types[cells], "ALIGNED": True},
+        **of_student,
+        **{"BLOCK": chosen.block, "WIDE": False, "PTX": ptx},
+        **{"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": True},
+        **{"CELLS": types[cells], "MOMENTS": types[moments or "float32"]},
         **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
         **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
-        **({} if stochastic else {"control": None}),
+        **dict.fromkeys(without),
     }
     return constants, chosen.options
 
