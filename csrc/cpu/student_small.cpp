@@ -77,15 +77,14 @@ void small_student_step(const Student<float>& student, const StudentStep& step,
   std::vector<int64_t> sizes(count);
   for (int64_t i = 0; i < count; ++i) sizes[i] = tensors[i].numel;
   const Tiling tiling(std::move(sizes), true);
-  const float keep = static_cast<float>(step.keep), lr = static_cast<float>(step.lr);
   const bool direct_grad = is_float(step.grad), direct_out = is_float(step.out);
   const SmallStep how{direct_grad && narrow(step.grad),
                       narrow(step.moments),
                       narrow(step.cells),
                       direct_out && narrow(step.out),
-                      step.in_place && direct_out,
-                      keep,
-                      lr,
+                      step.in_place,
+                      static_cast<float>(step.keep),
+                      static_cast<float>(step.lr),
                       step.stochastic};
 
   const auto run_piece = [&](const Piece& piece) {
@@ -112,20 +111,17 @@ void small_student_step(const Student<float>& student, const StudentStep& step,
                     to(tensor.new_c, step.cells),
                     to(tensor.out, step.out),
                     static_cast<uint32_t>(tensor.key)};
-    float grad[kTile * kTilesARun], update[kTile * kTilesARun];
+    float grad[kTile * kTilesARun], out[kTile * kTilesARun];
     if (!direct_grad) {
       load_row(step.grad, tensor.grad, piece.start, piece.count, grad);
       rows.grad = grad;
     }
-    if (!direct_out) rows.out = update;
-    kernel(packed.student(), how, rows);
-    if (direct_out) return;
-    if (step.in_place) {
-      float moved[kTile * kTilesARun];
-      load_row(step.out, tensor.out, piece.start, piece.count, moved);
-      for (int64_t n = 0; n < piece.count; ++n) update[n] = keep * moved[n] - lr * update[n];
+    if (!direct_out) {
+      if (step.in_place) load_row(step.out, tensor.out, piece.start, piece.count, out);
+      rows.out = out;
     }
-    store_row(step.out, update, piece.count, tensor.out, piece.start);
+    kernel(packed.student(), how, rows);
+    if (!direct_out) store_row(step.out, out, piece.count, tensor.out, piece.start);
   };
   const int64_t tiles = tiling.tiles(), runs = (tiles + kTilesARun - 1) / kTilesARun;
   for_each_block(runs, worthwhile_threads(tiles, kTilesARun, threads), [&](int64_t run) {
