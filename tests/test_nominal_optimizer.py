@@ -15,11 +15,13 @@ from amalgam import (
     AmalgamatedOptimizer,
     NominalConfig,
     NominalStudent,
+    PolicyOptimizer,
     Student,
     StudentConfig,
     estimate_memory,
 )
 from amalgam.policies import Choice
+from amalgam.policies.nominal_student import INPUTS
 
 SHAPES = [(3, 4), (), (5,), (2, 3, 2, 2), (0, 3), (70,)]
 STEPS = 12
@@ -28,7 +30,8 @@ STEPS = 12
 def made(**config: Any) -> NominalStudent:
     """A student whose every part acts."""
     generator = torch.Generator().manual_seed(4)
-    student = NominalStudent(NominalConfig(**{"hidden": 4, **config}), generator=generator)
+    given = {"hidden": 4, "inputs": tuple(INPUTS), **config}
+    student = NominalStudent(NominalConfig(**given), generator=generator)
     with torch.no_grad():
         for weight in student.parameters():
             weight.add_(0.4 * torch.randn(weight.shape, generator=generator))
@@ -151,11 +154,10 @@ def test_weight_decay_is_decoupled() -> None:
         assert torch.allclose(our, their, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-def test_steps_counted_anywhere_give_the_same(capturable: bool) -> None:
+def test_steps_counted_on_the_device_give_the_same() -> None:
     ours, theirs, student = tensors(), tensors(), made()
     run(ours, student=student)
-    run(theirs, student=student, capturable=capturable, lr=torch.tensor(1.0))
+    run(theirs, student=student, capturable=True, lr=torch.tensor(1.0))
     for our, their in zip(ours, theirs, strict=True):
         assert torch.allclose(our, their, rtol=1e-6, atol=1e-7)
 
@@ -177,10 +179,85 @@ def test_parameters_join_later_with_their_own_steps() -> None:
     assert torch.equal(both[1], alone[0])
 
 
-def test_warm_up_steps_are_counted_too() -> None:
-    student, params = made(), tensors()
-    optimizer = run(params, student=student, warmup_steps=3, warmup_lr=0.01)
-    assert all(entry["step"] == STEPS for entry in optimizer.state.values())
+def test_warm_up_steps_count_in_the_corrections() -> None:
+    student, ours, theirs = made(), tensors(), tensors()
+    run(ours, student=student, warmup_steps=3, warmup_lr=0.01)
+    optimizer = PolicyOptimizer(theirs, student, warmup_steps=3, warmup_lr=0.01)
+    for step in range(STEPS):
+        for param, grad in zip(theirs, gradients(step), strict=True):
+            param.grad = grad
+        optimizer.step()
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.allclose(our, their, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_groups_of_any_dtype_have_their_own_settings(dtype: torch.dtype) -> None:
+    """Two groups, one of them grown later, as two optimizers; told of the same tensors."""
+    student = made()
+    together = [nn.Parameter(p.detach().to(dtype)) for p in tensors()]
+    apart = [nn.Parameter(p.detach().clone()) for p in together]
+    optimizer = AmalgamatedOptimizer(together[:3], student=student)
+    optimizer.add_param_group({"params": together[3:], "lr": 0.5, "weight_decay": 0.1})
+    others = [
+        AmalgamatedOptimizer(apart[:3], student=student),
+        AmalgamatedOptimizer(apart[3:], 0.5, student, weight_decay=0.1),
+    ]
+    for step in range(4):
+        for params in (together, apart):
+            for param, grad in zip(params, gradients(step), strict=True):
+                param.grad = grad.to(dtype)
+        for each in (optimizer, *others):
+            each.step()
+    assert all(map(torch.equal, together, apart))
+
+
+def test_what_backends_make_of_weights_is_made_once() -> None:
+    """A bias anew in every step must not have the other weights packed anew."""
+    optimizer = AmalgamatedOptimizer(tensors(), student=made())
+    seen = []
+    whole = optimizer._student.with_context
+
+    def noted(operation: Any, *rest: Any) -> Any:
+        folded, settings = whole(operation, *rest)
+        seen.append([w.data_ptr() for i, w in enumerate(folded) if i != 2])
+        assert all(w.is_contiguous() for w in folded)
+        return folded, settings
+
+    optimizer._student.with_context = noted  # type: ignore[method-assign]
+    for step in range(3):
+        for param, grad in zip(optimizer.param_groups[0]["params"], gradients(step), strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_rounding_is_checked_in_every_group() -> None:
+    first, second = tensors([(4,), (4,)])
+    narrow = {"moments_dtype": torch.bfloat16, "rounding": "stochastic", "student": made()}
+    with pytest.raises(ValueError, match="needs rounding='stochastic'"):
+        AmalgamatedOptimizer([{"params": [first], "rounding": "nearest"}], **narrow)
+    optimizer = AmalgamatedOptimizer([first], **narrow)
+    with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic'"):
+        optimizer.add_param_group({"params": [second], "rounding": "nearst"})
+    assert len(optimizer.param_groups) == 1
+    wide = AmalgamatedOptimizer([second], student=narrow["student"])
+    with pytest.raises(ValueError, match="needs rounding='stochastic'"):
+        optimizer.load_state_dict(wide.state_dict())
+    wide.load_state_dict(optimizer.state_dict())
+
+
+def test_state_kept_in_another_dtype_goes_on_beside_new_state() -> None:
+    """What is loaded keeps its dtype; a parameter that joins has the optimizer's own."""
+    student, params = made(), tensors([(4,), (5,)])
+    old = AmalgamatedOptimizer(params, student=student, cells_dtype=torch.bfloat16)
+    params[0].grad = torch.ones(4)
+    old.step()
+    new = AmalgamatedOptimizer(params, student=student)
+    new.load_state_dict(old.state_dict())
+    params[1].grad = torch.ones(5)
+    new.step()
+    assert [new.state[p]["h"].dtype for p in params] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("how", [{}, {"cells_dtype": torch.bfloat16}, {"narrow": True}])

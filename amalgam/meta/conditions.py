@@ -77,8 +77,12 @@ class Conditions:
     def __post_init__(self) -> None:
         """Refuse what can't be drawn."""
         for name in ("weight_decay", "lr", "lr_decays", "loss_scale"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            found = getattr(self, name)
+            if found is None and name == "weight_decay":
+                continue
+            if not isinstance(found, list | tuple):
+                raise ValueError(f"{name} must be a list, not {found!r}")
+            object.__setattr__(self, name, tuple(found))
         for name in ("weight_decay", "lr"):
             found = getattr(self, name)
             if found is not None and not (len(found) == 2 and 0 < found[0] <= found[1] < math.inf):

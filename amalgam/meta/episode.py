@@ -183,12 +183,12 @@ class Episodes:
         for batch in batches:
             _, grads, _ = self.gradients(params[:, None], scale, batch)
             grads = grads[:, 0]
-            ok = usable(grads)
+            to_students = grads if loss_scale is None else grads * loss_scale[:, None]
+            ok = usable(grads) & usable(to_students)
             if not ok.any():
                 continue
             with torch.no_grad():
                 params = torch.where(ok[:, None], params - lr * grads, params)
-                to_students = grads if loss_scale is None else grads * loss_scale[:, None]
                 states = tuple(
                     self.steps.warm_up(seen, state, moved)
                     for seen, state, moved in zip(

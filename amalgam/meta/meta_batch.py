@@ -62,6 +62,11 @@ class MetaBatch(RuleByRecords):
             raise ValueError(
                 f"longest must be {self.shortest} or more, as shortest is, not {self.longest}"
             )
+        if self.longest // self.unroll * self.unroll < self.shortest:
+            raise ValueError(
+                f"longest must leave a whole number of windows of {self.unroll} steps between "
+                f"shortest, {self.shortest}, and itself, not {self.longest}"
+            )
         if not 0 <= self.imitation_weight < math.inf:
             raise ValueError(
                 f"imitation_weight must be 0 or more and finite, not {self.imitation_weight}"

@@ -119,7 +119,8 @@ class Sampler:
         """
         generator = generator_for(self._seed, "horizon", episode)
         drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
-        return max(1, round(shortest * (longest / shortest) ** drawn / unroll))
+        windows = round(shortest * (longest / shortest) ** drawn / unroll)
+        return min(max(windows, -(-shortest // unroll)), longest // unroll)
 
     def generators(self, *purpose: str | int) -> list[torch.Generator]:
         """One generator per row, in its initial state.

@@ -39,7 +39,7 @@ class SlotMeans:
         stuck: bool,
         clip: float,
     ) -> float:
-        """Add one slot's share for one student; nothing where it is not finite.
+        """Add one slot's share for one student; nothing where it failed.
 
         Args:
             slot: The slot.
@@ -56,7 +56,7 @@ class SlotMeans:
         """
         norm = torch.nn.utils.get_total_norm(grads).item() if moved else math.nan
         finite = math.isfinite(norm) and bool(losses.isfinite().all())
-        if finite:
+        if finite and not stuck:
             share = min(1.0, clip / norm) if norm else 1.0
             torch._foreach_add_(self._grads[student], list(grads), alpha=share / self._slots)
             self._losses[:, student] += losses

@@ -21,7 +21,7 @@ from amalgam.meta.finite import keep
 from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StudentState
 from amalgam.policies import FusedStudent, Policy
-from amalgam.policies.fused_student import Told
+from amalgam.policies.fused_student import TensorContext
 
 # Called with a row's number; returns the generator of the noise that a policy trains with, for a
 # certain step.
@@ -51,7 +51,7 @@ class PolicySteps(Protocol):
             moved: Which rows take the step, shape (B,).
         """
 
-    def told(self, params: Tensor, state: Any) -> Any:
+    def context(self, params: Tensor, state: Any) -> Any:
         """What the policy is told of whole tensors in the step after a state; ``None`` if nothing.
 
         Where ``by_coordinates``, the backward pass by coordinates asks for it again.
@@ -160,9 +160,9 @@ class FusedSteps:
         """See :class:`PolicySteps`."""
         return keep(self._student.warm_up(grads.reshape(-1), state), state, moved)
 
-    def told(self, params: Tensor, state: Any) -> Told | None:
+    def context(self, params: Tensor, state: Any) -> TensorContext | None:
         """See :class:`PolicySteps`."""
-        return self._student.told(state, params.reshape(-1), self._layout)
+        return self._student.context(state, params.reshape(-1), self._layout)
 
     def forward(
         self,
@@ -184,7 +184,7 @@ class FusedSteps:
                 to.copy_(value)
             source = into
         update = torch.empty_like(flat)
-        folded = self._student.folded(weights, self.told(params, state))
+        folded = self._student.folded(weights, self.context(params, state))
         step_into(update, into, flat, source, *folded, self._backend)
         new = self._student.carried(into, state)
         return update.view(grads.shape), keep(new, state, moved)
@@ -206,8 +206,8 @@ class FusedSteps:
             d_updates = torch.where(moved[:, None], d_updates, 0)
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
-        told = self.told(params, state)
-        folded = self._student.folded(weights, told)
+        context = self.context(params, state)
+        folded = self._student.folded(weights, context)
         d_grads, d_folded = backward_into(
             d_updates.reshape(-1),
             _fused(d_moved),
@@ -216,7 +216,7 @@ class FusedSteps:
             *folded,
             self._backend,
         )
-        d_weights = self._student.unfolded(d_folded, told)
+        d_weights = self._student.unfolded(d_folded, context)
         return d_grads.view(grads.shape), keep(d_moved, d_state, moved), d_weights
 
     def zeros(self, state: Any) -> Any:
@@ -286,7 +286,7 @@ class AutogradSteps:
             for grad, old, ok in zip(grads, state, moved, strict=True)
         )
 
-    def told(self, params: Tensor, state: tuple[Any, ...]) -> None:
+    def context(self, params: Tensor, state: tuple[Any, ...]) -> None:
         """See :class:`PolicySteps`; nothing, as it is not asked for."""
 
     def forward(

@@ -153,7 +153,7 @@ class StudentSteps:
             )
             torch._foreach_add_(adjoint.weights[student], d_weights)
             episodes.by_student(d_grads)[student].copy_(d_grad)
-        return self._scaled(d_grads)
+        return self.scaled(d_grads)
 
     def _stepped(self, step: int, params: Tensor, update: Tensor) -> Tensor:
         """The parameters (R, N) after an update of all rows."""
@@ -173,13 +173,13 @@ class StudentSteps:
         adjoint.params *= torch.where(moved, self.conditions.kept[step], 1)[:, None]
         return d_updates
 
-    def _scaled(self, grads: Tensor) -> Tensor:
+    def scaled(self, grads: Tensor) -> Tensor:
         """Gradients (R, N) times the losses' scales; also gradients with respect to them."""
         return grads if self.conditions is None else grads * self.conditions.loss_scale[:, None]
 
     def _seen(self, step: int, grads: Tensor) -> Tensor:
         """The gradients (R, N) as students see them."""
-        grads = self._scaled(grads)
+        grads = self.scaled(grads)
         if self._input_noise is None:
             return grads
         if self._draws is None:

@@ -45,7 +45,7 @@ from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Adjoint, StudentSteps
 from amalgam.operations.student_forms import tensors_of_part
 from amalgam.ops import StudentState
-from amalgam.policies.fused_student import FusedStudent, Told
+from amalgam.policies.fused_student import FusedStudent, TensorContext
 from amalgam.tasks import Batch
 
 # Coordinates whose adjoints are made at once: few enough to be small beside the tape, many enough
@@ -73,8 +73,8 @@ class Tape:
         moved: Which rows took each step, shape (T, R).
         loss_slopes: The derivatives of the meta-losses with respect to the students' losses, shape
             (T, R).
-        told: What each student was told of tensors in each step, a list of T a student; empty where
-            the backward pass goes by steps.
+        contexts: What each student was told of tensors in each step, a list of T a student; empty
+            where the backward pass goes by steps.
         graphs: For some steps, what :meth:`amalgam.meta.episode.Episodes.gradients` returns for
             second order: the leaf, and the gradients in their graph.
     """
@@ -89,7 +89,7 @@ class Tape:
     slopes: Tensor
     moved: Tensor
     loss_slopes: Tensor
-    told: list[list[Told]] = field(default_factory=list)
+    contexts: list[list[TensorContext]] = field(default_factory=list)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def advance(self, step: int, point: Point) -> Point:
@@ -152,26 +152,28 @@ class Tape:
         state = StudentState(
             *(tensor[..., in_state].contiguous() for tensor in self.begin.states[student][:4])
         )
-        told = self._told_of_part(student, index, part, moved)
-        weights, settings = policy.folded(self.steps.weights[student], told)
+        context = self._context_of_part(student, index, part, moved)
+        weights, settings = policy.folded(self.steps.weights[student], context)
         found = ops.student_unroll_backward(
             grads, adjoints, state, weights, settings, backend=episodes.amalgamation.backend
         )
-        return policy.unfolded(found, told)
+        return policy.unfolded(found, context)
 
-    def _told_of_part(self, student: int, index: int, part: slice, moved: Tensor) -> Told | None:
+    def _context_of_part(
+        self, student: int, index: int, part: slice, moved: Tensor
+    ) -> TensorContext | None:
         """What a student was told in the steps that it took, of some coordinates' tensors."""
-        if not self.told:
+        if not self.contexts:
             return None
-        taken = [told for told, ok in zip(self.told[student], moved, strict=True) if ok]
+        taken = [context for context, ok in zip(self.contexts[student], moved, strict=True) if ok]
         tensors = len(taken[0].sizes) // self.episodes.optimizees
         among, inside = tensors_of_part(taken[0].sizes[:tensors], part)
         own = slice(index * tensors + among.start, index * tensors + among.stop)
         inputs, corrections = (
-            torch.stack([getattr(told, name)[own] for told in taken])
+            torch.stack([getattr(context, name)[own] for context in taken])
             for name in ("inputs", "corrections")
         )
-        return Told(inputs, corrections, inside)
+        return TensorContext(inputs, corrections, inside)
 
     def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
         """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""

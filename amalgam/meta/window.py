@@ -177,13 +177,13 @@ class _Run:
             losses, grads, teacher_losses, teacher_grads = self._gradients(
                 t, point, teachers, batch
             )
-            ok = losses.isfinite() & usable(grads)
+            ok = losses.isfinite() & usable(tape.steps.scaled(grads)) & usable(grads)
             self._counted[t] = ok
             grads = torch.where(ok[:, None], grads, 0)
             if self.recorded:
                 tape.grads[t] = grads
                 if not tape.by_steps:
-                    self._note_told(point)
+                    self._note_context(point)
             point, moved = self._step(t, point, grads, ok)
             tape.moved[t] = moved
             skipped[:, 0] += ~moved
@@ -250,14 +250,14 @@ class _Run:
             after, _ = tape.steps.forward(t, point, grads, moved, reuse)
         return after, moved
 
-    def _note_told(self, point: Point) -> None:
+    def _note_context(self, point: Point) -> None:
         """Put on the tape what the students are told of tensors in the step from a point."""
         steps, rows = self._episodes.steps, self._episodes.by_student(point.params)
         for student, (params, state) in enumerate(zip(rows, point.states, strict=True)):
-            told = steps.told(params, state)
-            if told is not None:
-                self.tape.told.extend([] for _ in range(student + 1 - len(self.tape.told)))
-                self.tape.told[student].append(told)
+            context = steps.context(params, state)
+            if context is not None:
+                self.tape.contexts.extend([] for _ in range(student + 1 - len(self.tape.contexts)))
+                self.tape.contexts[student].append(context)
 
     def _plan(self) -> Plan:
         """What to keep in the memory that the tape and the backward pass itself leave."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -59,7 +58,7 @@ def estimate_memory(
     if isinstance(params, nn.Module):
         params = [param for param in params.parameters() if param.requires_grad]
     numel = of_numbers = 0
-    tensors = list(chain(params))
+    tensors = list(params)
     for param in tensors:
         if not param.is_floating_point():
             raise TypeError(f"params must be floating-point tensors, not {param.dtype}")

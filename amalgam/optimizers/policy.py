@@ -21,9 +21,9 @@ class PolicyOptimizer(LearnedOptimizer):
 
     The first ``warmup_steps`` are SGD, then every parameter becomes
     ``p (1 - lr weight_decay) - lr update``; a step with a gradient that is not finite is not taken.
-    All that is as in :class:`AmalgamatedOptimizer`, which is faster and takes only a
-    :class:`Student`. A policy that does not step coordinatewise sees, in every step, all of a
-    group's parameters that have a gradient.
+    All that is as in :class:`AmalgamatedOptimizer`, which is faster and takes only students. A
+    policy that does not step coordinatewise sees, in every step, all of a group's parameters that
+    have a gradient.
 
     Args:
         params: Parameters or groups, floating point; float64 ones are computed in float64, all

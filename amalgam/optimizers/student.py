@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from amalgam.optimizers.base import (
     finite,
 )
 from amalgam.policies import FusedStudent, NominalStudent, load_policy
-from amalgam.policies.fused_student import Told
+from amalgam.policies.fused_student import ContextConstants, TensorContext
 
 DEFAULT_STUDENT = "standard"
 _STATE = StudentState._fields
@@ -91,28 +92,20 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         capturable: bool = False,
     ) -> None:
         ops.check_backend(backend)
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
         check_stored("cells_dtype", cells_dtype)
         check_stored("moments_dtype", moments_dtype)
-        if moments_dtype == torch.bfloat16 and rounding != "stochastic":
-            raise ValueError(
-                "moments_dtype=torch.bfloat16 needs rounding='stochastic', as the second moment "
-                f"changes by less than its last bit in a step; rounding is {rounding!r}"
-            )
         student = student_of(student)
         self.backend = backend
         self.cells_dtype = cells_dtype
         self.moments_dtype = moments_dtype
         self.config = student.config
-        self._student = student
+        self._student = copy.deepcopy(student).cpu().requires_grad_(False)
         own = [
             w.detach().cpu().clone(memory_format=torch.contiguous_format) for w in student.weights()
         ]
         self._weights = {(torch.device("cpu"), own[0].dtype): _weights_of(student, own)}
         self._kept = Kept()
+        self._constants: dict[Any, ContextConstants | None] = {}
         self._batches: dict[int, _Made] = {}
         self._entries: list[dict[str, Any]] = []
         defaults = {
@@ -140,8 +133,41 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if "_batches" in state:  # a copy, and not load_state_dict
             self._count_all_together()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: A parameter is not floating point.
+            ValueError: A setting is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_rounding(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_rounding(self, group: dict[str, Any]) -> None:
+        rounding, seed = group["rounding"], group["seed"]
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
+        if self.moments_dtype == torch.bfloat16 and rounding != "stochastic":
+            raise ValueError(
+                "moments_dtype=torch.bfloat16 needs rounding='stochastic', as the second moment "
+                f"changes by less than its last bit in a step; rounding is {rounding!r}"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict` with the same student."""
+        """Go on from another's :meth:`state_dict` with the same student.
+
+        Raises:
+            ValueError: It comes from another student, its groups do not fit, or its rounding does
+                not fit ``moments_dtype``.
+        """
+        for group in state_dict["param_groups"]:
+            self._check_rounding({**self.defaults, **group})
         self._batches.clear()
         self._entries.clear()
         super().load_state_dict(state_dict)
@@ -155,7 +181,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for batch in self._batches_of(group, params):
             warming = batch.below(group["warmup_steps"])
             self._warm_up(group, [batch.tensors.params[index] for index in warming])
-            trained = batch.without(warming) if warming else batch
+            trained = batch.without(warming, self._constants_of) if warming else batch
             self._run(trained, lr=lr, weight_decay=decay)
             batch.count(1)
 
@@ -219,18 +245,14 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if not params:
             return
         weights = self._weights_for(params[0].device, computing_dtype(params[0].dtype))
-        operation, settings = weights.operation, self.config.settings
-        if isinstance(self._student, NominalStudent):
-            told = batch.told(self._student, operation[0])
-            bias = self._student.bias(weights.own, told.inputs)
-            operation = [*operation[:2], bias, *operation[3:]]
-            settings = settings._replace(corrections=told.corrections)
+        context = batch.context(self._student, weights.own[0])
+        operation, settings = self._student.with_context(weights.operation, weights.own, context)
         with self._kept:
             ops.step_tensors_(
                 batch.tensors,
                 [grad for grad in map(_grad, params) if grad is not None],
                 operation,
-                settings,
+                settings._replace(sizes=()),
                 backend=self.backend,
                 **how,
             )
@@ -256,13 +278,35 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         ):
             return made.batches
         self._make_state(group, [param for param in params if not self.state[param]])
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
         for param in params:
-            kinds.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
-        batches = [_Batch(alike, [self.state[p] for p in alike]) for alike in kinds.values()]
+            state = self.state[param]
+            stored = state["m"].dtype, state["h"].dtype
+            kind = param.device, computing_dtype(param.dtype), *stored
+            kinds.setdefault(kind, []).append(param)
+        batches = [
+            _Batch(alike, [self.state[p] for p in alike], self._constants_of(alike))
+            for alike in kinds.values()
+        ]
         self._batches[id(group)] = _Made(params, list(map(_device, params)), batches)
         self._entries = list(self.state.values())
         return batches
+
+    def _constants_of(self, params: list[Tensor]) -> ContextConstants | None:
+        """What the student is told of parameters that stays, kept as long as the optimizer.
+
+        A CUDA graph that captured a step of theirs reads it.
+        """
+        if not params:
+            return None
+        like = self._weights_for(params[0].device, computing_dtype(params[0].dtype)).own[0]
+        shapes = tuple(map(_shape, params))
+        key = shapes, like.device, like.dtype
+        if key not in self._constants:
+            if isinstance(self._student, NominalStudent):
+                check_before_capture()
+            self._constants[key] = self._student.constants_of(shapes, like)
+        return self._constants[key]
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if params:
@@ -348,11 +392,17 @@ class _Batch:
     Args:
         params: The parameters.
         entries: The optimizer's state of each.
+        constants: What the student is told of them that stays.
     """
 
-    def __init__(self, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        params: list[Tensor],
+        entries: list[dict[str, Any]],
+        constants: ContextConstants | None,
+    ) -> None:
         self._entries = entries
-        self._made_roots: Tensor | None = None
+        self.constants = constants
         states = [StudentState(*(entry[name] for name in _STATE)) for entry in entries]
         self.tensors = StudentTensors(params, states)
         self.steps = [entry["step"] for entry in entries]
@@ -388,34 +438,23 @@ class _Batch:
         else:
             torch._foreach_add_(self.steps, steps)
 
-    def without(self, indices: list[int]) -> _Batch:
-        """The other parameters."""
+    def without(self, indices: list[int], made: _ConstantsOf) -> _Batch:
+        """The other parameters, with constants that are made by this."""
         others = sorted(set(range(len(self.steps))) - set(indices))
-        return _Batch([self.tensors.params[i] for i in others], [self._entries[i] for i in others])
+        params = [self.tensors.params[i] for i in others]
+        return _Batch(params, [self._entries[i] for i in others], made(params))
 
-    def told(self, student: NominalStudent, like: Tensor) -> Told:
+    def context(self, student: FusedStudent, like: Tensor) -> TensorContext | None:
         """What a student is told of the parameters in their next step.
 
         Args:
             student: The student.
             like: A tensor of the dtype and device to say it in.
         """
-        params = self.tensors.params
+        if self.constants is None:
+            return None
         taken = torch.stack(self.steps) if self._together is None else self._together
-        shapes = tuple(param.shape for param in params)
-        sizes = [param.numel() for param in params]
-        rms = None
-        if student.sees_rms:
-            norms = torch.stack(torch._foreach_norm(params, 2, dtype=like.dtype))
-            rms = norms / self._roots(sizes, like)
-        return student.told_of(taken.to(like), shapes, sizes, rms)
-
-    def _roots(self, sizes: list[int], like: Tensor) -> Tensor:
-        """The roots of sizes, of empty tensors 1; on the device from the first step on."""
-        if self._made_roots is None:
-            counts = torch.tensor(sizes, dtype=like.dtype, device="cpu")
-            self._made_roots = counts.clamp_min(1).sqrt().to(like.device)
-        return self._made_roots
+        return student.context_of(self.constants, taken.to(like), self.tensors.params)
 
 
 class _Made(NamedTuple):
@@ -427,6 +466,8 @@ class _Made(NamedTuple):
 
 
 _stored = itemgetter(*_STATE, "step")
+_shape = attrgetter("shape")
+_ConstantsOf = Callable[[list[Tensor]], ContextConstants | None]
 _grad, _device = attrgetter("grad"), attrgetter("device")
 
 

@@ -10,14 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
+from amalgam.operations.checks import check_like
+from amalgam.operations.student_forms import NOMINAL
 from amalgam.ops import StepSettings, StudentState
-from amalgam.policies.fused_student import FusedConfig, FusedStudent, Told
+from amalgam.policies.fused_student import (
+    ContextConstants,
+    FusedConfig,
+    FusedStudent,
+    TensorContext,
+)
 from amalgam.policies.policy import check_fields, zero_head
 
-_FEATURES = 3  # what the operation's nominal form sees of a coordinate
 _TIMES = (10.0, 100.0, 1000.0)  # steps after which a time input has risen to tanh(1)
 _FLOOR = 1e-3  # added to a tensor's RMS before its logarithm is taken
 
@@ -34,7 +41,7 @@ class NominalConfig(FusedConfig):
         hidden: Units in each.
         lr: The learning rate of Adam that it begins from.
         gain: Factor on the head's first output, the logarithm of the factor on Adam's step.
-        inputs: What it is told of a tensor as a whole, any of :data:`INPUTS`: the number of its
+        inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
             logarithm of its parameters' ``"rms"``.
@@ -50,7 +57,7 @@ class NominalConfig(FusedConfig):
     hidden: int = 8
     lr: float = 0.005
     gain: float = 2.0
-    inputs: tuple[str, ...] = tuple(INPUTS)
+    inputs: tuple[str, ...] = ()
     eps: float = 1e-15
     warmup_steps: int = 0
 
@@ -114,9 +121,9 @@ class NominalStudent(FusedStudent):
 
     def build(self, generator: torch.Generator | None) -> None:
         """Make an LSTM that sees coordinates and tensors, and a head of zeros."""
-        told = sum(INPUTS[name] for name in self.config.inputs)
-        self.build_cells(_FEATURES + told, generator)
-        self.head = zero_head(self.config.hidden, 2)
+        inputs = sum(INPUTS[name] for name in self.config.inputs)
+        self.build_cells(NOMINAL.features + inputs, generator)
+        self.head = zero_head(self.config.hidden, NOMINAL.outputs)
 
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> NominalState:
         """The zero state for coordinates like these, shape (N,)."""
@@ -129,86 +136,91 @@ class NominalStudent(FusedStudent):
         """The state after a warm-up step's gradient: moments and steps move, the LSTM does not."""
         return super().warm_up(grad, state, layout=layout)._replace(t=state.t + 1)
 
-    def told(self, state: Any, params: Tensor | None, layout: Layout | None) -> Told:
+    def context(self, state: Any, params: Tensor | None, layout: Layout | None) -> TensorContext:
         """See :class:`FusedStudent`."""
         shapes, sizes = _filled(state.m, layout)
         repeats = len(state.t) // max(1, len(sizes))
-        shapes, sizes = shapes * repeats, sizes * repeats
-        rms = None
-        if self.sees_rms:
+        if repeats * sum(sizes) != len(state.m) or repeats * len(sizes) != len(state.t):
+            raise ValueError(
+                f"layout must be the state's, of {len(state.t)} tensors and {len(state.m)} "
+                f"coordinates, not of {len(sizes)} and {sum(sizes)}"
+            )
+        parts: Sequence[Tensor] = ()
+        if self._sees_rms:
             if params is None:
                 raise ValueError(
                     "params must be given to a nominal student that is told of its tensors' RMS, "
                     "not None"
                 )
-            rms = _rms(params, sizes)
-        return self.told_of(state.t, shapes, sizes, rms)
+            check_like("params", params, state.m.shape, state.m)
+            parts = params.split(sizes * repeats)
+        constants = _cached_constants(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        return self.context_of(constants, state.t, parts)
 
     @property
-    def sees_rms(self) -> bool:
-        """Whether it is told of its tensors' RMS."""
+    def _sees_rms(self) -> bool:
         return "rms" in self.config.inputs
 
-    def told_of(
-        self,
-        t: Tensor,
-        shapes: tuple[torch.Size, ...],
-        sizes: Sequence[int],
-        rms: Tensor | None,
-    ) -> Told:
-        """What it is told of tensors in their next step.
+    def constants_of(self, shapes: Sequence[torch.Size], like: Tensor) -> ContextConstants:
+        """See :class:`FusedStudent`."""
+        return _constants(self.config, tuple(shapes), like.dtype, like.device)
 
-        Args:
-            t: How many steps each has taken, shape (tensors,), of the weights' dtype.
-            shapes: Their shapes.
-            sizes: How many coordinates of each there are.
-            rms: Their root mean squares, shape (tensors,), if it is told of them.
-        """
-        now, config = t + 1, self.config
+    def context_of(
+        self, constants: ContextConstants | None, steps: Tensor, params: Sequence[Tensor]
+    ) -> TensorContext:
+        """See :class:`FusedStudent`."""
+        assert constants is not None
+        now, config = steps + 1, self.config
         columns: list[Tensor] = []
         for name in config.inputs:
             if name == "time":
                 columns += [(now / scale).tanh() for scale in _TIMES]
             elif name == "rms":
-                assert rms is not None
-                columns.append((rms + _FLOOR).log() / 4)
+                # In float64, as a float32 sum of millions of squares loses what it adds.
+                norms = torch._foreach_norm(list(params), 2, dtype=torch.float64) if params else []
+                rms = torch.stack(list(norms)) / constants.roots if norms else constants.roots
+                columns.append((rms.to(steps.dtype) + _FLOOR).log() / 4)
             else:
-                columns.append(_of_shapes(name, shapes, t.dtype, t.device))
-        inputs = torch.stack(columns, 1) if columns else t.new_empty((len(t), 0))
+                columns.append(constants.of_shapes[name])
+        inputs = torch.stack(columns, 1) if columns else steps.new_empty((len(steps), 0))
         # In float64, as float32 would lose half of its bits in 1 - beta^t.
         exact = now.double()
         corrections = [1 / (1 - beta**exact) for beta in (config.beta1, config.beta2)]
-        return Told(inputs, torch.stack(corrections, 1).to(t.dtype), sizes)
+        return TensorContext(inputs, torch.stack(corrections, 1).to(steps.dtype), constants.sizes)
 
     def operation_weights(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """See :class:`FusedStudent`; the first bias is still without inputs."""
         w_ih, *rest, head, head_bias = weights
-        gain = head.new_tensor([self.config.gain, 1.0])
-        return [w_ih[:, :_FEATURES], *rest, head * gain[:, None], head_bias * gain]
+        # A copy that stays: what backends make of weights, they keep by their memory.
+        first = w_ih[:, : NOMINAL.features].contiguous()
+        return [first, *rest, *self._gained(head, head_bias)]
 
-    def bias(self, weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
-        """The first layer's bias of each tensor, (..., tensors, 4 hidden), by its inputs."""
-        return weights[2] + inputs @ weights[0][:, _FEATURES:].T
-
-    def folded(
-        self, weights: Sequence[Tensor], told: Told | None
+    def with_context(
+        self,
+        operation_weights: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        context: TensorContext | None,
     ) -> tuple[list[Tensor], StepSettings]:
-        """See :class:`FusedStudent`."""
-        assert told is not None
-        folded = self.operation_weights(weights)
-        folded[2] = self.bias(weights, told.inputs)
+        """See :class:`FusedStudent`; the inputs are folded into the first bias, one a tensor."""
+        assert context is not None
+        bias = weights[2] + context.inputs @ weights[0][:, NOMINAL.features :].T
+        folded = [*operation_weights[:2], bias, *operation_weights[3:]]
         settings = self.config.settings
-        return folded, settings._replace(corrections=told.corrections, sizes=told.sizes)
+        return folded, settings._replace(corrections=context.corrections, sizes=context.sizes)
 
-    def unfolded(self, found: Sequence[Tensor], told: Told | None) -> list[Tensor]:
+    def unfolded(self, found: Sequence[Tensor], context: TensorContext | None) -> list[Tensor]:
         """See :class:`FusedStudent`."""
-        assert told is not None
+        assert context is not None
         d_w_ih, d_w_hh, d_bias, *rest, d_head, d_head_bias = found
         of_tensors = d_bias.flatten(0, -2)
-        d_told = of_tensors.T @ told.inputs.flatten(0, -2)
-        gain = d_head.new_tensor([self.config.gain, 1.0])
-        d_first = [torch.cat((d_w_ih, d_told), 1), d_w_hh, of_tensors.sum(0)]
-        return [*d_first, *rest, d_head * gain[:, None], d_head_bias * gain]
+        d_inputs = of_tensors.T @ context.inputs.flatten(0, -2)
+        d_first = [torch.cat((d_w_ih, d_inputs), 1), d_w_hh, of_tensors.sum(0)]
+        return [*d_first, *rest, *self._gained(d_head, d_head_bias)]
+
+    def _gained(self, head: Tensor, bias: Tensor) -> list[Tensor]:
+        """The head with its first output times ``gain``; the same of gradients."""
+        gain = self.config.gain
+        return [torch.stack((gain * part[0], part[1])) for part in (head, bias)]
 
     def carried(self, new: StudentState, before: Any) -> NominalState:
         """See :class:`FusedStudent`."""
@@ -224,21 +236,26 @@ def _filled(like: Tensor, layout: Layout | None) -> tuple[tuple[torch.Size, ...]
     return tuple(shape for shape, _ in filled), tuple(size for _, size in filled)
 
 
-def _rms(params: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The root mean square of each tensor, shape (tensors,); 0 of an empty one."""
-    lengths = torch.tensor(sizes, dtype=torch.int64, device=params.device)
-    sums = torch.segment_reduce(params.detach().square(), "sum", lengths=lengths, unsafe=True)
-    return (sums / lengths.clamp_min(1)).sqrt()
+def _constants(
+    config: NominalConfig,
+    shapes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ContextConstants:
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    of_each: dict[str, list[float]] = {
+        "rank": [len(shape) / 2 for shape in shapes],
+        "fan_in": [math.log(max(1, math.prod(shape[1:]))) / 4 for shape in shapes],
+    }
+    roots = [math.sqrt(max(1, size)) for size in sizes]
+    # Steps outside inference mode read it too, and a mode that watches this call is not theirs.
+    with torch.inference_mode(False), _disable_current_modes():
+        found = {
+            name: torch.tensor(of_each[name], dtype=dtype, device=device)
+            for name in config.inputs
+            if name in of_each
+        }
+        return ContextConstants(found, torch.tensor(roots, dtype=dtype, device=device), sizes)
 
 
-@functools.lru_cache(maxsize=64)
-def _of_shapes(
-    name: str, shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """What a student is told of tensors' shapes, shape (tensors,)."""
-    if name == "rank":
-        values = [len(shape) / 2 for shape in shapes]
-    else:
-        values = [math.log(max(1, math.prod(shape[1:]))) / 4 for shape in shapes]
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+_cached_constants = functools.lru_cache(maxsize=64)(_constants)

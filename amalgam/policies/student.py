@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amalgam.layout import Layout
 from amalgam.ops import StepSettings, StudentState
-from amalgam.policies.fused_student import FusedConfig, FusedStudent, Told
+from amalgam.policies.fused_student import FusedConfig, FusedStudent, TensorContext
 from amalgam.policies.policy import check_fields
 
 
@@ -62,20 +61,11 @@ class Student(FusedStudent):
         """Make an LSTM that sees two features, and its head."""
         self.build_lstm(2, generator)
 
-    def told(self, state: StudentState, params: Tensor | None, layout: Layout | None) -> None:
-        """Nothing: all coordinates are alike."""
-
     def operation_weights(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
         """Its weights themselves."""
         return weights
 
-    def folded(
-        self, weights: Sequence[Tensor], told: Told | None
-    ) -> tuple[Sequence[Tensor], StepSettings]:
-        """See :class:`FusedStudent`."""
-        return weights, self.config.settings
-
-    def unfolded(self, found: Sequence[Tensor], told: Told | None) -> list[Tensor]:
+    def unfolded(self, found: Sequence[Tensor], context: TensorContext | None) -> list[Tensor]:
         """See :class:`FusedStudent`."""
         return list(found)
 

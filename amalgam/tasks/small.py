@@ -3,7 +3,7 @@
 Twelve to meta-train on, and two whose architectures are none of theirs. The images are
 scikit-learn's digits, shifted, scaled and noised until there are 21,000; regressions have 10,000
 samples, of random networks; the text is the sources of a few modules of Python's standard library,
-which depend on Python's version. All else is the same on every machine.
+which depend on Python's version. All else is drawn alike on every machine.
 """
 
 from __future__ import annotations
@@ -166,13 +166,13 @@ class _Attention(nn.Module):
         self.queries_keys_values = nn.Linear(width, 3 * width)
         self.mix = nn.Linear(width, width)
         self.head = nn.Linear(width, _SYMBOLS)
-        self._later = torch.full((_CONTEXT, _CONTEXT), -1e9).triu(1)
 
     def forward(self, symbols: Tensor) -> Tensor:
         """Symbols (samples, places) -> logits (samples, symbols, places)."""
         x = self.embedding(symbols) + self.places
         q, k, v = self.queries_keys_values(self.norm(x)).chunk(3, -1)
-        scores = torch.baddbmm(self._later, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        later = q.new_full((_CONTEXT, _CONTEXT), -1e9).triu(1)
+        scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         x = x + self.mix(scores.softmax(-1) @ v)
         logits: Tensor = self.head(x).transpose(1, 2)
         return logits
@@ -250,6 +250,6 @@ def small(batch_size: int | None = None, optimizee: str = SMALL[0]) -> Task:
         train,
         validation,
         loss=loss,
-        batch_size=batch_size or own_size,
+        batch_size=own_size if batch_size is None else batch_size,
         fast_convolutions=False,
     )

@@ -13,6 +13,7 @@ from amalgam.meta import Amalgamation, Memory, Unroll
 from amalgam.meta import tape as tape_module
 from amalgam.meta.reference import window as naive_window
 from amalgam.policies import NominalConfig, NominalStudent
+from amalgam.policies.nominal_student import INPUTS
 from amalgam.seeding import generator_for
 
 
@@ -21,7 +22,8 @@ def learners(count: int, **config: Any) -> list[NominalStudent]:
     found = []
     for index in range(count):
         generator = torch.Generator().manual_seed(3 + index)
-        student = NominalStudent(NominalConfig(hidden=5, **config), generator=generator).double()
+        given = {"hidden": 5, "inputs": tuple(INPUTS), **config}
+        student = NominalStudent(NominalConfig(**given), generator=generator).double()
         with torch.no_grad():
             for weight in (student.head.weight, student.head.bias, student.cells[0].bias):
                 noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)

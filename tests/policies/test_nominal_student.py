@@ -11,6 +11,7 @@ import torch
 
 from amalgam.layout import Layout
 from amalgam.policies import NominalConfig, NominalStudent, load_policy
+from amalgam.policies.nominal_student import INPUTS
 
 LAYOUT = Layout({"w": (3, 4), "b": (4,), "none": (0, 2), "k": (2, 3, 2, 2), "s": ()})
 FILLED = [size for size in LAYOUT.sizes if size]
@@ -18,7 +19,8 @@ FILLED = [size for size in LAYOUT.sizes if size]
 
 def made(**config: Any) -> NominalStudent:
     generator = torch.Generator().manual_seed(0)
-    student = NominalStudent(NominalConfig(hidden=3, **config), generator=generator).double()
+    given = {"hidden": 3, "inputs": tuple(INPUTS), **config}
+    student = NominalStudent(NominalConfig(**given), generator=generator).double()
     with torch.no_grad():
         student.head.weight.copy_(torch.randn((2, 3), generator=generator, dtype=torch.float64))
         student.head.bias.fill_(0.25)
@@ -34,8 +36,8 @@ def test_it_is_told_of_tensors() -> None:
     student, values = made(), params()
     state = student.initial_state(values, LAYOUT)
     assert state.t.tolist() == [0.0] * 4
-    told = student.told(state._replace(t=state.t + 6), values, LAYOUT)
-    assert list(told.sizes) == FILLED
+    context = student.context(state._replace(t=state.t + 6), values, LAYOUT)
+    assert list(context.sizes) == FILLED
     fan_ins, ranks = [4, 1, 12, 1], [2, 1, 4, 0]
     for tensor, part in enumerate(values.split(FILLED)):
         rms = part.square().mean().sqrt().item()
@@ -45,28 +47,28 @@ def test_it_is_told_of_tensors() -> None:
             math.log(fan_ins[tensor]) / 4,
             math.log(rms + 1e-3) / 4,
         ]
-        assert told.inputs[tensor].tolist() == pytest.approx(expected, rel=1e-12)
+        assert context.inputs[tensor].tolist() == pytest.approx(expected, rel=1e-12)
         corrections = [1 / (1 - 0.9**7), 1 / (1 - 0.999**7)]
-        assert told.corrections[tensor].tolist() == pytest.approx(corrections, rel=1e-12)
+        assert context.corrections[tensor].tolist() == pytest.approx(corrections, rel=1e-12)
 
 
 def test_corrections_keep_float32_whole_at_the_first_step() -> None:
     student = NominalStudent()
     state = student.initial_state(torch.zeros(2))
-    told = student.told(state, torch.zeros(2), None)
-    assert told.corrections.dtype == torch.float32
-    assert told.corrections[0].tolist() == pytest.approx([10.0, 1000.0], rel=1e-7)
+    context = student.context(state, torch.zeros(2), None)
+    assert context.corrections.dtype == torch.float32
+    assert context.corrections[0].tolist() == pytest.approx([10.0, 1000.0], rel=1e-7)
 
 
 def test_what_it_is_told_enters_as_further_inputs_would() -> None:
     """A bias a tensor is the first layer's kernel times inputs that are one for all coordinates."""
     student, values = made(), params()
     state = student.initial_state(values, LAYOUT)
-    told = student.told(state, values, LAYOUT)
-    folded, settings = student.folded(student.weights(), told)
+    context = student.context(state, values, LAYOUT)
+    folded, settings = student.folded(student.weights(), context)
     kernel, bias = student.cells[0].weight_ih, student.cells[0].bias
-    for tensor in range(len(told.inputs)):
-        expected = bias + kernel[:, 3:] @ told.inputs[tensor]
+    for tensor in range(len(context.inputs)):
+        expected = bias + kernel[:, 3:] @ context.inputs[tensor]
         assert torch.allclose(folded[2][tensor], expected, rtol=1e-12)
     assert torch.equal(folded[0], kernel[:, :3])
     assert torch.equal(
@@ -78,13 +80,23 @@ def test_what_it_is_told_enters_as_further_inputs_would() -> None:
 
 def test_unfolding_is_foldings_gradient() -> None:
     student, values = made(), params()
-    told = student.told(student.initial_state(values, LAYOUT), values, LAYOUT)
+    context = student.context(student.initial_state(values, LAYOUT), values, LAYOUT)
     weights = student.weights()
-    folded, _ = student.folded(weights, told)
+    folded, _ = student.folded(weights, context)
     upstream = [torch.randn_like(each) for each in folded]
     expected = torch.autograd.grad(folded, weights, upstream)
-    for ours, theirs in zip(student.unfolded(upstream, told), expected, strict=True):
+    for ours, theirs in zip(student.unfolded(upstream, context), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
+def test_the_rms_of_many_coordinates_is_not_summed_naively() -> None:
+    """A running float32 sum of 2^24 equal squares would stop growing long before."""
+    student = NominalStudent(NominalConfig(hidden=1, inputs=("rms",)))
+    values = torch.full((2**24,), 0.02)
+    state = student.initial_state(torch.zeros(1), None)
+    constants = student.constants_of([values.shape], state.t)
+    context = student.context_of(constants, state.t, [values])
+    assert context.inputs.item() == pytest.approx(math.log(0.021) / 4, rel=1e-4)
 
 
 def test_several_optimizees_lie_one_after_another() -> None:
@@ -92,11 +104,11 @@ def test_several_optimizees_lie_one_after_another() -> None:
     state = student.initial_state(values, LAYOUT)
     both = type(state)(*(torch.cat((t, t), -1) for t in state))
     both = both._replace(t=torch.tensor([0.0, 0, 0, 0, 5, 5, 5, 5], dtype=torch.float64))
-    told = student.told(both, torch.cat((values, 2 * values)), LAYOUT)
-    first = student.told(state, values, LAYOUT)
-    second = student.told(state._replace(t=state.t + 5), 2 * values, LAYOUT)
-    assert torch.allclose(told.inputs, torch.cat((first.inputs, second.inputs)), rtol=1e-12)
-    assert torch.equal(told.corrections, torch.cat((first.corrections, second.corrections)))
+    context = student.context(both, torch.cat((values, 2 * values)), LAYOUT)
+    first = student.context(state, values, LAYOUT)
+    second = student.context(state._replace(t=state.t + 5), 2 * values, LAYOUT)
+    assert torch.allclose(context.inputs, torch.cat((first.inputs, second.inputs)), rtol=1e-12)
+    assert torch.equal(context.corrections, torch.cat((first.corrections, second.corrections)))
 
 
 def test_warm_up_counts_a_step() -> None:
@@ -129,6 +141,13 @@ def test_parameters_are_asked_for_where_they_are_needed() -> None:
     student = made()
     with pytest.raises(ValueError, match="params must be given to a nominal student"):
         student.step(grad, student.initial_state(grad))
+    for wrong in (grad[:1], torch.cat((grad, grad)), grad.float()):
+        with pytest.raises(ValueError, match="params must "):
+            student.step(grad, student.initial_state(grad), params=wrong)
+    state = student.initial_state(params(), LAYOUT)
+    other = Layout({"w": (5, 9)})
+    with pytest.raises(ValueError, match="layout must be the state's, of 4 tensors and 41"):
+        student.step(params(), state, layout=other, params=params())
     without = made(inputs=("time",))
     assert without.step(grad, without.initial_state(grad))[0].shape == (3,)
 
