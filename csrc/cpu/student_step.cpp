@@ -13,6 +13,7 @@
 #include "storage.h"
 #include "student_binding.h"
 #include "student_network.h"
+#include "student_small.h"
 #include "tiles.h"
 #include "tiling.h"
 
@@ -50,6 +51,9 @@ void clear_tile_after(int64_t count, const std::vector<LayerShape>& shapes,
 template <typename T>
 void student_step(const Student<T>& student, const StudentStep& step, const StudentTensor* tensors,
                   int64_t count, int threads) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (is_small(student, step)) return small_student_step(student, step, tensors, count, threads);
+  }
   const PackedStudent<T> packed(student, false);
   StudentNetwork<T> network = packed.network();
   std::optional<PairedLstm> pairs;
