@@ -183,7 +183,8 @@ def test_compiled_step(
     backend: str, size: int, layers: int, hidden: int, dtype: torch.dtype
 ) -> None:
     forward, backward = [], []
-    draws = 1 if dtype == F64 else 12 if size > 1 else 150
+    # One coordinate has one error, and of many a few have all gradients: draws average.
+    draws = 1 if dtype == F64 else 20 if size > 1 else 60
     for seed in range(draws):
         grad, state, weights, settings = skewed_nominal(size, layers, hidden, dtype, seed)
         forward.append((grad, *state, weights, *settings))
@@ -457,7 +458,9 @@ def test_mirrored_gradients_give_the_mirrored_run(
 def test_the_losss_scale_changes_nothing(
     backend: str, layers: int, hidden: int, power: int
 ) -> None:
-    param, grads = draw(75, seed=3).float(), gradients(75)
+    param = draw(75, seed=3).float()
+    # Where eps lies below the last bit of the root.
+    grads = [[grad.sign() * grad.abs().clamp_min(1e-3)] for (grad,) in gradients(75)]
     scaled = [[grad * 2.0**power] for (grad,) in grads]
     (ours,), (state,) = runs_of(backend, layers, hidden, grads, [param])
     (theirs,), (other,) = runs_of(backend, layers, hidden, scaled, [param])
@@ -611,5 +614,5 @@ def test_unroll_is_autograds(backend: str, steps: int, size: int) -> None:
 @compiled
 @pytest.mark.parametrize("hidden", [4, 8, 20])
 def test_compiled_unroll(backend: str, hidden: int) -> None:
-    draws = [unroll_arguments(7, 150, hidden, F32, seed) for seed in range(6)]
+    draws = [unroll_arguments(7, 150, hidden, F32, seed) for seed in range(12)]
     assert_as_accurate(torch.ops.amalgam.student_unroll_backward, draws, backend)
