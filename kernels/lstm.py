@@ -142,11 +142,12 @@ def four(packed, PTX: tl.constexpr):
     """Four packed numbers, from a multiple of four on; all threads load them."""
     if PTX:
         # Of scalars, Triton makes a load each.
-        return tl.inline_asm_elementwise(
+        a, b, c, d = tl.inline_asm_elementwise(
             "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l",
             [packed.to(tl.int64)], dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True, pack=1,
         )  # fmt: skip
+        return a, b, c, d
     else:
         return tl.load(packed), tl.load(packed + 1), tl.load(packed + 2), tl.load(packed + 3)
 

@@ -144,6 +144,8 @@ def student_cell(
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates, its new c, and the tanh of that."""
+    # Of the nominal form, |a| has no bound but what the state makes it.
+    RESTS: tl.constexpr = NOMINAL and LAYER == 0
     i = begun_sums(
         packed, bias, features, h, 0,
         LAYER, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, APPROXIMATE,
@@ -162,7 +164,7 @@ def student_cell(
     )  # fmt: skip
     return cell(
         packed, other, x, h, c, i, f, a, o,
-        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, False,
+        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, RESTS,
     )  # fmt: skip
 
 
