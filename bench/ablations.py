@@ -245,6 +245,7 @@ def variants() -> list[Variant]:
 
     return [
         Variant("untrained", meta_steps=0),
+        Variant("untrained, RMS factor", NominalConfig(factor_floor=0.01, lr=0.03), meta_steps=0),
         Variant("base"),
         with_student("without o2", correction=False),
         with_student("without time", time=False),
@@ -528,32 +529,41 @@ def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown: a variant's mean over its seeds, and the seeds' scores at 300."""
+    """The rows as Markdown.
+
+    A variant's scores are means over its seeds. Beside them stand each seed's score at 300 steps,
+    what it is more than the base's of the same seed, and on how many tasks it is less.
+    """
     lines = [
-        f"| | {' | '.join(_COLUMNS)} | 300 by seed | inner steps | not finite | s |",
-        f"|---|{'---:|' * (len(_COLUMNS) + 4)}",
+        f"| | seeds | {' | '.join(_COLUMNS)} | 300 by seed | less base's | tasks better "
+        "| inner steps | not finite |",
+        f"|---|{'---:|' * (len(_COLUMNS) + 6)}",
     ]
+    base = {r["seed"]: r["scores"]["300"] for r in rows if r.get("variant") == "base"}
     order = [variant.name for variant in variants()]
     for name in sorted({r["variant"] for r in rows if "variant" in r}, key=order.index):
         own = sorted((r for r in rows if r.get("variant") == name), key=lambda r: int(r["seed"]))
         shown = [fmean(column) for column in zip(*(columns(r["scores"]) for r in own), strict=True)]
-        by_seed = " ".join(f"{mean(r['scores']['300']):.3f}" for r in own)
-        lines.append(
-            f"| {name} | {' | '.join(f'{x:.3f}' for x in shown)} | {by_seed} "
-            f"| {fmean(r['inner_steps'] for r in own):,.0f} "
-            f"| {' '.join(str(r['not_finite']) for r in own)} "
-            f"| {fmean(r['seconds_training'] for r in own):.0f} |"
-        )
+        paired = [(r["scores"]["300"], base[r["seed"]]) for r in own if r["seed"] in base]
+        cells = [
+            str(len(own)),
+            *(f"{x:.3f}" for x in shown),
+            " ".join(f"{mean(r['scores']['300']):.3f}" for r in own),
+            " ".join(f"{mean(ours) - mean(bases):+.3f}" for ours, bases in paired),
+            " ".join(str(sum(ours[t] < bases[t] for t in ours)) for ours, bases in paired),
+            f"{own[0]['inner_steps']:,}",
+            " ".join(str(r["not_finite"]) for r in own),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     others = [row for row in rows if "baseline" in row]
     names = list(baselines())
-    for row in sorted(others, key=lambda row: names.index(row["baseline"])):
-        shown = columns(row["scores"])
-        lines.append(f"| {row['baseline']} | {' | '.join(f'{x:.3f}' for x in shown)} | | | | |")
+    ordered = sorted(others, key=lambda row: names.index(row["baseline"]))
+    context = [(row["baseline"], row["scores"]) for row in ordered]
     if others:
-        shown = columns(best_of(others))
-        lines.append(
-            f"| the best of these on each task | {' | '.join(f'{x:.3f}' for x in shown)} | | | | |"
-        )
+        context.append(("the best of these on each task", best_of(others)))
+    for name, found in context:
+        shown = columns(found)
+        lines.append(f"| {name} | | {' | '.join(f'{x:.3f}' for x in shown)} | | | | | |")
     return "\n".join(lines)
 
 
