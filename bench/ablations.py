@@ -227,6 +227,7 @@ class Variant:
         window: Steps of a window.
         tasks: Tasks in each meta-step.
         meta_steps: Meta-steps; none leaves the student as it begins.
+        learning_rate: Adam's, on the student's weights, at the first meta-step.
     """
 
     name: str
@@ -235,6 +236,7 @@ class Variant:
     window: int = 50
     tasks: int = 4
     meta_steps: int = 150
+    learning_rate: float = 1e-3
 
 
 def variants() -> list[Variant]:
@@ -263,6 +265,8 @@ def variants() -> list[Variant]:
         with_student("16 units", units=16),
         Variant("windows of 100", window=100),
         Variant("12 tasks a meta-step", tasks=12),
+        Variant("meta-learning rate 0.003", learning_rate=3e-3),
+        with_student("RMS factor, momenta", factor_floor=0.1, lr=0.03, momenta=True),
     ]
 
 
@@ -288,7 +292,7 @@ class MetaTraining:
     """
 
     shortest, longest = 100, 800
-    learning_rate, largest_norm = 1e-3, 0.1
+    largest_norm = 0.1
 
     def __init__(self, variant: Variant, tasks: Sequence[Task], seed: int) -> None:
         self.student = NominalReference(variant.student, generator=generator_for(seed, "weights"))
@@ -299,7 +303,7 @@ class MetaTraining:
         self._episodes: list[_Episode | None] = [None] * len(tasks)
         self._begun = [0] * len(tasks)
         self._meta_optimizer = torch.optim.Adam(
-            self.student.parameters(), lr=self.learning_rate, betas=(0.9, 0.99)
+            self.student.parameters(), lr=variant.learning_rate, betas=(0.9, 0.99)
         )
 
     def run(self) -> None:
@@ -308,7 +312,7 @@ class MetaTraining:
         for step in range(steps):
             for group in self._meta_optimizer.param_groups:
                 cosine = (1 + math.cos(math.pi * step / steps)) / 2
-                group["lr"] = self.learning_rate * (0.05 + 0.95 * cosine)
+                group["lr"] = self._variant.learning_rate * (0.05 + 0.95 * cosine)
             total = [torch.zeros_like(w) for w in weights]
             chosen = random.Random(f"{self._seed} {step}").sample(
                 range(len(self._unrolls)), self._variant.tasks
