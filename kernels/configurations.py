@@ -42,9 +42,16 @@ class Configuration(NamedTuple):
         return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
-FEW = 8  # units of all layers: no more, and a step is computed without tensor cores
+PLAIN = "plain"  # a precision: ieee without tensor cores, a thread computing whole coordinates
+# Units of all layers: no more, and steps are plain. Padded to the 16 that tensor cores take, fewer
+# cost several times as much. Of the nominal form 16 are plain, too, where nothing is permitted:
+# three products of 16 take more instructions than one of whole numbers.
+FEW = 8
+FEW_OF_NOMINAL = 16
 
-_SMALL = Configuration(512, 4)
+_PLAIN = Configuration(512, 4)
+# A thread takes eight coordinates, for which it loads weights and finds its tensor once.
+_PLAIN_OF_NOMINAL = Configuration(512, 2)
 _LARGE = Configuration(32, 4)  # of more than 32 units, whose matrices are four times the size
 _STEP = {
     "ieee": Configuration(64, 4),
@@ -61,14 +68,17 @@ _TABLE = {
 _BACKWARD = {16: Configuration(128, 8), 32: Configuration(64, 8), 64: Configuration(32, 8)}
 
 
-def configuration(operation: str, layers: int, hidden: int, precision: str | None) -> Configuration:
+def configuration(
+    operation: str, layers: int, hidden: int, precision: str | None, nominal: bool = False
+) -> Configuration:
     """What to compile an operation's kernel with.
 
     Args:
         operation: Its name, as in ``amalgam.ops``; in place with an underscore.
         layers: Of the LSTM.
         hidden: Units of a layer.
-        precision: Of the matrix products.
+        precision: Of the matrix products, or ``PLAIN``.
+        nominal: Whether it is a student's step of that form.
 
     Raises:
         ValueError: The environment's override is not one.
@@ -78,8 +88,8 @@ def configuration(operation: str, layers: int, hidden: int, precision: str | Non
         return chosen
     if operation.endswith("_backward"):
         return next((row for most, row in _BACKWARD.items() if hidden <= most), _BACKWARD[64])
-    if operation != "choice_step" and layers * hidden <= FEW:
-        return _SMALL
+    if precision == PLAIN:
+        return _PLAIN_OF_NOMINAL if nominal and layers * hidden <= FEW else _PLAIN
     return _LARGE if hidden > 32 else _TABLE[operation][precision or "ieee"]
 
 

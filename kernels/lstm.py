@@ -52,6 +52,17 @@ def exp(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def sqrt(x, PTX: tl.constexpr):
+    """The square root, denormal numbers' too."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def reciprocal(x, PTX: tl.constexpr):
     """1 / x."""
     if PTX:
@@ -87,6 +98,58 @@ def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
         p = p * s + 0.13331924378871918
         p = p * s - 0.33333298563957214
         return tl.where(tl.abs(x) < 0.6, x + x * (s * p), far)
+
+
+@triton.jit
+def exp2(x, PTX: tl.constexpr):
+    """Two to the power of x."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def scaled_sigmoid(t, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """The sigmoid of x, t being -log2(e) x; APPROXIMATE: x / 2."""
+    if APPROXIMATE:
+        return 0.5 * tanh(t, PTX, APPROXIMATE) + 0.5
+    else:
+        return reciprocal(1.0 + exp2(t, PTX), PTX)
+
+
+@triton.jit
+def scaled_tanh(t, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """The hyperbolic tangent of x, t being 2 log2(e) x; APPROXIMATE: x itself."""
+    if APPROXIMATE:
+        return tanh(t, PTX, APPROXIMATE)
+    else:
+        far = 1.0 - 2.0 * reciprocal(1.0 + exp2(t, PTX), PTX)
+        # As in tanh, up to 0.6, with the scale in the coefficients.
+        s = t * t
+        p = s * -5.107893688615239e-08 + 1.5001599882731683e-06
+        p = p * s - 3.23012920932367e-05
+        p = p * s + 0.0006666074584105334
+        p = p * s - 0.013876012692381166
+        p = p * s + 0.34657359027997264
+        return tl.where(tl.abs(t) < 1.7312340490667562, t * p, far)
+
+
+@triton.jit
+def four(packed, PTX: tl.constexpr):
+    """Four packed numbers, from a multiple of four on; all threads load them."""
+    if PTX:
+        # Of scalars, Triton makes a load each.
+        a, b, c, d = tl.inline_asm_elementwise(
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l",
+            [packed.to(tl.int64)], dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        return a, b, c, d
+    else:
+        return tl.load(packed), tl.load(packed + 1), tl.load(packed + 2), tl.load(packed + 3)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,9 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
+from amalgam.kernels.configurations import PLAIN
 from amalgam.operations.kept import kept
 
 SMALLEST_UNITS = 16  # what tl.dot takes at least
+# What scaled_sigmoid and scaled_tanh take sums times.
+OF_SIGMOID, OF_TANH = -math.log2(math.e), 2 * math.log2(math.e)
 
 
 class Packing(NamedTuple):
@@ -25,6 +29,7 @@ class Packing(NamedTuple):
         back: For each weight its place among the packed ones.
         square: Whether a packed number belongs to a matrix (UNITS, UNITS).
         logistic: Whether it belongs to one of the gates i, f, o.
+        candidate: Whether it belongs to a.
     """
 
     units: int
@@ -33,6 +38,7 @@ class Packing(NamedTuple):
     back: Tensor
     square: Tensor
     logistic: Tensor
+    candidate: Tensor
 
 
 @functools.cache
@@ -44,12 +50,15 @@ def packing(
     device: torch.device,
     *,
     own_bias: bool = False,
+    always_folded: bool = False,
 ) -> Packing:
     """The packing of an LSTM with a head, built once per architecture and device.
 
-    With ``own_bias``, the first layer's bias is not among the weights, and zeros stand for it.
+    With ``own_bias``, the first layer's bias is not among the weights, and zeros stand for it. With
+    ``always_folded``, UNITS are as many as that takes.
     """
-    units = max(SMALLEST_UNITS, triton.next_power_of_2(hidden))
+    row = hidden + 1 + features if always_folded else hidden
+    units = max(SMALLEST_UNITS, triton.next_power_of_2(row))
     folded = hidden + 1 + features <= units
     shapes: list[tuple[int, ...]] = []
     for layer in range(layers):
@@ -83,17 +92,21 @@ def packing(
     of_layers = len(parts)
     parts += [_padded(weights[-2], {1: units}, zero), weights[-1]]
     squares = [torch.full(part.shape, part.shape[1:] == (units, units)) for part in parts]
-    logistic = [torch.zeros(part.shape, dtype=torch.bool) for part in parts]
-    for flags in logistic[:of_layers]:
+    logistic, candidate = (
+        [torch.zeros(part.shape, dtype=torch.bool) for part in parts] for _ in range(2)
+    )
+    for flags, others in zip(logistic[:of_layers], candidate, strict=False):
         flags[[0, 1, 3]] = True
+        others[2] = True
 
-    places, square, of_logistic = (
-        torch.cat([each.reshape(-1) for each in column]) for column in (parts, squares, logistic)
+    places, square, of_logistic, of_candidate = (
+        torch.cat([each.reshape(-1) for each in column])
+        for column in (parts, squares, logistic, candidate)
     )
     back = torch.empty(zero, dtype=torch.int64)
     used = places < zero
     back[places[used]] = torch.arange(len(places))[used]
-    on_device = (tensor.to(device) for tensor in (places, back, square, of_logistic))
+    on_device = (tensor.to(device) for tensor in (places, back, square, of_logistic, of_candidate))
     return Packing(units, folded, *on_device)
 
 
@@ -105,7 +118,11 @@ def _padded(part: Tensor, sizes: dict[int, int], value: int) -> Tensor:
 
 
 def pack(
-    weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
+    weights: Sequence[Tensor],
+    plan: Packing,
+    precision: str,
+    approximate: bool = False,
+    scaled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The packed weights, float32, and the other form that kernels read of them.
 
@@ -115,14 +132,18 @@ def pack(
         precision: With tf32 and 3xtf32 matrices are rounded to TF32, and NaN stays. The other form
             is what that leaves, with 3xtf32; with bf16, all in bfloat16; else the same.
         approximate: Whether sigmoids will be a tanh of half the sum: halves the weights of theirs.
+        scaled: Whether activations will be scaled_sigmoid and scaled_tanh: scales all gates'.
     """
     flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
     packed = flat.index_select(0, plan.places)
     if approximate:
         packed = torch.where(plan.logistic, 0.5 * packed, packed)
+    elif scaled:
+        packed = torch.where(plan.logistic, OF_SIGMOID * packed, packed)
+        packed = torch.where(plan.candidate, OF_TANH * packed, packed)
     if precision == "bf16":
         return packed, packed.bfloat16()
-    if precision == "ieee":
+    if precision in ("ieee", PLAIN):
         return packed, packed
     high = ((packed.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     high = torch.where(plan.square & ~packed.isnan(), high, packed)
@@ -130,11 +151,15 @@ def pack(
 
 
 def packed(
-    weights: Sequence[Tensor], plan: Packing, precision: str, approximate: bool = False
+    weights: Sequence[Tensor],
+    plan: Packing,
+    precision: str,
+    approximate: bool = False,
+    scaled: bool = False,
 ) -> tuple[Tensor, ...]:
     """As :func:`pack`, from before where the weights' owner keeps it."""
-    key = "lstm", weights[0].device, precision, approximate
-    return kept(key, weights, lambda: pack(weights, plan, precision, approximate))
+    key = "lstm", weights[0].device, precision, approximate, scaled
+    return kept(key, weights, lambda: pack(weights, plan, precision, approximate, scaled))
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:

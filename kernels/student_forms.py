@@ -10,12 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amalgam.kernels.lstm import exp, reciprocal, tanh
+from amalgam.kernels.lstm import exp, exp2, reciprocal, sqrt, tanh
 from amalgam.operations import student_forms
 
 LEAST_LOG = tl.constexpr(student_forms.LEAST_LOG)
 MOST_LOG = tl.constexpr(student_forms.MOST_LOG)
 SOFT = tl.constexpr(student_forms.SOFT)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -28,12 +30,11 @@ def fresh_moments(g, m, v, beta1, beta2, one_minus_beta1, one_minus_beta2):
 
 
 @triton.jit
-def scale_of(v, one_minus_beta2, eps, correction2, NOMINAL: tl.constexpr):
+def scale_of(v, one_minus_beta2, eps, correction2, NOMINAL: tl.constexpr, PTX: tl.constexpr):
     """What moment and gradient are multiplied by, and of the nominal form the root in it."""
     if NOMINAL:
-        some = v > 0.0
-        root = tl.sqrt_rn(tl.where(some, v * correction2, 1.0))
-        return tl.where(some, 1.0 / (root + eps), 0.0), root
+        root = sqrt(v * correction2, PTX)
+        return tl.where(v > 0.0, reciprocal(root + eps, PTX), 0.0), root
     else:
         return 1.0 / tl.sqrt_rn(v / one_minus_beta2 + eps), 0.0
 
@@ -60,7 +61,14 @@ def seen(a, b, NOMINAL: tl.constexpr, PTX: tl.constexpr, APPROXIMATE: tl.constex
 def _factor(alpha, log, PTX: tl.constexpr):
     """Alpha times the exponential of a head's output, within bounds; NaN stays."""
     log = tl.clamp(log, LEAST_LOG, MOST_LOG, propagate_nan=tl.PropagateNan.ALL)
-    return alpha * exp(log, PTX)
+    if PTX:
+        power = log * LOG2_E
+        # What that product has lost, for exp2 errs by as much of its result.
+        lost = tl.fma(log, LOG2_E, -power)
+        factor = exp2(power, PTX)
+        return alpha * tl.fma(factor, lost * LN_2, factor)
+    else:
+        return alpha * tl.exp(log)
 
 
 @triton.jit
@@ -138,6 +146,7 @@ def m_gradient(d_a, scale, one_minus_beta1, correction1, NOMINAL: tl.constexpr):
 def v_descent(d_scale, scale, root, one_minus_beta2, correction2, NOMINAL: tl.constexpr):
     """The gradient in the new v, negated, of that in the scale."""
     if NOMINAL:
-        return (d_scale * scale) * scale * (0.5 * correction2 / root)
+        # Where v is 0 so is the scale, and the root has no slope.
+        return (d_scale * scale) * scale * (0.5 * correction2 / tl.where(scale > 0.0, root, 1.0))
     else:
         return 0.5 * d_scale * (scale * scale * scale) / one_minus_beta2

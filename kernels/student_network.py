@@ -14,8 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels import lstm, lstm_weights
-from amalgam.kernels.configurations import FEW
-from amalgam.kernels.lstm import cell, column, rows_of, sigmoid, sizes_of, tanh
+from amalgam.kernels.configurations import FEW, FEW_OF_NOMINAL, PLAIN
+from amalgam.kernels.lstm import (
+    cell,
+    column,
+    four,
+    rows_of,
+    scaled_sigmoid,
+    scaled_tanh,
+    sigmoid,
+    sizes_of,
+    tanh,
+)
 from amalgam.kernels.rounding import random_bits, rounded_stochastically
 from amalgam.kernels.student_forms import (
     corrected,
@@ -26,7 +36,8 @@ from amalgam.kernels.student_forms import (
 )
 from amalgam.operations.student_forms import NOMINAL, Form, StepSettings
 
-FEW_UNITS = tl.constexpr(FEW)
+OF_SIGMOID = tl.constexpr(lstm_weights.OF_SIGMOID)
+OF_TANH = tl.constexpr(lstm_weights.OF_TANH)
 
 
 @triton.jit
@@ -133,6 +144,8 @@ def student_cell(
     APPROXIMATE: tl.constexpr,
 ):
     """A layer's gates, its new c, and the tanh of that."""
+    # Of the nominal form, |a| has no bound but what the state makes it.
+    RESTS: tl.constexpr = NOMINAL and LAYER == 0
     i = begun_sums(
         packed, bias, features, h, 0,
         LAYER, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, APPROXIMATE,
@@ -151,7 +164,7 @@ def student_cell(
     )  # fmt: skip
     return cell(
         packed, other, x, h, c, i, f, a, o,
-        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, False,
+        LAYER, FEATURES, UNITS, FOLDED, PRECISION, PTX, APPROXIMATE, RESTS,
     )  # fmt: skip
 
 
@@ -189,6 +202,44 @@ def store_moments(
 @triton.jit
 def _plain_sum(
     packed,
+    x,
+    h,
+    features,
+    GATE: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """A gate's sum of one unit, (BLOCK,)."""
+    W_IH, W_HH, _B, _END = sizes_of(LAYER, FEATURES, UNITS, True)
+    FIRST: tl.constexpr = (GATE * UNITS + UNIT) * UNITS
+    row = packed + W_HH + FIRST
+    total = tl.load(row + HIDDEN) + tl.load(row) * h[0]
+    for k in tl.static_range(1, HIDDEN):
+        total += tl.load(row + k) * h[k]
+    if LAYER == 0:
+        for k in tl.static_range(FEATURES):
+            total += tl.load(row + HIDDEN + 1 + k) * features[k]
+    else:
+        for k in tl.static_range(HIDDEN):
+            total += tl.load(packed + W_IH + FIRST + k) * x[k]
+    return total
+
+
+@triton.jit
+def _numbers(packed, COUNT: tl.constexpr, PTX: tl.constexpr):
+    """So many packed numbers at least, from a multiple of four on, as a tuple."""
+    numbers = ()
+    for k in tl.static_range((COUNT + 3) // 4):
+        numbers = numbers + four(packed + 4 * k, PTX)
+    return numbers
+
+
+@triton.jit
+def _scaled_sum(
+    packed,
     bias,
     x,
     h,
@@ -199,29 +250,79 @@ def _plain_sum(
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
     UNITS: tl.constexpr,
-    NOMINAL: tl.constexpr,
+    PTX: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
-    """A gate's sum of one unit, (BLOCK,)."""
+    """The same of the nominal form, of scaled weights."""
     W_IH, W_HH, _B, _END = sizes_of(LAYER, FEATURES, UNITS, True)
     FIRST: tl.constexpr = (GATE * UNITS + UNIT) * UNITS
-    row = packed + W_HH + FIRST
-    if NOMINAL and LAYER == 0:
-        begin = tl.load(bias + GATE * HIDDEN + UNIT)
-        if APPROXIMATE and GATE != 2:
-            begin *= 0.5
-    else:
-        begin = tl.load(row + HIDDEN)
-    total = begin + tl.load(row) * h[0]
-    for k in tl.static_range(1, HIDDEN):
-        total += tl.load(row + k) * h[k]
     if LAYER == 0:
+        weights = _numbers(packed + W_HH + FIRST, HIDDEN + 1 + FEATURES, PTX)
+        total = tl.load(bias + GATE * HIDDEN + UNIT)
+        if not APPROXIMATE:
+            total *= OF_TANH if GATE == 2 else OF_SIGMOID
+        elif GATE != 2:
+            total *= 0.5
         for k in tl.static_range(FEATURES):
-            total += tl.load(row + HIDDEN + 1 + k) * features[k]
+            total += weights[HIDDEN + 1 + k] * features[k]
     else:
+        weights = _numbers(packed + W_HH + FIRST, HIDDEN + 1, PTX)
+        total = weights[HIDDEN]
+        to_x = _numbers(packed + W_IH + FIRST, HIDDEN, PTX)
         for k in tl.static_range(HIDDEN):
-            total += tl.load(packed + W_IH + FIRST + k) * x[k]
+            total += to_x[k] * x[k]
+    for k in tl.static_range(HIDDEN):
+        total += weights[k] * h[k]
     return total
+
+
+@triton.jit
+def _small_cell(
+    packed,
+    bias,
+    x,
+    h,
+    c,  # (BLOCK,)
+    features,
+    UNIT: tl.constexpr,
+    LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FEATURES: tl.constexpr,
+    UNITS: tl.constexpr,
+    NOMINAL: tl.constexpr,
+    PTX: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    """One unit's new h and c, (BLOCK,)."""
+    if NOMINAL:
+        i = _scaled_sum(
+            packed, bias, x, h, features, 0, UNIT,
+            LAYER, HIDDEN, FEATURES, UNITS, PTX, APPROXIMATE,
+        )  # fmt: skip
+        f = _scaled_sum(
+            packed, bias, x, h, features, 1, UNIT,
+            LAYER, HIDDEN, FEATURES, UNITS, PTX, APPROXIMATE,
+        )  # fmt: skip
+        a = _scaled_sum(
+            packed, bias, x, h, features, 2, UNIT,
+            LAYER, HIDDEN, FEATURES, UNITS, PTX, APPROXIMATE,
+        )  # fmt: skip
+        o = _scaled_sum(
+            packed, bias, x, h, features, 3, UNIT,
+            LAYER, HIDDEN, FEATURES, UNITS, PTX, APPROXIMATE,
+        )  # fmt: skip
+        entering = scaled_sigmoid(i, PTX, APPROXIMATE) * scaled_tanh(a, PTX, APPROXIMATE)
+        cell = tl.fma(scaled_sigmoid(f, PTX, APPROXIMATE), c, entering)
+        squashed = scaled_tanh(cell if APPROXIMATE else cell * OF_TANH, PTX, APPROXIMATE)
+        return scaled_sigmoid(o, PTX, APPROXIMATE) * squashed, cell
+    else:
+        i = _plain_sum(packed, x, h, features, 0, UNIT, LAYER, HIDDEN, FEATURES, UNITS)
+        f = _plain_sum(packed, x, h, features, 1, UNIT, LAYER, HIDDEN, FEATURES, UNITS)
+        a = _plain_sum(packed, x, h, features, 2, UNIT, LAYER, HIDDEN, FEATURES, UNITS)
+        o = _plain_sum(packed, x, h, features, 3, UNIT, LAYER, HIDDEN, FEATURES, UNITS)
+        entering = sigmoid(i, PTX, APPROXIMATE) * tanh(a, PTX, APPROXIMATE)
+        cell = tl.fma(sigmoid(f, PTX, APPROXIMATE), c, entering)
+        return sigmoid(o, PTX, APPROXIMATE) * tanh(cell, PTX, APPROXIMATE), cell
 
 
 @triton.jit
@@ -246,11 +347,7 @@ def _small_layers(
     APPROXIMATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """The layers of few units, without tensor cores; returns the head's outputs, of (BLOCK,).
-
-    A thread computes whole coordinates. Padded to the 16 units that tensor cores take, four or
-    eight would cost several times as much.
-    """
+    """The layers of few units, without tensor cores; returns the head's outputs, of (BLOCK,)."""
     TYPE: tl.constexpr = new_h.dtype.element_ty
     x = features  # unused by the first layer
     for layer in tl.static_range(LAYERS):
@@ -264,25 +361,10 @@ def _small_layers(
         outputs = ()
         for unit in tl.static_range(HIDDEN):
             here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
-            i = _plain_sum(
-                packed, bias, x, old_h, features, 0, unit,
-                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
+            output, cell = _small_cell(
+                packed, bias, x, old_h, old_c[unit], features, unit,
+                layer, HIDDEN, FEATURES, UNITS, NOMINAL, PTX, APPROXIMATE,
             )  # fmt: skip
-            f = _plain_sum(
-                packed, bias, x, old_h, features, 1, unit,
-                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
-            )  # fmt: skip
-            a = _plain_sum(
-                packed, bias, x, old_h, features, 2, unit,
-                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
-            )  # fmt: skip
-            o = _plain_sum(
-                packed, bias, x, old_h, features, 3, unit,
-                layer, HIDDEN, FEATURES, UNITS, NOMINAL, APPROXIMATE,
-            )  # fmt: skip
-            entering = sigmoid(i, PTX, APPROXIMATE) * tanh(a, PTX, APPROXIMATE)
-            cell = tl.fma(sigmoid(f, PTX, APPROXIMATE), old_c[unit], entering)
-            output = sigmoid(o, PTX, APPROXIMATE) * tanh(cell, PTX, APPROXIMATE)
             outputs = outputs + (output,)
             bits = at
             if STOCHASTIC:
@@ -294,10 +376,10 @@ def _small_layers(
     OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
     o = ()
     for output in tl.static_range(OUTPUTS):
-        ROW: tl.constexpr = HEAD + output * UNITS
-        top = tl.load(packed + HEAD + OUTPUTS * UNITS + output) + tl.load(packed + ROW) * x[0]
+        row = HEAD + output * UNITS
+        top = tl.load(packed + HEAD + OUTPUTS * UNITS + output) + tl.load(packed + row) * x[0]
         for unit in tl.static_range(1, HIDDEN):
-            top += tl.load(packed + ROW + unit) * x[unit]
+            top += tl.load(packed + row + unit) * x[unit]
         o = o + (top,)
     return o
 
@@ -437,14 +519,14 @@ def step_of_block(
     fresh_m, fresh_v = fresh_moments(
         g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2
     )
-    scale, _root = scale_of(fresh_v, one_minus_beta2, eps, correction2, NOMINAL)
-    if LAYERS * HIDDEN > FEW_UNITS:
+    scale, _root = scale_of(fresh_v, one_minus_beta2, eps, correction2, NOMINAL, PTX)
+    if PRECISION != "plain":
         wait_for_loads()
     store_moments(new_m, new_v, fresh_m, fresh_v, at, inside, key, LAYERS * HIDDEN, STOCHASTIC)
     a = corrected(fresh_m, one_minus_beta1, correction1, NOMINAL) * scale
     b = g * scale
     features = seen(a, b, NOMINAL, PTX, APPROXIMATE)
-    if LAYERS * HIDDEN <= FEW_UNITS:
+    if PRECISION == "plain":
         o = _small_layers(
             packed, inside, at, n, h, c, new_h, new_c, features, bias, key,
             LAYERS, HIDDEN, FEATURES, UNITS, NOMINAL, PTX, APPROXIMATE, STOCHASTIC,
@@ -464,17 +546,20 @@ def constants_of(settings: StepSettings) -> tuple[float, ...]:
     return alpha, beta1, beta2, 1 - beta1, 1 - beta2, eps
 
 
-def plan_of(h: Tensor, form: Form) -> tuple[lstm_weights.Packing, dict[str, int]]:
+def plan_of(h: Tensor, form: Form, precision: str) -> tuple[lstm_weights.Packing, dict[str, int]]:
     """How the weights are packed, and the constants of a kernel that depend on the student alone.
 
     Args:
         h: Shape (layers, hidden, ...), on the device where the weights are.
         form: The form of its step.
+        precision: What it is computed with.
     """
     layers, hidden = h.shape[:2]
     nominal = form is NOMINAL
     plan = lstm_weights.packing(
-        layers, hidden, form.features, form.outputs, h.device, own_bias=nominal
+        *(layers, hidden, form.features, form.outputs, h.device),
+        own_bias=nominal,
+        always_folded=precision == PLAIN,
     )
     return plan, {
         "LAYERS": layers,
@@ -486,6 +571,18 @@ def plan_of(h: Tensor, form: Form) -> tuple[lstm_weights.Packing, dict[str, int]
     }
 
 
+def packed_for_step(
+    weights: Sequence[Tensor],
+    form: Form,
+    plan: lstm_weights.Packing,
+    precision: str,
+    approximate: bool,
+) -> tuple[Tensor, ...]:
+    """The packed weights, and their other form, that step_of_block takes."""
+    scaled = form is NOMINAL and precision == PLAIN
+    return lstm_weights.packed(to_pack(weights, form), plan, precision, approximate, scaled)
+
+
 def to_pack(weights: Sequence[Tensor], form: Form) -> Sequence[Tensor]:
     """The weights that are packed: all but the bias that is a tensor's own.
 
@@ -494,12 +591,14 @@ def to_pack(weights: Sequence[Tensor], form: Form) -> Sequence[Tensor]:
     return [*weights[:2], *weights[3:]] if form is NOMINAL else weights
 
 
-def precision_of(precision: str | None, h: Tensor) -> str:
-    """The precision to compute a step with: of few units, whose sums take whole weights, ieee.
+def precision_of(precision: str | None, h: Tensor, form: Form) -> str:
+    """The precision to compute a step with: of few units, whose sums take whole weights, PLAIN.
 
     Args:
         precision: The one asked for, or ``None`` for the fastest that errs as float32 does.
         h: Shape (layers, hidden, ...).
+        form: The form of its step.
     """
-    few = h.shape[0] * h.shape[1] <= FEW
-    return "ieee" if few else lstm.precision_of(precision)
+    precise = precision in (None, "ieee", "3xtf32")
+    most = FEW_OF_NOMINAL if form is NOMINAL and precise else FEW
+    return PLAIN if h.shape[0] * h.shape[1] <= most else lstm.precision_of(precision)

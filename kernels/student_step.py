@@ -43,6 +43,7 @@ from amalgam.kernels.student_network import (
     head_biases,
     head_columns,
     head_sums,
+    packed_for_step,
     plan_of,
     precision_of,
     step_of_block,
@@ -317,7 +318,7 @@ def backward(
         fresh_m, fresh_v = fresh_moments(
             g, old_m, old_v, beta1, beta2, one_minus_beta1, one_minus_beta2
         )
-        scale, root = scale_of(fresh_v, one_minus_beta2, eps, correction2, NOMINAL)
+        scale, root = scale_of(fresh_v, one_minus_beta2, eps, correction2, NOMINAL, PTX)
         m_hat = corrected(fresh_m, one_minus_beta1, correction1, NOMINAL)
         a_direction = m_hat * scale
         b_direction = g * scale
@@ -466,18 +467,19 @@ def student_step(
     grad, _, _, h, _ = inputs
     results = tuple(map(torch.empty_like, inputs))
     n = grad.numel()
-    precision = precision_of(precision, h)
-    plan, shape = plan_of(h, settings.form)
-    chosen = configuration("student_step", h.shape[0], h.shape[1], precision)
+    form = settings.form
+    precision = precision_of(precision, h, form)
+    plan, shape = plan_of(h, form, precision)
+    chosen = configuration("student_step", h.shape[0], h.shape[1], precision, form is NOMINAL)
     bounds, blocks = None, triton.cdiv(n, chosen.block)
-    if settings.form is NOMINAL:
+    if form is NOMINAL:
         bounds = _bounds(tuple(settings.sizes), chosen.block, 1, h.device)
         blocks = bounds.blocks
     tensors, counts = _of_tensors(weights, settings, bounds)
     if n:
         with on_device_of(grad):
             forward[(blocks,)](
-                *lstm_weights.packed(to_pack(weights, settings.form), plan, precision, approximate),
+                *packed_for_step(weights, form, plan, precision, approximate),
                 *(*inputs, *results, *tensors, *counts, n),
                 *constants_of(settings),
                 **shape,
@@ -517,7 +519,7 @@ def student_step_backward(
     n = grad.numel()
     precision = lstm.precision_of(precision)
     form = settings.form
-    plan, shape = plan_of(h, form)
+    plan, shape = plan_of(h, form, precision)
     chosen = configuration("student_step_backward", h.shape[0], h.shape[1], precision)
     most = PROGRAMS_PER_PROCESSOR * processors(grad.device)
     bounds, blocks = None, triton.cdiv(n, chosen.block)

@@ -14,20 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amalgam.kernels import lstm_weights
 from amalgam.kernels.configurations import configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, wide
 from amalgam.kernels.rounding import key_of, random_bits
 from amalgam.kernels.student_forms import fresh_moments
 from amalgam.kernels.student_network import (
     constants_of,
+    packed_for_step,
     plan_of,
     precision_of,
     step_of_block,
     store_moments,
     stored,
     tensor_of,
-    to_pack,
 )
 from amalgam.operations import table
 from amalgam.operations.student_forms import NOMINAL
@@ -172,17 +171,15 @@ def student_step_in_place(
         control = m.new_tensor((keep, step.lr, 0, 0), dtype=torch.float64)
     if control is not None and not step.steps:
         step = step._replace(steps=[m.new_zeros((), dtype=torch.float32)] * len(params))
-    precision = precision_of(precision, h)
     settings, form = step.settings, step.settings.form
-    plan, shape = plan_of(h, form)
+    precision = precision_of(precision, h, form)
+    plan, shape = plan_of(h, form, precision)
     own: tuple[Tensor | None, Tensor | None] = None, None
     if settings.corrections is not None:
         own = step.weights[2], settings.corrections.contiguous()
-    chosen = configuration("student_step_", h.shape[0], h.shape[1], precision)
+    chosen = configuration("student_step_", h.shape[0], h.shape[1], precision, form is NOMINAL)
     with on_device_of(m):
-        packed, other = lstm_weights.packed(
-            to_pack(step.weights, form), plan, precision, approximate
-        )
+        packed, other = packed_for_step(step.weights, form, plan, precision, approximate)
         for launch in table.launches(step, params, grads, chosen.block, _kind, "triton"):
             param_dtype, grad_dtype, aligned, is_wide = launch.kind
             in_place[(launch.blocks,)](

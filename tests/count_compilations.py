@@ -23,7 +23,7 @@ import compile_only  # noqa: E402
 FILES = (
     *(
         f"operations/test_{name}.py"
-        for name in ("student_step_gpu", "choice_step", "student_unroll_backward")
+        for name in ("student_step_gpu", "nominal_triton", "choice_step", "student_unroll_backward")
     ),
     *("operations/test_teacher_distance.py", "test_optimizer.py"),
 )

@@ -9,12 +9,13 @@ block's sum at float32's. Of float32 operands they take TF32's bits and ignore t
 Instructions that approximate err by a hash of their result, evenly, and are then rounded: together
 up to what bench/gpu/arithmetic.py read off an H200, where a larger error was never seen in 2^20
 numbers, and a smaller root mean square. Its rows also have the two spare bits, and 0x7fffffff for
-the NaN that arithmetic makes. Where a GPU fuses a multiplication and an addition, the interpreter
-rounds twice still.
+the NaN that arithmetic makes; of square roots they have none yet. Where a GPU fuses a
+multiplication and an addition, the interpreter rounds twice still.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,8 +37,10 @@ LOG2_E = np.float32(1.4426950408889634)
 SMALLEST = 2.0**-126  # .ftz flushes what is below to zero
 
 # With the half that rounding adds, the largest were 1.19, 0.81 and 1.25 times 2^-23 on an H200, and
-# their root mean squares 0.44, 0.20 and 0.33. tanh.approx's 2^-11 is the PTX ISA's.
+# their root mean squares 0.44, 0.20 and 0.33. tanh.approx's 2^-11 is the PTX ISA's, and so is, with
+# the half, sqrt.approx's 2^-23.
 EX2, RCP, DIV, TANH = 0.7 * 2.0**-23, 0.35 * 2.0**-23, 0.75 * 2.0**-23, 2.0**-11
+SQRT = 0.5 * 2.0**-23
 
 
 class TensorCores(NamedTuple):
@@ -117,21 +120,25 @@ def install(monkeypatch: pytest.MonkeyPatch, cores: TensorCores = H100) -> None:
 class _Results(NamedTuple):
     """What the interpreter takes from inline assembly."""
 
-    handle: Any
+    handles: list[Any]
 
-    def get_result(self, _index: int) -> Any:
-        return self.handle
+    def get_result(self, index: int) -> Any:
+        return self.handles[index]
 
 
 def _inline_assembly(
     _builder: Any, assembly: str, _constraints: Any, values: Any, *_how: Any
 ) -> _Results:
+    if assembly.startswith("ld.global.nc.v4.f32 "):
+        four = (ctypes.c_float * 4).from_address(int(values[0].data.item()))
+        return _Results([TensorHandle(np.array([each], np.float32), tl.float32) for each in four])
     compute = {
         "ex2.approx.ftz.f32 $0, $1;": lambda x: _flushed(_off_by(np.exp2(_flushed(x)), EX2)),
         "rcp.approx.ftz.f32 $0, $1;": lambda x: _flushed(_off_by(1 / _flushed(x), RCP)),
         "tanh.approx.f32 $0, $1;": lambda x: _off_by(np.tanh(x), TANH),
+        "sqrt.approx.f32 $0, $1;": lambda x: _off_by(np.sqrt(x), SQRT),
     }[assembly]
-    return _Results(_handle(compute(values[0].data.astype(np.float64))))
+    return _Results([_handle(compute(values[0].data.astype(np.float64)))])
 
 
 def _with_one_nan(compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ FUNCTIONS = {
     "ex2.approx.ftz.f32": (-20.0, 20.0, torch.exp2),
     "rcp.approx.ftz.f32": (1.0, 1e4, torch.reciprocal),
     "tanh.approx.f32": (-8.0, 8.0, torch.tanh),
+    "sqrt.approx.f32": (1e-12, 1e4, torch.sqrt),
 }
 
 
@@ -34,6 +35,10 @@ def special(x, out, BLOCK: tl.constexpr, NAME: tl.constexpr):
     elif NAME == "rcp.approx.ftz.f32":
         result = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif NAME == "sqrt.approx.f32":
+        result = tl.inline_asm_elementwise(
+            "sqrt.approx.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         result = tl.inline_asm_elementwise(

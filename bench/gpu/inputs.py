@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from gpu.place import Place
 from harness import lstm_weights
+from torch import Tensor
+
+from amalgam.ops import StepSettings
+
+
+def nominal_weights(
+    place: Place, layers: int, hidden: int, steps: Sequence[int]
+) -> tuple[list[Tensor], StepSettings]:
+    """Weights with a first bias for each tensor, and settings, by how many steps each has taken."""
+    weights = [w.to(place.device) for w in lstm_weights(3, hidden, layers, 2)]
+    weights[2] = weights[2] + place.draw(len(steps), 4 * hidden, seed=3)
+    taken = torch.tensor(steps, dtype=torch.float64)
+    beta1, beta2 = 0.9, 0.99
+    corrections = torch.stack((1 / (1 - beta1**taken), 1 / (1 - beta2**taken)), 1)
+    corrections = corrections.to(place.device, torch.float32)
+    return weights, StepSettings(0.005, beta1, beta2, 1e-15, corrections)
 
 
 def choice_inputs(place: Place, direction: str, k: int, n: int, seed: int) -> tuple[Any, ...]:

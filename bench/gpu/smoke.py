@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from gpu.inputs import choice_inputs, teachers_inputs
+from gpu.inputs import choice_inputs, nominal_weights, teachers_inputs
 from gpu.place import Case, Place, Row, start
 from harness import lstm_weights
 from torch import Tensor
@@ -39,6 +39,7 @@ CLAIMS = {
 }
 STUDENTS = [(2, 20, 4099), (2, 20, 64), (1, 20, 1000), (1, 8, 513), (1, 4, 63), (3, 5, 65)]
 STUDENTS += [(1, 33, 1000), (2, 40, 257)]
+NOMINALS = [(1, 4, 4099), (1, 8, 513), (1, 16, 1000), (1, 20, 257), (2, 20, 64)]
 SEED = int.from_bytes(os.urandom(3), "little")
 
 
@@ -86,9 +87,19 @@ def compare(name: str, draws: Sequence[Sequence[Any]], backend: str, claim: floa
     return {"relative": float(f"{relative:.3g}"), "ratio": round(ratio, 2), "ok": ok}
 
 
-def student_inputs(place: Place, layers: int, hidden: int, n: int, seed: int) -> tuple[Any, ...]:
-    """A gradient, state and weights of scales that vary by coordinate."""
-    weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+def student_inputs(
+    place: Place, layers: int, hidden: int, n: int, seed: int, nominal: bool = False
+) -> tuple[Any, ...]:
+    """A gradient, state and weights of scales that vary by coordinate; of the nominal form's, too.
+
+    Its coordinates are those of three tensors, one of them empty.
+    """
+    if nominal:
+        weights, settings = nominal_weights(place, layers, hidden, (1, 2, 30))
+        settings = settings._replace(sizes=[n // 3, 0, n - n // 3])
+    else:
+        weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+        settings = SETTINGS
     scale = torch.exp(2 * place.draw(n, seed=seed + 7))
     grad = place.draw(n, seed=seed) * scale
     state = StudentState(
@@ -97,13 +108,18 @@ def student_inputs(place: Place, layers: int, hidden: int, n: int, seed: int) ->
         place.draw(layers, hidden, n, seed=seed + 3).tanh(),
         place.draw(layers, hidden, n, seed=seed + 4),
     )
-    return grad, *state, weights, *SETTINGS
+    return grad, *state, weights, *settings
 
 
 def student_case(
-    place: Place, direction: str, shape: tuple[int, int, int], words: str, claim: float | None
+    place: Place,
+    direction: str,
+    shape: tuple[int, int, int],
+    words: str,
+    claim: float | None,
+    nominal: bool = False,
 ) -> Row:
-    draws = [student_inputs(place, *shape, SEED + 100 * draw) for draw in range(DRAWS)]
+    draws = [student_inputs(place, *shape, SEED + 100 * draw, nominal) for draw in range(DRAWS)]
     if direction == "forward":
         return compare("student_step", draws, f"triton{words}", claim)
     backward = []
@@ -136,17 +152,28 @@ def in_place_case(
     dtypes: tuple[torch.dtype, torch.dtype],
     cells: torch.dtype,
     kind: str,
+    nominal: bool = False,
 ) -> Row:
-    """Two steps over tensors of odd sizes, beside the reference's; bits where rounded by seeds."""
+    """Two steps over tensors of odd sizes, beside the reference's; bits where rounded by seeds.
+
+    The nominal form's moments are stored as its cells.
+    """
     layers, hidden = shape
-    weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+    if nominal:
+        weights, settings = nominal_weights(place, layers, hidden, (1, 2, 30, 3))
+    else:
+        weights = [w.to(place.device) for w in lstm_weights(2, hidden, layers, 1)]
+        settings = SETTINGS
     results = []
     for backend in (compiled, "reference"):
         params, grads, states = [], [], []
         for i, count in enumerate((1000, 1, 33, 4099)):
             params.append(place.draw(count, seed=SEED + i, dtype=dtypes[0]))
             grads.append(place.draw(count, seed=SEED + 50 + i, dtype=dtypes[1]))
-            states.append(initial_state(params[-1], weights, cells))
+            state = initial_state(params[-1], weights, cells)
+            if nominal:
+                state = state._replace(m=state.m.to(cells), v=state.v.to(cells))
+            states.append(state)
         how: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.01, "backend": backend}
         if kind != "plain":
             how["lr"] = torch.tensor(0.5, device=place.device)
@@ -155,7 +182,7 @@ def in_place_case(
         if kind == "stochastic":
             how["seeds"] = [7, 8, 9, 10]
         for _ in range(2):
-            in_place(params, grads, states, weights, SETTINGS, **how)
+            in_place(params, grads, states, weights, settings, **how)
         results.append((params, states))
     ours, theirs = (flat(result) for result in results)
     eps = max(torch.finfo(dtypes[0]).eps, torch.finfo(cells).eps)
@@ -265,6 +292,15 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             label = "{}x{} n={}".format(*shape)
             name = f"student_step {direction} {label} {words[1:] or 'default'}"
             yield name, part(student_case, place, direction, shape, words, claim)
+        for shape in NOMINALS:
+            for words, claim in CLAIMS.items():
+                if words not in ("", ":tf32", ":tf32,approximate"):
+                    continue
+                if direction == "backward" and "approximate" in words:
+                    continue
+                label = "{}x{} n={}".format(*shape)
+                name = f"nominal student_step {direction} {label} {words[1:] or 'default'}"
+                yield name, part(student_case, place, direction, shape, words, claim, True)
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     students = [("triton", (2, 20)), ("triton", (1, 4))]
     if place.real:
@@ -283,6 +319,17 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             )
             name = f"student_step_ {label}" + ("" if backend == "triton" else f" {backend}")
             yield name, part(in_place_case, place, backend, shape, dtypes, cells, kind)
+    for shape in ((1, 4), (1, 8), (1, 16), (2, 20)):
+        for kind, dtypes, cells in (
+            ("plain", (f32, f32), f32),
+            ("plain", (bf16, bf16), bf16),
+            ("stochastic", (bf16, f32), bf16),
+        ):
+            label = f"{shape[0]}x{shape[1]} {kind} " + "/".join(
+                str(d).removeprefix("torch.") for d in (*dtypes, cells)
+            )
+            case = part(in_place_case, place, "triton", shape, dtypes, cells, kind, True)
+            yield f"nominal student_step_ {label}", case
     for words in ("", ":tf32", ":bf16"):
         for where, value in (
             ("grad", math.nan),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu.inputs import choice_inputs, teachers_inputs
+from gpu.inputs import choice_inputs, nominal_weights, teachers_inputs
 from gpu.place import (
     Case,
     Place,
@@ -152,6 +152,47 @@ def in_place_case(
         return row | timed_both(place, call, size, moved)
 
 
+def nominal_case(
+    place: Place,
+    way: tuple[str, torch.dtype],
+    student: tuple[int, int],
+    n: int,
+    kind: str = "plain",
+    configuration: str | None = None,
+) -> Row:
+    """A step in place of the nominal form, of one tensor, with moments stored as the cells."""
+    (backend, cells), size = way, place.size(n)
+    weights, settings = nominal_weights(place, *student, (30,))
+    param, grad = place.draw(size, seed=1), place.draw(size, seed=2)
+    state = begun(place, param, weights, cells)
+    state = state._replace(m=state.m.to(cells), v=state.v.to(cells))
+    how: dict[str, Any] = {"lr": 1e-3, "backend": backend}
+    if kind == "stochastic":
+        how["seeds"] = [3]
+        how["steps"] = [torch.full((), 5.0, device=place.device)]
+        how["lr"] = torch.tensor(1e-3, device=place.device)
+
+    def call() -> None:
+        in_place([param], [grad], [state], weights, settings, **how)
+
+    units = student[0] * student[1]
+    moved = size * (12 + (4 + 4 * units) * cells.itemsize)
+    row: Row = {
+        "operation": "student_step_",
+        "form": "nominal",
+        "backend": backend,
+        "student": "x".join(map(str, student)),
+        "cells": SHORT[cells],
+        "moments": SHORT[cells],
+        "kind": kind,
+        "n": size,
+        "configuration": configuration,
+    }
+    with configured("student_step_", configuration):
+        asks_for_64_bits(place, student, n, call)
+        return row | timed_both(place, call, size, moved)
+
+
 def functional_case(
     place: Place,
     direction: str,
@@ -159,13 +200,17 @@ def functional_case(
     student: tuple[int, int],
     n: int,
     configuration: str | None = None,
+    nominal: bool = False,
 ) -> Row:
     size = place.size(n)
     name = "student_step" if direction == "forward" else "student_step_backward"
-    weights = weights_of(place, student)
+    weights, settings = weights_of(place, student), SETTINGS
+    if nominal:
+        weights, settings = nominal_weights(place, *student, (30,))
+        settings = settings._replace(sizes=[size])
     grad = place.draw(size, seed=2)
     state = begun(place, grad, weights, F32)
-    step = (grad, *state, weights, *SETTINGS)
+    step = (grad, *state, weights, *settings)
     arguments: tuple[Any, ...] = step
     if direction == "backward":
         arguments = ([torch.ones_like(t) for t in (grad, *state)], *step)
@@ -179,6 +224,7 @@ def functional_case(
     row: Row = {
         "operation": name,
         "backend": words,
+        "form": "nominal" if nominal else "RNNProp",
         "student": "x".join(map(str, student)),
         "n": size,
         "configuration": configuration,
@@ -292,6 +338,20 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             for way in (("cuda:approximate", BF16), ("cuda", BF16), ("cuda", F32)):
                 yield ours(way, student, 10**7)
                 yield ours(way, student, 10**4)
+    for student in ((1, 4), (1, 8), (1, 16)):
+        for way, kind in (
+            (("triton", BF16), "plain"),
+            (("triton:bf16,approximate", BF16), "plain"),
+            (("triton:bf16,approximate", BF16), "stochastic"),
+            (("triton", BF16), "stochastic"),
+            (("triton", F32), "plain"),
+        ):
+            label = f"{way[0]} {student[0]}x{student[1]} {SHORT[way[1]]} {kind} n=10000000"
+            yield f"in place nominal {label}", part(nominal_case, place, way, student, 10**7, kind)
+    for student in ((1, 4), (1, 8)):
+        for how in ("512x4", "256x4", "1024x4"):
+            case = part(nominal_case, place, ("triton", BF16), student, 10**7, "plain", how)
+            yield f"configuration in place nominal {student[0]}x{student[1]} {how}", case
     yield "AdamW fused n=100000000", part(adamw_case, place, 10**8, "fused")
     for way in (*WAYS, *tiled):
         yield ours(way, PAPERS, 10**8)
@@ -305,6 +365,9 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             for words in ("triton", "triton:tf32", "triton:bf16"):
                 label = f"{direction} {words} 2x20 n={n}"
                 yield label, part(functional_case, place, direction, words, PAPERS, n)
+    for direction in ("forward", "backward"):
+        case = part(functional_case, place, direction, "triton", (1, 8), 10**6, None, True)
+        yield f"{direction} nominal triton 1x8 n=1000000", case
     for n in (10**4, 10**5, 10**6):
         for kind in ("fused", "foreach"):
             yield f"AdamW {kind} n={n}", part(adamw_case, place, n, kind)

@@ -39,6 +39,12 @@ for n in (5, 127, 129, 16 * 128 - 1, 16 * 128 + 1):
     grad = torch.zeros(n)
     state = initial_state(grad, weights)
     op("student_step_backward", [grad, *state], grad, *state, weights, *StepSettings())
+for sizes in ([5, 3], [4], [1] * 17, [16, 32, 7], [0, 48]):
+    n, count = sum(sizes), len(sizes)
+    own = [torch.zeros(*s) for s in ((16, 3), (16, 4), (count, 16), (2, 4), (2,))]
+    grad, state = torch.zeros(n), initial_state(torch.zeros(n), own)
+    settings = StepSettings(corrections=torch.ones(count, 2), sizes=sizes)
+    op("student_step_backward", [grad, *state], grad, *state, own, *settings)
 for k in (1, 2, 3, 16, 17):
     student, teachers = torch.zeros(100 * k + 1), torch.zeros(k, 100 * k + 1)
     total = op("teacher_distance", student, teachers, 1e-10, None)[1]
@@ -51,6 +57,8 @@ for each in compile_only.compilations:
 kernels = [each.kernel.rpartition("kernels.")[2] for each in compile_only.compilations]
 assert sorted(kernels) == [
     "student_step.backward",
+    "student_step.backward",  # of the nominal form, where tensors begin at multiples of 16
+    "student_step.backward",  # and anywhere
     "student_step_in_place.in_place",  # without control
     "student_step_in_place.in_place",
     "teacher_distance.finish",

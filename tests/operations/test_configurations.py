@@ -14,11 +14,14 @@ from amalgam.kernels.configurations import (
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_architecture_has_one(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    for precision in ("ieee", "3xtf32", "tf32", "bf16"):
+    for precision in ("plain", "ieee", "3xtf32", "tf32", "bf16"):
         for hidden in (4, FEW, 16, 20, 32, 64):
-            block, warps = configuration(operation, 1, hidden, precision)
-            assert block >= 16
-            assert block & block - 1 == warps & warps - 1 == 0
+            if precision == "plain" and operation == "choice_step":
+                continue
+            for nominal in (False, True):
+                block, warps = configuration(operation, 1, hidden, precision, nominal)
+                assert block >= 16
+                assert block & block - 1 == warps & warps - 1 == 0
 
 
 def test_the_environment_overrides_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:

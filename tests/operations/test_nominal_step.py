@@ -412,7 +412,7 @@ def runs_of(
 
 
 def gradients(size: int, steps: int = 5) -> list[list[Tensor]]:
-    decades = 10 ** (4 * torch.linspace(-1, 0, size))
+    decades = 10 ** (2 * torch.linspace(-1, 0, size))
     return [[(draw(size, seed=20 + step).float() * decades)] for step in range(steps)]
 
 

@@ -96,14 +96,17 @@ def triton_constants(
     import triton.language as tl
 
     from amalgam.kernels.configurations import configuration
-    from amalgam.kernels.student_network import plan_of
+    from amalgam.kernels.student_network import plan_of, precision_of
 
     stochastic = numerics.endswith(",stochastic")
     permitted = registry._parse(f"auto:{numerics.removesuffix(',stochastic')}")[1]
     form = NOMINAL if student.startswith("nominal:") else RNNPROP
     layers, hidden = map(int, student.removeprefix("nominal:").split("x"))
-    _, of_student = plan_of(torch.zeros(layers, hidden), form)
-    chosen = configuration(OPERATIONS[name], layers, hidden, permitted.precision)
+    h, precision = torch.zeros(layers, hidden), permitted.precision
+    if name != "backward":
+        precision = precision_of(precision, h, form)
+    _, of_student = plan_of(h, form, precision)
+    chosen = configuration(OPERATIONS[name], layers, hidden, precision, form is NOMINAL)
     types = {"float32": tl.float32, "bfloat16": tl.bfloat16}
     cells, _, moments = cells.partition("+")
     without = [] if form is NOMINAL else ["bounds", "places", "biases", "corrections", "d_biases"]
@@ -116,7 +119,7 @@ def triton_constants(
         **{"BLOCK": chosen.block, "WIDE": False, "PTX": ptx},
         **{"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": True},
         **{"CELLS": types[cells], "MOMENTS": types[moments or "float32"]},
-        **{"PRECISION": permitted.precision, "APPROXIMATE": permitted.approximate},
+        **{"PRECISION": precision, "APPROXIMATE": permitted.approximate},
         **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
         **dict.fromkeys(without),
     }
