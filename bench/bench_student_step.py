@@ -8,6 +8,9 @@ The rivals in place:
   subtracted: what a user of eager PyTorch would write.
 - ``compiled``: the same function through ``torch.compile``.
 - ``reference``: the in-place reference, which takes chunks that stay in cache.
+
+``test_nominal_alternating`` has the small networks of the nominal form beside the paper's student
+and AdamW, all in turn.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torch import Tensor
 
 from amalgam import AmalgamatedOptimizer, Student, StudentConfig
 from amalgam.backends import core
+from amalgam.operations.student_step_in_place import StudentTensors, step_tensors_
 from amalgam.ops import StepSettings, StudentState, initial_state
 from amalgam.ops import student_step_ as in_place
 
@@ -275,3 +279,74 @@ def test_a_thousand_parameters_alternating(benchmark: Any, threads: int) -> None
             least[name] = min(least[name], seconds(step, repeats=1))
     benchmark.pedantic(steps["optimizer"], rounds=10)
     benchmark.extra_info |= {"threads": threads, "least_ms": {n: 1e3 * t for n, t in least.items()}}
+
+
+# Units, and the dtypes of h, c and of m, v.
+NOMINAL = [
+    (hidden, *kinds)
+    for hidden in (4, 8, 16)
+    for kinds in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    )
+]
+
+
+def nominal_weights(hidden: int) -> list[Tensor]:
+    weights = lstm_weights(3, hidden, 1, 2)
+    weights[2] = weights[2][None]
+    return weights
+
+
+def stepper_of_nominal(
+    hidden: int, cells: torch.dtype, moments: torch.dtype, backend: str, param: Tensor, grad: Tensor
+) -> Run:
+    """Steps in place of one tensor, which is kept from step to step as optimizers keep theirs."""
+    corrections = torch.tensor([[2.0, 5.0]])
+    settings = StepSettings(0.005, 0.9, 0.99, 1e-15, corrections)
+    weights = nominal_weights(hidden)
+    tensors = StudentTensors([param], [initial_state(param, weights, cells, moments)])
+
+    def step() -> None:
+        with torch.no_grad():
+            step_tensors_(tensors, [grad], weights, settings, backend=backend)
+
+    return step
+
+
+@pytest.mark.parametrize("n", sizes(10**4, 1 << 20, 10**7))
+@threads_of_each
+def test_nominal_alternating(benchmark: Any, threads: int, n: int) -> None:
+    """The least time of each of some steps that optimizers take in turn, so that noise hits all."""
+    values, slopes = make_vectors(n)
+    for network in NOMINAL:
+        few = [values[:FEW].clone() for _ in range(2)]
+        for backend, param in zip(("cpu", "reference"), few, strict=True):
+            step = stepper_of_nominal(*network, backend, param, slopes[:FEW])
+            for _ in range(2):
+                step()
+        torch.testing.assert_close(*few, rtol=1e-5, atol=1e-4)  # a narrow state's last bit
+
+    def adamw(**how: bool) -> Run:
+        param = values.clone().requires_grad_()
+        param.grad = slopes
+        return torch.optim.AdamW([param], **how).step
+
+    steps = {"adamw_foreach": adamw(foreach=True), "adamw_fused": adamw(fused=True)}
+    for hidden, cells, moments in NOMINAL:
+        name = f"nominal 1x{hidden}, cells {cells}, moments {moments}".replace("torch.", "")
+        steps[name] = stepper_of_nominal(hidden, cells, moments, "cpu", values.clone(), slopes)
+    weights, param = make_weights(), values.clone()
+    state = initial_state(param, weights)
+    steps["RNNProp 2x20"] = stepper("cpu", param, slopes, state, weights)
+    least = dict.fromkeys(steps, float("inf"))
+    for _ in range(100 if n < 10**5 else 30 if n < 10**7 else 8):
+        for name, step in steps.items():
+            least[name] = min(least[name], seconds(step, repeats=1))
+    benchmark.pedantic(steps["adamw_foreach"], rounds=5)
+    benchmark.extra_info |= {
+        "threads": threads,
+        "n": n,
+        "least_ns_per_coordinate": {name: round(1e9 * t / n, 3) for name, t in least.items()},
+    }

@@ -14,7 +14,7 @@
 namespace amalgam::cpu {
 namespace {
 
-// Tiles that are computed in one go: they take some 10 us.
+// Tiles that are computed in one go: they take some 10 us, and rows of them fit on a stack.
 constexpr int64_t kTilesARun = 16;
 
 bool is_float(Storage storage) {
@@ -27,7 +27,6 @@ class PackedSmall {
  public:
   explicit PackedSmall(const Student<float>& student) {
     const int hidden = student.hidden, inputs = kNominal.features;
-    constexpr double kOf[4] = {kOfSigmoid, kOfSigmoid, kOfTanh, kOfSigmoid};
     const float* const* from = student.weights;
     for (int unit = 0; unit < hidden; ++unit) {
       for (int row = 0; row < inputs + hidden; ++row) {
@@ -35,7 +34,7 @@ class PackedSmall {
           const int64_t output = int64_t(gate) * hidden + unit;
           const float weight = row < inputs ? from[0][output * inputs + row]
                                             : from[1][output * hidden + row - inputs];
-          weights_.push_back(static_cast<float>(kOf[gate] * weight));
+          weights_.push_back(static_cast<float>(kOfGate[gate] * weight));
         }
       }
       head_.push_back(static_cast<float>(kOfExp * from[3][unit]));

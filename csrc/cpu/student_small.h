@@ -1,5 +1,5 @@
-// The step of small students of the nominal form, computed in float: one layer, whose units a core's
-// registers hold. Their coordinates go from memory to registers and back.
+// The step of small students of the nominal form, computed in float: of one layer, whose h the core's
+// registers hold. Coordinates go from memory to registers and back.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@ inline constexpr int kSmall[] = {4, 8, 16};  // units
 // made of: exp(-x) in sigmoid, exp(-2x) in tanh, exp(x) in the update's factor.
 inline constexpr double kLog2E = 1.4426950408889634;
 inline constexpr double kOfSigmoid = -kLog2E, kOfTanh = -2 * kLog2E, kOfExp = kLog2E;
+inline constexpr double kOfGate[4] = {kOfSigmoid, kOfSigmoid, kOfTanh, kOfSigmoid};
 
 struct SmallStudent {
   const float* weights;       // (hidden, 3 + hidden, 4) of a unit and a row of its inputs, by gate

@@ -56,13 +56,13 @@ inline Floats looked_up(const float* table, Floats rounded, Floats n) {
   return (Floats)_mm512_scalef_ps(found, (__m512)n);
 }
 
-// 1 + 2^y within 2 ulp, for y up to kMostLog2: 2^n c ((r + h)^2 + d), the minimax polynomial for |r|
-// <= 1/64. With its square completed it takes two products; they, and not sums, are what is scarce.
-inline Floats one_and_power(Floats y) {
+// 2^y within 2 ulp, for y up to kMostLog2: 2^n c ((r + h)^2 + d), the minimax polynomial for |r| <=
+// 1/64. With its square completed it takes two products; they, and not sums, are what is scarce.
+inline Floats power(Floats y) {
   constexpr float kH = 0x1.715476p+0f, kD = 0x1.0a684ap+1f;
   y = at_most(kMostLog2, y);
   const Floats rounded = y + kRound, n = rounded - kRound, u = (y + kH) - n;
-  return looked_up(kScaled, rounded, n) * (u * u + kD) + 1.0f;
+  return looked_up(kScaled, rounded, n) * (u * u + kD);
 }
 
 // 1 - 2^y for y up to kMostLog2, within 2^-24 beside 1, and of its own size where |y| <= 1/64.
@@ -73,8 +73,12 @@ inline Floats one_less_power(Floats y) {
   return (1.0f - t) - t * (r * (r * 0x1.ebfbe4p-3f + 0x1.62e584p-1f));
 }
 #else
-// 1 - 2^y for y up to kMostLog2: 1 - 2^n (1 + p(r)), the minimax polynomial for |r| <= 1/2.
-inline Floats one_less_power(Floats y) {
+// 2^n and 2^y / 2^n - 1, by the minimax polynomial for |r| <= 1/2.
+struct Power {
+  Floats t, rest;
+};
+
+inline Power power_of(Floats y) {
   constexpr float kRound = 0x1.8p23f;
   y = at_least(splat(-126.0f), at_most(kMostLog2, y));
   const Floats rounded = y + kRound, r = y - (rounded - kRound);
@@ -84,18 +88,25 @@ inline Floats one_less_power(Floats y) {
   p = p * r + 0x1.c6aee8p-5f;
   p = p * r + 0x1.ebfbdcp-3f;
   p = p * r + 0x1.62e430p-1f;
-  const Floats t = (Floats)(((Ints)rounded << 23) + (127 << 23));
-  return (1.0f - t) - t * (p * r);
+  return {(Floats)(((Ints)rounded << 23) + (127 << 23)), p * r};
 }
 
-inline Floats one_and_power(Floats y) { return 2.0f - one_less_power(y); }
+inline Floats power(Floats y) {
+  const Power p = power_of(y);
+  return p.t * p.rest + p.t;
+}
+
+inline Floats one_less_power(Floats y) {
+  const Power p = power_of(y);
+  return (1.0f - p.t) - p.t * p.rest;
+}
 #endif
 
 inline Floats absolute(Floats x) { return (Floats)((Ints)x & ~kSign); }
 
 // --- bfloat16 ---
 
-// GCC has no single instruction for these conversions.
+// Each is one instruction, of which GCC makes several.
 inline Bits widened(Halves halves) {
 #ifdef __AVX512F__
   return (Bits)_mm512_cvtepu16_epi32((__m256i)halves);
@@ -180,7 +191,7 @@ struct Place {
 
 // What is the same for all coordinates of a piece.
 template <int hidden>
-struct OfTensor {
+struct OfPiece {
   float bias[hidden][4];
   float c1, c2;
   uint32_t keys[hidden + 2];  // of rows of random bits: h and c, the parameter, moments
@@ -190,7 +201,7 @@ template <int hidden>
 struct Small {
   const SmallStudent& student;
   const SmallStep& how;
-  const OfTensor<hidden>& of;
+  const OfPiece<hidden>& of;
 };
 
 // Of a vector's step, what its parts hand on: the LSTM's inputs, a and b, and the head's outputs.
@@ -221,7 +232,7 @@ inline void moments_and_inputs(const Small<hidden>& small, Bits places, const Pl
   step.b = g * r;
   const Floats s = one_less_power(step.a * step.b * float(kOfTanh));
   const Floats t = one_less_power(absolute(step.b) * float(kOfTanh));
-  step.x[0] = absolute(step.a);
+  step.x[0] = at_most(1e30f, absolute(step.a));  // infinite sums have no power
   step.x[1] = s / (2.0f - s);
   step.x[2] = t / (2.0f - t);
 }
@@ -242,13 +253,18 @@ struct Sums {
       for (int gate = 0; gate < 4; ++gate) gates[gate] += weights[4 * row + gate] * x[row];
     }
   }
+
+  template <int... parts>
+  inline __attribute__((always_inline)) void add_all() {
+    (add<parts>(), ...);
+  }
 };
 
 // Bytes of each row that are fetched into cache before they are used.
-constexpr int64_t kAhead = 8 * 64;
+constexpr int64_t kAhead = 4 * 64;
 
 // The LSTM and the head of a vector. A unit's activations wait for each other most of the time, and a
-// core sees only so far: the next unit's sums come between them.
+// core sees only so far: the next unit's sums, and what was left of the last unit, come between them.
 template <int hidden, bool narrow>
 inline __attribute__((always_inline)) void units(const Small<hidden>& small, Bits places,
                                                  const Place& at, Step& step) {
@@ -278,19 +294,20 @@ inline __attribute__((always_inline)) void units(const Small<hidden>& small, Bit
     o1 += small.student.head[2 * unit] * h;
     o2 += small.student.head[2 * unit + 1] * h;
   };
+  // A unit's cell. The last unit's rest and the next one's sums come between.
   const auto advance = [&](int unit, const Floats* gates, bool others, auto& next)
       __attribute__((always_inline)) {
     __builtin_prefetch(at.h + unit * at.stride + kAhead);
     __builtin_prefetch(at.c + unit * at.stride + kAhead);
     const Floats e = one_less_power(gates[2]);
     next.template add<0>();
-    const Floats i = one_and_power(gates[0]);
+    const Floats i = 1.0f + power(gates[0]);
     next.template add<1>();
     if (others) finish(unit - 1);
     next.template add<2>();
-    const Floats f = one_and_power(gates[1]);
+    const Floats f = 1.0f + power(gates[1]);
     next.template add<3>();
-    o = one_and_power(gates[3]);
+    o = 1.0f + power(gates[3]);
     next.template add<4>();
     // f c + i a over one denominator.
     const Floats ia = i * (2.0f - e), c = load_numbers(narrow, at.c + unit * at.stride);
@@ -299,13 +316,7 @@ inline __attribute__((always_inline)) void units(const Small<hidden>& small, Bit
     next.template add<6>();
   };
   Sums<kRows> sums = begin(0);
-  sums.template add<0>();
-  sums.template add<1>();
-  sums.template add<2>();
-  sums.template add<3>();
-  sums.template add<4>();
-  sums.template add<5>();
-  sums.template add<6>();
+  sums.template add_all<0, 1, 2, 3, 4, 5, 6>();
   {
     Sums<kRows> next = begin(1);
     advance(0, sums.gates, false, next);
@@ -328,7 +339,8 @@ inline void move(const Small<hidden>& small, Bits places, const Place& at, const
   const auto& [student, how, of] = small;
   constexpr float kLeast = float(Nominal::kLeastLog * kOfExp);
   constexpr float kMost = float(Nominal::kMostLog * kOfExp);
-  const Floats factor = student.alpha * (1.0f - one_less_power(at_least(splat(kLeast), at_most(kMost, step.o1))));
+  const Floats log2 = at_least(splat(kLeast), at_most(kMost, step.o1));
+  const Floats factor = student.alpha * power(log2);
   const Floats below = 1.0f + absolute(step.b) * float(1 / Nominal::kSoft);
   Floats out = factor * (step.a + step.o2 * (step.b / below));
   if (how.in_place) out = how.keep * load_numbers(how.narrow_out, at.out) - how.lr * out;
@@ -336,18 +348,17 @@ inline void move(const Small<hidden>& small, Bits places, const Place& at, const
   store_numbers({how.narrow_out, how.stochastic}, out, upper(random), at.out);
 }
 
-// --- A tensor ---
+// --- A piece of a tensor ---
 
 // Vectors whose inputs, and moves, are computed one after another: each alone would wait for itself.
 constexpr int kTogether = 4;
 
 template <int hidden, bool narrow>
 void steps(const SmallStudent& student, const SmallStep& how, const SmallPiece& piece) {
-  OfTensor<hidden> of;
-  constexpr float kOf[4] = {kOfSigmoid, kOfSigmoid, kOfTanh, kOfSigmoid};
+  OfPiece<hidden> of;
   for (int unit = 0; unit < hidden; ++unit) {
     for (int gate = 0; gate < 4; ++gate) {
-      of.bias[unit][gate] = kOf[gate] * piece.bias[gate * hidden + unit];
+      of.bias[unit][gate] = float(kOfGate[gate]) * piece.bias[gate * hidden + unit];
     }
   }
   of.c1 = piece.corrections[0];

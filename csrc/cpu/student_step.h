@@ -89,7 +89,8 @@ void student_step(const Student<T>& student, const StudentStep& step, const Stud
 // Gradients of one functional step. sizes: of the student's tensors, which follow each other.
 // d_weights: one array a weight.
 template <typename T>
-void student_step_backward(const Student<T>& student, const int64_t* sizes, const T* grad, const StudentState<const T>& state, const T* d_update,
+void student_step_backward(const Student<T>& student, const int64_t* sizes, const T* grad,
+                           const StudentState<const T>& state, const T* d_update,
                            const StudentState<const T>& d_new, T* d_grad,
                            const StudentState<T>& d_state, T* const* d_weights, int threads);
 
