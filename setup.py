@@ -48,6 +48,8 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# Of *_bf16.cpp, which builds hold whose compiler knows the last one: GCC since 10, Clang since 9.
+BF16_ISA, BF16_FLAGS = "avx512_bf16", [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 
 class BuildError(SystemExit):
@@ -190,11 +192,14 @@ class BuildCore(build_ext):
         # At -O1 a report's line numbers are those of the fault.
         tuning = [*sanitizing, "-O1", "-g1"] if sanitizing else OPTIMIZED
         openmp = self._openmp_flags()
+        bf16 = len(isas()) > 1 and self._compiles("int main() {}\n", BF16_FLAGS)
         macros: list[tuple[str, str | None]] = [
             ("AMALGAM_VERSION", f'"{self.distribution.get_version()}"')
         ]
         if len(isas()) > 1:
             macros.append(("AMALGAM_X86", None))
+        if bf16:
+            macros.append(("AMALGAM_BF16", None))
         archs: list[str] = []
         if nvcc:
             archs = cuda_archs(os.environ, _supported_archs(nvcc))
@@ -227,6 +232,11 @@ class BuildCore(build_ext):
             if source.stem.endswith("_simd"):
                 for isa in isas():
                     tasks.append(functools.partial(compile_cpp, source, isa, ISA_FLAGS[isa], isa))
+            elif source.stem.endswith("_bf16"):
+                if bf16:
+                    tasks.append(
+                        functools.partial(compile_cpp, source, BF16_ISA, BF16_FLAGS, BF16_ISA)
+                    )
             else:
                 tasks.append(functools.partial(compile_cpp, source, "common", [], None))
 
@@ -246,16 +256,19 @@ class BuildCore(build_ext):
 
     def _openmp_flags(self) -> list[str]:
         """``-fopenmp`` where the toolchain takes it; without it the CPU kernels use one thread."""
+        program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+        return ["-fopenmp"] if self._compiles(program, ["-fopenmp"]) else []
+
+    def _compiles(self, program: str, flags: list[str]) -> bool:
+        """Whether the toolchain makes a program with these flags."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cpp"
-            source.write_text(
-                "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
-            )
-            command = [*self.compiler.compiler_cxx, "-fopenmp", str(source)]
+            source.write_text(program)
+            command = [*self.compiler.compiler_cxx, *flags, str(source)]
             done = subprocess.run(
                 [*command, "-o", str(source.with_suffix(""))], capture_output=True
             )
-        return ["-fopenmp"] if done.returncode == 0 else []
+        return done.returncode == 0
 
     def _run(self, command: list[str]) -> None:
         self.announce(" ".join(command), level=2)

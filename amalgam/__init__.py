@@ -3,12 +3,28 @@
 from amalgam import ops  # isort: skip
 from amalgam import backends as _backends  # noqa: F401  registers them with ops
 from amalgam import tasks
-from amalgam.optimizers import AmalgamatedOptimizer, PolicyOptimizer, TeacherOptimizer
-from amalgam.policies import Pool, Student, StudentConfig, Teacher, TorchTeacher, load_policy
+from amalgam.optimizers import (
+    AmalgamatedOptimizer,
+    PolicyOptimizer,
+    TeacherOptimizer,
+    estimate_memory,
+)
+from amalgam.policies import (
+    NominalConfig,
+    NominalStudent,
+    Pool,
+    Student,
+    StudentConfig,
+    Teacher,
+    TorchTeacher,
+    load_policy,
+)
 from amalgam.version import __version__
 
 __all__ = [
     "AmalgamatedOptimizer",
+    "NominalConfig",
+    "NominalStudent",
     "PolicyOptimizer",
     "Pool",
     "Student",
@@ -17,6 +33,7 @@ __all__ = [
     "TeacherOptimizer",
     "TorchTeacher",
     "__version__",
+    "estimate_memory",
     "load_policy",
     "ops",
     "tasks",

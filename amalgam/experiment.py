@@ -106,6 +106,7 @@ class Experiment:
             strategy=recipe.strategy.settings,
             perturbation=recipe.perturbation and recipe.perturbation.settings,
             estimator=recipe.estimator.settings,
+            conditions=recipe.conditions,
         )
 
     def _here(self, task: Task) -> Task:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from harness import (
+    QUICK,
     assert_close,
     kernel,
     lstm_flop,
@@ -32,6 +33,7 @@ from harness import (
 from torch import Tensor
 
 from amalgam import AmalgamatedOptimizer, Student, StudentConfig
+from amalgam.backends import core
 from amalgam.ops import StepSettings, StudentState, initial_state
 from amalgam.ops import student_step_ as in_place
 
@@ -108,6 +110,57 @@ def test_in_place(benchmark: Any, rival: str, threads: int, n: int) -> None:
         flop=n * FLOP,
         **facts,
     )
+
+
+PERMITTED = ["cpu", "cpu:bf16", "cpu:bf16,approximate"]
+
+
+def errors_of_ten_steps(backend: str, weights: list[Tensor]) -> dict[str, float]:
+    """The largest errors of h and of updates, which both lie in [-1, 1] but for alpha."""
+
+    def run(backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        of_dtype = [w.to(dtype) for w in weights]
+        generator = torch.Generator().manual_seed(0)
+        param = torch.zeros(FEW, dtype=dtype)
+        state = initial_state(param, of_dtype)
+        for _ in range(10):
+            param.zero_()
+            grad = torch.randn(FEW, generator=generator).to(dtype)
+            stepper(backend, param, grad, state, of_dtype)()
+        return param.double() / SETTINGS.alpha, state.h.double()
+
+    found = zip(run(backend, torch.float32), run("reference", torch.float64), strict=True)
+    update, h = ((one - other).abs().max().item() for one, other in found)
+    return {"update": update, "h": h}
+
+
+@pytest.mark.parametrize(("layers", "hidden"), [(1, 4), (1, 8), (1, 16), (2, 20), (2, 32)])
+@threads_of_each
+def test_permitted_alternating(benchmark: Any, threads: int, layers: int, hidden: int) -> None:
+    """What "bf16" permits, in turn with float32, so that noise hits all; the errors beside."""
+    need("cpu", "student_step_")
+    if not core.core().cpu.multiplies_bfloat16():
+        pytest.skip("the CPU kernels have no products of bfloat16 here")
+    weights, n = make_weights(layers, hidden), 10**4 if QUICK else 1 << 20
+    param, grad = make_vectors(n)
+    steps = {
+        name: stepper(name, param.clone(), grad, initial_state(param, weights), weights)
+        for name in PERMITTED
+    }
+    least = dict.fromkeys(steps, float("inf"))
+    for _ in range(3 if QUICK else 15):
+        for name, step in steps.items():
+            least[name] = min(least[name], seconds(step, repeats=1))
+    benchmark.pedantic(steps["cpu:bf16"], rounds=3)
+    benchmark.extra_info |= {
+        "threads": threads,
+        "student": f"{layers}x{hidden}",
+        "n": n,
+        "least_ns_per_coordinate": {name: round(1e9 * t / n, 2) for name, t in least.items()},
+        "largest_errors_of_ten_steps": {
+            name: errors_of_ten_steps(name, weights) for name in PERMITTED
+        },
+    }
 
 
 @pytest.mark.parametrize("n", sizes(10**3, 10**4, 10**5, 1 << 20))

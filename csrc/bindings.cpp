@@ -48,6 +48,7 @@ PYBIND11_MODULE(_core, module) {
   py::module_ of_cpu = module.def_submodule("cpu");
   of_cpu.def("isa", [] { return std::string(cpu::name(cpu::isa())); });
   of_cpu.def("available_isas", &cpu::available_isas);
+  of_cpu.def("multiplies_bfloat16", &cpu::multiplies_bfloat16);
   bind_activation(of_cpu, "tanh", &cpu::ActivationKernels::tanh);
   bind_activation(of_cpu, "sigmoid", &cpu::ActivationKernels::sigmoid);
   bind_activation(of_cpu, "tanh_slope", &cpu::ActivationKernels::tanh_slope);

@@ -8,6 +8,7 @@ first proves by two deliberate faults that this is so here.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import amalgam  # noqa: F401  registers the operations
 from amalgam.backends import core, cpu
 from amalgam.operations import registry
 from amalgam.operations.choice_step import ChoiceArguments
+from amalgam.operations.registry import Numerics
 from amalgam.operations.student_forms import StepSettings
 from amalgam.operations.student_step import StudentState
 from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
@@ -32,9 +34,11 @@ from amalgam.operations.teacher_step import KINDS, PoolSettings
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 65, 127, 257, 1000, 1025]
 MANY = 22003  # coordinates that busy a second thread, of six teachers too
-ARCHITECTURES = [(1, 1), (1, 4), (1, 8), (2, 20), (3, 5)]
+ARCHITECTURES = [(1, 1), (1, 4), (1, 8), (1, 16), (2, 20), (3, 5)]
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 SETTINGS = StepSettings(0.1, 0.9, 0.999, 1e-10)
+# Of kernels that take it; where the CPU has no products of bfloat16, all are the first.
+PERMITTED = [Numerics(), Numerics("bf16"), Numerics("bf16", True)]
 
 Arguments = tuple[Any, ...]
 
@@ -103,11 +107,34 @@ def students() -> Iterator[tuple[int, int, int]]:
     yield MANY, 1, 4
 
 
+def of_form(
+    nominal: bool,
+    sizes: Sequence[int],
+    layers: int,
+    hidden: int,
+    dtype: torch.dtype,
+    steps: Sequence[int] = (),
+) -> tuple[list[Tensor], StepSettings]:
+    """A student's weights and settings, of either form; perhaps each step's."""
+    if not nominal:
+        return weights_of(layers, hidden, dtype), SETTINGS
+    weights = weights_of(layers, hidden, dtype, features=3, outputs=2)
+    several = (*steps, len(sizes))
+    weights[2] = tensor(*several, 4 * hidden, dtype=dtype)
+    corrections = 1 + tensor(*several, 2, dtype=dtype).square()
+    return weights, SETTINGS._replace(corrections=corrections, sizes=list(sizes))
+
+
+FORMS = (False, True)
+
+
 def student_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     for n, layers, hidden in students():
-        state = state_of(n, layers, hidden, dtype)
-        arguments = tensor(n, dtype=dtype), state, weights_of(layers, hidden, dtype), SETTINGS
-        yield (tensor(n, dtype=dtype), like(state), *arguments) if backward else arguments
+        for nominal in FORMS:
+            state = state_of(n, layers, hidden, dtype)
+            form = of_form(nominal, [n // 3, 0, n - n // 3], layers, hidden, dtype)
+            arguments = tensor(n, dtype=dtype), state, *form
+            yield (tensor(n, dtype=dtype), like(state), *arguments) if backward else arguments
 
 
 def student_step_into(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
@@ -124,28 +151,38 @@ def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:
     for index, (n, layers, hidden) in enumerate(students()):
         sizes = [n // 3, 0, n - n // 3 - n // 5, n // 5]
         of_param, of_grad = HALVES[index % 3], HALVES[index // 3 % 3]
-        for make in (lambda size, dtype: tensor(size, dtype=dtype), strided):
+        makers = (lambda size, dtype: tensor(size, dtype=dtype), strided)
+        for make, nominal in itertools.product(makers, FORMS):
             params = [make(size, of_param) for size in sizes]
             grads = [make(size, of_grad) for size in sizes]
             states = [state_of(size, layers, hidden, dtype) for size in sizes]
-            weights = weights_of(layers, hidden, dtype)
+            weights, settings = of_form(nominal, sizes, layers, hidden, dtype)
+            settings = settings._replace(sizes=[])
+            if dtype == torch.float32 and nominal and index % 5 < 2:
+                of = (torch.bfloat16, torch.bfloat16, *[HALVES[index % 2]] * 2)
+                states = [
+                    StudentState(*(t.to(d) for t, d in zip(state, of, strict=True)))
+                    for state in states
+                ]
             seeds = list(range(len(sizes))) if index % 2 else []
             tensors = StudentTensors(params, states)
-            yield (InPlaceStep(tensors, grads, weights, SETTINGS, 0.5, 0.1, None, [], 0, seeds),)
+            yield (InPlaceStep(tensors, grads, weights, settings, 0.5, 0.1, None, [], 0, seeds),)
 
 
 def student_unroll_backward(dtype: torch.dtype) -> Iterator[Arguments]:
     """Among them more steps than are kept of a tile."""
     cases = [(steps, *student) for steps in (0, 1, 3) for student in students()]
     for steps, n, layers, hidden in [*cases, (150, 65, 2, 20), (80, 33, 1, 64)]:
-        rest = state_of(n, layers, hidden, dtype), weights_of(layers, hidden, dtype), SETTINGS
-        yield tensor(steps, n, dtype=dtype), tensor(steps, n, dtype=dtype), *rest
-        # Columns of a block that ends with the last of them, and a row that stands for all.
-        yield (
-            tensor(steps, 2 * n, dtype=dtype)[:, n:],
-            tensor(1, n, dtype=dtype).expand(steps, n),
-            *rest,
-        )
+        for nominal in FORMS:
+            form = of_form(nominal, [n // 3, 0, n - n // 3], layers, hidden, dtype, [steps])
+            rest = state_of(n, layers, hidden, dtype), *form
+            yield tensor(steps, n, dtype=dtype), tensor(steps, n, dtype=dtype), *rest
+            # Columns of a block that ends with the last of them, and a row that stands for all.
+            yield (
+                tensor(steps, 2 * n, dtype=dtype)[:, n:],
+                tensor(1, n, dtype=dtype).expand(steps, n),
+                *rest,
+            )
 
 
 def choice_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
@@ -227,14 +264,22 @@ def run_here() -> None:
     start, calls = time.monotonic(), 0
     for name, entry in cpu.backend.kernels.items():
         dtypes = entry.dtypes or registry.FLOATS
+        ways: list[dict[str, Numerics]] = [{}]
+        if entry.takes_numerics:
+            ways = [{"numerics": permitted} for permitted in PERMITTED]
         for dtype in sorted(dtypes, key=str):
             for arguments in maker_of(name)(dtype):
-                for threads in (1, 2):
+                for threads, how in itertools.product((1, 2), ways):
                     torch.set_num_threads(threads)
-                    entry.function(*arguments)
+                    entry.function(*arguments, **how)
                     calls += 1
     isa = core.core().cpu.isa()
-    print(f"{isa}: {calls} calls clean in {time.monotonic() - start:.1f} s", flush=True)
+    products = "with" if core.core().cpu.multiplies_bfloat16() else "without"
+    print(
+        f"{isa}, {products} products of bfloat16: {calls} calls clean in "
+        f"{time.monotonic() - start:.1f} s",
+        flush=True,
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

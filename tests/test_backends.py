@@ -167,6 +167,7 @@ def test_build_info_is_complete() -> None:
     facts = build_info()
     assert facts["cpu_isa"] in facts["cpu_isas"]  # type: ignore[operator]
     assert "portable" in facts["cpu_isas"]  # type: ignore[operator]
+    assert facts["cpu_isa"] == "avx512" or facts["cpu_bfloat16"] is False
     assert (facts["cuda_runtime"] is not None) == facts["cuda"]
 
 

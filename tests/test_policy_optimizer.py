@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amalgam import AmalgamatedOptimizer, PolicyOptimizer, Student, TeacherOptimizer, TorchTeacher
+from amalgam import AmalgamatedOptimizer, PolicyOptimizer, TeacherOptimizer, TorchTeacher
 from amalgam.layout import Layout
-from amalgam.policies import POLICIES, Policy
+from amalgam.policies import POLICIES, FusedStudent, Policy
 
 SHAPES = [(3, 4), (), (5,), (2, 3, 2, 2), (0, 3)]
 KINDS = sorted(POLICIES)
@@ -69,15 +69,18 @@ def test_computes_the_policy(kind: str, warmup_steps: int | None) -> None:
             if step < (2 if warmup_steps is None else 0):
                 update, state = 0.1 * grad, ours.warm_up(grad, state, layout=layout)
             else:
-                update, state = ours.step(grad, state, layout=layout, backend="reference")
+                seen = {"params": expected} if ours.sees_params else {}
+                how = {"layout": layout, "backend": "reference", **seen}
+                update, state = ours.step(grad, state, **how)
         expected = expected * (1 - lr * decay) - lr * update
         optimizer.step()
         assert torch.allclose(flat(params), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_student_steps_as_in_its_own_optimizer() -> None:
-    student, ours, theirs = made("student"), tensors(), tensors()
-    assert isinstance(student, Student)
+@pytest.mark.parametrize("kind", ["student", "nominal"])
+def test_a_student_steps_as_in_its_own_optimizer(kind: str) -> None:
+    student, ours, theirs = made(kind), tensors(), tensors()
+    assert isinstance(student, FusedStudent)
     run(PolicyOptimizer(ours, student), ours, range(5))
     run(AmalgamatedOptimizer(theirs, student=student), theirs, range(5))
     assert torch.allclose(flat(ours), flat(theirs), rtol=1e-10)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from amalgam import weight_files
-from amalgam.policies import Student, StudentConfig
+from amalgam.policies import FusedStudent, Student, StudentConfig, load_policy
 
 CONFIG = StudentConfig(
     layers=1, hidden=3, alpha=0.3, beta1=0.8, beta2=0.9, eps=1e-7, warmup_steps=4, warmup_lr=0.2
@@ -185,7 +185,10 @@ def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.M
 
 def test_every_student_that_ships_loads() -> None:
     for name in weight_files.shipped():
-        assert all(w.isfinite().all() for w in Student.load(name).weights())
+        student = load_policy(name)
+        assert isinstance(student, FusedStudent)
+        assert all(w.isfinite().all() for w in student.weights())
+        assert student.provenance["recipe"] == name
     assert weight_files.SHIPPED.name == "weights"
 
 

@@ -56,23 +56,25 @@ def build_info() -> dict[str, object]:
     Returns:
         ``core`` (its version, or why it is missing), ``compiler``, ``openmp``, ``cpu_isa`` (the
         instruction set in use, or what is wrong with ``AMALGAM_CPU_ISA``), ``cpu_isas`` (all that
-        are available), ``cuda`` (whether it was built with CUDA), ``cuda_archs`` and
+        are available), ``cpu_bfloat16`` (whether products on the CPU take bfloat16 where a call
+        permits it), ``cuda`` (whether it was built with CUDA), ``cuda_archs`` and
         ``cuda_runtime`` (version of the static runtime). ``None`` stands for what can't be known.
     """
     module, problem = load()
     if module is None:
-        unknown = ("compiler", "openmp", "cpu_isa", "cpu_isas", "cuda", "cuda_archs")
-        return {"core": problem, **dict.fromkeys([*unknown, "cuda_runtime"])}
+        unknown = ("compiler", "openmp", "cpu_isa", "cpu_isas", "cpu_bfloat16", "cuda")
+        return {"core": problem, **dict.fromkeys([*unknown, "cuda_archs", "cuda_runtime"])}
     try:
-        isa = module.cpu.isa()
+        isa, bfloat16 = module.cpu.isa(), module.cpu.multiplies_bfloat16()
     except ValueError as error:
-        isa = str(error)
+        isa, bfloat16 = str(error), None
     facts = {
         "core": module.version,
         "compiler": module.compiler,
         "openmp": module.openmp,
         "cpu_isa": isa,
         "cpu_isas": list(module.cpu.available_isas()),
+        "cpu_bfloat16": bfloat16,
         "cuda": module.cuda is not None,
         "cuda_archs": None,
         "cuda_runtime": None,

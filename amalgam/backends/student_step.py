@@ -13,7 +13,6 @@ from amalgam.backends.memory import (
     check_written,
     contiguous,
     dtype_name,
-    rnnprop_alone,
     unwritten,
 )
 from amalgam.operations.registry import Numerics
@@ -22,7 +21,7 @@ from amalgam.operations.student_step import StudentState, register_into
 from amalgam.operations.table import addresses
 
 
-@cpu.backend.kernel("student_step", accepts=rnnprop_alone)
+@cpu.backend.kernel("student_step")
 def _cpu_student_step(
     grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
 ) -> tuple[Tensor, StudentState]:
@@ -32,7 +31,7 @@ def _cpu_student_step(
     return update, new
 
 
-@cpu.backend.kernel("student_step_into", accepts=rnnprop_alone)
+@cpu.backend.kernel("student_step_into")
 def _cpu_student_step_into(
     update: Tensor,
     new: StudentState,
@@ -43,14 +42,22 @@ def _cpu_student_step_into(
 ) -> None:
     check_written(_WRITTEN, (update, *new))
     inputs = contiguous((grad, *state))
-    row = dict(zip(("grad", *StudentState._fields), addresses(inputs), strict=True))
-    row |= {f"new_{name}": tensor.data_ptr() for name, tensor in new._asdict().items()}
-    row |= {"numel": grad.numel(), "out": update.data_ptr(), "key": 0}
+    n, each = grad.numel(), grad.element_size()
+    columns = dict(zip(("grad", *StudentState._fields), addresses(inputs), strict=True))
+    columns |= {f"new_{name}": tensor.data_ptr() for name, tensor in new._asdict().items()}
+    columns["out"] = update.data_ptr()
+    rows, begin = [], 0
+    for index, size in enumerate(sizes_of(settings, n)):
+        row = {name: address + begin * each for name, address in columns.items()}
+        row |= {"numel": size, "stride": n, "index": index, "key": 0}
+        rows.append([row[name] for name in table_fields()])
+        begin += size
     run_on_cpu(
-        torch.tensor([[row[name] for name in table_fields()]], device="cpu"),
+        torch.tensor(rows, dtype=torch.int64, device="cpu"),
         weights,
         settings,
         grad=grad.dtype,
+        moments=grad.dtype,
         cells=grad.dtype,
         out=grad.dtype,
         in_place=False,
@@ -60,10 +67,37 @@ def _cpu_student_step_into(
     )
 
 
+def sizes_of(settings: StepSettings, n: int) -> list[int]:
+    """The sizes of the tensors that n coordinates belong to; in the form RNNProp, of one."""
+    return [n] if settings.corrections is None else list(settings.sizes)
+
+
+def student_on_cpu(
+    weights: Sequence[Tensor], settings: StepSettings
+) -> tuple[tuple[object, ...], list[Tensor]]:
+    """A student as the core takes it, and the tensors to hold while it does.
+
+    Args:
+        weights: Its weights.
+        settings: Its constants, and what the nominal form is given of tensors.
+    """
+    held = contiguous(weights)
+    nominal, tensors = settings.corrections is not None, 1
+    of_tensors = []
+    if settings.corrections is not None:
+        of_tensors = contiguous([settings.corrections])
+        tensors = settings.corrections.shape[-2]
+    student = (
+        *((len(held) - 2) // 3, held[-2].shape[1], settings.constants, addresses(held), nominal),
+        *(of_tensors[0].data_ptr() if of_tensors else 0, tensors),
+    )
+    return student, [*held, *of_tensors]
+
+
 _WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
 
 
-@cpu.backend.kernel("student_step_backward", accepts=rnnprop_alone)
+@cpu.backend.kernel("student_step_backward")
 def _cpu_student_step_backward(
     d_update: Tensor,
     d_new: StudentState,
@@ -79,7 +113,7 @@ def _cpu_student_step_backward(
     return d_grad, d_state, d_weights
 
 
-@cpu.backend.kernel("student_step_backward_into", accepts=rnnprop_alone)
+@cpu.backend.kernel("student_step_backward_into")
 def _cpu_student_step_backward_into(
     d_update: Tensor,
     d_state: StudentState,
@@ -103,10 +137,10 @@ def _run_student_step_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Write the gradients in the state; return those in ``grad`` and in the weights."""
     grad, d_update = contiguous((grad, d_update))
-    dense, d_dense, weights = contiguous(state), contiguous(d_new), contiguous(weights)
+    dense, d_dense = contiguous(state), contiguous(d_new)
+    student, _held = student_on_cpu(weights, settings)
     d_grad = grad.new_empty(grad.shape)
     d_weights = unwritten(weights)
-    layers, hidden = state.h.shape[:2]
     getattr(core.core().cpu, f"student_step_backward_{dtype_name(grad)}")(
         d_update.data_ptr(),
         addresses(d_dense),
@@ -114,12 +148,9 @@ def _run_student_step_backward(
         addresses(dense),
         d_grad.data_ptr(),
         addresses(d_state),
-        addresses(weights),
+        student,
         addresses(d_weights),
-        n=grad.numel(),
-        layers=layers,
-        hidden=hidden,
-        constants=settings.constants,
+        sizes=sizes_of(settings, grad.numel()),
         threads=torch.get_num_threads(),
     )
     return d_grad, d_weights
@@ -137,6 +168,7 @@ def run_on_cpu(
     settings: StepSettings,
     *,
     grad: torch.dtype,
+    moments: torch.dtype,
     cells: torch.dtype,
     out: torch.dtype,
     **how: object,
@@ -148,19 +180,19 @@ def run_on_cpu(
         weights: The student's weights.
         settings: Its constants.
         grad: The gradients' dtype.
+        moments: The dtype of m and v.
         cells: The dtype of h and c.
         out: The dtype of updates or parameters.
-        **how: What the core takes beside: ``in_place``, ``keep``, ``lr``, ``stochastic``.
+        **how: What the core takes beside: ``in_place``, ``keep``, ``lr``, ``stochastic``; and what
+            it may do for speed, ``bfloat16`` products and with them ``approximate`` activations.
     """
-    weights = contiguous(weights)
+    student, _held = student_on_cpu(weights, settings)
     getattr(core.core().cpu, f"student_step_{dtype_name(weights[0])}")(
         table.data_ptr(),
         len(table),
-        addresses(weights),
-        layers=(len(weights) - 2) // 3,
-        hidden=weights[-2].shape[1],
-        constants=settings.constants,
+        student,
         grad=dtype_name(grad),
+        moments=dtype_name(moments),
         cells=dtype_name(cells),
         out=dtype_name(out),
         threads=torch.get_num_threads(),

@@ -27,8 +27,8 @@ from amalgam.operations.table import addresses, launches
 from amalgam.operations.warm_up import warm_up_
 
 
-@cpu.backend.kernel("student_step_", accepts=rnnprop_alone)
-def _cpu_student_step_in_place(step: InPlaceStep) -> None:
+@cpu.backend.kernel("student_step_", takes_numerics=True)
+def _cpu_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     keep, lr, warm_rate = 1 - step.lr * step.weight_decay, step.lr, 0.0
     if step.control is not None:
         keep, lr, warm_rate, skip = step.control.tolist()
@@ -63,12 +63,15 @@ def _cpu_student_step_in_place(step: InPlaceStep) -> None:
             step.weights,
             step.settings,
             grad=grad_dtype,
+            moments=tensors.m[0].dtype,
             cells=tensors.h[0].dtype,
             out=param_dtype,
             in_place=True,
             keep=keep,
             lr=lr,
             stochastic=bool(keys),
+            bfloat16=numerics.precision == "bf16",
+            approximate=numerics.approximate,
         )
     put_back()
 
@@ -81,7 +84,9 @@ def _in_place_table(step: InPlaceStep, params: Sequence[Tensor], grads: Sequence
     if "cpu" not in tensors.made:
         columns = {name: addresses(getattr(tensors, name)) for name in StudentState._fields}
         columns |= {f"new_{name}": column for name, column in columns.items()}
-        columns |= {"numel": [param.numel() for param in params], "out": addresses(params)}
+        sizes = [param.numel() for param in params]
+        columns |= {"numel": sizes, "stride": sizes, "index": list(range(len(params)))}
+        columns["out"] = addresses(params)
         empty = [0] * len(params)
         values = [columns.get(name, empty) for name in table_fields()]
         with torch.inference_mode(False):  # steps outside it write to the table, too

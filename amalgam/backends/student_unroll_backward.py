@@ -12,10 +12,10 @@ from amalgam.backends import core, cpu, triton
 from amalgam.backends.memory import (
     contiguous,
     dtype_name,
-    rnnprop_alone,
     unwritten,
     with_contiguous_rows,
 )
+from amalgam.backends.student_step import sizes_of, student_on_cpu
 from amalgam.operations.registry import Numerics
 from amalgam.operations.student_forms import StepSettings
 from amalgam.operations.student_step import StudentState
@@ -23,7 +23,7 @@ from amalgam.operations.student_unroll_backward import by_steps
 from amalgam.operations.table import addresses
 
 
-@cpu.backend.kernel("student_unroll_backward", accepts=rnnprop_alone)
+@cpu.backend.kernel("student_unroll_backward")
 def _cpu_student_unroll_backward(
     grads: Tensor,
     adjoints: Tensor,
@@ -32,24 +32,21 @@ def _cpu_student_unroll_backward(
     settings: StepSettings,
 ) -> list[Tensor]:
     steps, n = grads.shape
-    layers, hidden = state.h.shape[:2]
     grads, grads_stride = with_contiguous_rows(grads)
     adjoints, adjoints_stride = with_contiguous_rows(adjoints)
-    dense, weights = contiguous(state), contiguous(weights)
+    dense = contiguous(state)
+    student, _held = student_on_cpu(weights, settings)
     d_weights = unwritten(weights)
     getattr(core.core().cpu, f"student_unroll_backward_{dtype_name(grads)}")(
         grads.data_ptr(),
         adjoints.data_ptr(),
         addresses(dense),
-        addresses(weights),
+        student,
         addresses(d_weights),
         steps=steps,
-        n=n,
+        sizes=sizes_of(settings, n),
         grads_stride=grads_stride,
         adjoints_stride=adjoints_stride,
-        layers=layers,
-        hidden=hidden,
-        constants=settings.constants,
         threads=torch.get_num_threads(),
     )
     return d_weights

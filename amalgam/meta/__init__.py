@@ -21,16 +21,20 @@ run folder. The words that this package uses:
 * *period*: a number of episodes with the same settings, then perhaps a meta-validation.
 * *stage*: periods with the same settings, in strategies that have stages.
 * *strategy*: chooses the next period by how those before came out.
-* *meta-step*: one window, its meta-gradient, and an update of the students' weights.
+* *meta-step*: one window, its meta-gradient, and an update of the students' weights; with a
+  *meta-batch* several windows, one of each *slot*. A slot runs one episode after another.
+* *horizon*: the number of steps in all windows of an episode.
 * *meta-loss* and *imitation loss*: what a window's student is trained to make small, its
   optimizees' losses and its distances to the teachers.
 """
 
 from amalgam.meta.clipping import clip_adaptively
+from amalgam.meta.conditions import Conditions
 from amalgam.meta.curriculum import Curriculum, Repeat
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.estimators import Estimator, PersistentEvolution, Truncation
 from amalgam.meta.memory import Memory
+from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.objective import MECHANISMS, Amalgamation
 from amalgam.meta.periods import Strategy
 from amalgam.meta.stages import Stage, Stages
@@ -42,9 +46,11 @@ from amalgam.meta.window import Window
 __all__ = [
     "MECHANISMS",
     "Amalgamation",
+    "Conditions",
     "Curriculum",
     "Estimator",
     "Memory",
+    "MetaBatch",
     "PersistentEvolution",
     "Repeat",
     "Stage",

@@ -1,4 +1,4 @@
-"""The strategies: fixed stages, the paper's curriculum, and a fixed number of periods.
+"""The strategies by name; the paper's curriculum, and a fixed number of periods.
 
 A recipe's table ``[strategy]`` chooses one by its ``kind``: a name of :data:`STRATEGIES`, or
 ``"simple"`` or ``"choice"``, which are :class:`Repeat` with the settings of :func:`simple` and
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amalgam.hints import did_you_mean
+from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, UnrollSettings
 from amalgam.meta.rule import Place, RuleByRecords
 from amalgam.meta.stages import Stages
@@ -323,5 +324,10 @@ def choice_strategy() -> Repeat:
     )
 
 
-STRATEGIES: dict[str, type] = {"stages": Stages, "curriculum": Curriculum, "repeat": Repeat}
+STRATEGIES: dict[str, type] = {
+    "stages": Stages,
+    "curriculum": Curriculum,
+    "repeat": Repeat,
+    "meta-batch": MetaBatch,
+}
 """The strategies by ``kind`` in recipes; each is a :class:`amalgam.meta.periods.Strategy`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+_apart = False
 
 
 def join() -> None:
@@ -46,25 +48,45 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Let this process be the only one for the functions here, for as long as the block lasts.
+
+    What runs within gives the same numbers in whichever process it runs, and waits for no other.
+    """
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _apart else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+
+
+def total(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over the processes."""
+    if world() == 1:
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor's mean over the processes."""
     if world() == 1:
         return list(tensors)
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= world()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    return [tensor / world() for tensor in total(tensors)]
 
 
 def gather(value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from amalgam.meta.finite import usable
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
-from amalgam.policies import Policy, Pool, Student
+from amalgam.policies import FusedStudent, Policy, Pool
 from amalgam.tasks import Batch, Task
 
 
@@ -35,7 +35,7 @@ class Trajectories(NamedTuple):
     Attributes:
         scale: The episode's scaling s, shape (R, N). All parameters here are scaled: p / s.
         params: The students' parameters, shape (R, N).
-        states: One state per student. A :class:`amalgam.policies.Student`'s holds the B * N
+        states: One state per student. A :class:`amalgam.policies.FusedStudent`'s holds the B * N
             coordinates of its rows, one row after another; any other policy's is a tuple of one
             state per row.
         teacher_params: The teachers' parameters, shape (K, R, N).
@@ -98,8 +98,8 @@ class Episodes:
         self._graph_bytes: int | None = None
         first = self.students[0]
         self.steps: PolicySteps = (
-            FusedSteps(first, amalgamation.backend)
-            if isinstance(first, Student)
+            FusedSteps(first, task.layout, amalgamation.backend)
+            if isinstance(first, FusedStudent)
             else AutogradSteps(first, task.layout, amalgamation.backend)
         )
 
@@ -159,7 +159,11 @@ class Episodes:
         return rows.split(self.optimizees)
 
     def warm_up(
-        self, begin: Trajectories, batches: Sequence[Batch], lr: float | None = None
+        self,
+        begin: Trajectories,
+        batches: Sequence[Batch],
+        lr: float | None = None,
+        loss_scale: Tensor | None = None,
     ) -> Trajectories:
         """Take the warm-up's steps, which are plain SGD's.
 
@@ -171,13 +175,16 @@ class Episodes:
             begin: Where students and teachers stand.
             batches: One batch per step, each tensor of shape (R, samples, ...).
             lr: SGD's learning rate; where ``None``, ``warmup_lr`` of the student's configuration.
+            loss_scale: A factor on the gradients that the students' states see, shape (R,), and on
+                nothing else.
         """
         scale, params, states, _, teacher_state = begin
         lr = self.students[0].config.warmup_lr if lr is None else lr
         for batch in batches:
             _, grads, _ = self.gradients(params[:, None], scale, batch)
             grads = grads[:, 0]
-            ok = usable(grads)
+            to_students = grads if loss_scale is None else grads * loss_scale[:, None]
+            ok = usable(grads) & usable(to_students)
             if not ok.any():
                 continue
             with torch.no_grad():
@@ -185,7 +192,7 @@ class Episodes:
                 states = tuple(
                     self.steps.warm_up(seen, state, moved)
                     for seen, state, moved in zip(
-                        self.by_student(grads), states, self.by_student(ok), strict=True
+                        self.by_student(to_students), states, self.by_student(ok), strict=True
                     )
                 )
                 own = slice(self.teacher_rows)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from amalgam.meta import distributed
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.unroll import Unroll
@@ -91,6 +92,7 @@ class Estimator(Protocol):
         carried: Sequence[Tensor] = (),
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
+        conditions: StepConditions | None = None,
     ) -> Estimate:
         """Run one window and estimate its meta-gradient.
 
@@ -104,6 +106,7 @@ class Estimator(Protocol):
             perturbation: Perturbs the weights at which the meta-gradient is computed (paper,
                 section 4).
             input_noise: Standard deviation of the noise on the gradients that students see.
+            conditions: Learning rates, weight decay and loss scales of the students' steps.
         """
         ...
 
@@ -138,6 +141,7 @@ class Truncation:
         carried: Sequence[Tensor] = (),
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
+        conditions: StepConditions | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [list(student.weights()) for student in unroll.students]
@@ -152,7 +156,13 @@ class Truncation:
             chosen: Weights, noise: Callable[[int], Weights] | None = None
         ) -> tuple[Window, Tensor]:
             window = unroll.window(
-                begin, batches, chosen, noise=noise, draws=draws, input_noise=input_noise
+                begin,
+                batches,
+                chosen,
+                noise=noise,
+                draws=draws,
+                input_noise=input_noise,
+                conditions=conditions,
             )
             return window, meta * window.meta_loss + imitation * window.imitation_loss
 
@@ -172,7 +182,14 @@ class Truncation:
             else:
                 chosen = _added(weights, drawn())
         window, loss = window_at(chosen, noise)
-        return Estimate(window, loss.detach(), _gradients(loss, weights), [])
+        grads = _gradients(loss, weights)
+        # The losses' graph would keep the window's tape as long as the losses.
+        window = replace(
+            window,
+            meta_loss=window.meta_loss.detach(),
+            imitation_loss=window.imitation_loss.detach(),
+        )
+        return Estimate(window, loss.detach(), grads, [])
 
 
 @dataclass(frozen=True)
@@ -235,6 +252,7 @@ class PersistentEvolution:
         carried: Sequence[Tensor] = (),
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
+        conditions: StepConditions | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [w.detach() for w in unroll.students[0].weights()]
@@ -247,7 +265,7 @@ class PersistentEvolution:
             for sign in (1, -1)
         ]
         with torch.no_grad():
-            window = unroll.window(begin, batches, particles)
+            window = unroll.window(begin, batches, particles, conditions=conditions)
         losses = coefficients[0] * window.meta_loss + coefficients[1] * window.imitation_loss
         slopes = (losses[::2] - losses[1::2]) / (2 * self.pairs * self.std**2)
         grads = [torch.tensordot(slopes, xi, 1) for xi in total]

@@ -16,22 +16,21 @@ def usable(values: Tensor) -> Tensor:
     return values.detach().abs().amax(-1) < math.sqrt(torch.finfo(values.dtype).max)
 
 
-def keep(new: Any, old: Any, ok: Tensor, n: int) -> Any:
+def keep(new: Any, old: Any, ok: Tensor) -> Any:
     """A state with the new values in the rows that are ok, and the old ones in all others.
 
     Args:
         new: The new state, a named tuple. Its tensors have the shape (..., rows * n), one row's n
-            coordinates after another's.
+            coordinates, or n tensors, after another's.
         old: The old state, of the same form.
         ok: Which rows are ok, shape (rows,); or (K, rows) for tensors of shape (K, rows * n).
-        n: Coordinates per row.
     """
     if ok.all():
         return new
-    where = ok.repeat_interleave(n, -1)
+
+    def kept(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(ok.repeat_interleave(a.shape[-1] // ok.shape[-1], -1), a, b)
+
     return type(new)(
-        *(
-            torch.where(where, a, b) if isinstance(a, Tensor) else a
-            for a, b in zip(new, old, strict=True)
-        )
+        *(kept(a, b) if isinstance(a, Tensor) else a for a, b in zip(new, old, strict=True))
     )

@@ -37,7 +37,7 @@ class Memory:
     Every window of which a meta-gradient is wanted records a tape: in float32, 4 bytes per
     coordinate and step for the gradients, and 4 more where there are teachers. Points and graphs
     come on top. A window keeps no point, and these settings have no effect on it, where all of
-    this holds: meta-gradients are first-order, the policy is a ``Student`` (its steps have
+    this holds: meta-gradients are first-order, the policy is a student (its steps have
     ``PolicySteps.by_coordinates``), and neither its weights nor its input get noise that is drawn
     at every step.
 

@@ -1,21 +1,24 @@
-"""One meta-step: a window, its meta-gradient, and the update of the students."""
+"""One meta-step: a window or several, their meta-gradients, and the update of the students."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam.meta import distributed
+from amalgam.meta.conditions import Conditions, Drawn, StepConditions, loss_scales
 from amalgam.meta.estimators import Estimate, Estimator
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation, loss_weights
-from amalgam.meta.periods import Period
+from amalgam.meta.periods import Period, Slots
 from amalgam.meta.perturbation import Perturbation
-from amalgam.meta.run_state import RunState
-from amalgam.meta.sampling import Sampler, begin_episode
+from amalgam.meta.run_state import EpisodeAt, RunState, Slot
+from amalgam.meta.sampling import Sampler, StackedBatches, begin_episode
+from amalgam.meta.slot_means import SlotMeans
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
@@ -24,24 +27,36 @@ from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
 
+class SlotWindow(NamedTuple):
+    """The window that a meta-step took of one episode, in this process.
+
+    Attributes:
+        slot: The episode's slot.
+        episode: The episode, and which of its windows this was.
+        task: The episode's task.
+        window: What the window gave.
+        norms: The norm of each student's meta-gradient in this window, before any clipping.
+    """
+
+    slot: int
+    episode: EpisodeAt
+    task: Task
+    window: Window
+    norms: list[float]
+
+
 class MetaStep(NamedTuple):
     """What one meta-step gave.
 
     Attributes:
-        episode: The episode's number in the run, from 0.
-        window_index: The window's number in the episode, from 0.
-        task: The episode's task.
-        window: What the window gave in this process.
-        losses: The students' meta-losses, then their imitation losses, averaged over the processes,
-            shape (2, S).
+        parts: This process's windows: one, or in a period with slots one for each of its slots.
+        losses: The students' meta-losses, then their imitation losses, averaged over the processes
+            or over the slots that did not fail, shape (2, S).
         norms: The norm of each student's meta-gradient, as
             :meth:`amalgam.meta.replicate.Replicate.update` returns it.
     """
 
-    episode: int
-    window_index: int
-    task: Task
-    window: Window
+    parts: list[SlotWindow]
     losses: Tensor
     norms: list[float]
 
@@ -58,8 +73,10 @@ class MetaSteps:
         estimator: Computes the meta-gradients.
         memory: How much a window may keep for its backward pass.
         perturbation: Perturbs the weights at which the meta-gradient is computed.
+        conditions: What each episode draws for the students' steps.
         task_weights: Each task's share of the episodes, relative to the sum of all shares.
         seed: Decides everything random.
+        meta_steps: Meta-steps of the whole run; ``None`` where they depend on its results.
 
     Attributes:
         unrolls: The engines that run episodes, one per task.
@@ -76,14 +93,18 @@ class MetaSteps:
         *,
         memory: Memory,
         perturbation: Perturbation | None,
+        conditions: Conditions,
         task_weights: Sequence[float],
         seed: int,
+        meta_steps: int | None,
     ) -> None:
         self._state = state
         self._training = training
         self._estimator = estimator
         self._perturbation = perturbation
+        self._conditions = conditions
         self._seed = seed
+        self._meta_steps = meta_steps
         self._students = [replicate.student for replicate in state.replicates]
         self.unrolls = [
             Unroll(
@@ -107,70 +128,200 @@ class MetaSteps:
         )
 
     def take(self, period: Period) -> MetaStep:
-        """Take the next meta-step of a period; at an episode's first window, begin the episode."""
-        state, progress, windows = self._state, self._state.progress, period.training.windows
-        episode, index = progress.episodes + progress.done // windows, progress.done % windows
-        unroll = self.unrolls[self._sampler.task_of(episode)]
-        if index == 0:
-            self._begin_episode(unroll, period, episode)
-        estimate = self._estimate(unroll, period, episode, index)
-        window = estimate.window
-        norms = [self._update(student, estimate) for student in range(len(self._students))]
-        state.trajectories, state.carried = window.end, estimate.carried
+        """Take the next meta-step of a period, and begin the episodes that begin with it."""
+        progress = self._state.progress
+        if period.slots is None:
+            step = self._of_processes(period)
+        else:
+            step = self._of_slots(period, period.slots)
         progress.meta_step += 1
         progress.done += 1
-        (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
-        progress.meta_losses.append(losses[0].mean().item())
-        return MetaStep(episode, index, unroll.task, window, losses, norms)
+        progress.meta_losses.append(step.losses[0].mean().item())
+        return step
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
         each = self.unrolls[0].rows // len(self._students)
         return slice(index * each, (index + 1) * each)
 
-    def _begin_episode(self, unroll: Unroll, period: Period, episode: int) -> None:
-        """Begin an episode and warm it up, as the student's configuration or the period says."""
+    def _of_processes(self, period: Period) -> MetaStep:
+        """A meta-step of the one episode that all processes run, each with its own optimizees."""
+        state, progress, windows = self._state, self._state.progress, period.training.windows
+        number = progress.episodes + progress.done // windows
+        task = self._sampler.task_of(number)
+        episode = EpisodeAt(number, task, windows, progress.done % windows)
+        rank = distributed.rank()
+        if episode.window == 0:
+            state.slots[rank] = self._begin_episode(episode, period)
+        estimate = self._estimate(state.slots[rank], episode, period)
+        window = estimate.window
+        norms = []
+        for index in range(len(self._students)):
+            loss, moved = estimate.loss[index], self._moved(index, window)
+            loss_and_moved = torch.stack((loss, torch.full_like(loss, float(moved))))
+            *grads, loss_and_moved = distributed.average(
+                [*self._grads(index, estimate), loss_and_moved]
+            )
+            mean_loss, share_moved = loss_and_moved.tolist()
+            norms.append(self._update(index, grads, mean_loss, bool(share_moved)))
+        state.slots[rank] = Slot(window.end, estimate.carried)
+        (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
+        part = SlotWindow(rank, episode, self.unrolls[task].task, window, norms)
+        return MetaStep([part], losses, norms)
+
+    def _of_slots(self, period: Period, slots: Slots) -> MetaStep:
+        """A meta-step of the episodes in all slots, of which each process runs its own."""
+        state, progress = self._state, self._state.progress
+        for number in range(len(progress.running), slots.count):
+            begun = self._episode(period, slots, progress.episodes + number)
+            # Apart from the first meta-step on: slot k is k / K into its episode.
+            place = number * begun.windows // slots.count
+            progress.running.append(replace(begun, window=place))
+        means = SlotMeans(self._students, slots.count)
+        parts = []
+        for slot in range(distributed.rank(), slots.count, distributed.world()):
+            episode = progress.running[slot]
+            # A slot's numbers must not depend on the process that runs it.
+            with distributed.apart():
+                if slot not in state.slots:
+                    state.slots[slot] = self._begin_episode(episode, period)
+                estimate = self._estimate(state.slots[slot], episode, period, slot)
+            window = estimate.window
+            norms = [
+                means.add(
+                    slot,
+                    index,
+                    self._grads(index, estimate),
+                    torch.stack((window.meta_loss[index], window.imitation_loss[index])),
+                    moved=self._moved(index, window),
+                    stuck=self._stuck(index, window),
+                    clip=slots.clip,
+                )
+                for index in range(len(self._students))
+            ]
+            parts.append(SlotWindow(slot, episode, self.unrolls[episode.task].task, window, norms))
+            state.slots[slot] = Slot(window.end, estimate.carried)
+        grads, losses, counted, failed = means.over_all()
+        norms = [
+            self._update(index, grads[index], losses[0, index].item(), bool(counted[index]))
+            for index in range(len(self._students))
+        ]
+        for slot, episode in enumerate(progress.running):
+            following = replace(episode, window=episode.window + 1)
+            if failed[slot] or following.window == following.windows:
+                state.slots.pop(slot, None)
+                following = self._episode(period, slots, episode.number + slots.count, slot)
+            progress.running[slot] = following
+        progress.failed_episodes += sum(failed)
+        return MetaStep(parts, losses, norms)
+
+    def _episode(
+        self, period: Period, slots: Slots, number: int, slot: int | None = None
+    ) -> EpisodeAt:
+        """A new episode of a slot; ``None`` means a further slot."""
+        others = [e.task for index, e in enumerate(self._state.progress.running) if index != slot]
+        taken = others if slots.count <= len(self.unrolls) else []
+        windows = self._sampler.windows_of(
+            number, period.training.unroll, slots.shortest, slots.longest
+        )
+        return EpisodeAt(number, self._sampler.task_of(number, taken), windows, 0)
+
+    def _begin_episode(self, episode: EpisodeAt, period: Period) -> Slot:
+        """Begin an episode, warm it up, and take the windows that it is to have behind it."""
         if period.own_warmup:
             config = self._students[0].config
             steps, lr = config.warmup_steps, config.warmup_lr
         else:
             training = period.training
             steps, lr = training.warmup_windows * training.unroll, training.warmup_lr
-        self._state.trajectories = begin_episode(
+        unroll, number = self.unrolls[episode.task], episode.number
+        drawn = self._drawn(episode)
+        where = begin_episode(
             unroll,
-            self._sampler.generators("episode", episode),
-            self._sampler.batches(unroll.task, steps, "warm-up", episode),
+            self._sampler.generators("episode", number),
+            self._sampler.batches(unroll.task, steps, "warm-up", number),
             lr,
+            None if drawn is None else loss_scales(drawn, self._students[0].weights()[0]),
         )
-        self._state.carried = []
+        for window in range(episode.window):
+            with torch.no_grad():
+                where = unroll.window(
+                    where,
+                    self._batches(episode, period, window),
+                    conditions=self._of_window(episode, period, window),
+                ).end
+        return Slot(where, [])
 
-    def _estimate(self, unroll: Unroll, period: Period, episode: int, index: int) -> Estimate:
-        """Run an episode's window and estimate its meta-gradient."""
-        state, meta_step = self._state, self._state.progress.meta_step
-        assert state.trajectories is not None
+    def _batches(self, episode: EpisodeAt, period: Period, window: int) -> StackedBatches:
+        """The batches of one of an episode's windows."""
+        task, steps = self.unrolls[episode.task].task, period.training.unroll
+        return self._sampler.batches(task, steps, "window", episode.number, window)
+
+    def _drawn(self, episode: EpisodeAt) -> list[Drawn] | None:
+        """What an episode has drawn for each row; ``None`` where there is nothing to draw."""
+        if not self._conditions.any:
+            return None
+        generators = self._sampler.generators("conditions", episode.number)
+        return [self._conditions.draw(generator) for generator in generators]
+
+    def _of_window(self, episode: EpisodeAt, period: Period, window: int) -> StepConditions | None:
+        """The conditions in one of an episode's windows; ``None`` where there are none."""
+        drawn, steps = self._drawn(episode), period.training.unroll
+        if drawn is None:
+            return None
+        horizon, like = episode.windows * steps, self._students[0].weights()[0].detach()
+        return StepConditions.of(drawn, window * steps, steps, horizon, like)
+
+    def _estimate(self, slot: Slot, episode: EpisodeAt, period: Period, *own: int) -> Estimate:
+        """Run an episode's next window and estimate its meta-gradient.
+
+        Args:
+            slot: Where the episode stands.
+            episode: The episode.
+            period: The period.
+            *own: What tells the window's draws from those of the meta-step's other windows.
+        """
+        meta_step = self._state.progress.meta_step
 
         def generators(student: int, *purpose: str | int) -> torch.Generator:
-            return generator_for(self._seed + student, *purpose, meta_step)
+            return generator_for(self._seed + student, *purpose, meta_step, *own)
 
         return self._estimator.estimate(
-            unroll,
-            state.trajectories,
-            self._sampler.batches(unroll.task, period.training.unroll, "window", episode, index),
+            self.unrolls[episode.task],
+            slot.trajectories,
+            self._batches(episode, period, episode.window),
             loss_weights(
                 self._training.il_mode,
                 period.imitation_weight,
-                generator_for(self._seed, "switch", meta_step),
+                generator_for(self._seed, "switch", meta_step, *own),
             ),
             generators,
-            carried=state.carried,
+            carried=slot.carried,
             perturbation=self._perturbation,
             input_noise=self._training.input_noise,
+            conditions=self._of_window(episode, period, episode.window),
         )
 
-    def _update(self, index: int, estimate: Estimate) -> float:
+    def _grads(self, index: int, estimate: Estimate) -> list[Tensor]:
+        """A student's meta-gradient; zeros where its loss does not depend on its weights."""
+        if estimate.grads is not None:
+            return estimate.grads[index]
+        return [torch.zeros_like(w) for w in self._students[index].weights()]
+
+    def _moved(self, index: int, window: Window) -> bool:
+        """Whether a student took any step of a window.
+
+        If not, the window's losses do not depend on its weights.
+        """
+        skipped = window.skipped[self.rows_of(index), 0]
+        return bool((skipped < len(window.losses)).any())
+
+    def _stuck(self, index: int, window: Window) -> bool:
+        """Whether any of a student's rows took no step of a window."""
+        skipped = window.skipped[self.rows_of(index), 0]
+        return bool((skipped == len(window.losses)).any())
+
+    def _update(self, index: int, grads: Sequence[Tensor], loss: float, moved: bool) -> float:
         """Update a replicate, and return the norm of its meta-gradient."""
-        skipped = estimate.window.skipped[self.rows_of(index), 0]
-        # The losses of a window in which the student took no step do not depend on its weights.
-        moved = bool((skipped < len(estimate.window.losses)).any())
-        grads = estimate.grads[index] if estimate.grads is not None else None
-        return self._state.replicates[index].update(estimate.loss[index], grads, moved)
+        rate = self._training.rate(self._state.progress.meta_step, self._meta_steps)
+        return self._state.replicates[index].update(grads, loss, moved, rate)

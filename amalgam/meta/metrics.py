@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.meta.meta_step import SlotWindow
 from amalgam.meta.window import Window
 from amalgam.policies import Pool
 
@@ -22,6 +23,8 @@ def finite_json(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: finite_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -54,4 +57,45 @@ def window_metrics(window: Window, pool: Pool, rows: slice) -> dict[str, Any]:
         nearest = torch.nn.functional.one_hot(distances.argmin(2), len(pool))
         metrics["distance"] = by_name(pool.names, distances.mean((0, 1)))
         metrics["followed"] = by_name(pool.names, nearest.double().mean((0, 1)))
+    return metrics
+
+
+def slot_metrics(part: SlotWindow, index: int, unroll: int) -> dict[str, Any]:
+    """A replicate's metrics of one slot's window.
+
+    Args:
+        part: The window.
+        index: The replicate's number.
+        unroll: Steps per window.
+
+    Returns:
+        ``slot``; ``task``, its name; ``episode``, its number; ``step``, how many of the episode's
+        steps came before the window; ``horizon``, how many steps the episode has; ``meta_loss`` and
+        ``imitation_loss``; ``grad_norm``, before any clipping.
+    """
+    episode, window = part.episode, part.window
+    return {
+        "slot": part.slot,
+        "task": part.task.name,
+        "episode": episode.number,
+        "step": episode.window * unroll,
+        "horizon": episode.windows * unroll,
+        "meta_loss": window.meta_loss[index].item(),
+        "imitation_loss": window.imitation_loss[index].item(),
+        "grad_norm": part.norms[index],
+    }
+
+
+def over_slots(slots: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What :func:`window_metrics` gave for several slots as one: sums of counts, means of all else.
+
+    Args:
+        slots: One entry per slot.
+    """
+    metrics: dict[str, Any] = {}
+    for key, by_name in slots[0].items():
+        metrics[key] = {}
+        for name in by_name:
+            total = math.fsum(slot[key][name] for slot in slots)
+            metrics[key][name] = round(total) if key == "skipped_steps" else total / len(slots)
     return metrics

@@ -44,6 +44,23 @@ class UnrollSettings:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Episodes that run side by side; see :class:`amalgam.meta.MetaBatch`.
+
+    Attributes:
+        count: How many.
+        shortest: The shortest horizon, in steps.
+        longest: The longest horizon, in steps.
+        clip: The largest norm of one slot's meta-gradient.
+    """
+
+    count: int
+    shortest: int
+    longest: int
+    clip: float
+
+
+@dataclass(frozen=True)
 class Period:
     """A period that is to be trained: a number of episodes with the same settings.
 
@@ -59,6 +76,8 @@ class Period:
             in every period. ``None`` for no validation of the period.
         own_warmup: Where true, episodes warm up by the student's own ``warmup_steps`` and
             ``warmup_lr``, and those of ``training`` have no effect.
+        slots: Where given, every meta-step takes a window of each of several episodes, whose
+            lengths are drawn. Of ``training``, only ``unroll`` and ``meta_steps`` count then.
     """
 
     stage: int
@@ -69,6 +88,7 @@ class Period:
     imitation_weight: float
     validation: UnrollSettings | None
     own_warmup: bool = False
+    slots: Slots | None = None
 
     @property
     def name(self) -> str:

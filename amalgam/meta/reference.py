@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.objective import Amalgamation
 from amalgam.ops import teacher_distance
-from amalgam.policies import Pool, Student
+from amalgam.policies import FusedStudent, Pool
 from amalgam.tasks import Batch, Task
 
 
 def window(
     task: Task,
-    student: Student,
+    student: FusedStudent,
     pool: Pool,
     how: Amalgamation,
     begin: Trajectories,
     batches: Sequence[Batch],
     weights: Sequence[Sequence[Tensor]],
     row: int = 0,
+    conditions: StepConditions | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The meta-loss, the imitation loss and the final parameters of one row.
 
@@ -39,6 +41,7 @@ def window(
         batches: One batch per step, each tensor of shape (R, samples, ...).
         weights: The student's weights at each step.
         row: The row's number.
+        conditions: Learning rates, weight decay and loss scales of the student's steps.
 
     Returns:
         The two losses, scalars in the weights' graph, and the scaled parameters, shape (N,).
@@ -46,9 +49,13 @@ def window(
     scale, n = begin.scale[row], begin.scale.shape[1]
     params = begin.params[row].detach().requires_grad_()
     each = len(begin.params) // len(begin.states)
-    in_student = slice(row % each * n, row % each * n + n)
     state: Any = begin.states[row // each]
-    state = type(state)(*(t[..., in_student] for t in state))
+
+    def of_row(tensor: Tensor) -> Tensor:
+        width = tensor.shape[-1] // each
+        return tensor[..., row % each * width : (row % each + 1) * width]
+
+    state = type(state)(*map(of_row, state))
     teachers = begin.teacher_params[:, row]
     in_pool = slice(row * n, row * n + n)
     (teacher_state,) = begin.teacher_state
@@ -68,8 +75,15 @@ def window(
             meta = meta + ((loss + how.eps).log() - (start + how.eps).log()) / len(batches)
         else:
             meta = meta + loss / (start + how.eps) / len(batches)
-        update, state = student.step(grad, state, weights[t], backend="reference")
-        params = params - update
+        lr, kept, loss_scale = 1.0, 1.0, 1.0
+        if conditions is not None:
+            lr, kept = (numbers[t, row].item() for numbers in conditions[:2])
+            loss_scale = conditions.loss_scale[row].item()
+        grad = grad * loss_scale
+        update, state = student.step(
+            grad, state, weights[t], layout=task.layout, params=params, backend="reference"
+        )
+        params = params * kept - lr * update
 
         grads = []
         for teacher in teachers:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from amalgam import nests
-from amalgam.meta import distributed
 from amalgam.meta.clipping import clip_adaptively
 from amalgam.meta.training import Training
 from amalgam.policies import Policy
@@ -24,7 +23,7 @@ class Replicate:
 
     Args:
         student: The student, which is trained in place.
-        training: Of it ``meta_lr``, ``clip_ratio`` and ``clip_floor`` are read.
+        training: Of it ``meta_betas``, ``clip_ratio`` and ``clip_floor`` are read.
 
     Attributes:
         student: The student.
@@ -40,37 +39,38 @@ class Replicate:
         self.best_meta_step = 0
         self._training = training
         self._best = _weights_of(student)
-        self._optimizer = torch.optim.Adam(student.parameters(), lr=training.meta_lr, eps=_META_EPS)
+        self._optimizer = torch.optim.Adam(
+            student.parameters(), lr=training.meta_lr, betas=training.meta_betas, eps=_META_EPS
+        )
 
-    def update(self, loss: Tensor, grads: Sequence[Tensor] | None, moved: bool) -> float:
-        """Average the meta-gradient over the processes, clip it, and step the meta-optimizer.
+    def update(self, grads: Sequence[Tensor], loss: float, moved: bool, rate: float) -> float:
+        """Clip a meta-gradient, and step the meta-optimizer.
 
-        The step is skipped, in all processes, if the averaged gradient or the averaged loss is not
-        finite, or if the student took no step of the window in any process.
+        The step is skipped if the gradient or the loss is not finite, or if the student took no
+        step of any window.
 
         Args:
-            loss: The student's loss in this process, a scalar.
-            grads: The meta-gradient of this process; ``None`` means zero.
-            moved: Whether the student took any step of the window in this process.
+            grads: The meta-gradient, averaged over the processes or the slots.
+            loss: The student's loss, averaged alike.
+            moved: Whether the student took any step of a window.
+            rate: The meta-optimizer's learning rate.
 
         Returns:
-            The norm of the averaged meta-gradient over all weights, before clipping. NaN if the
-            student took no step of the window in any process.
+            The norm of the meta-gradient over all weights, before clipping. NaN if the student took
+            no step of any window.
         """
         weights = self.student.weights()
-        own = list(grads) if grads is not None else [torch.zeros_like(w) for w in weights]
-        loss_and_moved = torch.stack((loss, torch.full_like(loss, float(moved))))
-        *means, loss_and_moved = distributed.average([*own, loss_and_moved])
-        mean_loss, share_moved = loss_and_moved.tolist()
-        norm = torch.nn.utils.get_total_norm(means).item() if share_moved else math.nan
-        if not math.isfinite(norm) or not math.isfinite(mean_loss):
+        norm = torch.nn.utils.get_total_norm(grads).item() if moved else math.nan
+        if not math.isfinite(norm) or not math.isfinite(loss):
             self.skipped_meta_steps += 1
             return norm
         clipped = clip_adaptively(
-            weights, means, ratio=self._training.clip_ratio, floor=self._training.clip_floor
+            weights, grads, ratio=self._training.clip_ratio, floor=self._training.clip_floor
         )
         for weight, grad in zip(weights, clipped, strict=True):
             weight.grad = grad.detach()
+        (group,) = self._optimizer.param_groups
+        group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm

@@ -29,7 +29,7 @@ METRICS = "metrics.jsonl"
 STUDENT = "student.safetensors"
 PERIODS = "periods"
 
-FORMAT = 2
+FORMAT = 3
 """The format of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
 
 
@@ -75,8 +75,8 @@ class RunFolder:
         if distributed.rank():
             return
         tensors = state.learned()
-        for rank, trajectories in enumerate(everywhere):
-            tensors |= nests.prefixed(f"trajectories.{rank}", trajectories)
+        for trajectories in everywhere:
+            tensors |= nests.prefixed("trajectories", trajectories)
         about = {
             "format": FORMAT,
             "run": self._identity,
@@ -104,8 +104,7 @@ class RunFolder:
         for replicate, stored in zip(state.replicates, about["replicates"], strict=True):
             replicate.load_json(stored)
         state.progress = Progress.from_json(about["progress"])
-        own = nests.under(f"trajectories.{distributed.rank()}", tensors)
-        state.load_trajectory_tensors(own, unrolls, device)
+        state.load_trajectory_tensors(nests.under("trajectories", tensors), unrolls, device)
 
     def _refuse_others(self, about: Mapping[str, Any]) -> None:
         """Raise if a checkpoint has another format or belongs to another run."""

@@ -1,4 +1,4 @@
-"""The state of a run: progress, weights and meta-optimizers, and the trajectories' tensors.
+"""The state of a run: progress, weights and meta-optimizers, and its slots' trajectories.
 
 It is all that a checkpoint has to hold. Everything random derives from the seed and from the
 numbers here.
@@ -8,16 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam import nests
+from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.periods import INITIAL, Record
 from amalgam.meta.replicate import Replicate
 from amalgam.policies import state_from_tensors, state_tensors
+
+
+@dataclass(frozen=True)
+class EpisodeAt:
+    """An episode, and which of its windows comes next.
+
+    Attributes:
+        number: The episode's number in the run, from 0.
+        task: The index of its task.
+        windows: How many windows it has.
+        window: The next window's number, from 0.
+    """
+
+    number: int
+    task: int
+    windows: int
+    window: int
+
+
+class Slot(NamedTuple):
+    """Where the episode in one slot stands.
+
+    Attributes:
+        trajectories: Parameters and states of its students and teachers after the last window.
+        carried: What the estimator carries from window to window of the episode.
+    """
+
+    trajectories: Trajectories
+    carried: list[Tensor]
 
 
 @dataclass
@@ -32,6 +62,8 @@ class Progress:
             current period began with. It does not refer to ``checkpoint.safetensors``.
         meta_losses: The mean meta-loss of each meta-step of the current period, for its record.
         records: The records of the periods that are over.
+        running: The episode in each slot, in a period that has slots.
+        failed_episodes: How many episodes in slots ended early, in the whole run.
     """
 
     meta_step: int = 0
@@ -40,6 +72,8 @@ class Progress:
     checkpoint: str = INITIAL
     meta_losses: list[float] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    running: list[EpisodeAt] = field(default_factory=list)
+    failed_episodes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The progress as JSON can hold it."""
@@ -53,6 +87,7 @@ class Progress:
         """The progress that :meth:`to_json` gave."""
         fields = dict(stored)
         fields["records"] = [Record.from_json(record) for record in stored["records"]]
+        fields["running"] = [EpisodeAt(**episode) for episode in stored["running"]]
         fields["meta_losses"] = [float(loss) for loss in stored["meta_losses"]]
         return cls(**fields)
 
@@ -66,16 +101,15 @@ class RunState:
     Attributes:
         replicates: The students, with their meta-optimizers.
         progress: How far the run is.
-        trajectories: Parameters and states of this process's students and teachers after the last
-            window; ``None`` before the first episode.
-        carried: What the estimator carries from window to window of the episode.
+        slots: Where this process's episodes stand, by the slots' numbers; a slot is absent until
+            its episode has begun. In periods without slots each process has the one whose number is
+            its rank.
     """
 
     def __init__(self, replicates: Sequence[Replicate]) -> None:
         self.replicates = tuple(replicates)
         self.progress = Progress()
-        self.trajectories: Trajectories | None = None
-        self.carried: list[Tensor] = []
+        self.slots: dict[int, Slot] = {}
 
     def learned(self) -> dict[str, Tensor]:
         """Weights, best weights and meta-optimizers of all replicates, by name."""
@@ -93,43 +127,60 @@ class RunState:
             replicate.load_tensors(nests.under(f"replicate.{index}", named))
 
     def trajectory_tensors(self) -> dict[str, Tensor]:
-        """The tensors of ``trajectories`` and ``carried``, by name, on the CPU."""
-        assert self.trajectories is not None
-        where = self.trajectories
-        named = {
-            "scale": where.scale,
-            "params": where.params,
-            "teacher_params": where.teacher_params,
-        }
-        states = nests.to_named(where.states, named_tuples=True)
-        named |= nests.prefixed("states", {name: t.contiguous() for name, t in states.items()})
-        for index, state in enumerate(where.teacher_state):
-            named |= nests.prefixed(f"teacher_state.{index}", state_tensors(state))
-        named |= nests.prefixed("carried", nests.to_named(self.carried))
+        """The tensors of ``slots``, by name, on the CPU."""
+        named: dict[str, Tensor] = {}
+        for number, slot in self.slots.items():
+            named |= nests.prefixed(str(number), _tensors_of(slot))
         return {name: tensor.cpu() for name, tensor in named.items()}
 
     def load_trajectory_tensors(
         self, named: Mapping[str, Tensor], unrolls: Sequence[Episodes], device: torch.device
     ) -> None:
-        """Take over what :meth:`trajectory_tensors` gave.
+        """Take over this process's part of what :meth:`trajectory_tensors` gave.
 
         Args:
-            named: What it gave.
+            named: What it gave, in all processes together.
             unrolls: The run's engines, one per task.
             device: The device to put the tensors on.
         """
-        there = {name: tensor.to(device) for name, tensor in named.items()}
-        params = there["params"]
-        # States depend on a task by its size alone, so any task of that size will do.
-        unroll = next(one for one in unrolls if one.task.layout.numel == params.shape[1])
-        like = tuple(unroll.steps.initial(ours) for ours in unroll.by_student(params))
-        # Not from `there`: teachers of torch.optim know themselves where each of their tensors is.
-        pools = nests.by_number(nests.under("teacher_state", named))
-        self.trajectories = Trajectories(
-            there["scale"],
-            params,
-            nests.from_named(nests.under("states", there), like),
-            there["teacher_params"],
-            tuple(state_from_tensors(pools[index], device) for index in range(len(pools))),
-        )
-        self.carried = nests.from_named(nests.under("carried", there))
+        self.slots = {
+            number: _slot_of(tensors, unrolls, device)
+            for number, tensors in nests.by_number(named).items()
+            if number % distributed.world() == distributed.rank()
+        }
+
+
+def _tensors_of(slot: Slot) -> dict[str, Tensor]:
+    """A slot's tensors, by name."""
+    where = slot.trajectories
+    named = {
+        "scale": where.scale,
+        "params": where.params,
+        "teacher_params": where.teacher_params,
+    }
+    states = nests.to_named(where.states, named_tuples=True)
+    named |= nests.prefixed("states", {name: t.contiguous() for name, t in states.items()})
+    for index, state in enumerate(where.teacher_state):
+        named |= nests.prefixed(f"teacher_state.{index}", state_tensors(state))
+    return named | nests.prefixed("carried", nests.to_named(slot.carried))
+
+
+def _slot_of(
+    named: Mapping[str, Tensor], unrolls: Sequence[Episodes], device: torch.device
+) -> Slot:
+    """The slot that :func:`_tensors_of` took apart."""
+    there = {name: tensor.to(device) for name, tensor in named.items()}
+    params = there["params"]
+    # States depend on a task by its size alone, so any task of that size will do.
+    unroll = next(one for one in unrolls if one.task.layout.numel == params.shape[1])
+    like = tuple(unroll.steps.initial(ours) for ours in unroll.by_student(params))
+    # Not from `there`: teachers of torch.optim know themselves where each of their tensors is.
+    pools = nests.by_number(nests.under("teacher_state", named))
+    trajectories = Trajectories(
+        there["scale"],
+        params,
+        nests.from_named(nests.under("states", there), like),
+        there["teacher_params"],
+        tuple(state_from_tensors(pools[index], device) for index in range(len(pools))),
+    )
+    return Slot(trajectories, nests.from_named(nests.under("carried", there)))

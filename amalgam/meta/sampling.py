@@ -1,4 +1,4 @@
-"""What is random in a run's episodes: the task, the optimizees, their batches.
+"""What is random in a run's episodes: the task, the horizon, the optimizees, their batches.
 
 Each draw has a generator of its own, which derives from the run's seed and from a *purpose*: words
 and numbers that name the draw. So what an episode sees depends neither on what ran before it nor on
@@ -7,10 +7,11 @@ how the run was cut and resumed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes, Trajectories
@@ -45,6 +46,7 @@ def begin_episode(
     generators: Sequence[torch.Generator],
     warmup: Sequence[Batch],
     warmup_lr: float,
+    loss_scale: Tensor | None = None,
 ) -> Trajectories:
     """Begin an episode and warm it up.
 
@@ -53,9 +55,10 @@ def begin_episode(
         generators: One per row; they decide the optimizees and their scaling.
         warmup: The warm-up's batches, one per step; an empty sequence means no warm-up.
         warmup_lr: The warm-up's learning rate.
+        loss_scale: A factor on the gradients of the warm-up that students see, shape (R,).
     """
     begin = episodes.begin(*generators)
-    return episodes.warm_up(begin, warmup, warmup_lr) if len(warmup) else begin
+    return episodes.warm_up(begin, warmup, warmup_lr, loss_scale) if len(warmup) else begin
 
 
 class Sampler:
@@ -90,12 +93,34 @@ class Sampler:
         self._particles = particles
         self._optimizees = optimizees
 
-    def task_of(self, episode: int) -> int:
-        """The index of the task that an episode takes."""
+    def task_of(self, episode: int, taken: Collection[int] = ()) -> int:
+        """The index of the task that an episode takes.
+
+        Args:
+            episode: The episode's number.
+            taken: Tasks that it may not take, unless they are all.
+        """
         if len(self._tasks) == 1:
             return 0
+        weights = torch.tensor(self._task_weights)
+        if len(set(taken)) < len(self._tasks):
+            weights[list(taken)] = 0
         generator = generator_for(self._seed, "task", episode)
-        return int(torch.multinomial(torch.tensor(self._task_weights), 1, generator=generator))
+        return int(torch.multinomial(weights, 1, generator=generator))
+
+    def windows_of(self, episode: int, unroll: int, shortest: int, longest: int) -> int:
+        """How many windows an episode has whose horizon is drawn, log-uniform.
+
+        Args:
+            episode: The episode's number.
+            unroll: Steps per window.
+            shortest: The shortest horizon, in steps.
+            longest: The longest horizon, in steps.
+        """
+        generator = generator_for(self._seed, "horizon", episode)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
+        windows = round(shortest * (longest / shortest) ** drawn / unroll)
+        return min(max(windows, -(-shortest // unroll)), longest // unroll)
 
     def generators(self, *purpose: str | int) -> list[torch.Generator]:
         """One generator per row, in its initial state.

@@ -4,8 +4,7 @@ A policy trains B optimizees of N coordinates each; each optimizee is a *row* of
 All that the policy carries from step to step for these rows is one *state*, of whatever type. A row
 that does not move in a step keeps its part of the state.
 
-:class:`FusedSteps` takes the steps of a ``Student``, :class:`AutogradSteps` those of any other
-policy.
+:class:`FusedSteps` takes the steps of a student, :class:`AutogradSteps` those of any other policy.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch import Tensor
 from amalgam import nests
 from amalgam.layout import Layout
 from amalgam.meta.finite import keep
-from amalgam.operations import lstm
 from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StudentState
-from amalgam.policies import Policy, Student
+from amalgam.policies import FusedStudent, Policy
+from amalgam.policies.fused_student import TensorContext
 
 # Called with a row's number; returns the generator of the noise that a policy trains with, for a
 # certain step.
@@ -52,8 +51,19 @@ class PolicySteps(Protocol):
             moved: Which rows take the step, shape (B,).
         """
 
+    def context(self, params: Tensor, state: Any) -> Any:
+        """What the policy is told of whole tensors in the step after a state; ``None`` if nothing.
+
+        Where ``by_coordinates``, the backward pass by coordinates asks for it again.
+
+        Args:
+            params: The parameters before the step, shape (B, N).
+            state: The state before it.
+        """
+
     def forward(
         self,
+        params: Tensor,
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
@@ -64,6 +74,7 @@ class PolicySteps(Protocol):
         """One step.
 
         Args:
+            params: The parameters before the step, shape (B, N).
             grads: The gradients, shape (B, N).
             state: The state before the step; not changed unless ``reuse``.
             weights: The policy's weights.
@@ -79,6 +90,7 @@ class PolicySteps(Protocol):
         self,
         d_updates: Tensor,
         d_state: Any,
+        params: Tensor,
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
@@ -91,7 +103,8 @@ class PolicySteps(Protocol):
             d_updates: Gradients with respect to the updates, shape (B, N).
             d_state: The gradient with respect to the new state. It may be overwritten with the one
                 that is returned.
-            grads: As in :meth:`forward`, like all that follows.
+            params: As in :meth:`forward`, like all that follows.
+            grads: The gradients.
             state: The state before the step.
             weights: The policy's weights.
             moved: Which rows moved.
@@ -118,115 +131,129 @@ class PolicySteps(Protocol):
 
 
 class FusedSteps:
-    """The student's steps by its fused operations; released states' memory serves later states.
+    """A student's steps by its fused operations; released states' memory serves later states.
 
     Args:
         student: The student.
+        layout: Which tensors an optimizee's coordinates belong to.
         backend: The backend that computes the operations.
     """
 
     by_coordinates = True
 
-    def __init__(self, student: Student, backend: str) -> None:
+    def __init__(self, student: FusedStudent, layout: Layout, backend: str) -> None:
         self._student = student
-        self._settings = student.config.settings
+        self._layout = layout
         self._backend = backend
-        self._spare: dict[tuple[torch.Size, torch.dtype], list[StudentState]] = {}
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[Any]] = {}
 
-    def initial(self, like: Tensor) -> StudentState:
+    def initial(self, like: Tensor) -> Any:
         """See :class:`PolicySteps`; the tensors are views of one zero, which no step writes to."""
-        weights = self._student.weights()
-        layers, hidden = lstm.architecture(weights)
-        zero, n = weights[0].new_zeros(()), like.numel()
-        cells = zero.expand(layers, hidden, n)
-        return StudentState(zero.expand(n), zero.expand(n), cells, cells)
+        none: Any = self._student.initial_state(like.new_empty((*like.shape[:-1], 0)), self._layout)
+        n = like.numel()
+        zero = self._student.weights()[0].new_zeros(())
+        cells = zero.expand(*none.h.shape[:2], n)
+        rest = (tensor.repeat(len(like)) for tensor in none[4:])
+        return type(none)(zero.expand(n), zero.expand(n), cells, cells, *rest)
 
-    def warm_up(self, grads: Tensor, state: StudentState, moved: Tensor) -> StudentState:
+    def warm_up(self, grads: Tensor, state: Any, moved: Tensor) -> Any:
         """See :class:`PolicySteps`."""
-        new = self._student.warm_up(grads.reshape(-1), state)
-        warmed: StudentState = keep(new, state, moved, grads.shape[1])
-        return warmed
+        return keep(self._student.warm_up(grads.reshape(-1), state), state, moved)
+
+    def context(self, params: Tensor, state: Any) -> TensorContext | None:
+        """See :class:`PolicySteps`."""
+        return self._student.context(state, params.reshape(-1), self._layout)
 
     def forward(
         self,
+        params: Tensor,
         grads: Tensor,
-        state: StudentState,
+        state: Any,
         weights: Sequence[Tensor],
         moved: Tensor,
         draws: RowDraws,
         reuse: bool,
-    ) -> tuple[Tensor, StudentState]:
+    ) -> tuple[Tensor, Any]:
         """See :class:`PolicySteps`."""
         flat = grads.reshape(-1)
-        new, source = (state if reuse else self._take(state)), state
+        into, source = _fused(state if reuse else self._take(state)), _fused(state)
         if not state.h.is_contiguous():
             # The kernel takes contiguous states only, so the initial state is copied to where the
             # new state will lie.
-            for to, value in zip(new, state, strict=True):
+            for to, value in zip(into, source, strict=True):
                 to.copy_(value)
-            source = new
+            source = into
         update = torch.empty_like(flat)
-        step_into(update, new, flat, source, weights, self._settings, self._backend)
-        return update.view(grads.shape), keep(new, state, moved, grads.shape[1])
+        folded = self._student.folded(weights, self.context(params, state))
+        step_into(update, into, flat, source, *folded, self._backend)
+        new = self._student.carried(into, state)
+        return update.view(grads.shape), keep(new, state, moved)
 
     def backward(
         self,
         d_updates: Tensor,
-        d_state: StudentState,
+        d_state: Any,
+        params: Tensor,
         grads: Tensor,
-        state: StudentState,
+        state: Any,
         weights: Sequence[Tensor],
         moved: Tensor,
         draws: RowDraws,
-    ) -> tuple[Tensor, StudentState, list[Tensor]]:
+    ) -> tuple[Tensor, Any, list[Tensor]]:
         """See :class:`PolicySteps`."""
-        n = grads.shape[1]
         d_moved = d_state
         if not moved.all():
             d_updates = torch.where(moved[:, None], d_updates, 0)
-            nothing = StudentState(*(torch.zeros_like(tensor) for tensor in d_state))
-            d_moved = keep(d_state, nothing, moved, n)
-        d_grads, d_weights = backward_into(
+            nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
+            d_moved = keep(d_state, nothing, moved)
+        context = self.context(params, state)
+        folded = self._student.folded(weights, context)
+        d_grads, d_folded = backward_into(
             d_updates.reshape(-1),
-            d_moved,
+            _fused(d_moved),
             grads.reshape(-1),
-            state,
-            weights,
-            self._settings,
+            _fused(state),
+            *folded,
             self._backend,
         )
-        return d_grads.view(grads.shape), keep(d_moved, d_state, moved, n), d_weights
+        d_weights = self._student.unfolded(d_folded, context)
+        return d_grads.view(grads.shape), keep(d_moved, d_state, moved), d_weights
 
-    def zeros(self, state: StudentState) -> StudentState:
+    def zeros(self, state: Any) -> Any:
         """See :class:`PolicySteps`."""
         zeros = self._take(state)
         for tensor in zeros:
             tensor.zero_()
         return zeros
 
-    def release(self, state: StudentState) -> None:
+    def release(self, state: Any) -> None:
         """See :class:`PolicySteps`."""
         self._spare.setdefault((state.h.shape, state.h.dtype), []).append(state)
 
-    def stored(self, state: StudentState, cells: torch.dtype) -> StudentState:
+    def stored(self, state: Any, cells: torch.dtype) -> Any:
         """See :class:`PolicySteps`."""
         stored = self._take(state, cells)
         for to, value in zip(stored, state, strict=True):
             to.copy_(value)
         return stored
 
-    def _take(self, like: StudentState, cells: torch.dtype | None = None) -> StudentState:
+    def _take(self, like: Any, cells: torch.dtype | None = None) -> Any:
         cells = cells or like.h.dtype
         spare = self._spare.get((like.h.shape, cells))
         if spare:
             return spare.pop()
-        dtypes = (like.m.dtype, like.v.dtype, cells, cells)
-        return StudentState(
+        dtypes = (like.m.dtype, like.v.dtype, cells, cells, *(t.dtype for t in like[4:]))
+        return type(like)(
             *(
                 torch.empty(t.shape, dtype=dtype, device=t.device)
                 for t, dtype in zip(like, dtypes, strict=True)
             )
         )
+
+
+def _fused(state: Any) -> StudentState:
+    """What the operations read and write of a student's state."""
+    return state if isinstance(state, StudentState) else StudentState(*state[:4])
 
 
 class AutogradSteps:
@@ -259,8 +286,12 @@ class AutogradSteps:
             for grad, old, ok in zip(grads, state, moved, strict=True)
         )
 
+    def context(self, params: Tensor, state: tuple[Any, ...]) -> None:
+        """See :class:`PolicySteps`; nothing, as it is not asked for."""
+
     def forward(
         self,
+        params: Tensor,
         grads: Tensor,
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
@@ -273,7 +304,7 @@ class AutogradSteps:
         for row, (grad, old, ok) in enumerate(zip(grads, state, moved, strict=True)):
             update, after = torch.zeros_like(grad), old
             if ok:
-                update, after = self._step(grad, old, weights, draws(row))
+                update, after = self._step(params[row], grad, old, weights, draws(row))
             updates.append(update)
             new.append(after)
         return torch.stack(updates), tuple(new)
@@ -282,6 +313,7 @@ class AutogradSteps:
         self,
         d_updates: Tensor,
         d_state: list[list[Tensor]],
+        params: Tensor,
         grads: Tensor,
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
@@ -297,6 +329,7 @@ class AutogradSteps:
             rest = len(old) + 1
             with torch.enable_grad():
                 update, new = self._step(
+                    params[row],
                     leaves[0],
                     nests.with_tensors(state[row], leaves[1:rest]),
                     leaves[rest:],
@@ -330,11 +363,13 @@ class AutogradSteps:
 
     def _step(
         self,
+        params: Tensor,
         grad: Tensor,
         state: Any,
         weights: Sequence[Tensor],
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Any]:
+        seen = {"params": params} if self._policy.sees_params else {}
         return self._policy.step(
             grad,
             state,
@@ -342,4 +377,5 @@ class AutogradSteps:
             layout=self._layout,
             generator=generator,
             backend=self._backend,
+            **seen,
         )

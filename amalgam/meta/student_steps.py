@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes
 from amalgam.meta.finite import usable
 from amalgam.meta.perturbation import InputNoise
@@ -50,6 +51,7 @@ class StudentSteps:
         noise: What is added to the weights at each step; ``None`` for nothing.
         draws: Returns generators for the policies' own noise and for ``input_noise``.
         input_noise: Standard deviation of the noise on the gradients that students see.
+        conditions: Learning rates, weight decay and loss scales of the steps; ``None`` for none.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class StudentSteps:
         noise: WeightNoise | None,
         draws: Draws | None,
         input_noise: float,
+        conditions: StepConditions | None = None,
     ) -> None:
         self.weights = weights
+        self.conditions = conditions
         self._episodes = episodes
         self._noise = noise
         self._draws = draws
@@ -93,20 +97,21 @@ class StudentSteps:
         reuse = reuse and bool(moved.all())
         updates, states = [], []
         inputs = zip(
+            self._episodes.by_student(point.params),
             self._episodes.by_student(self._seen(step, grads)),
             point.states,
             self._weights_at(step),
             self._episodes.by_student(moved),
             strict=True,
         )
-        for student, (seen, state, weights, to_move) in enumerate(inputs):
+        for student, (params, seen, state, weights, to_move) in enumerate(inputs):
             update, new = self._episodes.steps.forward(
-                seen, state, weights, to_move, self._draws_of(step, student), reuse
+                params, seen, state, weights, to_move, self._draws_of(step, student), reuse
             )
             updates.append(update)
             states.append(new)
         update = torch.cat(updates) if len(updates) > 1 else updates[0]
-        params = point.params - update
+        params = self._stepped(step, point.params, update)
         if not moved.all():
             params = torch.where(moved[:, None], params, point.params)
         return Point(params, tuple(states)), usable(update)
@@ -122,14 +127,16 @@ class StudentSteps:
             grads: Their gradients there, shape (R, N).
             moved: Which rows moved, shape (R,).
             adjoint: The adjoint after the step; changed in place. ``states`` become those before
-                the step, ``weights`` get the step's share added, and ``params`` stay.
+                the step, ``weights`` get the step's share added, and ``params`` lose what weight
+                decay takes.
 
         Returns:
             The gradients with respect to ``grads``, shape (R, N).
         """
         episodes = self._episodes
-        d_updates = episodes.by_student(-adjoint.params)
+        d_updates = episodes.by_student(self._back_to_updates(step, moved, adjoint))
         seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
+        params = episodes.by_student(point.params)
         d_grads = torch.zeros_like(grads)
         for student, rows_moved in enumerate(episodes.by_student(moved)):
             if not rows_moved.any():
@@ -137,6 +144,7 @@ class StudentSteps:
             d_grad, adjoint.states[student], d_weights = episodes.steps.backward(
                 d_updates[student],
                 adjoint.states[student],
+                params[student],
                 seen[student],
                 point.states[student],
                 weights[student],
@@ -145,10 +153,33 @@ class StudentSteps:
             )
             torch._foreach_add_(adjoint.weights[student], d_weights)
             episodes.by_student(d_grads)[student].copy_(d_grad)
-        return d_grads
+        return self.scaled(d_grads)
+
+    def _stepped(self, step: int, params: Tensor, update: Tensor) -> Tensor:
+        """The parameters (R, N) after an update of all rows."""
+        if self.conditions is None:
+            return params - update
+        lr, kept = self.conditions.lr[step, :, None], self.conditions.kept[step, :, None]
+        return params * kept - lr * update
+
+    def _back_to_updates(self, step: int, moved: Tensor, adjoint: Adjoint) -> Tensor:
+        """Back through :meth:`_stepped`: gradients with respect to the updates, shape (R, N).
+
+        Those with respect to the parameters become what reaches them past the updates, in place.
+        """
+        if self.conditions is None:
+            return -adjoint.params
+        d_updates = -self.conditions.lr[step, :, None] * adjoint.params
+        adjoint.params *= torch.where(moved, self.conditions.kept[step], 1)[:, None]
+        return d_updates
+
+    def scaled(self, grads: Tensor) -> Tensor:
+        """Gradients (R, N) times the losses' scales; also gradients with respect to them."""
+        return grads if self.conditions is None else grads * self.conditions.loss_scale[:, None]
 
     def _seen(self, step: int, grads: Tensor) -> Tensor:
         """The gradients (R, N) as students see them."""
+        grads = self.scaled(grads)
         if self._input_noise is None:
             return grads
         if self._draws is None:

@@ -19,6 +19,10 @@ The backward pass knows a_p and a_s after step t, and computes them before it (`
     a_g, a_s, share of a_w = student_step_backward(a_u, a_s)
     a_p = a_p + d(meta-loss)/d(l_t) * g_t + H_t @ a_g
 
+With :class:`amalgam.meta.conditions.StepConditions` the student sees c g_t, where c is the loss's
+scale, and p_{t+1} = k_t p_t - lr_t u_t. Then a_u = -lr_t a_p, a_g gets the factor c, and a_p gets
+the factor k_t before the last line.
+
 H_t is the Jacobian of g_t with respect to p_t, that is the Hessian of l_t; ``H_t @ a_g`` is its
 product with the vector a_g. First-order meta-gradients count g_t as a constant and leave out this
 product. Then a_u is a sum over the later steps that does not depend on the student, and
@@ -39,7 +43,9 @@ from amalgam import ops
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Adjoint, StudentSteps
+from amalgam.operations.student_forms import tensors_of_part
 from amalgam.ops import StudentState
+from amalgam.policies.fused_student import FusedStudent, TensorContext
 from amalgam.tasks import Batch
 
 # Coordinates whose adjoints are made at once: few enough to be small beside the tape, many enough
@@ -67,6 +73,8 @@ class Tape:
         moved: Which rows took each step, shape (T, R).
         loss_slopes: The derivatives of the meta-losses with respect to the students' losses, shape
             (T, R).
+        contexts: What each student was told of tensors in each step, a list of T a student; empty
+            where the backward pass goes by steps.
         graphs: For some steps, what :meth:`amalgam.meta.episode.Episodes.gradients` returns for
             second order: the leaf, and the gradients in their graph.
     """
@@ -81,6 +89,7 @@ class Tape:
     slopes: Tensor
     moved: Tensor
     loss_slopes: Tensor
+    contexts: list[list[TensorContext]] = field(default_factory=list)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def advance(self, step: int, point: Point) -> Point:
@@ -128,23 +137,43 @@ class Tape:
         """What some coordinates of one optimizee add to the gradients of its student's weights."""
         episodes, n = self.episodes, self.begin.params.shape[1]
         row = student * episodes.optimizees + index
+        if not self.moved[:, row].any():
+            return [torch.zeros_like(weight) for weight in self.steps.weights[student]]
         adjoints = self._update_adjoints(row, part, d_slopes[row], d_grads[:, row])
         grads, moved = self.grads[:, row, part], self.moved[:, row]
+        conditions = self.steps.conditions
+        if conditions is not None:
+            grads = grads * conditions.loss_scale[row]
         if not moved.all():
             adjoints, grads = adjoints[moved], grads[moved]
         in_state = slice(index * n + part.start, index * n + part.stop)
+        policy = episodes.students[0]
+        assert isinstance(policy, FusedStudent)
         state = StudentState(
-            *(tensor[..., in_state].contiguous() for tensor in self.begin.states[student])
+            *(tensor[..., in_state].contiguous() for tensor in self.begin.states[student][:4])
         )
-        share: list[Tensor] = ops.student_unroll_backward(
-            grads,
-            adjoints,
-            state,
-            self.steps.weights[student],
-            episodes.students[0].config.settings,
-            backend=episodes.amalgamation.backend,
+        context = self._context_of_part(student, index, part, moved)
+        weights, settings = policy.folded(self.steps.weights[student], context)
+        found = ops.student_unroll_backward(
+            grads, adjoints, state, weights, settings, backend=episodes.amalgamation.backend
         )
-        return share
+        return policy.unfolded(found, context)
+
+    def _context_of_part(
+        self, student: int, index: int, part: slice, moved: Tensor
+    ) -> TensorContext | None:
+        """What a student was told in the steps that it took, of some coordinates' tensors."""
+        if not self.contexts:
+            return None
+        taken = [context for context, ok in zip(self.contexts[student], moved, strict=True) if ok]
+        tensors = len(taken[0].sizes) // self.episodes.optimizees
+        among, inside = tensors_of_part(taken[0].sizes[:tensors], part)
+        own = slice(index * tensors + among.start, index * tensors + among.stop)
+        inputs, corrections = (
+            torch.stack([getattr(context, name)[own] for context in taken])
+            for name in ("inputs", "corrections")
+        )
+        return TensorContext(inputs, corrections, inside)
 
     def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
         """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""
@@ -154,9 +183,15 @@ class Tape:
         else:
             sums = torch.zeros_like(grads)
         sums[:-1].addcmul_(d_grads[1:, None], grads[1:], value=-1)
+        conditions = self.steps.conditions
+        if conditions is None:
+            for t in range(len(sums) - 2, -1, -1):
+                sums[t] += sums[t + 1]
+            return sums
+        kept = torch.where(self.moved[:, row], conditions.kept[:, row], 1).tolist()
         for t in range(len(sums) - 2, -1, -1):
-            sums[t] += sums[t + 1]
-        return sums
+            sums[t].add_(sums[t + 1], alpha=kept[t + 1])
+        return sums.mul_(conditions.lr[:, row, None])
 
     def _back_by_steps(self, d_slopes: Tensor, d_grads: Tensor) -> list[list[Tensor]]:
         """First or second order, the last step first; see :meth:`_back_by_coordinates`."""

@@ -4,8 +4,9 @@ Killed at any moment and resumed, a run ends in the same numbers: what is random
 seed and from how far the run is (:mod:`amalgam.meta.sampling`), and a checkpoint holds the rest
 (:mod:`amalgam.meta.run_state`, :mod:`amalgam.meta.run_folder`).
 
-Under ``torchrun`` every process trains optimizees of its own with the same students; meta-gradients
-are averaged, and the first process alone writes to the folder.
+Under ``torchrun`` every process trains optimizees of its own with the same students, or slots of
+its own with :class:`amalgam.meta.MetaBatch`; meta-gradients are averaged, and the first process
+alone writes to the folder.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 
 from amalgam.device import resolve
 from amalgam.meta import distributed, validation
+from amalgam.meta.conditions import Conditions
 from amalgam.meta.estimators import Estimator, Truncation
 from amalgam.meta.memory import Memory
-from amalgam.meta.meta_step import MetaSteps
-from amalgam.meta.metrics import finite_json, window_metrics
+from amalgam.meta.meta_step import MetaStep, MetaSteps
+from amalgam.meta.metrics import finite_json, over_slots, slot_metrics, window_metrics
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, Strategy
 from amalgam.meta.perturbation import Perturbation
@@ -58,11 +60,13 @@ class Trainer:
         estimator: Computes the meta-gradients; ``Truncation()`` where absent.
         memory: How much a window may keep for its backward pass.
         perturbation: Perturbs the weights at which the meta-gradient is computed.
+        conditions: What each episode draws for the students' steps: weight decay, learning rates,
+            the loss's scale. Nothing where absent.
         task_weights: Each task's share of the episodes, relative to the sum of all shares: the task
             of an episode is drawn by them. Equal shares where absent.
-        seed: Decides everything random. Replicate i draws its optimizees, batches and noise by
-            ``seed + i``. What all replicates have in common is drawn by ``seed``: the task of an
-            episode and, for ``il_mode="switch"``, the loss of a window.
+        seed: Decides everything random. Replicate i draws its optimizees, their conditions, batches
+            and noise by ``seed + i``. What all replicates have in common is drawn by ``seed``: the
+            task and the horizon of an episode and, for ``il_mode="switch"``, the loss of a window.
         device: Where everything is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a
             GPU if there is one. Everything random is drawn on the CPU, and so is the same on any
             device. Files hold CPU tensors, so a run may be resumed on another device.
@@ -86,6 +90,7 @@ class Trainer:
         estimator: Estimator | None = None,
         memory: Memory | None = None,
         perturbation: Perturbation | None = None,
+        conditions: Conditions | None = None,
         task_weights: Sequence[float] | None = None,
         seed: int = 0,
         device: str | torch.device = "auto",
@@ -103,6 +108,7 @@ class Trainer:
         self.estimator = estimator or Truncation()
         self.memory = memory or Memory()
         self.perturbation = perturbation
+        self.conditions = conditions or Conditions()
         self.seed = seed
         self.folder = Path(folder)
         self.provenance = dict(provenance or {})
@@ -117,8 +123,10 @@ class Trainer:
             self.estimator,
             memory=self.memory,
             perturbation=self.perturbation,
+            conditions=self.conditions,
             task_weights=self.task_weights,
             seed=seed,
+            meta_steps=self.strategy.meta_steps,
         )
         self._files = RunFolder(self.folder, self._identity())
 
@@ -130,6 +138,7 @@ class Trainer:
                 f"strategy goes back to earlier weights, which {students} replicates would "
                 f"have to do together; train them one by one, or by stages"
             )
+        self.training.check_schedule(self.strategy.meta_steps)
         self.estimator.check(
             students=students,
             optimizees=self.training.optimizees,
@@ -160,6 +169,7 @@ class Trainer:
             "training": str(self.training),
             "estimator": str(self.estimator),
             "perturbation": str(self.perturbation),
+            "conditions": str(self.conditions),
             "memory": memory,
             "strategy": str(self.strategy),
         }
@@ -254,7 +264,12 @@ class Trainer:
             metrics = finite_json({"meta_validation": score, "period": period.name})
         mean = math.fsum(progress.meta_losses) / len(progress.meta_losses)
         progress.records.append(Record.of(period, meta_loss=mean, validation=score))
-        progress.episodes += period.training.episodes
+        if period.slots is None:
+            progress.episodes += period.training.episodes
+        else:
+            progress.episodes = 1 + max(episode.number for episode in progress.running)
+            progress.running = []
+            self._state.slots.clear()
         progress.done, progress.checkpoint, progress.meta_losses = 0, period.name, []
         if self.strategy.goes_back:
             self._files.save_period(period.name, self._state)
@@ -269,23 +284,52 @@ class Trainer:
             entry = {
                 "meta_step": self.meta_step,
                 "stage": period.stage,
-                "episode": step.episode,
-                "window": step.window_index,
                 "meta_loss": step.losses[0, index].item(),
                 "imitation_loss": step.losses[1, index].item(),
                 "grad_norm": step.norms[index],
                 "skipped_meta_steps": replicate.skipped_meta_steps,
-                **window_metrics(step.window, self.pool, self._meta_steps.rows_of(index)),
+                **self._window_metrics(period, step, index),
             }
             if len(self.students) > 1:
                 entry["replicate"] = index
-            if len(self.tasks) > 1:
-                entry["task"] = step.task.name
             if self._is_time_to_validate():
                 entry["validation"] = self._validate(index)
             entry["seconds"] = time.perf_counter() - started
             entries.append(finite_json(entry))
         return entries
+
+    def _window_metrics(self, period: Period, step: MetaStep, index: int) -> dict[str, Any]:
+        """What a meta-step's entry for a replicate says of its windows.
+
+        In a period with slots it has all slots' windows in the first process, and is empty in the
+        others.
+        """
+        rows = self._meta_steps.rows_of(index)
+        if period.slots is None:
+            (part,) = step.parts
+            named = {"task": part.task.name} if len(self.tasks) > 1 else {}
+            return {
+                "episode": part.episode.number,
+                "window": part.episode.window,
+                **window_metrics(part.window, self.pool, rows),
+                **named,
+            }
+        own = [
+            (
+                slot_metrics(part, index, period.training.unroll),
+                window_metrics(part.window, self.pool, rows),
+            )
+            for part in step.parts
+        ]
+        everywhere = [pair for pairs in distributed.gather(own) for pair in pairs]
+        if not everywhere:
+            return {}
+        everywhere.sort(key=lambda pair: pair[0]["slot"])
+        return {
+            "failed_episodes": self._state.progress.failed_episodes,
+            **over_slots([ours for _, ours in everywhere]),
+            "slots": [slot | ours for slot, ours in everywhere],
+        }
 
     def _is_time_to_validate(self) -> bool:
         every = self.training.validate_every

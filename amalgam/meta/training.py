@@ -26,6 +26,14 @@ class Training:
             one alone.
         input_noise: Standard deviation of the noise on the gradients that students see in training.
         meta_lr: Learning rate of the meta-optimizer, which is Adam.
+        meta_betas: Its decays of the first and the second moment.
+        meta_schedule: How ``meta_lr`` goes on after ``meta_warmup``: it stays (``"constant"``), or
+            falls as half a cosine to ``meta_lr_end`` times itself (``"cosine"``).
+        meta_warmup: Meta-steps in which the meta-optimizer's rate grows linearly to ``meta_lr``.
+        meta_lr_end: Where the cosine ends, as a multiple of ``meta_lr``.
+        meta_schedule_steps: The meta-step at which the cosine ends; later ones stay there. Where
+            absent, the strategy's last meta-step; strategies whose length depends on their results
+            need it.
         clip_ratio: The meta-gradient of each tensor of weights is shortened to at most this times
             the tensor's norm (adaptive gradient clipping).
         clip_floor: A tensor whose norm is smaller counts as having this norm, for ``clip_ratio``.
@@ -43,6 +51,11 @@ class Training:
     il_mode: Literal["sum", "switch", "imitation", "meta"] = "sum"
     input_noise: float = 0.0
     meta_lr: float = 1e-3
+    meta_betas: tuple[float, float] = (0.9, 0.999)
+    meta_schedule: Literal["constant", "cosine"] = "constant"
+    meta_warmup: int = 0
+    meta_lr_end: float = 0.0
+    meta_schedule_steps: int | None = None
     clip_ratio: float = 0.1
     clip_floor: float = 1e-3
     checkpoint_every: int = 10
@@ -56,12 +69,54 @@ class Training:
         for name in ("optimizees", "checkpoint_every", "validation_steps", "validation_seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("validate_every", "input_noise"):
+        for name in ("validate_every", "input_noise", "meta_warmup", "meta_lr_end"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("meta_lr", "clip_ratio", "clip_floor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name, known in (("il_mode", MODES), ("validation_data", ("validation", "train"))):
+        object.__setattr__(self, "meta_betas", tuple(self.meta_betas))
+        if len(self.meta_betas) != 2 or not all(0 <= beta < 1 for beta in self.meta_betas):
+            raise ValueError(f"meta_betas must be two numbers in [0, 1), not {self.meta_betas}")
+        if self.meta_schedule_steps is not None and self.meta_schedule_steps < 1:
+            raise ValueError(
+                f"meta_schedule_steps must be 1 or more, not {self.meta_schedule_steps}"
+            )
+        for name, known in (
+            ("il_mode", MODES),
+            ("validation_data", ("validation", "train")),
+            ("meta_schedule", ("constant", "cosine")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+
+    def check_schedule(self, meta_steps: int | None) -> None:
+        """Refuse a schedule that has no end.
+
+        Args:
+            meta_steps: The strategy's meta-steps; ``None`` where they depend on its results.
+
+        Raises:
+            ValueError: The schedule is a cosine, and nothing says where it ends.
+        """
+        if self.meta_schedule == "cosine" and not (self.meta_schedule_steps or meta_steps):
+            raise ValueError(
+                "meta_schedule_steps must be given for the schedule 'cosine' with a strategy whose "
+                "meta-steps depend on its results, not None"
+            )
+
+    def rate(self, meta_step: int, meta_steps: int | None) -> float:
+        """The meta-optimizer's learning rate.
+
+        Args:
+            meta_step: How many meta-steps the run has taken before.
+            meta_steps: The strategy's meta-steps; ``None`` where they depend on its results.
+        """
+        if meta_step < self.meta_warmup:
+            return self.meta_lr * (meta_step + 1) / self.meta_warmup
+        if self.meta_schedule == "constant":
+            return self.meta_lr
+        end = self.meta_schedule_steps or meta_steps or 0
+        gone = (meta_step - self.meta_warmup) / max(end - self.meta_warmup, 1)
+        share = (1 + math.cos(math.pi * min(gone, 1.0))) / 2
+        return self.meta_lr * (self.meta_lr_end + (1 - self.meta_lr_end) * share)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.student_steps import Draws, WeightNoise
 from amalgam.meta.window import Window, run_window
@@ -32,6 +33,7 @@ class Unroll(Episodes):
         noise: WeightNoise | None = None,
         draws: Draws | None = None,
         input_noise: float = 0.0,
+        conditions: StepConditions | None = None,
     ) -> Window:
         """Run a window: all students and teachers take one step on each batch.
 
@@ -51,6 +53,8 @@ class Unroll(Episodes):
                 its initial state. The purpose is ``"policy"`` for the noise that some policies
                 train with, or ``"input"`` for ``input_noise``.
             input_noise: Standard deviation of the noise on the gradients that students see.
+            conditions: Learning rates, weight decay and loss scales of the students' steps; where
+                ``None``, a step is the student's update. Teachers do not see them.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
-        return run_window(self, begin, batches, chosen, noise, draws, input_noise)
+        return run_window(self, begin, batches, chosen, noise, draws, input_noise, conditions)

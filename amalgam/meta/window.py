@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from amalgam import nests
+from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Plan, plan
@@ -69,12 +70,13 @@ def run_window(
     noise: WeightNoise | None,
     draws: Draws | None,
     input_noise: float,
+    conditions: StepConditions | None = None,
 ) -> Window:
     """Run a window whose losses autograd can differentiate with respect to the weights.
 
     The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
     """
-    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise)
+    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions)
     with torch.no_grad():
         window = run()
     if not run.recorded:
@@ -128,6 +130,7 @@ class _Run:
         noise: WeightNoise | None,
         draws: Draws | None,
         input_noise: float,
+        conditions: StepConditions | None,
     ) -> None:
         self._episodes = episodes
         self._begin = begin
@@ -137,7 +140,7 @@ class _Run:
             w.requires_grad for w in chain.from_iterable(weights)
         )
         constants = [[w.detach() for w in ours] for ours in weights]
-        steps = StudentSteps(episodes, constants, noise, draws, input_noise)
+        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions)
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
         self.tape = Tape(
@@ -174,11 +177,13 @@ class _Run:
             losses, grads, teacher_losses, teacher_grads = self._gradients(
                 t, point, teachers, batch
             )
-            ok = losses.isfinite() & usable(grads)
+            ok = losses.isfinite() & usable(tape.steps.scaled(grads)) & usable(grads)
             self._counted[t] = ok
             grads = torch.where(ok[:, None], grads, 0)
             if self.recorded:
                 tape.grads[t] = grads
+                if not tape.by_steps:
+                    self._note_context(point)
             point, moved = self._step(t, point, grads, ok)
             tape.moved[t] = moved
             skipped[:, 0] += ~moved
@@ -244,6 +249,15 @@ class _Run:
             reuse = self.recorded and tape.points.is_free(point)
             after, _ = tape.steps.forward(t, point, grads, moved, reuse)
         return after, moved
+
+    def _note_context(self, point: Point) -> None:
+        """Put on the tape what the students are told of tensors in the step from a point."""
+        steps, rows = self._episodes.steps, self._episodes.by_student(point.params)
+        for student, (params, state) in enumerate(zip(rows, point.states, strict=True)):
+            context = steps.context(params, state)
+            if context is not None:
+                self.tape.contexts.extend([] for _ in range(student + 1 - len(self.tape.contexts)))
+                self.tape.contexts[student].append(context)
 
     def _plan(self) -> Plan:
         """What to keep in the memory that the tape and the backward pass itself leave."""

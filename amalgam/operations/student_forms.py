@@ -26,6 +26,8 @@ tensor as a whole enters there.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -197,7 +199,7 @@ def by_coordinate(corrections: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Te
     if len(sizes) == 1:
         c1, c2 = corrections[0]
         return c1, c2
-    counts = torch.tensor(list(sizes), device=corrections.device)
+    counts = torch.tensor(list(sizes), dtype=torch.int64, device=corrections.device)
     c1, c2 = corrections.repeat_interleave(counts, 0).unbind(1)
     return c1, c2
 
@@ -213,7 +215,7 @@ def bias_by_coordinate(bias: Tensor, settings: StepSettings) -> Tensor:
         return bias[:, None]
     if len(settings.sizes) == 1:
         return bias.T
-    counts = torch.tensor(list(settings.sizes), device=bias.device)
+    counts = torch.tensor(list(settings.sizes), dtype=torch.int64, device=bias.device)
     return bias.repeat_interleave(counts, 0).T
 
 
@@ -221,6 +223,23 @@ def by_tensor(d_gates: Tensor, sizes: Sequence[int]) -> Tensor:
     """The sums over each tensor's coordinates, (tensors, 4 hidden), of (4 hidden, N)."""
     parts = d_gates.split(list(sizes), 1)
     return torch.stack([part.sum(1) for part in parts])
+
+
+def tensors_of_part(sizes: Sequence[int], part: slice) -> tuple[slice, list[int]]:
+    """The tensors that have coordinates in a part of all, and how many each has there.
+
+    Args:
+        sizes: How many coordinates each tensor has.
+        part: Which coordinates; one or more.
+    """
+    ends = list(itertools.accumulate(sizes))
+    first = bisect.bisect_right(ends, part.start)
+    last = bisect.bisect_left(ends, part.stop)
+    inside = [
+        min(part.stop, ends[tensor]) - max(part.start, ends[tensor] - sizes[tensor])
+        for tensor in range(first, last + 1)
+    ]
+    return slice(first, last + 1), inside
 
 
 def check_tensors(settings: StepSettings, bias: Tensor, n: int | None, like: Tensor) -> None:

@@ -157,7 +157,10 @@ def check_state(
 
 
 def initial_state(
-    like: Tensor, weights: Sequence[Tensor], cells_dtype: torch.dtype | None = None
+    like: Tensor,
+    weights: Sequence[Tensor],
+    cells_dtype: torch.dtype | None = None,
+    moments_dtype: torch.dtype | None = None,
 ) -> StudentState:
     """The zero state for a tensor of coordinates.
 
@@ -166,6 +169,7 @@ def initial_state(
         weights: The student's weights; the state takes their dtype.
         cells_dtype: Dtype of h and c where it is to be another: bfloat16 beside float32 halves
             the state, in the in-place form.
+        moments_dtype: Likewise of m and v.
 
     Returns:
         m, v of shape S and h, c of shape (layers, hidden, *S), contiguous zeros.
@@ -176,9 +180,10 @@ def initial_state(
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
     cells = cells_dtype or weights[0].dtype
+    moments = moments_dtype or weights[0].dtype
     return StudentState(
-        zeros(*like.shape),
-        zeros(*like.shape),
+        zeros(*like.shape, dtype=moments),
+        zeros(*like.shape, dtype=moments),
         zeros(layers, hidden, *like.shape, dtype=cells),
         zeros(layers, hidden, *like.shape, dtype=cells),
     )
@@ -417,8 +422,7 @@ def _autograd(ctx: Any, *grads_out: Tensor) -> tuple[Any, ...]:
         list(grads_out), grad, m, v, h, c, weights, *ctx.constants
     )
     # An empty list takes no gradient for each of its elements; one of numbers takes one in all.
-    none = [[] if isinstance(value, list) and not value else None for value in ctx.constants]
-    return *found, in_weights, *none
+    return *found, in_weights, *([] if value == [] else None for value in ctx.constants)
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from amalgam.operations import registry
 from amalgam.operations.checks import check_floating, check_like
-from amalgam.operations.student_forms import StepSettings, check_tensors
+from amalgam.operations.student_forms import StepSettings, check_tensors, tensors_of_part
 from amalgam.operations.student_step import (
     DEFAULTS,
     SETTINGS_SCHEMA,
@@ -182,17 +182,9 @@ def _of_part(settings: StepSettings, part: slice) -> tuple[slice | None, StepSet
     """Which tensors of the nominal form have coordinates in a part, and the settings of these."""
     if settings.corrections is None:
         return None, settings
-    begin, sizes, tensors = 0, [], []
-    for tensor, size in enumerate(settings.sizes):
-        inside = min(part.stop, begin + size) - max(part.start, begin)
-        begin += size
-        if inside > 0:
-            sizes.append(inside)
-            tensors.append(tensor)
-    own = slice(tensors[0], tensors[-1] + 1)
-    # Empty tensors between them stay.
-    sizes = [dict(zip(tensors, sizes, strict=True)).get(t, 0) for t in range(own.start, own.stop)]
-    return own, settings._replace(corrections=settings.corrections[:, own], sizes=sizes)
+    tensors, inside = tensors_of_part(settings.sizes, part)
+    corrections = settings.corrections[:, tensors]
+    return tensors, settings._replace(corrections=corrections, sizes=inside)
 
 
 @registry.reference.kernel(_NAME, dtypes=None)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from amalgam.optimizers.memory import MemoryEstimate, estimate_memory
 from amalgam.optimizers.policy import PolicyOptimizer
 from amalgam.optimizers.student import DEFAULT_STUDENT, AmalgamatedOptimizer
 from amalgam.optimizers.teacher import TeacherOptimizer
-from amalgam.policies import AnyTeacher, Policy, Student
+from amalgam.policies import AnyTeacher, FusedStudent, Policy
 
 
 def optimizer_of(
     params: Any, policy: Policy, backend: str = "auto"
 ) -> AmalgamatedOptimizer | PolicyOptimizer:
-    """A learned policy as an optimizer: the student by its fused step, others by their own.
+    """A learned policy as an optimizer: a student by its fused step, others by their own.
 
     Args:
         params: Parameters or groups, floating point.
         policy: The policy.
         backend: What computes the steps.
     """
-    if isinstance(policy, Student):
+    if isinstance(policy, FusedStudent):
         return AmalgamatedOptimizer(params, student=policy, backend=backend)
     return PolicyOptimizer(params, policy, backend=backend)
 
@@ -42,8 +43,10 @@ def optimizer_of_teacher(
 __all__ = [
     "DEFAULT_STUDENT",
     "AmalgamatedOptimizer",
+    "MemoryEstimate",
     "PolicyOptimizer",
     "TeacherOptimizer",
+    "estimate_memory",
     "optimizer_of",
     "optimizer_of_teacher",
 ]

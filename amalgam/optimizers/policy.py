@@ -21,9 +21,9 @@ class PolicyOptimizer(LearnedOptimizer):
 
     The first ``warmup_steps`` are SGD, then every parameter becomes
     ``p (1 - lr weight_decay) - lr update``; a step with a gradient that is not finite is not taken.
-    All that is as in :class:`AmalgamatedOptimizer`, which is faster and takes only a
-    :class:`Student`. A policy that does not step coordinatewise sees, in every step, all of a
-    group's parameters that have a gradient.
+    All that is as in :class:`AmalgamatedOptimizer`, which is faster and takes only students. A
+    policy that does not step coordinatewise sees, in every step, all of a group's parameters that
+    have a gradient.
 
     Args:
         params: Parameters or groups, floating point; float64 ones are computed in float64, all
@@ -116,7 +116,10 @@ class PolicyOptimizer(LearnedOptimizer):
             rate = float(group["warmup_lr"])
             update, state = rate * grad, policy.warm_up(grad, state, layout=layout)
         else:
-            update, state = policy.step(grad, state, layout=layout, backend=self.backend)
+            seen: dict[str, Any] = {}
+            if policy.sees_params:
+                seen["params"] = torch.cat([param.reshape(-1).to(dtype) for param in unit])
+            update, state = policy.step(grad, state, layout=layout, backend=self.backend, **seen)
         self._scatter(policy, group, unit, state)
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         for param, change in zip(unit, layout.unflatten(update).values(), strict=True):

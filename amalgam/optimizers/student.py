@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -23,18 +24,20 @@ from amalgam.optimizers.base import (
     computing_dtype,
     finite,
 )
-from amalgam.policies import Student
+from amalgam.policies import FusedStudent, NominalStudent, load_policy
+from amalgam.policies.fused_student import ContextConstants, TensorContext
 
-DEFAULT_STUDENT = "digits"
+DEFAULT_STUDENT = "standard"
 _STATE = StudentState._fields
 
 
 class AmalgamatedOptimizer(LearnedOptimizer):
     """A learned optimizer where AdamW was: the student steps on every coordinate.
 
-    The first ``warmup_steps`` are SGD, during which the student only watches (its moments follow,
-    its LSTM waits): so it was meta-trained. Then every parameter becomes
-    ``p (1 - lr weight_decay) - lr update``. Source: Optimizer Amalgamation (ICLR 2022).
+    Every parameter becomes ``p (1 - lr weight_decay) - lr update``. A :class:`NominalStudent`
+    steps from the beginning. The paper's :class:`Student` needs ``warmup_steps`` of SGD first,
+    during which it only watches (its moments follow, its LSTM waits): so it was meta-trained.
+    Source: Optimizer Amalgamation (ICLR 2022).
 
     A step in which any gradient is not finite is not taken, and counted in ``skipped_steps``.
 
@@ -43,8 +46,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             others in float32, in which their state is kept.
         lr: Factor on the student's updates and on warm-up's, 1 for as it was trained; schedulers
             may drive it.
-        student: A :class:`Student`, a shipped one's name, or a path to a file it was saved to.
-            Its weights are taken once, here.
+        student: A :class:`NominalStudent` or a :class:`Student`, a shipped one's name, or a path to
+            a file it was saved to. Its weights are taken once, here.
         backend: ``"auto"`` for the fastest that works, or a backend's name.
         warmup_steps: SGD steps before the student takes over; 0 for none, ``None`` for what the
             student was trained with.
@@ -53,9 +56,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             and not 1e-3, useful values are a thousand times smaller.
         cells_dtype: ``torch.bfloat16`` keeps the LSTM's state of parameters that are computed in
             float32 in half the memory, rounded after every step.
-        rounding: ``"nearest"``, or ``"stochastic"``: the LSTM's state and parameters, where they
-            are bfloat16, are rounded up or down at random and right on average, so that updates
-            below a parameter's last bit are not lost. (To float16, always nearest.)
+        moments_dtype: ``torch.bfloat16`` keeps m and v likewise; it needs ``"stochastic"``
+            rounding, as v changes by less than its last bit in a step.
+        rounding: ``"nearest"``, or ``"stochastic"``: state and parameters, where they are bfloat16,
+            are rounded up or down at random and right on average, so that updates below a
+            parameter's last bit are not lost. (To float16, always nearest.)
         seed: Of that, in [0, 2^32): the same seed, steps and gradients give the same bits.
         capturable: As PyTorch's optimizers have it: a step waits for no GPU, so that a CUDA graph
             can hold it. ``lr`` and ``weight_decay`` may be tensors on the device and count when the
@@ -74,34 +79,33 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1.0,
-        student: Student | str | os.PathLike[str] = DEFAULT_STUDENT,
+        student: FusedStudent | str | os.PathLike[str] = DEFAULT_STUDENT,
         backend: str = "auto",
         warmup_steps: int | None = None,
         warmup_lr: float | None = None,
         weight_decay: float = 0.0,
         *,
         cells_dtype: torch.dtype | None = None,
+        moments_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         seed: int = 0,
         capturable: bool = False,
     ) -> None:
         ops.check_backend(backend)
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
-        if cells_dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"cells_dtype must be float32, bfloat16 or None, not {cells_dtype}")
-        if not isinstance(student, Student):
-            student = Student.load(student)
+        check_stored("cells_dtype", cells_dtype)
+        check_stored("moments_dtype", moments_dtype)
+        student = student_of(student)
         self.backend = backend
         self.cells_dtype = cells_dtype
+        self.moments_dtype = moments_dtype
         self.config = student.config
+        self._student = copy.deepcopy(student).cpu().requires_grad_(False)
         own = [
             w.detach().cpu().clone(memory_format=torch.contiguous_format) for w in student.weights()
         ]
-        self._weights = {(torch.device("cpu"), own[0].dtype): own}
+        self._weights = {(torch.device("cpu"), own[0].dtype): _weights_of(student, own)}
         self._kept = Kept()
+        self._constants: dict[Any, ContextConstants | None] = {}
         self._batches: dict[int, _Made] = {}
         self._entries: list[dict[str, Any]] = []
         defaults = {
@@ -129,8 +133,41 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if "_batches" in state:  # a copy, and not load_state_dict
             self._count_all_together()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: A parameter is not floating point.
+            ValueError: A setting is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_rounding(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_rounding(self, group: dict[str, Any]) -> None:
+        rounding, seed = group["rounding"], group["seed"]
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
+        if self.moments_dtype == torch.bfloat16 and rounding != "stochastic":
+            raise ValueError(
+                "moments_dtype=torch.bfloat16 needs rounding='stochastic', as the second moment "
+                f"changes by less than its last bit in a step; rounding is {rounding!r}"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict` with the same student."""
+        """Go on from another's :meth:`state_dict` with the same student.
+
+        Raises:
+            ValueError: It comes from another student, its groups do not fit, or its rounding does
+                not fit ``moments_dtype``.
+        """
+        for group in state_dict["param_groups"]:
+            self._check_rounding({**self.defaults, **group})
         self._batches.clear()
         self._entries.clear()
         super().load_state_dict(state_dict)
@@ -144,7 +181,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for batch in self._batches_of(group, params):
             warming = batch.below(group["warmup_steps"])
             self._warm_up(group, [batch.tensors.params[index] for index in warming])
-            trained = batch.without(warming) if warming else batch.tensors
+            trained = batch.without(warming, self._constants_of) if warming else batch
             self._run(trained, lr=lr, weight_decay=decay)
             batch.count(1)
 
@@ -192,7 +229,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             written = batch.tensors.params
             device = written[0].device
             self._run(
-                batch.tensors,
+                batch,
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 steps=batch.steps,
@@ -203,16 +240,19 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             )
             batch.count(1 - skip[device] if device in skip else 1)
 
-    def _run(self, tensors: StudentTensors, **how: Any) -> None:
-        params = tensors.params
+    def _run(self, batch: _Batch, **how: Any) -> None:
+        params = batch.tensors.params
         if not params:
             return
+        weights = self._weights_for(params[0].device, computing_dtype(params[0].dtype))
+        context = batch.context(self._student, weights.own[0])
+        operation, settings = self._student.with_context(weights.operation, weights.own, context)
         with self._kept:
             ops.step_tensors_(
-                tensors,
+                batch.tensors,
                 [grad for grad in map(_grad, params) if grad is not None],
-                self._weights_for(params[0].device, computing_dtype(params[0].dtype)),
-                self.config.settings,
+                operation,
+                settings._replace(sizes=()),
                 backend=self.backend,
                 **how,
             )
@@ -238,13 +278,35 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         ):
             return made.batches
         self._make_state(group, [param for param in params if not self.state[param]])
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
         for param in params:
-            kinds.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
-        batches = [_Batch(alike, [self.state[p] for p in alike]) for alike in kinds.values()]
+            state = self.state[param]
+            stored = state["m"].dtype, state["h"].dtype
+            kind = param.device, computing_dtype(param.dtype), *stored
+            kinds.setdefault(kind, []).append(param)
+        batches = [
+            _Batch(alike, [self.state[p] for p in alike], self._constants_of(alike))
+            for alike in kinds.values()
+        ]
         self._batches[id(group)] = _Made(params, list(map(_device, params)), batches)
         self._entries = list(self.state.values())
         return batches
+
+    def _constants_of(self, params: list[Tensor]) -> ContextConstants | None:
+        """What the student is told of parameters that stays, kept as long as the optimizer.
+
+        A CUDA graph that captured a step of theirs reads it.
+        """
+        if not params:
+            return None
+        like = self._weights_for(params[0].device, computing_dtype(params[0].dtype)).own[0]
+        shapes = tuple(map(_shape, params))
+        key = shapes, like.device, like.dtype
+        if key not in self._constants:
+            if isinstance(self._student, NominalStudent):
+                check_before_capture()
+            self._constants[key] = self._student.constants_of(shapes, like)
+        return self._constants[key]
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if params:
@@ -252,10 +314,10 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for param in params:
             dtype = computing_dtype(param.dtype)
             weights = self._weights_for(param.device, dtype)
-            cells = self.cells_dtype if dtype == torch.float32 else None
+            narrow = (self.cells_dtype, self.moments_dtype) if dtype == torch.float32 else ()
             state = self.state[param]
             state["step"] = torch.zeros((), device="cpu")
-            state.update(ops.initial_state(param, weights, cells)._asdict())
+            state.update(ops.initial_state(param, weights.own, *narrow)._asdict())
         self._count_together(group, params)
 
     def _count_all_together(self) -> None:
@@ -277,11 +339,34 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             for entry, count in zip(entries, counts.unbind(), strict=True):
                 entry["step"] = count
 
-    def _weights_for(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def _weights_for(self, device: torch.device, dtype: torch.dtype) -> _Weights:
         if (device, dtype) not in self._weights:
-            own = next(iter(self._weights.values()))
-            self._weights[device, dtype] = [w.to(device, dtype) for w in own]
+            first = next(iter(self._weights.values()))
+            own = [w.to(device, dtype) for w in first.own]
+            self._weights[device, dtype] = _weights_of(self._student, own)
         return self._weights[device, dtype]
+
+
+def student_of(student: FusedStudent | str | os.PathLike[str]) -> FusedStudent:
+    """A student, or the one of that name or in that file.
+
+    Raises:
+        FileNotFoundError: It is neither a student, nor a shipped one's name, nor a file.
+        ValueError: The file holds no student, or is not usable.
+    """
+    found = student if isinstance(student, FusedStudent) else load_policy(student)
+    if not isinstance(found, FusedStudent):
+        raise ValueError(
+            f"student must be a Student or a NominalStudent, but {str(student)!r} holds a "
+            f"{found.kind}; PolicyOptimizer takes any policy"
+        )
+    return found
+
+
+def check_stored(name: str, dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless state can be stored in this dtype beside float32."""
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"{name} must be float32, bfloat16 or None, not {dtype}")
 
 
 def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
@@ -290,20 +375,38 @@ def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
     return param.device if on_device else torch.device("cpu")
 
 
+class _Weights(NamedTuple):
+    """The student's weights, and as the operation takes them."""
+
+    own: list[Tensor]
+    operation: list[Tensor]
+
+
+def _weights_of(student: FusedStudent, own: list[Tensor]) -> _Weights:
+    return _Weights(own, list(student.operation_weights(own)))
+
+
 class _Batch:
     """Parameters that one call steps, and how many steps they have taken.
 
     Args:
         params: The parameters.
         entries: The optimizer's state of each.
+        constants: What the student is told of them that stays.
     """
 
-    def __init__(self, params: list[Tensor], entries: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        params: list[Tensor],
+        entries: list[dict[str, Any]],
+        constants: ContextConstants | None,
+    ) -> None:
         self._entries = entries
+        self.constants = constants
         states = [StudentState(*(entry[name] for name in _STATE)) for entry in entries]
         self.tensors = StudentTensors(params, states)
         self.steps = [entry["step"] for entry in entries]
-        base = self.steps[0]._base
+        base = self.steps[0]._base if self.steps else None
         together = base is not None and base.shape == (len(entries),)
         for index, step in enumerate(self.steps):
             together = together and step._base is base and step.storage_offset() == index
@@ -335,12 +438,23 @@ class _Batch:
         else:
             torch._foreach_add_(self.steps, steps)
 
-    def without(self, indices: list[int]) -> StudentTensors:
-        """The tensors of the other parameters."""
-        columns = (self.tensors.m, self.tensors.v, self.tensors.h, self.tensors.c)
+    def without(self, indices: list[int], made: _ConstantsOf) -> _Batch:
+        """The other parameters, with constants that are made by this."""
         others = sorted(set(range(len(self.steps))) - set(indices))
-        states = [StudentState(*(column[i] for column in columns)) for i in others]
-        return StudentTensors([self.tensors.params[i] for i in others], states)
+        params = [self.tensors.params[i] for i in others]
+        return _Batch(params, [self._entries[i] for i in others], made(params))
+
+    def context(self, student: FusedStudent, like: Tensor) -> TensorContext | None:
+        """What a student is told of the parameters in their next step.
+
+        Args:
+            student: The student.
+            like: A tensor of the dtype and device to say it in.
+        """
+        if self.constants is None:
+            return None
+        taken = torch.stack(self.steps) if self._together is None else self._together
+        return student.context_of(self.constants, taken.to(like), self.tensors.params)
 
 
 class _Made(NamedTuple):
@@ -352,6 +466,8 @@ class _Made(NamedTuple):
 
 
 _stored = itemgetter(*_STATE, "step")
+_shape = attrgetter("shape")
+_ConstantsOf = Callable[[list[Tensor]], ContextConstants | None]
 _grad, _device = attrgetter("grad"), attrgetter("device")
 
 

@@ -20,8 +20,10 @@ from amalgam.policies.baselines import (
     RNNPropExtConfig,
 )
 from amalgam.policies.choice import POOLS, Choice, ChoiceConfig
+from amalgam.policies.fused_student import FusedStudent
 from amalgam.policies.hierarchical import ScaleHierarchical, ScaleHierarchicalConfig, ScaleState
 from amalgam.policies.lstm_policy import LSTMConfig, LSTMPolicy, MomentConfig, MomentPolicy
+from amalgam.policies.nominal_student import NominalConfig, NominalState, NominalStudent
 from amalgam.policies.policy import (
     POLICIES,
     Policy,
@@ -77,10 +79,14 @@ __all__ = [
     "DMConfig",
     "DMState",
     "DynamicRateConfig",
+    "FusedStudent",
     "LSTMConfig",
     "LSTMPolicy",
     "MomentConfig",
     "MomentPolicy",
+    "NominalConfig",
+    "NominalState",
+    "NominalStudent",
     "Policy",
     "PolicyConfig",
     "PolicyTeacher",

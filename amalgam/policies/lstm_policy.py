@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,22 +123,23 @@ class LSTMPolicy(Policy):
 
 
 class MomentPolicy(LSTMPolicy):
-    """Base of the LSTMs that see the moments of the gradient and carry the student's state."""
+    """Base of the LSTMs that see the moments of the gradient and carry the student's state.
+
+    A subclass may carry more, in a named tuple that begins with the fields of that state.
+    """
 
     config: MomentConfig
 
-    def initial_state(self, like: Tensor, layout: Layout | None = None) -> StudentState:
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> Any:
         """The zero state for coordinates like these, shape (N,)."""
         return StudentState(self.zeros(like), self.zeros(like), *self.zero_cells(like))
 
-    def warm_up(
-        self, grad: Tensor, state: StudentState, *, layout: Layout | None = None
-    ) -> StudentState:
+    def warm_up(self, grad: Tensor, state: Any, *, layout: Layout | None = None) -> Any:
         """The state after a warm-up step's gradient: the moments move, the LSTM does not."""
         m, v = self.moments(grad, state)
         return state._replace(m=m, v=v)
 
-    def moments(self, grad: Tensor, state: StudentState) -> tuple[Tensor, Tensor]:
+    def moments(self, grad: Tensor, state: Any) -> tuple[Tensor, Tensor]:
         """The new first and second moment, (N,) each."""
         config = self.config
         settings = StepSettings(beta1=config.beta1, beta2=config.beta2, eps=config.eps)

@@ -92,6 +92,7 @@ class Policy(nn.Module, ABC):
         config: The configuration.
         coordinatewise: Whether a coordinate's update depends on its own gradients alone. Where
             not, all of an optimizee's tensors must be stepped together, as one flat vector.
+        sees_params: Whether :meth:`step` takes ``params=``, the parameters (N,), as constants.
         per_tensor: Names of the state's fields that have a column a tensor.
         shared: Names of the state's fields that an optimizee has once.
         provenance: Where the weights come from.
@@ -100,6 +101,7 @@ class Policy(nn.Module, ABC):
     kind: ClassVar[str]
     config_type: ClassVar[type[Any]]
     coordinatewise: ClassVar[bool] = True
+    sees_params: ClassVar[bool] = False
     per_tensor: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     config: Any

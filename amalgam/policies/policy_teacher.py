@@ -68,7 +68,7 @@ class PolicyTeacher:
         """One step, outside any graph.
 
         Args:
-            params: The parameters, shape (N,); not used.
+            params: The parameters, shape (N,), for policies that see them.
             grad: The gradient, shape (N,), on any device.
             state: The carried state, on any device; not changed.
             layout: Which tensors the coordinates are.
@@ -81,9 +81,10 @@ class PolicyTeacher:
             ValueError: The layout does not fit the gradient.
             RuntimeError: The backend asked for can't compute this policy here.
         """
+        seen: dict[str, Any] = {"params": params} if self.policy.sees_params else {}
         with torch.no_grad():
             update, new = self._policy_for(grad).step(
-                grad, self._filled(grad, state, layout), layout=layout, backend=backend
+                grad, self._filled(grad, state, layout), layout=layout, backend=backend, **seen
             )
         return update, new._asdict()
 

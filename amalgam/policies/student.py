@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amalgam import ops
-from amalgam.layout import Layout
 from amalgam.ops import StepSettings, StudentState
-from amalgam.policies.lstm_policy import MomentConfig, MomentPolicy
+from amalgam.policies.fused_student import FusedConfig, FusedStudent, TensorContext
 from amalgam.policies.policy import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig(MomentConfig):
+class StudentConfig(FusedConfig):
     """Architecture and constants of a student.
 
     Attributes:
@@ -43,7 +41,7 @@ class StudentConfig(MomentConfig):
         return StepSettings(self.alpha, self.beta1, self.beta2, self.eps)
 
 
-class Student(MomentPolicy):
+class Student(FusedStudent):
     """The learned optimizer (RNNProp as in Optimizer Amalgamation, ICLR 2022, section 3).
 
     Its initial weights are drawn as those of the authors' Keras cells: Glorot-uniform input kernels
@@ -63,32 +61,14 @@ class Student(MomentPolicy):
         """Make an LSTM that sees two features, and its head."""
         self.build_lstm(2, generator)
 
-    def step(
-        self,
-        grad: Tensor,
-        state: StudentState,
-        weights: Sequence[Tensor] | None = None,
-        *,
-        layout: Layout | None = None,
-        generator: torch.Generator | None = None,
-        backend: str = "auto",
-    ) -> tuple[Tensor, StudentState]:
-        """One differentiable step.
+    def operation_weights(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Its weights themselves."""
+        return weights
 
-        Args:
-            grad: The optimizee's gradient, shape (N,).
-            state: The carried state.
-            weights: Weights to use in place of its own.
-            layout: Not used: all coordinates are alike.
-            generator: Not used: nothing is random.
-            backend: As in :func:`amalgam.ops.student_step`.
+    def unfolded(self, found: Sequence[Tensor], context: TensorContext | None) -> list[Tensor]:
+        """See :class:`FusedStudent`."""
+        return list(found)
 
-        Returns:
-            The update (N,), to be subtracted, and the new state.
-
-        Raises:
-            ValueError: Shapes, dtypes or devices do not fit, or the backend's name is unknown.
-            RuntimeError: The backend asked for can't compute this here.
-        """
-        chosen = self.weights() if weights is None else weights
-        return ops.student_step(grad, state, chosen, self.config.settings, backend=backend)
+    def carried(self, new: StudentState, before: StudentState) -> StudentState:
+        """See :class:`FusedStudent`."""
+        return new

@@ -11,7 +11,7 @@ from typing import Any
 
 from amalgam import policies, tasks
 from amalgam.device import resolve
-from amalgam.meta import Amalgamation, Memory, Stages, Training, Truncation
+from amalgam.meta import Amalgamation, Conditions, Memory, Stages, Training, Truncation
 from amalgam.meta.curriculum import choice_strategy
 from amalgam.policies import ChoiceConfig, Pool, Teacher
 from amalgam.recipes.kinds import (
@@ -133,6 +133,8 @@ class Recipe(MadeOnce):
         estimator: How meta-gradients are estimated.
         memory: How much memory a window may take for its backward pass.
         perturbation: Perturbation of the weights that the meta-gradient is taken at.
+        conditions: What each episode of the student's meta-training draws: weight decay, learning
+            rates, the loss's scale. A choice that is trained first meets none.
         replicates: Students that are trained side by side, each from a seed of its own.
         evaluation: The closing table.
         threads: PyTorch's intra-op threads, on which the last bits of its sums depend; where
@@ -153,6 +155,7 @@ class Recipe(MadeOnce):
     estimator: AnyEstimator = field(default_factory=lambda: Chosen("truncation", Truncation()))
     memory: Memory = field(default_factory=Memory)
     perturbation: AnyPerturbation | None = None
+    conditions: Conditions = field(default_factory=Conditions)
     replicates: int = 1
     evaluation: Evaluation = field(default_factory=Evaluation)
     threads: int | None = None
@@ -178,6 +181,7 @@ class Recipe(MadeOnce):
                 f"{self.strategy.kind!r} does, not {self.replicates}; train by stages, or one "
                 f"after another (--seed)"
             )
+        self.training.check_schedule(self.strategy.settings.meta_steps)
         names = self.pool.names
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must differ in kind or learning rate, not {list(names)}")

@@ -9,9 +9,14 @@ from amalgam import dotted
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.tasks.digits import digits_cnn, digits_mlp
+from amalgam.tasks.small import HELD_OUT, SMALL, small
 from amalgam.tasks.task import Batch, Batches, Task
 
-TASKS: dict[str, Callable[..., Task]] = {"digits-mlp": digits_mlp, "digits-cnn": digits_cnn}
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits-mlp": digits_mlp,
+    "digits-cnn": digits_cnn,
+    "small": small,
+}
 
 
 def load(name: str, batch_size: int = 128, arguments: Mapping[str, Any] | None = None) -> Task:
@@ -46,4 +51,16 @@ def load(name: str, batch_size: int = 128, arguments: Mapping[str, Any] | None =
     return task
 
 
-__all__ = ["TASKS", "Batch", "Batches", "Layout", "Task", "digits_cnn", "digits_mlp", "load"]
+__all__ = [
+    "HELD_OUT",
+    "SMALL",
+    "TASKS",
+    "Batch",
+    "Batches",
+    "Layout",
+    "Task",
+    "digits_cnn",
+    "digits_mlp",
+    "load",
+    "small",
+]

@@ -148,7 +148,7 @@ void choice_step_backward(const ChoiceSettings& settings, const T* const* weight
     store_gradients(shapes, tile.lstm, piece, gradients);
   };
   const int64_t size = packed.lstm.gradient_size() + k * stride;
-  const std::vector<double> sums = sum_over_tiles(n, size, threads, run_tile);
+  const std::vector<double> sums = sum_over_tiles(tiles_of(n), size, threads, run_tile);
   const double* of_head = packed.lstm.unpack_gradients(sums.data(), d_weights);
   T *d_head = d_weights[3 * settings.layers], *d_bias = d_weights[3 * settings.layers + 1];
   for (int64_t teacher = 0; teacher < k; ++teacher, of_head += stride) {

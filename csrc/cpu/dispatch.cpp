@@ -71,4 +71,12 @@ Isa isa() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#ifdef AMALGAM_BF16
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace amalgam::cpu

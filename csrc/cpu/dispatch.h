@@ -19,6 +19,9 @@ std::vector<std::string> available_isas();
 // Throws std::invalid_argument where that variable names no instruction set or an unavailable one.
 Isa isa();
 
+// Whether lstm_bf16.cpp runs here: it is in this build, and goes with avx512 where the CPU has it.
+bool multiplies_bfloat16();
+
 }  // namespace amalgam::cpu
 
 // Calls `function` of the namespace of the instruction set in use.

@@ -4,6 +4,8 @@
 //   x_simd.cpp  the inner loops, compiled once per instruction set into a namespace of its name;
 //   x.cpp       threads, partition and all that is not hot, compiled once;
 //   x.h         declares both.
+// Beside them x_bf16.cpp is compiled once, into the namespace avx512_bf16: what takes AVX-512's
+// bfloat16 instructions, which not all machines with AVX-512 have.
 #pragma once
 
 // setup.py defines AMALGAM_X86 exactly where it also compiles the avx2 and avx512 objects.

@@ -26,19 +26,19 @@ struct Kept {
   T* squashed;
 };
 
-// sums[gate] = bias + weights of one unit times a layer's `in` rows. Never inlined: with the
-// activations' constants beside them, compilers spill the sums in the innermost loop.
+// sums[gate] = bias[gate stride] + weights of one unit times a layer's `in` rows. Never inlined: with
+// the activations' constants beside them, compilers spill the sums in the innermost loop.
 template <typename T>
-__attribute__((noinline)) void gate_sums(const T* __restrict weights, int rows,
-                                         const T* __restrict in, T* __restrict sums) {
+__attribute__((noinline)) void gate_sums(const T* bias, int stride, const T* __restrict weights,
+                                         int rows, const T* __restrict in, T* __restrict sums) {
   constexpr int kStep = kInFlight * kLanes<T>;
   static_assert(kTile % kStep == 0, "a tile is whole vectors");
   for (int at = 0; at < kTile; at += kStep) {
     Vector<T> sum[4][kInFlight];
     for (int gate = 0; gate < 4; ++gate) {
-      for (int v = 0; v < kInFlight; ++v) sum[gate][v] = splat(weights[gate]);
+      for (int v = 0; v < kInFlight; ++v) sum[gate][v] = splat(bias[gate * stride]);
     }
-    const T* w = weights + 4;
+    const T* w = weights;
     for (int row = 0; row < rows; ++row, w += 4) {
       Vector<T> x[kInFlight];
       for (int v = 0; v < kInFlight; ++v) x[v] = load(in + row * kTile + at + v * kLanes<T>);
@@ -75,7 +75,9 @@ inline void layer_forward(const LayerShape& layer, const T* __restrict by_unit,
     T* new_h = tile.new_h.first ? tile.new_h[first + unit] : nullptr;
     T here[4 * kTile];
     T* gates = keep ? kept.gates + 4 * unit * kTile : here;
-    gate_sums(by_unit + int64_t(unit) * 4 * (rows + 1), rows, in, gates);
+    const T* weights = by_unit + int64_t(unit) * 4 * (rows + 1);
+    const bool own = first == 0 && tile.bias;
+    gate_sums(own ? tile.bias + unit : weights, own ? layer.hidden : 1, weights + 4, rows, in, gates);
     for (int at = 0; at < kTile; at += kLanes<T>) {
       const Ratio<T> i = sigmoid_ratio(load(gates + at)),
                      f = sigmoid_ratio(load(gates + kTile + at)),
@@ -232,6 +234,7 @@ inline void add_weight_gradients(const T* __restrict d, int outputs, const T* __
 // All layers' step; `keep` is for lstm_backward.
 template <bool keep, typename T>
 inline void lstm_forward(const LstmNetwork<T>& net, const LstmTile<T>& tile) {
+  if (!keep && net.forward) return net.forward(net, tile);
   const int hidden = net.shapes[0].hidden;
   for (int layer = 0; layer < net.layers; ++layer) {
     T* out = layer + 1 < net.layers ? tile.in[layer + 1] : tile.top;

@@ -33,6 +33,9 @@ struct LayerShape {
   AMALGAM_INLINE int64_t gradient_size() const { return int64_t(4) * hidden * columns(); }
 };
 
+template <typename T>
+struct LstmTile;
+
 // An LSTM as the inner loops want it.
 template <typename T>
 struct LstmNetwork {
@@ -40,7 +43,15 @@ struct LstmNetwork {
   const LayerShape* shapes;   // (layers,)
   const T* const* by_unit;    // (layers,)
   const T* const* by_input;   // (layers,)
+  // What steps tiles where nothing is kept; null for lstm_forward's own loops. lstm_pairs.h sets both.
+  void (*forward)(const LstmNetwork& net, const LstmTile<T>& tile) = nullptr;
+  const uint32_t* const* by_pair = nullptr;  // (layers,)
 };
+
+// How many of a layer's `in` rows are never rounded to bfloat16: the features, which span decades.
+AMALGAM_INLINE int exact_rows(const LayerShape& shape, int layer) {
+  return layer == 0 ? shape.inputs : 0;
+}
 
 // Rows of kTile coordinates, `stride` apart, in a tile or in a caller's tensor.
 template <typename T>
@@ -63,10 +74,13 @@ struct Ahead {
 template <typename T>
 struct LstmTile {
   T* const* in;               // (layers,) a layer's inputs, then its h of before
+  const T* bias;              // (4 hidden) the first layer's; the network's where null
+  Rows<const T> h;            // (layers * hidden) h of before where `in` lacks it: for pairs alone
   Rows<const T> cells;        // (layers * hidden) c
   Rows<T> new_cells;          // (layers * hidden) gets the new c; may be the same rows
   Rows<T> new_h;              // (layers * hidden) gets a copy of the new h; nothing where null
   T* top;                     // (hidden) the last layer's new h
+  T* pairs;                   // (hidden) room for rows of pairs, which lstm_bf16.cpp makes
   Ahead ahead[2];             // the next tile's h and c; this tile's d_new_h and d_new_c
   // The backward pass alone:
   T* gates;                   // (layers * 4 hidden)

@@ -49,4 +49,24 @@ void store_row_stochastically(const RowOfBits& bits, Half half, const T* from, i
   }
 }
 
+// How a row is stored; the bits of row `row` grow from the key.
+struct Rounding {
+  Storage storage;
+  bool stochastic;  // to bfloat16 alone
+  uint32_t key;
+  int64_t row;
+};
+
+// The numbers from place `at` on, of a row that begins at element `first`.
+template <typename T>
+void store_rounded(const Rounding& how, Half half, const T* from, int64_t count, void* to,
+                   int64_t first, int64_t at) {
+  if (how.stochastic && how.storage == Storage::bfloat16) {
+    uint16_t* row = static_cast<uint16_t*>(to) + first;
+    store_row_stochastically(RowOfBits(how.key, how.row), half, from, count, row, at);
+  } else {
+    store_row(how.storage, from, count, to, first + at);
+  }
+}
+
 }  // namespace amalgam::cpu

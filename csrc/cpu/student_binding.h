@@ -1,15 +1,36 @@
 // What the bindings of the student's operations share.
 #pragma once
 
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
 #include "../binding.h"
 #include "student_step.h"
 
 namespace amalgam::cpu {
 
-inline StudentConstants student_constants(const Constants& values) {
-  const auto [alpha, beta1, beta2, eps] = values;
-  return {alpha, beta1, beta2, eps};
-}
+// layers, hidden, constants, weights; whether the form is nominal, its corrections, how many tensors.
+using StudentAddresses =
+    std::tuple<int, int, Constants, std::vector<Address>, bool, Address, int64_t>;
+
+template <typename T>
+class GivenStudent {
+ public:
+  explicit GivenStudent(const StudentAddresses& given)
+      : given_(given), weights_(all_at<const T>(std::get<3>(given))) {}
+
+  Student<T> student() const {
+    const auto& [layers, hidden, constants, weights, nominal, corrections, tensors] = given_;
+    const auto [alpha, beta1, beta2, eps] = constants;
+    return {layers,  hidden,  {alpha, beta1, beta2, eps}, weights_.data(),
+            nominal, at<const T>(corrections), tensors};
+  }
+
+ private:
+  const StudentAddresses given_;
+  const std::vector<const T*> weights_;
+};
 
 template <typename T>
 StudentState<T> student_state(const StateAddresses& addresses) {

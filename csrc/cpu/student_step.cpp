@@ -1,46 +1,39 @@
 #include "student_step.h"
 
 #include <algorithm>
+#include <numeric>
+#include <optional>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "dispatch.h"
+#include "lstm_pairs.h"
 #include "parallel.h"
 #include "rounding.h"
 #include "storage.h"
 #include "student_binding.h"
 #include "student_network.h"
+#include "student_small.h"
 #include "tiles.h"
+#include "tiling.h"
 
 namespace amalgam::cpu {
 namespace {
 
 // A tile in this thread's workspace.
 template <typename T>
-StudentTile<T> tile_for(const std::vector<LayerShape>& shapes, bool for_backward) {
+StudentTile<T> tile_for(const std::vector<LayerShape>& shapes, int64_t slopes) {
   Workspace<T>& rows = Workspace<T>::of_this_thread();
-  rows.start(Workspace<T>::lstm_rows(shapes, for_backward) + (for_backward ? 8 : 4));
+  const bool for_backward = slopes > 0;
+  rows.start(Workspace<T>::lstm_rows(shapes, for_backward) + (for_backward ? 7 + slopes : 4));
   StudentTile<T> tile{};
-  for (T** row : {&tile.grad, &tile.m, &tile.v, &tile.update}) *row = rows.take(1);
+  for (T** row : {&tile.grad, &tile.m, &tile.v}) *row = rows.take(1);
+  tile.update = rows.take(for_backward ? slopes : 1);
   tile.lstm = rows.take_lstm(shapes, for_backward);
   if (for_backward) {
     for (T** row : {&tile.d_update, &tile.d_m, &tile.d_v, &tile.d_grad}) *row = rows.take(1);
   }
   return tile;
-}
-
-// Calls body(piece) for each piece of the tile that begins at coordinate `first` of all tensors.
-template <typename Body>
-void for_each_piece(const std::vector<int64_t>& ends, int64_t first, const Body& body) {
-  const int64_t total = ends.empty() ? 0 : ends.back();
-  const int64_t last = std::min(total, first + kTile);
-  int64_t tensor = std::upper_bound(ends.begin(), ends.end(), first) - ends.begin();
-  for (int64_t at = first; at < last;) {
-    const int64_t begin = tensor ? ends[tensor - 1] : 0;
-    const int64_t stop = std::min(last, ends[tensor]);
-    if (stop > at) body(Piece{tensor, at - begin, stop - at, at - first});
-    at = std::max(at, stop);
-    ++tensor;
-  }
 }
 
 template <typename T>
@@ -56,39 +49,54 @@ void clear_tile_after(int64_t count, const std::vector<LayerShape>& shapes,
 }  // namespace
 
 template <typename T>
-void student_step(const StudentStep& step, const T* const* weights, const StudentTensor* tensors,
+void student_step(const Student<T>& student, const StudentStep& step, const StudentTensor* tensors,
                   int64_t count, int threads) {
-  const StudentKernels<T> kernels = AMALGAM_DISPATCH(student_kernels<T>);
-  const int layers = step.layers, hidden = step.hidden;
-  const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, false);
-  const StudentNetwork<T> network = network_of(lstm, step.constants, weights + 3 * layers);
-  std::vector<int64_t> ends(count);
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) ends[i] = total += tensors[i].numel;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (is_small(student, step)) return small_student_step(student, step, tensors, count, threads);
+  }
+  const PackedStudent<T> packed(student, false);
+  StudentNetwork<T> network = packed.network();
+  std::optional<PairedLstm> pairs;
+  if constexpr (std::is_same_v<T, float>) {
+    // Pairs have the first layer's bias among their weights, where the nominal form's is not.
+    if (step.bfloat16 && !student.nominal && multiplies_bfloat16()) {
+      network.lstm = pairs.emplace(network.lstm, step.approximate).network();
+    }
+  }
+  std::vector<int64_t> sizes(count);
+  for (int64_t i = 0; i < count; ++i) sizes[i] = tensors[i].numel;
+  const Tiling tiling(std::move(sizes), student.nominal);
   const T keep = static_cast<T>(step.keep), lr = static_cast<T>(step.lr);
-  const int64_t rows = int64_t(layers) * hidden;
+  const int64_t rows = int64_t(student.layers) * student.hidden;
 
   const auto state_of = [&](const StudentTensor& tensor) {
-    return LstmState{step.cells,   tensor.numel,    tensor.h,  tensor.c, tensor.new_h,
+    return LstmState{step.cells,   tensor.stride,   tensor.h,  tensor.c, tensor.new_h,
                      tensor.new_c, step.stochastic, static_cast<uint32_t>(tensor.key)};
   };
   const auto run_tile = [&](int64_t index) {
-    StudentTile<T> tile = tile_for<T>(lstm.shapes(), false);
-    const int64_t first = index * kTile;
-    for_each_piece(ends, first, [&](const Piece& piece) {
+    StudentTile<T> tile = tile_for<T>(packed.shapes(), 0);
+    int64_t filled = 0;
+    tiling.for_each_piece(index, 1, [&](const Piece& piece) {
       const StudentTensor& tensor = tensors[piece.tensor];
+      packed.of_tensor(tensor.index, tile);
       load_row(step.grad, tensor.grad, piece.start, piece.count, tile.grad + piece.place);
-      copy_in(static_cast<const T*>(tensor.m), tensor.numel, 1, piece, tile.m);
-      copy_in(static_cast<const T*>(tensor.v), tensor.numel, 1, piece, tile.v);
-      load_state(lstm.shapes(), state_of(tensor), piece, tile.lstm);
+      load_row(step.moments, tensor.m, piece.start, piece.count, tile.m + piece.place);
+      load_row(step.moments, tensor.v, piece.start, piece.count, tile.v + piece.place);
+      load_state(packed.shapes(), state_of(tensor), piece, tile.lstm,
+                 network.lstm.forward != nullptr);
+      filled = piece.place + piece.count;
     });
-    clear_tile_after(std::min<int64_t>(kTile, total - first), lstm.shapes(), tile);
-    kernels.forward(network, tile);
-    for_each_piece(ends, first, [&](const Piece& piece) {
+    clear_tile_after(filled, packed.shapes(), tile);
+    packed.kernels.forward(network, tile);
+    tiling.for_each_piece(index, 1, [&](const Piece& piece) {
       const StudentTensor& tensor = tensors[piece.tensor];
-      copy_out(tile.m, 1, piece, static_cast<T*>(tensor.new_m), tensor.numel);
-      copy_out(tile.v, 1, piece, static_cast<T*>(tensor.new_v), tensor.numel);
-      store_state(lstm.shapes(), tile.lstm, piece, state_of(tensor));
+      const auto put = [&](Storage storage, int64_t row, Half half, const T* from, void* to) {
+        const Rounding how{storage, step.stochastic, static_cast<uint32_t>(tensor.key), row};
+        store_rounded(how, half, from, piece.count, to, 0, piece.start);
+      };
+      put(step.moments, rows + 1, Half::upper, tile.m + piece.place, tensor.new_m);
+      put(step.moments, rows + 1, Half::lower, tile.v + piece.place, tensor.new_v);
+      store_state(packed.shapes(), tile.lstm, piece, state_of(tensor));
       T moved[kTile];
       const T* values = tile.update + piece.place;
       if (step.in_place) {
@@ -96,34 +104,32 @@ void student_step(const StudentStep& step, const T* const* weights, const Studen
         for (int64_t n = 0; n < piece.count; ++n) moved[n] = keep * moved[n] - lr * values[n];
         values = moved;
       }
-      if (step.stochastic && step.out == Storage::bfloat16) {
-        store_row_stochastically(RowOfBits(static_cast<uint32_t>(tensor.key), rows), Half::upper, values, piece.count,
-                                 static_cast<uint16_t*>(tensor.out), piece.start);
-      } else {
-        store_row(step.out, values, piece.count, tensor.out, piece.start);
-      }
+      put(step.out, rows, Half::upper, values, tensor.out);
     });
   };
-  const int64_t tiles = tiles_of(total);
+  const int64_t tiles = tiling.tiles();
   for_each_block(tiles, worthwhile_threads(tiles, kGrain, threads), run_tile);
 }
 
 template <typename T>
-void student_step_backward(int layers, int hidden, const StudentConstants& constants,
-                           const T* const* weights, int64_t n, const T* grad,
+void student_step_backward(const Student<T>& student, const int64_t* sizes, const T* grad,
                            const StudentState<const T>& state, const T* d_update,
                            const StudentState<const T>& d_new, T* d_grad,
                            const StudentState<T>& d_state, T* const* d_weights, int threads) {
-  const StudentKernels<T> kernels = AMALGAM_DISPATCH(student_kernels<T>);
-  const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, true);
-  const StudentNetwork<T> network = network_of(lstm, constants, weights + 3 * layers);
-  const std::vector<LayerShape>& shapes = lstm.shapes();
+  const PackedStudent<T> packed(student, true);
+  const StudentNetwork<T> network = packed.network();
+  const std::vector<LayerShape>& shapes = packed.shapes();
+  const int64_t n = std::accumulate(sizes, sizes + student.tensors, int64_t(0));
+  const Tiling tiling({sizes, sizes + student.tensors}, true);
+  BiasSums<T> bias_sums(packed, tiling, student.nominal ? student.tensors : 0, 1,
+                        tiles_a_sum(tiling.tiles()));
 
   const LstmState cells{storage_of<T>(), n, state.h, state.c, nullptr, nullptr};
   const LstmGradients<T> gradients{n, d_new.h, d_new.c, d_state.h, d_state.c};
   const auto run_tile = [&](int64_t index, double* sums) {
-    StudentTile<T> tile = tile_for<T>(shapes, true);
-    const Piece piece = only_piece(index, n);
+    StudentTile<T> tile = tile_for<T>(shapes, student.form().slopes);
+    const Piece piece = tiling.only_piece(index);
+    packed.of_tensor(piece.tensor, tile);
     copy_in(grad, n, 1, piece, tile.grad);
     copy_in(state.m, n, 1, piece, tile.m);
     copy_in(state.v, n, 1, piece, tile.v);
@@ -135,15 +141,18 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
     for (T* row : {tile.d_update, tile.d_m, tile.d_v}) clear_after(piece.count, 1, row);
     load_gradients(shapes, gradients, piece, tile.lstm);
 
-    kernels.backward(network, tile, sums);
+    packed.kernels.backward(network, tile, sums);
+    if (student.nominal) bias_sums.take(index, piece.tensor, 0, sums);
 
     copy_out(tile.d_grad, 1, piece, d_grad, n);
     copy_out(tile.d_m, 1, piece, d_state.m, n);
     copy_out(tile.d_v, 1, piece, d_state.v, n);
     store_gradients(shapes, tile.lstm, piece, gradients);
   };
-  const std::vector<double> sums = sum_over_tiles(n, gradient_size(lstm), threads, run_tile);
-  unpack_gradients(lstm, sums.data(), d_weights);
+  const std::vector<double> sums =
+      sum_over_tiles(tiling.tiles(), packed.gradient_size(), threads, run_tile);
+  packed.unpack_gradients(sums.data(), d_weights);
+  if (student.nominal) bias_sums.unpack(d_weights[2]);
 }
 
 namespace {
@@ -161,39 +170,35 @@ void bind_student_step(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
   module.def(
       ("student_step_" + dtype).c_str(),
-      [](Address tensors, int64_t count, const std::vector<Address>& weights, int layers,
-         int hidden, const Constants& constants, const std::string& grad, const std::string& cells,
-         const std::string& out, bool in_place, double keep, double lr, bool stochastic,
-         int threads) {
-        const StudentStep step{
-            layers,         hidden,       student_constants(constants),
-            storage(grad),  storage(cells), storage(out),
-            in_place,       keep,         lr,
-            stochastic};
-        const std::vector<const T*> pointers = all_at<const T>(weights);
+      [](Address tensors, int64_t count, const StudentAddresses& student, const std::string& grad,
+         const std::string& moments, const std::string& cells, const std::string& out,
+         bool in_place, double keep, double lr, bool stochastic, int threads, bool bfloat16,
+         bool approximate) {
+        const StudentStep step{storage(grad), storage(moments), storage(cells), storage(out),
+                               in_place,      keep,             lr,             stochastic,
+                               bfloat16,      approximate};
+        const GivenStudent<T> given(student);
         const py::gil_scoped_release release;
-        student_step<T>(step, pointers.data(),
-                                      at<const StudentTensor>(tensors), count,
-                                      threads);
+        student_step<T>(given.student(), step, at<const StudentTensor>(tensors), count, threads);
       },
-      "tensors"_a, "count"_a, "weights"_a, py::kw_only(), "layers"_a, "hidden"_a, "constants"_a,
-      "grad"_a, "cells"_a, "out"_a, "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a);
+      "tensors"_a, "count"_a, "student"_a, py::kw_only(), "grad"_a, "moments"_a, "cells"_a, "out"_a,
+      "in_place"_a, "keep"_a, "lr"_a, "stochastic"_a, "threads"_a, "bfloat16"_a = false,
+      "approximate"_a = false);
   module.def(
       ("student_step_backward_" + dtype).c_str(),
       [](Address d_update, const StateAddresses& d_new, Address grad, const StateAddresses& state,
-         Address d_grad, const StateAddresses& d_state, const std::vector<Address>& weights,
-         const std::vector<Address>& d_weights, int64_t n, int layers, int hidden,
-         const Constants& constants, int threads) {
-        const std::vector<const T*> from = all_at<const T>(weights);
+         Address d_grad, const StateAddresses& d_state, const StudentAddresses& student,
+         const std::vector<Address>& d_weights, const std::vector<int64_t>& sizes, int threads) {
+        const GivenStudent<T> given(student);
         const std::vector<T*> to = all_at<T>(d_weights);
         const py::gil_scoped_release release;
-        student_step_backward<T>(
-            layers, hidden, student_constants(constants), from.data(), n, at<const T>(grad),
-            student_state<const T>(state), at<const T>(d_update), student_state<const T>(d_new),
-            at<T>(d_grad), student_state<T>(d_state), to.data(), threads);
+        student_step_backward<T>(given.student(), sizes.data(), at<const T>(grad),
+                                 student_state<const T>(state), at<const T>(d_update),
+                                 student_state<const T>(d_new), at<T>(d_grad),
+                                 student_state<T>(d_state), to.data(), threads);
       },
-      "d_update"_a, "d_new"_a, "grad"_a, "state"_a, "d_grad"_a, "d_state"_a, "weights"_a,
-      "d_weights"_a, py::kw_only(), "n"_a, "layers"_a, "hidden"_a, "constants"_a, "threads"_a);
+      "d_update"_a, "d_new"_a, "grad"_a, "state"_a, "d_grad"_a, "d_state"_a, "student"_a,
+      "d_weights"_a, py::kw_only(), "sizes"_a, "threads"_a);
 }
 
 const Binding binding("cpu", [](py::module_& module) {

@@ -1,7 +1,7 @@
-// One step of the RNNProp student; amalgam/operations/student_step.py has the formulas.
+// One step of a student, of either form; amalgam/operations/student_step.py has the formulas.
 //
 // Coordinates are the last, fastest dimension of every array. T, float or double, is what is
-// computed in and what weights and moments are stored in.
+// computed in and what weights are stored in.
 #pragma once
 
 #include <array>
@@ -18,6 +18,27 @@ struct StudentConstants {
   double alpha, beta1, beta2, eps;
 };
 
+// What sizes of rows depend on in a form: inputs of the first layer, outputs of the head, and rows
+// that the backward pass keeps of them.
+struct FormSizes {
+  int features, outputs, slopes;
+};
+inline constexpr FormSizes kRNNProp{2, 1, 1}, kNominal{3, 2, 4};
+
+// A student as PyTorch lays it out.
+template <typename T>
+struct Student {
+  int layers;
+  int hidden;
+  StudentConstants constants;
+  const T* const* weights;  // three arrays a layer (W_ih, W_hh, b) and two of the head
+  bool nominal;             // the form; then the first b is (tensors, 4 hidden)
+  const T* corrections;     // (tensors, 2) c1 and c2, of the nominal form
+  int64_t tensors;          // 1 of the form RNNProp
+
+  AMALGAM_INLINE FormSizes form() const { return nominal ? kNominal : kRNNProp; }
+};
+
 // m, v (n,) and h, c (layers, hidden, n); or gradients in them.
 template <typename T>
 struct StudentState {
@@ -28,6 +49,8 @@ struct StudentState {
 // these, a row of 64-bit words each, by the fields' names.
 struct StudentTensor {
   int64_t numel;
+  int64_t stride;      // from row to row of h and c, old and new
+  int64_t index;       // which of the student's tensors it is
   const void* grad;
   const void* m;       // (numel,)
   const void* v;       // (numel,)
@@ -41,33 +64,32 @@ struct StudentTensor {
   uint64_t key;        // 32 bits: of its random bits, where rounding is stochastic
 };
 
-inline constexpr std::array<const char*, 12> kStudentTensorFields = {
-    "numel", "grad", "m", "v", "h", "c", "new_m", "new_v", "new_h", "new_c", "out", "key"};
+inline constexpr std::array<const char*, 14> kStudentTensorFields = {
+    "numel", "stride", "index", "grad",  "m",     "v",   "h",
+    "c",     "new_m",  "new_v", "new_h", "new_c", "out", "key"};
 static_assert(sizeof(StudentTensor) == 8 * kStudentTensorFields.size());
 
 struct StudentStep {
-  int layers;
-  int hidden;
-  StudentConstants constants;
   Storage grad;
-  Storage cells;                // h and c
+  Storage moments;      // m and v
+  Storage cells;        // h and c
   Storage out;
   bool in_place;
   double keep;          // with in_place: keep p - lr update
   double lr;
-  bool stochastic;      // how h, c and parameters are rounded to bfloat16
+  bool stochastic;      // how states and parameters are rounded to bfloat16
+  bool bfloat16;        // whether products may take bfloat16, and whether, with them, tanh and
+  bool approximate;     // sigmoid may have 11 bits; used where this machine is faster so
 };
 
-// weights: three arrays a layer (W_ih, W_hh, b) and two of the head, as PyTorch lays them out.
 template <typename T>
-void student_step(const StudentStep& step, const T* const* weights, const StudentTensor* tensors,
+void student_step(const Student<T>& student, const StudentStep& step, const StudentTensor* tensors,
                   int64_t count, int threads);
 
-// Gradients of one functional step on n coordinates. d_weights: one array a weight.
+// Gradients of one functional step. sizes: of the student's tensors, which follow each other.
+// d_weights: one array a weight.
 template <typename T>
-void student_step_backward(int layers, int hidden, const StudentConstants& constants,
-                           const T* const* weights, int64_t n, const T* grad,
-                           const StudentState<const T>& state, const T* d_update,
+void student_step_backward(const Student<T>& student, const int64_t* sizes, const T* grad, const StudentState<const T>& state, const T* d_update,
                            const StudentState<const T>& d_new, T* d_grad,
                            const StudentState<T>& d_state, T* const* d_weights, int threads);
 
@@ -75,8 +97,8 @@ void student_step_backward(int layers, int hidden, const StudentConstants& const
 template <typename T>
 struct StudentNetwork {
   LstmNetwork<T> lstm;
-  const T* head;                  // (hidden,)
-  T head_bias;
+  const T* head;                  // (outputs, hidden)
+  const T* head_bias;             // (outputs,)
   T alpha, beta1, beta2, eps;
   T one_minus_beta1, one_minus_beta2;
 };
@@ -85,7 +107,8 @@ struct StudentNetwork {
 template <typename T>
 struct StudentTile {
   T *grad, *m, *v;                // m, v get the new moments
-  T* update;                      // in the backward pass the head's slope instead
+  T* update;                      // in the backward pass the form's slopes instead
+  const T* corrections;           // c1 and c2 of its tensor
   LstmTile<T> lstm;
   // The backward pass alone:
   T *d_update, *d_m, *d_v;        // of the new values, get those of the old ones
@@ -95,7 +118,7 @@ struct StudentTile {
 template <typename T>
 struct StudentKernels {
   void (*forward)(const StudentNetwork<T>&, const StudentTile<T>&);
-  // Adds to `sums`, a layer's after another, then the head's (hidden) and its bias.
+  // Adds to `sums`, a layer's after another, then the head's (outputs, hidden) and its bias.
   void (*backward)(const StudentNetwork<T>&, const StudentTile<T>&, double* sums);
   // The backward pass in two halves, without gradients in the moments and the gradient, which don't
   // depend on the weights: the step, keeping what the second half needs of it, and that half.
@@ -107,6 +130,8 @@ struct StudentKernels {
   namespace isa {                      \
   template <typename T>                \
   StudentKernels<T> student_kernels(); \
+  template <typename T>                \
+  StudentKernels<T> nominal_kernels(); \
   }
 AMALGAM_FOR_EACH_ISA(AMALGAM_DECLARE)
 #undef AMALGAM_DECLARE

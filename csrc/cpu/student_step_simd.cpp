@@ -1,61 +1,62 @@
 #include "student_step.h"
 
 #include "lstm.h"
+#include "student_forms.h"
 
 namespace amalgam::cpu::AMALGAM_ISA {
 namespace {
 
 template <typename T>
-inline Vector<T> reciprocal_root(const Vector<T>& x) {
-  Vector<T> y;
-#ifdef __AVX512F__
-  if constexpr (sizeof(T) == 4) {
-    y = (Vector<T>)_mm512_sqrt_ps((__m512)x);
-  } else {
-    y = (Vector<T>)_mm512_sqrt_pd((__m512d)x);
-  }
-#else
-  for (int lane = 0; lane < kLanes<T>; ++lane) y[lane] = __builtin_sqrt(x[lane]);
-#endif
-  return T(1) / y;
+Moments<T> new_moments(const StudentNetwork<T>& net, const StudentTile<T>& tile, int at) {
+  const Vector<T> g = load(tile.grad + at);
+  return {g, net.beta1 * load(tile.m + at) + net.one_minus_beta1 * g,
+          net.beta2 * load(tile.v + at) + net.one_minus_beta2 * (g * g)};
 }
 
-template <typename T>
-void moments_and_features(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
+template <typename Form, typename T>
+void moments_and_inputs(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
   for (int at = 0; at < kTile; at += kLanes<T>) {
-    const Vector<T> g = load(tile.grad + at);
-    const Vector<T> m = net.beta1 * load(tile.m + at) + net.one_minus_beta1 * g;
-    const Vector<T> v = net.beta2 * load(tile.v + at) + net.one_minus_beta2 * (g * g);
-    const Vector<T> scale = reciprocal_root<T>(v / net.one_minus_beta2 + net.eps);
-    store(tile.m + at, m);
-    store(tile.v + at, v);
-    store(tile.lstm.in[0] + at, m / net.one_minus_beta1 * scale);
-    store(tile.lstm.in[0] + kTile + at, g * scale);
+    const Moments<T> of = new_moments(net, tile, at);
+    Vector<T> x[Form::sizes.features];
+    Form::template inputs<T>(net, tile, of, x);
+    store(tile.m + at, of.m);
+    store(tile.v + at, of.v);
+    for (int feature = 0; feature < Form::sizes.features; ++feature) {
+      store(tile.lstm.in[0] + feature * kTile + at, x[feature]);
+    }
   }
 }
 
-// The whole step; where it keeps what the backward pass needs, `update` gets its slope instead.
-template <bool keep, typename T>
+// The whole step; where it keeps what the backward pass needs, `update` gets the form's slopes instead.
+template <typename Form, bool keep, typename T>
 void steps(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
-  moments_and_features(net, tile);
+  moments_and_inputs<Form>(net, tile);
   const int hidden = net.lstm.shapes[0].hidden;
   lstm_forward<keep>(net.lstm, tile.lstm);
   for (int at = 0; at < kTile; at += kLanes<T>) {
-    Vector<T> sum = splat(net.head_bias);
-    for (int unit = 0; unit < hidden; ++unit) {
-      sum += net.head[unit] * load(tile.lstm.top + unit * kTile + at);
+    Vector<T> o[Form::sizes.outputs];
+    for (int output = 0; output < Form::sizes.outputs; ++output) {
+      Vector<T> sum = splat(net.head_bias[output]);
+      for (int unit = 0; unit < hidden; ++unit) {
+        sum += net.head[output * hidden + unit] * load(tile.lstm.top + unit * kTile + at);
+      }
+      o[output] = sum;
     }
     if constexpr (keep) {
-      store(tile.update + at, net.alpha * tanh_slope(sum));
+      Vector<T> slopes[Form::sizes.slopes];
+      Form::template slopes<T>(net, tile, at, o, slopes);
+      for (int row = 0; row < Form::sizes.slopes; ++row) {
+        store(tile.update + row * kTile + at, slopes[row]);
+      }
     } else {
-      store(tile.update + at, net.alpha * tanh(sum));
+      store(tile.update + at, Form::template update<T>(net, tile, at, o));
     }
   }
 }
 
-template <typename T>
+template <typename Form, typename T>
 void forward(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
-  steps<false>(net, tile);
+  steps<Form, false>(net, tile);
 }
 
 template <typename T>
@@ -67,73 +68,92 @@ double dot(const T* a, const T* b) {
   return total;
 }
 
-template <typename T>
+// The slopes in the head's outputs become the gradients in them.
+template <typename Form, typename T>
 void head_gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
+  constexpr int kOutputs = Form::sizes.outputs;
   const int hidden = net.lstm.shapes[0].hidden;
-  double bias = 0;
+  double bias[kOutputs] = {};
   for (int at = 0; at < kTile; at += kLanes<T>) {
-    const Vector<T> d = load(tile.d_update + at) * load(tile.update + at);
-    store(tile.d_update + at, d);
-    for (int lane = 0; lane < kLanes<T>; ++lane) bias += d[lane];
+    Vector<T> d[kOutputs];
+    for (int output = 0; output < kOutputs; ++output) {
+      T* slopes = tile.update + output * kTile + at;
+      d[output] = load(tile.d_update + at) * load(slopes);
+      store(slopes, d[output]);
+      for (int lane = 0; lane < kLanes<T>; ++lane) bias[output] += d[output][lane];
+    }
     for (int unit = 0; unit < hidden; ++unit) {
-      store(tile.lstm.d_out + unit * kTile + at, net.head[unit] * d);
+      Vector<T> sum = net.head[unit] * d[0];
+      for (int output = 1; output < kOutputs; ++output) {
+        sum += net.head[output * hidden + unit] * d[output];
+      }
+      store(tile.lstm.d_out + unit * kTile + at, sum);
     }
   }
-  for (int unit = 0; unit < hidden; ++unit) {
-    sums[unit] += dot(tile.d_update, tile.lstm.top + unit * kTile);
+  for (int output = 0; output < kOutputs; ++output) {
+    for (int unit = 0; unit < hidden; ++unit) {
+      *sums++ += dot(tile.update + output * kTile, tile.lstm.top + unit * kTile);
+    }
   }
-  sums[hidden] += bias;
+  for (double sum : bias) *sums++ += sum;
 }
 
-template <typename T>
+template <typename Form, typename T>
 void moment_gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
   for (int at = 0; at < kTile; at += kLanes<T>) {
-    const Vector<T> g = load(tile.grad + at), v = load(tile.v + at);
-    const Vector<T> m_hat = load(tile.m + at) / net.one_minus_beta1;
-    const Vector<T> scale = reciprocal_root<T>(v / net.one_minus_beta2 + net.eps);
-    const Vector<T> d_m_feature = load(tile.lstm.d_in[0] + at);
-    const Vector<T> d_g_feature = load(tile.lstm.d_in[0] + kTile + at);
-    const Vector<T> d_scale = d_m_feature * m_hat + d_g_feature * g;
-    const Vector<T> d_m = load(tile.d_m + at) + d_m_feature * scale / net.one_minus_beta1;
-    const Vector<T> d_v = load(tile.d_v + at) -
-                          T(0.5) * d_scale * (scale * scale * scale) / net.one_minus_beta2;
-    store(tile.d_grad + at, d_g_feature * scale + net.one_minus_beta1 * d_m +
-                                T(2) * net.one_minus_beta2 * g * d_v);
+    const Moments<T> of{load(tile.grad + at), load(tile.m + at), load(tile.v + at)};
+    const MomentGradients<T> d = Form::template back<T>(net, tile, at, of);
+    const Vector<T> d_m = load(tile.d_m + at) + d.m;
+    const Vector<T> d_v = load(tile.d_v + at) - d.minus_v;
+    store(tile.d_grad + at,
+          d.g + net.one_minus_beta1 * d_m + T(2) * net.one_minus_beta2 * of.g * d_v);
     store(tile.d_m + at, net.beta1 * d_m);
     store(tile.d_v + at, net.beta2 * d_v);
   }
 }
 
-template <typename T>
+template <typename Form, typename T>
 void keep(const StudentNetwork<T>& net, const StudentTile<T>& tile) {
-  steps<true>(net, tile);
+  steps<Form, true>(net, tile);
 }
 
-template <typename T>
+template <typename Form, typename T>
 void gradients(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
   double* head_sums = sums;
   for (int layer = 0; layer < net.lstm.layers; ++layer) {
     head_sums += net.lstm.shapes[layer].gradient_size();
   }
-  head_gradients(net, tile, head_sums);
+  head_gradients<Form>(net, tile, head_sums);
   lstm_backward(net.lstm, tile.lstm, sums);
 }
 
-template <typename T>
+template <typename Form, typename T>
 void backward(const StudentNetwork<T>& net, const StudentTile<T>& tile, double* sums) {
-  keep(net, tile);
-  gradients(net, tile, sums);
-  moment_gradients(net, tile);
+  keep<Form>(net, tile);
+  gradients<Form>(net, tile, sums);
+  moment_gradients<Form>(net, tile);
+}
+
+template <typename Form, typename T>
+StudentKernels<T> kernels_of() {
+  return {forward<Form, T>, backward<Form, T>, keep<Form, T>, gradients<Form, T>};
 }
 
 }  // namespace
 
 template <typename T>
 StudentKernels<T> student_kernels() {
-  return {forward<T>, backward<T>, keep<T>, gradients<T>};
+  return kernels_of<RNNProp, T>();
+}
+
+template <typename T>
+StudentKernels<T> nominal_kernels() {
+  return kernels_of<Nominal, T>();
 }
 
 template StudentKernels<float> student_kernels();
 template StudentKernels<double> student_kernels();
+template StudentKernels<float> nominal_kernels();
+template StudentKernels<double> nominal_kernels();
 
 }  // namespace amalgam::cpu::AMALGAM_ISA

@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
-#include "dispatch.h"
 #include "student_binding.h"
 #include "student_network.h"
 #include "tiles.h"
+#include "tiling.h"
 
 namespace amalgam::cpu {
 namespace {
@@ -48,7 +49,7 @@ struct Segments {
 template <typename T>
 class Unroll {
  public:
-  Unroll(const std::vector<LayerShape>& shapes, int64_t n, int64_t steps)
+  Unroll(const std::vector<LayerShape>& shapes, int slopes, int64_t n, int64_t steps)
       : shapes_(shapes),
         layers_(static_cast<int64_t>(shapes.size())),
         hidden_(shapes[0].hidden),
@@ -58,8 +59,9 @@ class Unroll {
       inputs += shape.inputs;
       columns = std::max<int64_t>(columns, shape.columns());
     }
-    // in, top, the old c, gates, tanh(c), the head's slope.
-    const int64_t rows_of_step = inputs + states_ + hidden_ + states_ + 4 * states_ + states_ + 1;
+    // in, top, the old c, gates, tanh(c), the form's slopes.
+    const int64_t rows_of_step =
+        inputs + states_ + hidden_ + states_ + 4 * states_ + states_ + slopes;
     rows_of_state_ = 2 + 2 * states_;
     segments_ = Segments::of<T>(steps, kept_bytes<T>(n, steps), rows_of_step, rows_of_state_);
 
@@ -76,7 +78,7 @@ class Unroll {
     cells_ = rows.take((segments_.length + 1) * states_);
     for (int64_t slot = 0; slot < segments_.length; ++slot) {
       for (const LayerShape& shape : shapes) in_.push_back(rows.take(shape.rows()));
-      tops_.push_back(rows.take(hidden_ + 5 * states_ + 1));
+      tops_.push_back(rows.take(hidden_ + 5 * states_ + slopes));
     }
   }
 
@@ -194,23 +196,33 @@ class Unroll {
 }  // namespace
 
 template <typename T>
-void student_unroll_backward(int layers, int hidden, const StudentConstants& constants,
-                             const T* const* weights, int64_t steps, int64_t n,
+void student_unroll_backward(const Student<T>& student, int64_t steps, const int64_t* sizes,
                              const StepRows<T>& grads, const StepRows<T>& adjoints,
                              const StudentState<const T>& state, T* const* d_weights, int threads) {
-  const StudentKernels<T> kernels = AMALGAM_DISPATCH(student_kernels<T>);
-  const PackedLstm<T> lstm(layers, hidden, kFeatures, weights, true);
-  const StudentNetwork<T> network = network_of(lstm, constants, weights + 3 * layers);
+  const PackedStudent<T> packed(student, true);
+  const StudentNetwork<T> network = packed.network();
+  const StudentKernels<T>& kernels = packed.kernels;
+  const int64_t n = std::accumulate(sizes, sizes + student.tensors, int64_t(0));
+  const Tiling tiling({sizes, sizes + student.tensors}, true);
+  // Four steps of one tile are the work of four tiles' one.
+  const int64_t least_tiles_a_sum = std::max<int64_t>(1, kTilesASum / std::max<int64_t>(1, steps));
+  const int64_t tiles = steps ? tiling.tiles() : 0;
+  BiasSums<T> bias_sums(packed, tiling, student.nominal ? student.tensors : 0, steps,
+                        tiles_a_sum(tiles, least_tiles_a_sum));
 
   const auto run_tile = [&](int64_t index, double* sums) {
-    Unroll<T> tile(lstm.shapes(), n, steps);
+    Unroll<T> tile(packed.shapes(), student.form().slopes, n, steps);
     const Segments& segments = tile.segments();
-    const Piece piece = only_piece(index, n);
+    const Piece piece = tiling.only_piece(index);
+    const auto of_step = [&](StudentTile<T> rows, int64_t step) {
+      packed.of_tensor(step * student.tensors + piece.tensor, rows);
+      return rows;
+    };
     tile.load_first_state(state, n, piece);
     for (int64_t segment = 1; segment < segments.count; ++segment) {
       for (int64_t step = segments.begin(segment - 1); step < segments.begin(segment); ++step) {
         tile.load_grad(grads, step, piece);
-        kernels.forward(network, tile.passing_step());
+        kernels.forward(network, of_step(tile.passing_step(), step));
         tile.hand_over(0, 0);
       }
       tile.save_state(segment);
@@ -225,20 +237,20 @@ void student_unroll_backward(int layers, int hidden, const StudentConstants& con
       const int64_t begin = segments.begin(segment), size = segments.begin(segment + 1) - begin;
       for (int64_t slot = 0; slot < size; ++slot) {
         tile.load_grad(grads, begin + slot, piece);
-        kernels.keep(network, tile.step(slot));
+        kernels.keep(network, of_step(tile.step(slot), begin + slot));
         if (slot + 1 < size) tile.hand_over(slot, slot + 1);
       }
       for (int64_t slot = size - 1; slot >= 0; --slot) {
         tile.load_adjoint(adjoints, begin + slot, piece);
-        kernels.gradients(network, tile.step(slot), sums);
+        kernels.gradients(network, of_step(tile.step(slot), begin + slot), sums);
+        if (student.nominal) bias_sums.take(index, piece.tensor, begin + slot, sums);
       }
     }
   };
-  // Four steps of one tile are the work of four tiles' one.
-  const int64_t least_tiles_a_sum = std::max<int64_t>(1, kTilesASum / std::max<int64_t>(1, steps));
-  const std::vector<double> sums = sum_over_tiles(steps ? n : 0, gradient_size(lstm), threads,
-                                                  run_tile, least_tiles_a_sum);
-  unpack_gradients(lstm, sums.data(), d_weights);
+  const std::vector<double> sums =
+      sum_over_tiles(tiles, packed.gradient_size(), threads, run_tile, least_tiles_a_sum);
+  packed.unpack_gradients(sums.data(), d_weights);
+  if (student.nominal && steps) bias_sums.unpack(d_weights[2]);
 }
 
 namespace {
@@ -249,19 +261,18 @@ void bind_student_unroll_backward(py::module_& module, const std::string& dtype)
   module.def(
       ("student_unroll_backward_" + dtype).c_str(),
       [](Address grads, Address adjoints, const StateAddresses& state,
-         const std::vector<Address>& weights, const std::vector<Address>& d_weights, int64_t steps,
-         int64_t n, int64_t grads_stride, int64_t adjoints_stride, int layers, int hidden,
-         const Constants& constants, int threads) {
-        const std::vector<const T*> from = all_at<const T>(weights);
+         const StudentAddresses& student, const std::vector<Address>& d_weights, int64_t steps,
+         const std::vector<int64_t>& sizes, int64_t grads_stride, int64_t adjoints_stride,
+         int threads) {
+        const GivenStudent<T> given(student);
         const std::vector<T*> to = all_at<T>(d_weights);
         student_unroll_backward<T>(
-            layers, hidden, student_constants(constants), from.data(), steps, n,
-            {at<const T>(grads), grads_stride}, {at<const T>(adjoints), adjoints_stride},
-            student_state<const T>(state), to.data(), threads);
+            given.student(), steps, sizes.data(), {at<const T>(grads), grads_stride},
+            {at<const T>(adjoints), adjoints_stride}, student_state<const T>(state), to.data(),
+            threads);
       },
-      "grads"_a, "adjoints"_a, "state"_a, "weights"_a, "d_weights"_a, py::kw_only(), "steps"_a,
-      "n"_a, "grads_stride"_a, "adjoints_stride"_a, "layers"_a, "hidden"_a, "constants"_a,
-      "threads"_a, WithoutGil());
+      "grads"_a, "adjoints"_a, "state"_a, "student"_a, "d_weights"_a, py::kw_only(), "steps"_a,
+      "sizes"_a, "grads_stride"_a, "adjoints_stride"_a, "threads"_a, WithoutGil());
 }
 
 const Binding binding("cpu", [](py::module_& module) {

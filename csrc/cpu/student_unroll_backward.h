@@ -15,10 +15,10 @@ struct StepRows {
   int64_t stride;
 };
 
-// state: before the first step. d_weights: one array a weight.
+// Of T steps, each with its own first bias and corrections in the nominal form, (T, tensors, ...).
+// sizes: of the student's tensors. state: before the first step. d_weights: one array a weight.
 template <typename T>
-void student_unroll_backward(int layers, int hidden, const StudentConstants& constants,
-                             const T* const* weights, int64_t steps, int64_t n,
+void student_unroll_backward(const Student<T>& student, int64_t steps, const int64_t* sizes,
                              const StepRows<T>& grads, const StepRows<T>& adjoints,
                              const StudentState<const T>& state, T* const* d_weights, int threads);
 

@@ -95,7 +95,7 @@ class Workspace {
     int64_t in_rows = 0;
     for (const LayerShape& shape : shapes) in_rows += shape.rows();
     const int64_t states = layers * hidden;
-    const int64_t rows = in_rows + states + hidden;
+    const int64_t rows = in_rows + states + 2 * hidden;
     const int64_t d_in_rows = in_rows - states;
     return for_backward ? rows + d_in_rows + states * 8 + hidden + widest(shapes) : rows;
   }
@@ -110,6 +110,7 @@ class Workspace {
     tile.cells = {cells, kTile};
     tile.new_cells = {cells, kTile};
     tile.top = take(hidden);
+    tile.pairs = take(hidden);
     if (for_backward) {
       d_in_.clear();
       for (const LayerShape& shape : shapes) d_in_.push_back(take(shape.inputs));
@@ -139,7 +140,7 @@ class Workspace {
   T* next_ = nullptr;
 };
 
-// An LSTM's state in memory: h, c and their successors, (layers, hidden, numel).
+// An LSTM's state in memory: h, c and their successors, (layers, hidden) rows that are `numel` apart.
 struct LstmState {
   Storage storage;
   int64_t numel;
@@ -166,10 +167,12 @@ inline Ahead ahead(Storage storage, const void* first, const void* second, int64
 
 template <typename T>
 void load_state(const std::vector<LayerShape>& shapes, const LstmState& state, const Piece& piece,
-                LstmTile<T>& tile) {
+                LstmTile<T>& tile, bool h_may_stay = false) {
   const int hidden = shapes[0].hidden, rows = static_cast<int>(shapes.size()) * hidden;
   const int64_t numel = state.numel, start = piece.start;
-  for (int row = 0; row < rows; ++row) {
+  const bool h_stays = h_may_stay && stays_in_memory<T>(state, piece);
+  if (h_stays) tile.h = {static_cast<const T*>(state.h) + start, numel};
+  for (int row = 0; row < (h_stays ? 0 : rows); ++row) {
     T* to = tile.in[row / hidden] + (shapes[row / hidden].inputs + row % hidden) * kTile;
     load_row(state.storage, state.h, row * numel + start, piece.count, to + piece.place);
   }
@@ -200,18 +203,10 @@ void store_state(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
     const int layer = row / hidden, unit = row % hidden;
     const T* h = (layer + 1 < layers ? tile.in[layer + 1] : tile.top) + unit * kTile;
     const T* c = tile.new_cells[row] + piece.place;
-    if (state.stochastic && state.storage == Storage::bfloat16) {
-      const RowOfBits bits(state.key, row);
-      const int64_t first = row * state.numel;
-      store_row_stochastically(bits, Half::upper, h + piece.place, piece.count,
-                               static_cast<uint16_t*>(state.new_h) + first, piece.start);
-      store_row_stochastically(bits, Half::lower, c, piece.count,
-                               static_cast<uint16_t*>(state.new_c) + first, piece.start);
-      continue;
-    }
-    const int64_t to = row * state.numel + piece.start;
-    store_row(state.storage, h + piece.place, piece.count, state.new_h, to);
-    store_row(state.storage, c, piece.count, state.new_c, to);
+    const Rounding how{state.storage, state.stochastic, state.key, row};
+    const int64_t to = row * state.numel;
+    store_rounded(how, Half::upper, h + piece.place, piece.count, state.new_h, to, piece.start);
+    store_rounded(how, Half::lower, c, piece.count, state.new_c, to, piece.start);
   }
 }
 
@@ -261,18 +256,22 @@ void store_gradients(const std::vector<LayerShape>& shapes, const LstmTile<T>& t
   copy_out(tile.d_c.first, states, piece, gradients.d_c, gradients.numel);
 }
 
-// Runs body(index, sums) for each tile of n coordinates and gives the `size` sums that they add to.
-// The partition does not depend on the threads, so the sums' bits don't either.
+// How many of so many tiles are summed together. It does not depend on the threads, so the sums' bits
+// don't either.
+inline int64_t tiles_a_sum(int64_t tiles, int64_t least = kTilesASum) {
+  return std::max(least, (tiles + kMostSums - 1) / kMostSums);
+}
+
+// Runs body(tile, sums) for each tile and gives the `size` sums that they add to.
 template <typename Body>
-std::vector<double> sum_over_tiles(int64_t n, int64_t size, int threads, const Body& body,
+std::vector<double> sum_over_tiles(int64_t tiles, int64_t size, int threads, const Body& body,
                                    int64_t least_tiles_a_sum = kTilesASum) {
-  const int64_t tiles = tiles_of(n);
-  const int64_t tiles_a_sum = std::max(least_tiles_a_sum, (tiles + kMostSums - 1) / kMostSums);
-  const int64_t count = (tiles + tiles_a_sum - 1) / tiles_a_sum;
+  const int64_t together = tiles_a_sum(tiles, least_tiles_a_sum);
+  const int64_t count = (tiles + together - 1) / together;
   std::vector<double> sums(count * size);
   for_each_block(count, worthwhile_threads(count, 1, threads), [&](int64_t index) {
-    const int64_t stop = std::min(tiles, (index + 1) * tiles_a_sum);
-    for (int64_t tile = index * tiles_a_sum; tile < stop; ++tile) {
+    const int64_t stop = std::min(tiles, (index + 1) * together);
+    for (int64_t tile = index * together; tile < stop; ++tile) {
       body(tile, sums.data() + index * size);
     }
   });

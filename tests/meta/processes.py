@@ -6,9 +6,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from runs import Killed, killer, trainer
+from runs import Killed, killer, linear_task, trainer
 
-from amalgam.meta import Curriculum, Stage, Stages, Training, distributed
+from amalgam.meta import Curriculum, MetaBatch, Stage, Stages, Training, distributed
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 
 
@@ -42,6 +42,32 @@ def curriculum(folder: Path, optimizees: int, cut: int | None = None) -> None:
     make().run(resume=True)
 
 
+def meta_batch(folder: Path, cut: int | None = None) -> None:
+    """Three slots, of which two processes have two and one; the noise is each slot's own."""
+    training = Training(
+        optimizees=2, input_noise=0.05, validate_every=2, validation_steps=3, checkpoint_every=1
+    )
+    strategy = MetaBatch(5, slots=3, unroll=2, shortest=2, longest=6, imitation_weight=0.1)
+    tasks = [linear_task(3 + index, f"task-{index}") for index in range(4)]
+
+    def make():
+        return trainer(
+            folder, tasks=tasks, training=training, strategy=strategy, perturbation=Gaussian(0.01)
+        )
+
+    if cut is not None:
+        with contextlib.suppress(Killed):
+            make().run(report=killer(cut))
+    make().run(resume=True)
+
+
+def fewer_slots_than_processes(folder: Path) -> None:
+    """The second process has no slot; the adversary's climbs are the first's alone."""
+    strategy = MetaBatch(3, slots=1, unroll=2, shortest=2, longest=4, imitation_weight=0.1)
+    training = Training(validate_every=0)
+    trainer(folder, training=training, strategy=strategy, perturbation=AdaptivePGD(1, 0.05)).run()
+
+
 if __name__ == "__main__":
     distributed.join()
     out = Path(sys.argv[1])
@@ -49,4 +75,7 @@ if __name__ == "__main__":
     adversarial(out / "adversarial", 1)
     curriculum(out / "curriculum", 1)
     curriculum(out / "cut", 1, cut=3)
+    meta_batch(out / "meta_batch")
+    meta_batch(out / "meta_batch_cut", cut=3)
+    fewer_slots_than_processes(out / "fewer_slots_than_processes")
     distributed.leave()

@@ -21,6 +21,8 @@ from amalgam.policies import (
     ChoiceConfig,
     DMConfig,
     DynamicRateConfig,
+    NominalConfig,
+    NominalStudent,
     Policy,
     Pool,
     RMSPropLR,
@@ -64,6 +66,10 @@ def policies() -> dict[str, Policy]:
     units = {"param_units": 3, "tensor_units": 2, "global_units": 2, "warmup_steps": 2}
     return {
         "student": tiny_student(7),
+        "nominal": NominalStudent(
+            NominalConfig(inputs=("time", "rank", "fan_in", "rms"), **SMALL),
+            generator=generator_for(0),
+        ),
         "choice": Choice(ChoiceConfig("small", **SMALL), generator=generator),
         "hard-choice": Choice(ChoiceConfig("small", hardness=2.0, **SMALL), generator=generator),
         "dm": DM(DMConfig(**SMALL), generator=generator),

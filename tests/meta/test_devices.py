@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from amalgam import tasks
 from amalgam.meta import (
     Amalgamation,
+    Conditions,
     Memory,
+    MetaBatch,
     PersistentEvolution,
     Repeat,
     Stage,
@@ -61,6 +63,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 EVERY_STEP = Training(validate_every=4, validation_steps=3, validation_seeds=1, checkpoint_every=1)
 TWO_WINDOWS = Stages((Stage(2, 2, 0.1),), 3)
 REFERENCE = Amalgamation(scale_spread=1.0, backend="reference")
+BATCH = MetaBatch(4, slots=2, unroll=3, shortest=3, longest=9, imitation_weight=0.1)
+CONDITIONS = Conditions(
+    weight_decay=(1e-3, 0.1), lr=(0.5, 2.0), lr_decays=("linear", "cosine"), loss_scale=(-1, 1)
+)
 NOISES: list[dict[str, Any]] = [
     {"kind": "gaussian"},
     {"kind": "persistent_gaussian_rel"},
@@ -107,6 +113,8 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "strategy": lambda: {
         "strategy": Repeat(2, 2, windows=1, episodes=2, validation=UnrollSettings(2, 1, 1, 1, 0.05))
     },
+    "meta-batch": lambda: {"strategy": BATCH, "tasks": [linear_task(), linear_task(3, "narrow")]},
+    "conditions": lambda: {"conditions": CONDITIONS},
     "several tasks": lambda: {"tasks": [linear_task(), linear_task(3, "narrow")]},
     "convolutions": lambda: {"tasks": convolutional_task()},
     "segments": lambda: {"memory": Memory(segment=2, cells="bfloat16")},
@@ -151,7 +159,9 @@ def test_a_run_elsewhere_is_the_cpus(name, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("begun", ["cpu", ELSEWHERE], ids=str)
-@pytest.mark.parametrize("name", ["choice", "every teacher", "pes", "replicates", "strategy"])
+@pytest.mark.parametrize(
+    "name", ["choice", "every teacher", "meta-batch", "pes", "replicates", "strategy"]
+)
 def test_a_run_goes_on_on_another_device(name, begun, tmp_path) -> None:
     ended = "cpu" if begun == ELSEWHERE else ELSEWHERE
     trainer(tmp_path / "whole", device="cpu", **settings_of(name)).run()
@@ -229,7 +239,7 @@ def digits(folder: Path, device: str, **settings: Any) -> Trainer:
         folder=folder,
         amalgamation=settings.pop("amalgamation", None) or Amalgamation(backend="reference"),
         training=Training(validate_every=2, validation_steps=3, checkpoint_every=1),
-        strategy=Stages((Stage(1, 3, 0.1),), 5),
+        strategy=settings.pop("strategy", None) or Stages((Stage(1, 3, 0.1),), 5),
         device=device,
         **settings,
     )
@@ -245,6 +255,12 @@ ON_GPU: dict[str, Callable[[], dict[str, Any]]] = {
     "choice": lambda: {"student": small_choice(), "pool": Pool([])},
     "pes": lambda: {"estimator": PersistentEvolution(pairs=2)},
     "replicates": lambda: {"student": [tiny_student(0), tiny_student(1)]},
+    "meta-batch": lambda: {"strategy": replace(BATCH, meta_steps=3)},
+    "conditions": lambda: {"conditions": CONDITIONS},
+    "first order": lambda: {
+        "conditions": CONDITIONS,
+        "amalgamation": Amalgamation(second_order=False),
+    },
     "noise": lambda: {"perturbation": perturbation_of("gaussian")},
     "every teacher": lambda: {"pool": Pool(every_teacher())},
 }

@@ -274,7 +274,7 @@ def test_il_modes(tmp_path) -> None:
     assert not same(trained("switch", 0.5), imitation)
 
 
-@pytest.mark.parametrize("kind", ["student", "scale"])
+@pytest.mark.parametrize("kind", ["student", "nominal", "scale"])
 def test_several_tasks(kind, tmp_path) -> None:
     """Also of several sizes, for a policy whose state depends on them."""
 
@@ -378,10 +378,12 @@ def test_pes_sums_an_episodes_perturbations() -> None:
         assert torch.allclose(2 * once, twice)
 
 
-def test_pes_resumes(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["student", "nominal"])
+def test_pes_resumes(kind, tmp_path) -> None:
     def run(folder):
         return trainer(
             folder,
+            policies()[kind],
             training=EVERY_STEP,
             strategy=Stages((Stage(2, 2, 0.1),), 3),
             estimator=PersistentEvolution(pairs=2),
@@ -432,12 +434,22 @@ def test_validation_is_without_noise(noise, tmp_path) -> None:
     assert scores(EVERY_STEP, None) == scores(noisy, noise)
 
 
-@pytest.mark.parametrize("kind", ["gaussian_rel", "persistent_gaussian", "adaptive_pgd"])
-def test_perturbed_runs_resume(kind, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        ("gaussian_rel", "student"),
+        ("persistent_gaussian", "student"),
+        ("persistent_gaussian", "nominal"),
+        ("adaptive_pgd", "student"),
+        ("adaptive_pgd", "nominal"),
+    ],
+)
+def test_perturbed_runs_resume(kind, policy, tmp_path) -> None:
     def run(folder):
         training = replace(EVERY_STEP, input_noise=0.01)
         return trainer(
             folder,
+            policies()[policy],
             training=training,
             strategy=Stages((Stage(2, 2, 0.1),), 3),
             perturbation=perturbation_of(kind),

@@ -107,9 +107,9 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, changes, named) -> None:
 def test_a_checkpoint_from_before_formats_were_numbered_is_refused(tmp_path) -> None:
     trainer(tmp_path).run()
     tensors, about = weight_files.read(tmp_path / CHECKPOINT, "checkpoint")
-    assert about.pop("format") == 2
+    assert about.pop("format") == 3
     weight_files.write(tmp_path / CHECKPOINT, "checkpoint", tensors, about)
-    with pytest.raises(ValueError, match="format 1, .* format 2 alone; finish that run with the"):
+    with pytest.raises(ValueError, match="format 1, .* format 3 alone; finish that run with the"):
         trainer(tmp_path).run(resume=True)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from amalgam.meta import Amalgamation, Memory, Unroll
+from amalgam.meta.conditions import Drawn, StepConditions
 from amalgam.meta.reference import window as naive_window
 from amalgam.policies import Pool, Student, StudentConfig
 from amalgam.seeding import generator_for
@@ -142,6 +143,108 @@ def test_meta_gradient_is_autograds(
         total.item(), rel=1e-11
     )
     assert_same(ours, gradients_of(total, weights), 1e-9)
+
+
+def conditions_of(rows: int, dtype: torch.dtype = torch.float64) -> StepConditions:
+    """The second of three windows: every row has another rate, decay, schedule and scale."""
+    drawn = [
+        Drawn(0.02, 1.3, "cosine", 100.0),
+        Drawn(0.1, 0.7, "linear", 0.01),
+        Drawn(0.0, 2.0, "cosine", 3.0),
+        Drawn(0.3, 1.0, "constant", 1.0),
+    ]
+    return StepConditions.of(drawn[:rows], STEPS, STEPS, 3 * STEPS, torch.zeros((), dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("second_order", "noisy", "backend"),
+    [
+        (True, False, "cpu"),
+        (True, False, "reference"),
+        (False, False, "cpu"),
+        (False, False, "reference"),
+        (False, True, "cpu"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("replicates", "optimizees"), [(1, 1), (2, 2)])
+def test_conditions_are_differentiated(
+    second_order: bool, noisy: bool, backend: str, replicates: int, optimizees: int
+) -> None:
+    """By steps and, in first order without noise, coordinate by coordinate."""
+    learners = students(replicates)
+    how = Amalgamation(second_order=second_order, scale_spread=1.0, backend=backend)
+    unroll = Unroll(
+        task_of(Net), learners, POOL, how, memory=Memory(segment=3), optimizees=optimizees
+    )
+    begin, batches = episode(unroll)
+    conditions = conditions_of(unroll.rows)
+    weights = [learner.weights() for learner in learners]
+    nothing = [[torch.zeros_like(w) for w in ours] for ours in weights]
+    noise = (lambda t: nothing) if noisy else None
+    window = unroll.window(begin, batches, noise=noise, conditions=conditions)
+    ours = gradients_of((window.meta_loss + 0.3 * window.imitation_loss).sum(), weights)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(unroll.rows):
+        s = row // optimizees
+        meta, imitation, params = naive_window(
+            unroll.task, learners[s], POOL, how, begin, batches, [weights[s]] * STEPS, row,
+            conditions,
+        )  # fmt: skip
+        total = total + (meta + 0.3 * imitation) / optimizees
+        assert torch.allclose(params, window.end.params[row], rtol=1e-12, atol=1e-14)
+    assert_same(ours, gradients_of(total, weights), 1e-9)
+    plain = unroll.window(begin, batches)
+    assert not torch.allclose(plain.end.params, window.end.params)
+    assert torch.equal(plain.end.teacher_params, window.end.teacher_params)
+    assert torch.equal(plain.losses[0], window.losses[0])
+
+
+def test_conditions_without_effect_leave_the_meta_gradient() -> None:
+    for second_order in (True, False):
+        (learner,) = students(1)
+        how = Amalgamation(second_order=second_order, scale_spread=1.0)
+        unroll = Unroll(task_of(Net), learner, POOL, how)
+        begin, batches = episode(unroll)
+        nothing = StepConditions.of(
+            [Drawn(0.0, 1.0, "constant", 1.0)], 0, STEPS, STEPS, begin.params
+        )
+        plain, same = (
+            gradients_of(
+                unroll.window(begin, batches, conditions=conditions).meta_loss,
+                [learner.weights()],
+            )
+            for conditions in (None, nothing)
+        )
+        assert all(map(torch.equal, plain, same))
+
+
+def test_a_row_that_stands_still_does_not_decay() -> None:
+    """A step that is not taken leaves the parameters, and passes all of their adjoint on."""
+    (learner,) = students(1)
+    how = Amalgamation(second_order=False, scale_spread=1.0)
+    unroll = Unroll(task_of(Net), learner, POOL, how, memory=Memory(segment=3))
+    begin, batches = episode(unroll)
+    for at in (0, 3):
+        batches[at] = (batches[at][0] * math.nan, batches[at][1])
+    conditions = conditions_of(2)
+    conditions = StepConditions(*(part[..., 1:] for part in conditions))
+    weights = learner.weights()
+    nothing = [[torch.zeros_like(w) for w in weights]]
+    found = []
+    for noise in (None, lambda t: nothing):  # by coordinates, and by steps
+        window = unroll.window(begin, batches, noise=noise, conditions=conditions)
+        assert window.skipped[0, 0] == 2
+        found.append(gradients_of(window.meta_loss.sum(), [weights]))
+    assert_same(*found, 1e-11)
+    # Without the steps that were not taken, and as many steps in the mean.
+    taken = [t for t in range(STEPS) if t not in (0, 3)]
+    fewer = StepConditions(conditions.lr[taken], conditions.kept[taken], conditions.loss_scale)
+    other = unroll.window(begin, [batches[t] for t in taken], conditions=fewer)
+    assert torch.equal(window.end.params, other.end.params)
+    share = len(taken) / STEPS
+    theirs = gradients_of(share * other.meta_loss.sum(), [weights])
+    assert_same(found[0], theirs, 1e-9)
 
 
 @pytest.mark.parametrize("second_order", [True, False])

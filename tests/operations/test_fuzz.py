@@ -8,6 +8,7 @@ judged together, nor beyond 5.4 where each is judged alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -304,6 +305,31 @@ def cells(draws: Draws, layers: int, hidden: int, n: int) -> list[Tensor]:
     return [h.to(draws.dtype), c.to(draws.dtype)]
 
 
+def of_form(
+    draws: Draws,
+    nominal: bool,
+    sizes: Sequence[int],
+    layers: int,
+    hidden: int,
+    steps: Sequence[int] = (),
+) -> tuple[Results, list[Any]]:
+    """A student's weights of either form, and its corrections and sizes, perhaps each step's."""
+    if not nominal:
+        return lstm_weights(draws, layers, hidden), [None, []]
+    weights = lstm_weights(draws, layers, hidden, features=3, outputs=2)
+    several = (*steps, len(sizes))
+    weights[2] = draws.normal(*several, 4 * hidden).to(draws.dtype)
+    corrections = 1 + draws.normal(*several, 2).square()
+    return weights, [corrections.to(draws.dtype), list(sizes)]
+
+
+def between(cuts: Sequence[float], n: int) -> list[int]:
+    """The sizes of tensors that n coordinates are cut into."""
+    places = [0, *sorted(round(cut * n) for cut in cuts), n]
+    return [stop - start for start, stop in itertools.pairwise(places)]
+
+
+several_cuts = st.lists(st.floats(0, 1), max_size=6)
 constants_of_students = st.tuples(
     st.sampled_from((0.1, 1.0)),
     st.sampled_from((0.0, 0.9, 0.95)),
@@ -321,7 +347,9 @@ constants_of_students = st.tuples(
     layout=st.lists(layouts, min_size=5, max_size=5),
     of_weights=st.sampled_from(("dense", "sliced", "transposed")),
     content=contents,
+    cuts=several_cuts,
     constants=constants_of_students,
+    nominal=st.booleans(),
     seed=seeds,
 )
 def test_student_step(
@@ -331,15 +359,17 @@ def test_student_step(
     layout: list[str],
     of_weights: str,
     content: str,
+    cuts: list[float],
     constants: tuple[float, ...],
+    nominal: bool,
     seed: int,
 ) -> None:
     draws = Draws(seed, dtype)
     grad = draws.values(content, n)
     inputs = [grad, *moments(draws, grad), *cells(draws, *architecture, n)]
     inputs = [laid_out(t, how) for t, how in zip(inputs, fitting(layout), strict=True)]
-    weights = [laid_out(weight, of_weights) for weight in lstm_weights(draws, *architecture)]
-    rest = weights, *constants
+    weights, given = of_form(draws, nominal, between(cuts, n), *architecture)
+    rest = [laid_out(weight, of_weights) for weight in weights], *constants, *given
     assert_accurate("student_step", (*inputs, *rest), dtype, of_a_coordinate)
     grads_out = [
         laid_out(draws.normal(*t.shape).to(dtype), how)
@@ -358,8 +388,9 @@ def test_student_step(
     of_grads=st.sampled_from(HALVES),
     layout=st.tuples(st.sampled_from(("dense", "sliced", "offset", "transposed")), layouts),
     content=contents,
-    cuts=st.lists(st.floats(0, 1), max_size=6),
+    cuts=several_cuts,
     constants=constants_of_students,
+    nominal=st.booleans(),
     seed=seeds,
 )
 def test_student_step_in_place(
@@ -372,6 +403,7 @@ def test_student_step_in_place(
     content: str,
     cuts: list[float],
     constants: tuple[float, ...],
+    nominal: bool,
     seed: int,
 ) -> None:
     """However the coordinates are split over tensors, the bits are those of one tensor."""
@@ -379,23 +411,26 @@ def test_student_step_in_place(
     grad = laid_out(draws.values(content, n).to(of_grads), layout[1])
     param = draws.normal(n).to(of_params)
     state = [*moments(draws, grad), *cells(draws, *architecture, n)]
-    weights = lstm_weights(draws, *architecture)
+    weights, given = of_form(draws, nominal, [n], *architecture)
 
-    def step(run: Function, places: list[int], work: torch.dtype, how: str) -> Results:
-        counts = [stop - start for start, stop in zip([0, *places], [*places, n], strict=True)]
-
+    def step(run: Function, counts: list[int], work: torch.dtype, how: str) -> Results:
         def parts(whole: Tensor) -> Results:
             return [part.clone() for part in whole.split(counts, -1)]
 
         params = [laid_out(p, how) for p in parts(param)]
         states = [parts(t.to(work)) for t in state]
         wide = [weight.to(work) for weight in weights]
-        run(params, list(grad.split(counts)), *states, wide, *constants, lr, decay, None, [], 0, [])
+        alike = None
+        if nominal:
+            wide[2] = wide[2].expand(len(counts), -1)
+            alike = given[0].to(work).expand(len(counts), -1)
+        grads, rest = list(grad.split(counts)), (lr, decay, None, [], 0, [])
+        run(params, grads, *states, wide, *constants, alike, [], *rest)
         return [torch.cat(list(column), -1) for column in (params, *states)]
 
     ours, reference = (operation("student_step_", name) for name in ("cpu", "reference"))
-    whole = step(ours, [], dtype, "dense")
-    split = step(ours, sorted(round(cut * n) for cut in cuts), dtype, layout[0])
+    whole = step(ours, [n], dtype, "dense")
+    split = step(ours, between(cuts, n), dtype, layout[0])
     for one, many in zip(whole, split, strict=True):
         assert torch.equal(one.to(many.dtype), many)
 
@@ -403,8 +438,8 @@ def test_student_step_in_place(
         update, *new = flat(reference_of("student_step")(*rest))
         return [param * (1 - lr * decay) - lr * update, *new]
 
-    arguments = (param, grad, *state, weights, *constants)
-    plain = step(reference, [], dtype, "dense")
+    arguments = (param, grad, *state, weights, *constants, *given)
+    plain = step(reference, [n], dtype, "dense")
     compare("student_step_", whole, plain, functional, arguments, dtype, of_a_coordinate)
 
 
@@ -418,7 +453,9 @@ def test_student_step_in_place(
     layout=st.lists(layouts, min_size=6, max_size=6),
     of_weights=st.sampled_from(("dense", "sliced", "transposed")),
     content=contents,
+    cuts=several_cuts,
     constants=constants_of_students,
+    nominal=st.booleans(),
     seed=seeds,
 )
 def test_student_unroll_backward(
@@ -429,16 +466,19 @@ def test_student_unroll_backward(
     layout: list[str],
     of_weights: str,
     content: str,
+    cuts: list[float],
     constants: tuple[float, ...],
+    nominal: bool,
     seed: int,
 ) -> None:
     draws = Draws(seed, dtype)
     grads, adjoints = draws.values(content, steps, n), draws.normal(steps, n).to(dtype)
     state = [*moments(draws, draws.values(content, n)), *cells(draws, *architecture, n)]
     inputs = [laid_out(t, how) for t, how in zip((grads, adjoints, *state), layout, strict=True)]
-    weights = [laid_out(weight, of_weights) for weight in lstm_weights(draws, *architecture)]
+    weights, given = of_form(draws, nominal, between(cuts, n), *architecture, [steps])
+    weights = [laid_out(weight, of_weights) for weight in weights]
 
-    arguments = (*inputs, weights, *constants)
+    arguments = (*inputs, weights, *constants, *given)
     assert_accurate("student_unroll_backward", arguments, dtype, of_a_tensor)
 
 

@@ -9,6 +9,7 @@ import pytest
 from amalgam import recipes
 from amalgam.meta import (
     Curriculum,
+    MetaBatch,
     PersistentEvolution,
     Repeat,
     Stages,
@@ -200,13 +201,16 @@ def test_a_strategy_that_is_none_is_stages_and_a_table_has_a_kind(minimal) -> No
         recipes.load(minimal, ["strategy.unroll=7"])
 
 
-@pytest.mark.parametrize("kind", ["stages", "curriculum", "repeat", "simple", "choice"])
+@pytest.mark.parametrize(
+    "kind", ["stages", "curriculum", "repeat", "meta-batch", "simple", "choice"]
+)
 def test_every_strategy_has_a_name(kind, minimal) -> None:
     recipe = recipes.load(minimal, [f"strategy.kind={kind}"])
     made = {
         "stages": Stages(),
         "curriculum": Curriculum(),
         "repeat": Repeat(),
+        "meta-batch": MetaBatch(),
         "simple": simple(),
         "choice": choice_strategy(),
     }

@@ -198,3 +198,26 @@ def test_many_optimizees_are_each_alone(name: str, stack: bool | None) -> None:
     losses = task.objectives(flat, batch, stack)
     alone = [[task.objective(flat[r, m], batches[r]) for m in range(each)] for r in range(rows)]
     assert torch.allclose(losses, torch.tensor(alone), rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizee", [*tasks.SMALL, *tasks.HELD_OUT])
+def test_small_tasks_have_gradients_everywhere(optimizee: str) -> None:
+    """On a second device and in another dtype, too: nothing of theirs stays behind."""
+    task = tasks.small(optimizee=optimizee)
+    params = task.init_params(torch.Generator().manual_seed(0)).requires_grad_()
+    (batch,) = task.batches(torch.Generator().manual_seed(1), 1)
+    loss = task.objective(params, batch)
+    (grad,) = torch.autograd.grad(loss, params)
+    assert grad.isfinite().all()
+    assert grad.abs().max() > 0
+    module = task.build()
+    x = batch[0].double() if batch[0].is_floating_point() else batch[0]
+    assert module.double()(x).dtype == torch.float64
+    assert task.build().to("meta")(batch[0].to("meta")).device.type == "meta"
+
+
+def test_no_small_task_of_another_name() -> None:
+    with pytest.raises(ValueError, match="optimizee must be one of .*, not 'cnm'; did you mean"):
+        tasks.small(optimizee="cnm")
+    with pytest.raises(ValueError, match="batch_size must be between 1"):
+        tasks.small(0)

@@ -1,0 +1,180 @@
+"""Conditions that each episode draws for its students, so that they meet what users will set.
+
+In one step a student with the update u of the gradient that it sees moves its parameters p by::
+
+    p <- p (1 - lr_t * weight_decay) - lr_t * u
+
+with lr_t the episode's learning rate at that step. The gradient that the student sees is the
+optimizee's times the loss's scale. The losses themselves, as recorded and as meta-trained on, are
+not scaled. Teachers know nothing of conditions: they train each optimizee as they always do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+LR_DECAYS = ("constant", "linear", "cosine")
+
+
+class Drawn(NamedTuple):
+    """The conditions of one optimizee in an episode.
+
+    Attributes:
+        weight_decay: The decoupled weight decay, multiplied by the learning rate.
+        lr: The learning rate at the first step, a factor on the student's updates.
+        lr_decay: How it goes on: one of :data:`LR_DECAYS`.
+        loss_scale: The factor on the gradients that the student sees.
+    """
+
+    weight_decay: float
+    lr: float
+    lr_decay: str
+    loss_scale: float
+
+    def lr_at(self, step: int, horizon: int) -> float:
+        """The learning rate at a step of an episode.
+
+        Args:
+            step: The step, from 0, after the warm-up.
+            horizon: Steps of the episode; the rate decays to zero over them.
+        """
+        if self.lr_decay == "linear":
+            return self.lr * (1 - step / horizon)
+        if self.lr_decay == "cosine":
+            return self.lr * (1 + math.cos(math.pi * step / horizon)) / 2
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What an episode draws for each of its students' optimizees; by default nothing.
+
+    They hold for the students alone and in meta-training alone, not in meta-validations. The steps
+    of the warm-up by SGD are as without them, but the students see its gradients scaled.
+
+    Attributes:
+        weight_decay: The smallest and the largest decoupled weight decay, drawn log-uniform; where
+            absent, there is none.
+        weight_decay_zero: The probability that there is none all the same.
+        lr: The smallest and the largest learning rate, drawn log-uniform.
+        lr_decays: How the learning rate may go on, to zero over the episode's horizon: one of them
+            is drawn, each as likely as the others.
+        loss_scale: The smallest and the largest exponent of ten in the loss's scale, drawn uniform.
+    """
+
+    weight_decay: tuple[float, float] | None = None
+    weight_decay_zero: float = 0.5
+    lr: tuple[float, float] = (1.0, 1.0)
+    lr_decays: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant",)
+    loss_scale: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be drawn."""
+        for name in ("weight_decay", "lr", "lr_decays", "loss_scale"):
+            found = getattr(self, name)
+            if found is None and name == "weight_decay":
+                continue
+            if not isinstance(found, list | tuple):
+                raise ValueError(f"{name} must be a list, not {found!r}")
+            object.__setattr__(self, name, tuple(found))
+        for name in ("weight_decay", "lr"):
+            found = getattr(self, name)
+            if found is not None and not (len(found) == 2 and 0 < found[0] <= found[1] < math.inf):
+                raise ValueError(
+                    f"{name} must be two positive and finite numbers, the smaller one first, not "
+                    f"{found}"
+                )
+        if not 0 <= self.weight_decay_zero <= 1:
+            raise ValueError(f"weight_decay_zero must be in [0, 1], not {self.weight_decay_zero}")
+        if self.weight_decay is not None and not self.weight_decay[1] * self.lr[1] < 1:
+            raise ValueError(
+                f"weight_decay must be below 1 / {self.lr[1]}, so that a step leaves something of "
+                f"the parameters, not {self.weight_decay[1]}"
+            )
+        if not self.lr_decays or not set(self.lr_decays) <= set(LR_DECAYS):
+            raise ValueError(
+                f"lr_decays must be one or more of {list(LR_DECAYS)}, not {list(self.lr_decays)}"
+            )
+        if len(self.loss_scale) != 2 or not (
+            -math.inf < self.loss_scale[0] <= self.loss_scale[1] < math.inf
+        ):
+            raise ValueError(
+                f"loss_scale must be two finite exponents, the smaller one first, not "
+                f"{self.loss_scale}"
+            )
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to draw."""
+        return (
+            self.weight_decay is not None
+            or self.lr != (1.0, 1.0)
+            or self.lr_decays != ("constant",)
+            or self.loss_scale != (0.0, 0.0)
+        )
+
+    def draw(self, generator: torch.Generator) -> Drawn:
+        """Draw the conditions of one optimizee."""
+        zero, decay, lr, kind, scale = torch.rand(
+            5, generator=generator, dtype=torch.float64
+        ).tolist()
+        weight_decay = 0.0
+        if self.weight_decay is not None and zero >= self.weight_decay_zero:
+            weight_decay = _log_uniform(self.weight_decay, decay)
+        low, high = self.loss_scale
+        return Drawn(
+            weight_decay,
+            _log_uniform(self.lr, lr),
+            self.lr_decays[int(kind * len(self.lr_decays))],
+            10 ** (low + (high - low) * scale),
+        )
+
+
+class StepConditions(NamedTuple):
+    """The conditions in each of a window's T steps, for R rows.
+
+    Attributes:
+        lr: The learning rates, shape (T, R).
+        kept: What weight decay leaves of the parameters, 1 - lr * weight_decay, shape (T, R).
+        loss_scale: The factors on the gradients that the students see, shape (R,).
+    """
+
+    lr: Tensor
+    kept: Tensor
+    loss_scale: Tensor
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Drawn], first: int, steps: int, horizon: int, like: Tensor
+    ) -> StepConditions:
+        """The conditions in a window.
+
+        Args:
+            rows: Each row's conditions in the episode.
+            first: How many of the episode's steps came before the window.
+            steps: Steps of the window.
+            horizon: Steps of the episode.
+            like: Whose dtype and device the tensors get.
+        """
+        lr = torch.tensor(
+            [[row.lr_at(first + step, horizon) for row in rows] for step in range(steps)],
+            dtype=torch.float64,
+        ).view(steps, len(rows))
+        decay = torch.tensor([row.weight_decay for row in rows], dtype=torch.float64)
+        return cls(lr.to(like), (1 - lr * decay).to(like), loss_scales(rows, like))
+
+
+def loss_scales(rows: Sequence[Drawn], like: Tensor) -> Tensor:
+    """The rows' factors on the gradients that students see, shape (R,), of ``like``'s dtype."""
+    return torch.tensor([row.loss_scale for row in rows], dtype=torch.float64).to(like)
+
+
+def _log_uniform(ends: tuple[float, float], drawn: float) -> float:
+    low, high = ends
+    return low * (high / low) ** drawn

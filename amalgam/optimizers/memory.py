@@ -1,0 +1,73 @@
+"""What an optimizer's state takes, before there is any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amalgam.optimizers.base import computing_dtype
+from amalgam.optimizers.student import DEFAULT_STUDENT, check_stored, student_of
+from amalgam.policies import FusedStudent
+
+
+class MemoryEstimate(NamedTuple):
+    """What the state of an :class:`amalgam.AmalgamatedOptimizer` takes.
+
+    Attributes:
+        parameters: How many parameters there are, elements of tensors.
+        state_bytes: Bytes of moments, cells and counts of steps.
+        bytes_a_parameter: Of moments and cells alone, what one parameter takes.
+    """
+
+    parameters: int
+    state_bytes: int
+    bytes_a_parameter: float
+
+
+def estimate_memory(
+    params: nn.Module | Iterable[Tensor],
+    student: FusedStudent | str | os.PathLike[str] = DEFAULT_STUDENT,
+    *,
+    cells_dtype: torch.dtype | None = None,
+    moments_dtype: torch.dtype | None = None,
+) -> MemoryEstimate:
+    """What the state of an :class:`amalgam.AmalgamatedOptimizer` takes, without making it.
+
+    Args:
+        params: A module, of which the parameters that require gradients count; or tensors, of which
+            all do. They may be on the meta device.
+        student: As :class:`amalgam.AmalgamatedOptimizer` takes it, like the others.
+        cells_dtype: Dtype of the LSTM's state.
+        moments_dtype: Dtype of the moments.
+
+    Returns:
+        The estimate, which is exact.
+
+    Raises:
+        TypeError: A parameter is not floating point.
+        ValueError: A dtype is none of these.
+        FileNotFoundError: ``student`` is neither a name nor a file.
+    """
+    check_stored("cells_dtype", cells_dtype)
+    check_stored("moments_dtype", moments_dtype)
+    config = student_of(student).config
+    if isinstance(params, nn.Module):
+        params = [param for param in params.parameters() if param.requires_grad]
+    numel = of_numbers = 0
+    tensors = list(params)
+    for param in tensors:
+        if not param.is_floating_point():
+            raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
+        wide = computing_dtype(param.dtype)
+        narrow = wide == torch.float32
+        moments = (narrow and moments_dtype) or wide
+        cells = (narrow and cells_dtype) or wide
+        each = 2 * moments.itemsize + 2 * config.layers * config.hidden * cells.itemsize
+        numel += param.numel()
+        of_numbers += each * param.numel()
+    counts = torch.float32.itemsize * len(tensors)
+    return MemoryEstimate(numel, of_numbers + counts, of_numbers / max(1, numel))

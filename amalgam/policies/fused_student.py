@@ -1,0 +1,172 @@
+"""Base class of the students: the policies whose steps are one fused operation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amalgam import ops
+from amalgam.layout import Layout
+from amalgam.ops import StepSettings, StudentState
+from amalgam.policies.lstm_policy import MomentConfig, MomentPolicy
+
+
+class TensorContext(NamedTuple):
+    """What a student is told of whole tensors in one step; or in T, with a first dimension.
+
+    Attributes:
+        inputs: What enters the first layer, shape (tensors, inputs).
+        corrections: Those of Adam's moments, shape (tensors, 2).
+        sizes: How many coordinates each tensor has.
+    """
+
+    inputs: Tensor
+    corrections: Tensor
+    sizes: Sequence[int]
+
+
+class ContextConstants(NamedTuple):
+    """What a context takes of tensors that stays as it is from step to step.
+
+    Attributes:
+        of_shapes: What the first layer sees of their shapes, a tensor (tensors,) an input's name.
+        roots: The square roots of their sizes, of empty ones 1, shape (tensors,).
+        sizes: How many coordinates each has.
+    """
+
+    of_shapes: dict[str, Tensor]
+    roots: Tensor
+    sizes: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedConfig(MomentConfig):
+    """The size of a student's LSTM, and its constants."""
+
+    @property
+    def settings(self) -> StepSettings:
+        """The constants of :func:`amalgam.ops.student_step`, but for a step's corrections."""
+        raise NotImplementedError
+
+
+class FusedStudent(MomentPolicy):
+    """Base of the students: :func:`amalgam.ops.student_step` computes their steps.
+
+    A subclass says how its weights become the operation's. If it is told of whole tensors beside
+    gradients, it says what (:meth:`context_of`), and how that enters the weights
+    (:meth:`with_context`, :meth:`unfolded`).
+    """
+
+    config: FusedConfig
+
+    def context(
+        self, state: Any, params: Tensor | None, layout: Layout | None
+    ) -> TensorContext | None:
+        """What the student is told in the step after a state; ``None`` if nothing.
+
+        Args:
+            state: The state before the step, of one or more optimizees of this layout, one's
+                coordinates after another's.
+            params: Their parameters, shape (N,); outside any graph.
+            layout: Which tensors an optimizee's coordinates are; where absent, one vector.
+
+        Raises:
+            ValueError: ``params`` or ``layout`` does not fit the state, or is absent and needed.
+        """
+        return None
+
+    def constants_of(self, shapes: Sequence[torch.Size], like: Tensor) -> ContextConstants | None:
+        """What :meth:`context_of` takes of tensors that stays; ``None`` if it takes nothing.
+
+        Args:
+            shapes: The tensors' shapes.
+            like: A tensor of the dtype and device to say it in.
+        """
+        return None
+
+    def context_of(
+        self, constants: ContextConstants | None, steps: Tensor, params: Sequence[Tensor]
+    ) -> TensorContext | None:
+        """What the student is told of tensors in their next step; ``None`` if nothing.
+
+        Args:
+            constants: What :meth:`constants_of` made of them.
+            steps: How many steps each has taken, shape (tensors,), of the weights' dtype.
+            params: The tensors themselves, of any floating-point dtype; constants.
+        """
+        return None
+
+    @abstractmethod
+    def operation_weights(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The operation's weights, as far as they do not depend on a context."""
+
+    def with_context(
+        self,
+        operation_weights: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        context: TensorContext | None,
+    ) -> tuple[Sequence[Tensor], StepSettings]:
+        """The operation's weights and settings in a context.
+
+        Args:
+            operation_weights: What :meth:`operation_weights` made of ``weights``.
+            weights: The student's own.
+            context: What it is told.
+        """
+        return operation_weights, self.config.settings
+
+    def folded(
+        self, weights: Sequence[Tensor], context: TensorContext | None
+    ) -> tuple[Sequence[Tensor], StepSettings]:
+        """The operation's weights and settings, differentiable in ``weights``."""
+        return self.with_context(self.operation_weights(weights), weights, context)
+
+    @abstractmethod
+    def unfolded(self, found: Sequence[Tensor], context: TensorContext | None) -> list[Tensor]:
+        """Gradients in the policy's weights, of those in the operation's."""
+
+    @abstractmethod
+    def carried(self, new: StudentState, before: Any) -> Any:
+        """The state after a step, of what the operation gave and the state before it."""
+
+    def step(
+        self,
+        grad: Tensor,
+        state: Any,
+        weights: Sequence[Tensor] | None = None,
+        *,
+        layout: Layout | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+        params: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """One differentiable step.
+
+        Args:
+            grad: The optimizee's gradient, shape (N,).
+            state: The carried state.
+            weights: Weights to use in place of its own.
+            layout: Which tensors the coordinates are, for students that are told of them.
+            generator: Not used: nothing is random.
+            backend: As in :func:`amalgam.ops.student_step`.
+            params: The parameters, shape (N,), for students that are told of them; constants.
+
+        Returns:
+            The update (N,), to be subtracted, and the new state.
+
+        Raises:
+            ValueError: Shapes, dtypes or devices do not fit, or the backend's name is unknown; or
+                ``params`` is absent and needed.
+            RuntimeError: The backend asked for can't compute this here.
+        """
+        given = None if params is None else params.detach()
+        context = self.context(state, given, layout)
+        folded, settings = self.folded(self.weights() if weights is None else weights, context)
+        before = StudentState(*state[:4])
+        update, new = ops.student_step(grad, before, folded, settings, backend=backend)
+        return update, self.carried(new, state)

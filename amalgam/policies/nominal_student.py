@@ -1,0 +1,261 @@
+"""The nominal student: an LSTM that scales and corrects Adam's step, coordinate by coordinate."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from amalgam.hints import did_you_mean
+from amalgam.layout import Layout
+from amalgam.operations.checks import check_like
+from amalgam.operations.student_forms import NOMINAL
+from amalgam.ops import StepSettings, StudentState
+from amalgam.policies.fused_student import (
+    ContextConstants,
+    FusedConfig,
+    FusedStudent,
+    TensorContext,
+)
+from amalgam.policies.policy import check_fields, zero_head
+
+_TIMES = (10.0, 100.0, 1000.0)  # steps after which a time input has risen to tanh(1)
+_FLOOR = 1e-3  # added to a tensor's RMS before its logarithm is taken
+
+INPUTS = {"time": len(_TIMES), "rank": 1, "fan_in": 1, "rms": 1}
+"""What a nominal student may be told of a tensor, and how many numbers each is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NominalConfig(FusedConfig):
+    """Architecture and constants of a nominal student.
+
+    Attributes:
+        layers: LSTM layers, 1 or more.
+        hidden: Units in each.
+        lr: The learning rate of Adam that it begins from.
+        gain: Factor on the head's first output, the logarithm of the factor on Adam's step.
+        inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
+            ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
+            its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
+            logarithm of its parameters' ``"rms"``.
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment; so small, the loss's scale does not matter.
+        warmup_steps: Steps of SGD before the student acts, in meta-training and after; it needs
+            none.
+        warmup_lr: The learning rate of those steps.
+    """
+
+    layers: int = 1
+    hidden: int = 8
+    lr: float = 0.005
+    gain: float = 2.0
+    inputs: tuple[str, ...] = ()
+    eps: float = 1e-15
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Make inputs a tuple, and refuse what can't be computed."""
+        super().__post_init__()
+        check_fields(self, positive=("lr", "gain"))
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        for name in self.inputs:
+            if name not in INPUTS:
+                raise ValueError(
+                    f"inputs must be of {list(INPUTS)}, not {name!r}{did_you_mean(name, INPUTS)}"
+                )
+        if len(set(self.inputs)) != len(self.inputs):
+            raise ValueError(f"inputs must be named once each, not {list(self.inputs)}")
+
+    @property
+    def settings(self) -> StepSettings:
+        """The constants of :func:`amalgam.ops.student_step`; corrections come with every step."""
+        return StepSettings(self.lr, self.beta1, self.beta2, self.eps)
+
+
+class NominalState(NamedTuple):
+    """What a nominal student carries from step to step, for N coordinates of some tensors.
+
+    Attributes:
+        m: First moment of the gradient, shape (N,).
+        v: Second moment, shape (N,).
+        h: Outputs of the LSTM layers, shape (layers, hidden, N).
+        c: Their cells, shape (layers, hidden, N).
+        t: How many steps each tensor that is not empty has taken, shape (tensors,).
+    """
+
+    m: Tensor
+    v: Tensor
+    h: Tensor
+    c: Tensor
+    t: Tensor
+
+
+class NominalStudent(FusedStudent):
+    """A learned optimizer that scales and corrects Adam's step, in place of replacing it.
+
+    Where it has seen no gradient but zero it does not move; mirrored gradients give the mirrored
+    run; and the loss's scale does not matter. Untrained it is Adam, bias-corrected, at ``lr``.
+    :mod:`amalgam.operations.student_forms` has the formulas. Source: a nominal term (Harrison et
+    al. 2022, "A closer look at learned optimization and its generalization", section 4), with the
+    per-tensor inputs of hierarchical learned optimizers folded into the first layer's bias.
+
+    Args:
+        config: Its architecture and constants.
+        generator: Source of its initial weights; torch's global one where absent.
+        provenance: Where its weights come from, JSON-serialisable; kept by :meth:`save`.
+    """
+
+    kind = "nominal"
+    config_type = NominalConfig
+    config: NominalConfig
+    per_tensor = ("t",)
+    sees_params = True
+
+    def build(self, generator: torch.Generator | None) -> None:
+        """Make an LSTM that sees coordinates and tensors, and a head of zeros."""
+        inputs = sum(INPUTS[name] for name in self.config.inputs)
+        self.build_cells(NOMINAL.features + inputs, generator)
+        self.head = zero_head(self.config.hidden, NOMINAL.outputs)
+
+    def initial_state(self, like: Tensor, layout: Layout | None = None) -> NominalState:
+        """The zero state for coordinates like these, shape (N,)."""
+        shapes, _ = _filled(like, layout)
+        t = torch.zeros(len(shapes), dtype=self.head.weight.dtype, device=like.device)
+        begin: StudentState = super().initial_state(like, layout)
+        return NominalState(*begin, t)
+
+    def warm_up(self, grad: Tensor, state: Any, *, layout: Layout | None = None) -> Any:
+        """The state after a warm-up step's gradient: moments and steps move, the LSTM does not."""
+        return super().warm_up(grad, state, layout=layout)._replace(t=state.t + 1)
+
+    def context(self, state: Any, params: Tensor | None, layout: Layout | None) -> TensorContext:
+        """See :class:`FusedStudent`."""
+        shapes, sizes = _filled(state.m, layout)
+        repeats = len(state.t) // max(1, len(sizes))
+        if repeats * sum(sizes) != len(state.m) or repeats * len(sizes) != len(state.t):
+            raise ValueError(
+                f"layout must be the state's, of {len(state.t)} tensors and {len(state.m)} "
+                f"coordinates, not of {len(sizes)} and {sum(sizes)}"
+            )
+        parts: Sequence[Tensor] = ()
+        if self._sees_rms:
+            if params is None:
+                raise ValueError(
+                    "params must be given to a nominal student that is told of its tensors' RMS, "
+                    "not None"
+                )
+            check_like("params", params, state.m.shape, state.m)
+            parts = params.split(sizes * repeats)
+        constants = _cached_constants(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        return self.context_of(constants, state.t, parts)
+
+    @property
+    def _sees_rms(self) -> bool:
+        return "rms" in self.config.inputs
+
+    def constants_of(self, shapes: Sequence[torch.Size], like: Tensor) -> ContextConstants:
+        """See :class:`FusedStudent`."""
+        return _constants(self.config, tuple(shapes), like.dtype, like.device)
+
+    def context_of(
+        self, constants: ContextConstants | None, steps: Tensor, params: Sequence[Tensor]
+    ) -> TensorContext:
+        """See :class:`FusedStudent`."""
+        assert constants is not None
+        now, config = steps + 1, self.config
+        columns: list[Tensor] = []
+        for name in config.inputs:
+            if name == "time":
+                columns += [(now / scale).tanh() for scale in _TIMES]
+            elif name == "rms":
+                # In float64, as a float32 sum of millions of squares loses what it adds.
+                norms = torch._foreach_norm(list(params), 2, dtype=torch.float64) if params else []
+                rms = torch.stack(list(norms)) / constants.roots if norms else constants.roots
+                columns.append((rms.to(steps.dtype) + _FLOOR).log() / 4)
+            else:
+                columns.append(constants.of_shapes[name])
+        inputs = torch.stack(columns, 1) if columns else steps.new_empty((len(steps), 0))
+        # In float64, as float32 would lose half of its bits in 1 - beta^t.
+        exact = now.double()
+        corrections = [1 / (1 - beta**exact) for beta in (config.beta1, config.beta2)]
+        return TensorContext(inputs, torch.stack(corrections, 1).to(steps.dtype), constants.sizes)
+
+    def operation_weights(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """See :class:`FusedStudent`; the first bias is still without inputs."""
+        w_ih, *rest, head, head_bias = weights
+        # A copy that stays: what backends make of weights, they keep by their memory.
+        first = w_ih[:, : NOMINAL.features].contiguous()
+        return [first, *rest, *self._gained(head, head_bias)]
+
+    def with_context(
+        self,
+        operation_weights: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        context: TensorContext | None,
+    ) -> tuple[list[Tensor], StepSettings]:
+        """See :class:`FusedStudent`; the inputs are folded into the first bias, one a tensor."""
+        assert context is not None
+        bias = weights[2] + context.inputs @ weights[0][:, NOMINAL.features :].T
+        folded = [*operation_weights[:2], bias, *operation_weights[3:]]
+        settings = self.config.settings
+        return folded, settings._replace(corrections=context.corrections, sizes=context.sizes)
+
+    def unfolded(self, found: Sequence[Tensor], context: TensorContext | None) -> list[Tensor]:
+        """See :class:`FusedStudent`."""
+        assert context is not None
+        d_w_ih, d_w_hh, d_bias, *rest, d_head, d_head_bias = found
+        of_tensors = d_bias.flatten(0, -2)
+        d_inputs = of_tensors.T @ context.inputs.flatten(0, -2)
+        d_first = [torch.cat((d_w_ih, d_inputs), 1), d_w_hh, of_tensors.sum(0)]
+        return [*d_first, *rest, *self._gained(d_head, d_head_bias)]
+
+    def _gained(self, head: Tensor, bias: Tensor) -> list[Tensor]:
+        """The head with its first output times ``gain``; the same of gradients."""
+        gain = self.config.gain
+        return [torch.stack((gain * part[0], part[1])) for part in (head, bias)]
+
+    def carried(self, new: StudentState, before: Any) -> NominalState:
+        """See :class:`FusedStudent`."""
+        return NominalState(*new, before.t + 1)
+
+
+def _filled(like: Tensor, layout: Layout | None) -> tuple[tuple[torch.Size, ...], tuple[int, ...]]:
+    """Shapes and sizes of the tensors that are not empty; without a layout, of one vector."""
+    if layout is None:
+        return (like.shape,), (like.numel(),)
+    pairs = zip(layout.shapes.values(), layout.sizes, strict=True)
+    filled = [(shape, size) for shape, size in pairs if size]
+    return tuple(shape for shape, _ in filled), tuple(size for _, size in filled)
+
+
+def _constants(
+    config: NominalConfig,
+    shapes: tuple[torch.Size, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ContextConstants:
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    of_each: dict[str, list[float]] = {
+        "rank": [len(shape) / 2 for shape in shapes],
+        "fan_in": [math.log(max(1, math.prod(shape[1:]))) / 4 for shape in shapes],
+    }
+    roots = [math.sqrt(max(1, size)) for size in sizes]
+    # Steps outside inference mode read it too, and a mode that watches this call is not theirs.
+    with torch.inference_mode(False), _disable_current_modes():
+        found = {
+            name: torch.tensor(of_each[name], dtype=dtype, device=device)
+            for name in config.inputs
+            if name in of_each
+        }
+        return ContextConstants(found, torch.tensor(roots, dtype=dtype, device=device), sizes)
+
+
+_cached_constants = functools.lru_cache(maxsize=64)(_constants)

@@ -1,0 +1,255 @@
+"""Small optimizees that optimization limits and not data: they serve to meta-train on.
+
+Twelve to meta-train on, and two whose architectures are none of theirs. The images are
+scikit-learn's digits, shifted, scaled and noised until there are 21,000; regressions have 10,000
+samples, of random networks; the text is the sources of a few modules of Python's standard library,
+which depend on Python's version. All else is drawn alike on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import inspect
+import textwrap
+import tokenize
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from amalgam.hints import did_you_mean
+from amalgam.tasks.digits import glorot
+from amalgam.tasks.task import Batch, Task
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "elu": nn.ELU,
+}
+_SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
+_TRAINED, _COPIES = 1400, 15
+_SYMBOLS, _CONTEXT, _CHARACTERS = 32, 12, 300_000
+
+Data = tuple[Batch, Batch]
+
+
+@functools.cache
+def _images() -> Data:
+    """Training and validation: images (samples, 64) and labels (samples,)."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    pixels, labels = torch.from_numpy(x).float() / 16, torch.from_numpy(y).long()
+    generator = torch.Generator().manual_seed(11)
+    order = torch.randperm(len(labels), generator=generator)
+    train, validation = order[:_TRAINED], order[_TRAINED:]
+    return (
+        (_augmented(pixels[train], _COPIES, generator), labels[train].repeat(_COPIES)),
+        (_augmented(pixels[validation], 1, generator), labels[validation]),
+    )
+
+
+def _augmented(pixels: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """So many copies of images (samples, 64), one after another's, each its own way changed."""
+    image = pixels.repeat(copies, 1).view(-1, 8, 8)
+    shifted = torch.stack([image.roll(shift, (1, 2)) for shift in _SHIFTS])
+    chosen = torch.randint(len(_SHIFTS), (len(image),), generator=generator)
+    image = shifted[chosen, torch.arange(len(image))]
+    brightness = 1 + 0.2 * torch.randn((len(image), 1, 1), generator=generator)
+    noise = 0.1 * torch.randn(image.shape, generator=generator)
+    return (image * brightness + noise).view(-1, 64)
+
+
+def _small_images() -> Data:
+    """The images (samples, 16), each pixel the mean of four; and labels."""
+    (x, y), (held_out, labels) = _images()
+
+    def halved(pixels: Tensor) -> Tensor:
+        return functional.avg_pool2d(pixels.view(-1, 1, 8, 8), 2).view(-1, 16)
+
+    return (halved(x), y), (halved(held_out), labels)
+
+
+def _pictures(data: Data) -> Data:
+    """Images, for autoencoders: each is its own target."""
+    (x, _), (held_out, _) = data
+    return (x, x), (held_out, held_out)
+
+
+def _regression(seed: int, features: int = 12) -> Data:
+    """Noisy outputs (samples, 1) of a random network with tanh units."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((10_400, features), generator=generator)
+    first = torch.randn((features, 16), generator=generator) / features**0.5
+    second = torch.randn((16, 1), generator=generator) / 4
+    noise = 0.1 * torch.randn((len(x), 1), generator=generator)
+    y = (x @ first).tanh() @ second + noise
+    return (x[:10_000], y[:10_000]), (x[10_000:], y[10_000:])
+
+
+@functools.cache
+def _text() -> Data:
+    """Pieces of text and what follows each character, (samples, 12) each, of 32 symbols.
+
+    The last symbol stands for every character that is none of the 31 most frequent ones.
+    """
+    modules = (argparse, tokenize, inspect, textwrap, functools, collections)
+    characters = "".join(inspect.getsource(module) for module in modules).lower()[:_CHARACTERS]
+    frequent = [c for c, _ in collections.Counter(characters).most_common(_SYMBOLS - 1)]
+    number = {c: index for index, c in enumerate(frequent)}
+    symbols = torch.tensor([number.get(c, _SYMBOLS - 1) for c in characters])
+    pieces = symbols.unfold(0, _CONTEXT + 1, _CONTEXT + 1)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(5))
+    x, y = pieces[order, :-1], pieces[order, 1:]
+    return (x[300:], y[300:]), (x[:300], y[:300])
+
+
+def _mlp(
+    widths: Sequence[int], activation: str, *, initialised: bool = False, normed: bool = False
+) -> Callable[[], nn.Module]:
+    """What builds a network of these widths.
+
+    Args:
+        widths: Of the input, the hidden layers and the output.
+        activation: Between layers.
+        initialised: Whether weights are Glorot's and biases zero; torch's otherwise.
+        normed: Whether a layer norm comes before each activation.
+    """
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise(widths[:-1]):
+            layers.append(nn.Linear(inputs, outputs))
+            if normed:
+                layers.append(nn.LayerNorm(outputs))
+            layers.append(_ACTIVATIONS[activation]())
+        module = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+        return glorot(module) if initialised else module
+
+    return build
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+class _Attention(nn.Module):
+    """Characters' embeddings, a block of causal attention and a head.
+
+    Args:
+        width: Of its residual stream.
+        normed: Whether a layer norm comes before the attention.
+    """
+
+    def __init__(self, width: int, normed: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_SYMBOLS, width)
+        self.places = nn.Parameter(0.02 * torch.randn(_CONTEXT, width))
+        self.norm = nn.LayerNorm(width) if normed else nn.Identity()
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.mix = nn.Linear(width, width)
+        self.head = nn.Linear(width, _SYMBOLS)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """Symbols (samples, places) -> logits (samples, symbols, places)."""
+        x = self.embedding(symbols) + self.places
+        q, k, v = self.queries_keys_values(self.norm(x)).chunk(3, -1)
+        later = q.new_full((_CONTEXT, _CONTEXT), -1e9).triu(1)
+        scores = torch.baddbmm(later, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        x = x + self.mix(scores.softmax(-1) @ v)
+        logits: Tensor = self.head(x).transpose(1, 2)
+        return logits
+
+
+class _Optimizee(NamedTuple):
+    """An optimizee, its data and loss, and the batch size that suits it."""
+
+    build: Callable[[], nn.Module]
+    data: Callable[[], Data]
+    batch_size: int
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+
+
+def _squares(
+    build: Callable[[], nn.Module], data: Callable[[], Data], batch_size: int
+) -> _Optimizee:
+    return _Optimizee(build, data, batch_size, functional.mse_loss)
+
+
+def _initialised(*widths: int, activation: str) -> Callable[[], nn.Module]:
+    return _mlp(widths, activation, initialised=True)
+
+
+def _pictures_of(data: Callable[[], Data]) -> Callable[[], Data]:
+    return lambda: _pictures(data())
+
+
+_OPTIMIZEES = {
+    "mlp-sigmoid": _Optimizee(_initialised(16, 20, 10, activation="sigmoid"), _small_images, 64),
+    "mlp-relu-2": _Optimizee(_mlp([16, 16, 16, 10], "relu"), _small_images, 64),
+    "mlp-tanh": _Optimizee(_mlp([64, 10, 10], "tanh"), _images, 16),
+    "mlp-relu-3": _Optimizee(
+        _initialised(16, 12, 12, 12, 10, activation="relu"), _small_images, 64
+    ),
+    "mlp-normed": _Optimizee(_mlp([64, 10, 10], "gelu", normed=True), _images, 32),
+    "cnn": _Optimizee(_cnn, _images, 16),
+    "autoencoder": _squares(_mlp([64, 8, 64], "tanh"), _pictures_of(_images), 32),
+    "autoencoder-3": _squares(_mlp([16, 12, 4, 12, 16], "elu"), _pictures_of(_small_images), 64),
+    "regression": _squares(_mlp([12, 24, 1], "relu"), lambda: _regression(1), 64),
+    "regression-2": _squares(_mlp([12, 16, 16, 1], "tanh"), lambda: _regression(2), 32),
+    "attention": _Optimizee(functools.partial(_Attention, 8, False), _text, 16),
+    "attention-normed": _Optimizee(functools.partial(_Attention, 10, True), _text, 8),
+    "deep": _Optimizee(_mlp([16, *[12] * 6, 10], "relu"), _small_images, 64),
+    "wide": _Optimizee(_mlp([64, 96, 10], "relu"), _images, 64),
+}
+
+HELD_OUT = ("deep", "wide")
+"""A deeper network than any other of :data:`SMALL`, and a wider one."""
+
+SMALL = tuple(name for name in _OPTIMIZEES if name not in HELD_OUT)
+"""The optimizees to meta-train on."""
+
+
+def small(batch_size: int | None = None, optimizee: str = SMALL[0]) -> Task:
+    """A small task that optimization limits and not data.
+
+    Args:
+        batch_size: Samples per step; where ``None``, what suits the optimizee.
+        optimizee: One of :data:`SMALL` or :data:`HELD_OUT`.
+
+    Raises:
+        ValueError: There is no such optimizee.
+    """
+    if optimizee not in _OPTIMIZEES:
+        raise ValueError(
+            f"optimizee must be one of {list(_OPTIMIZEES)}, "
+            f"not {optimizee!r}{did_you_mean(optimizee, _OPTIMIZEES)}"
+        )
+    build, data, own_size, loss = _OPTIMIZEES[optimizee]
+    train, validation = data()
+    return Task(
+        f"small-{optimizee}",
+        build,
+        train,
+        validation,
+        loss=loss,
+        batch_size=own_size if batch_size is None else batch_size,
+        fast_convolutions=False,
+    )

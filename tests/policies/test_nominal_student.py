@@ -1,0 +1,160 @@
+"""The nominal student as a policy: what it is told of tensors, and how that enters its weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from amalgam.layout import Layout
+from amalgam.policies import NominalConfig, NominalStudent, load_policy
+from amalgam.policies.nominal_student import INPUTS
+
+LAYOUT = Layout({"w": (3, 4), "b": (4,), "none": (0, 2), "k": (2, 3, 2, 2), "s": ()})
+FILLED = [size for size in LAYOUT.sizes if size]
+
+
+def made(**config: Any) -> NominalStudent:
+    generator = torch.Generator().manual_seed(0)
+    given = {"hidden": 3, "inputs": tuple(INPUTS), **config}
+    student = NominalStudent(NominalConfig(**given), generator=generator).double()
+    with torch.no_grad():
+        student.head.weight.copy_(torch.randn((2, 3), generator=generator, dtype=torch.float64))
+        student.head.bias.fill_(0.25)
+    return student
+
+
+def params() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(LAYOUT.numel, generator=generator, dtype=torch.float64)
+
+
+def test_it_is_told_of_tensors() -> None:
+    student, values = made(), params()
+    state = student.initial_state(values, LAYOUT)
+    assert state.t.tolist() == [0.0] * 4
+    context = student.context(state._replace(t=state.t + 6), values, LAYOUT)
+    assert list(context.sizes) == FILLED
+    fan_ins, ranks = [4, 1, 12, 1], [2, 1, 4, 0]
+    for tensor, part in enumerate(values.split(FILLED)):
+        rms = part.square().mean().sqrt().item()
+        expected = [
+            *(math.tanh(7 / steps) for steps in (10, 100, 1000)),
+            ranks[tensor] / 2,
+            math.log(fan_ins[tensor]) / 4,
+            math.log(rms + 1e-3) / 4,
+        ]
+        assert context.inputs[tensor].tolist() == pytest.approx(expected, rel=1e-12)
+        corrections = [1 / (1 - 0.9**7), 1 / (1 - 0.999**7)]
+        assert context.corrections[tensor].tolist() == pytest.approx(corrections, rel=1e-12)
+
+
+def test_corrections_keep_float32_whole_at_the_first_step() -> None:
+    student = NominalStudent()
+    state = student.initial_state(torch.zeros(2))
+    context = student.context(state, torch.zeros(2), None)
+    assert context.corrections.dtype == torch.float32
+    assert context.corrections[0].tolist() == pytest.approx([10.0, 1000.0], rel=1e-7)
+
+
+def test_what_it_is_told_enters_as_further_inputs_would() -> None:
+    """A bias a tensor is the first layer's kernel times inputs that are one for all coordinates."""
+    student, values = made(), params()
+    state = student.initial_state(values, LAYOUT)
+    context = student.context(state, values, LAYOUT)
+    folded, settings = student.folded(student.weights(), context)
+    kernel, bias = student.cells[0].weight_ih, student.cells[0].bias
+    for tensor in range(len(context.inputs)):
+        expected = bias + kernel[:, 3:] @ context.inputs[tensor]
+        assert torch.allclose(folded[2][tensor], expected, rtol=1e-12)
+    assert torch.equal(folded[0], kernel[:, :3])
+    assert torch.equal(
+        folded[-2], torch.stack((2 * student.head.weight[0], student.head.weight[1]))
+    )
+    assert folded[-1].tolist() == [0.5, 0.25]
+    assert settings.sizes == tuple(FILLED)
+
+
+def test_unfolding_is_foldings_gradient() -> None:
+    student, values = made(), params()
+    context = student.context(student.initial_state(values, LAYOUT), values, LAYOUT)
+    weights = student.weights()
+    folded, _ = student.folded(weights, context)
+    upstream = [torch.randn_like(each) for each in folded]
+    expected = torch.autograd.grad(folded, weights, upstream)
+    for ours, theirs in zip(student.unfolded(upstream, context), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
+def test_the_rms_of_many_coordinates_is_not_summed_naively() -> None:
+    """A running float32 sum of 2^24 equal squares would stop growing long before."""
+    student = NominalStudent(NominalConfig(hidden=1, inputs=("rms",)))
+    values = torch.full((2**24,), 0.02)
+    state = student.initial_state(torch.zeros(1), None)
+    constants = student.constants_of([values.shape], state.t)
+    context = student.context_of(constants, state.t, [values])
+    assert context.inputs.item() == pytest.approx(math.log(0.021) / 4, rel=1e-4)
+
+
+def test_several_optimizees_lie_one_after_another() -> None:
+    student, values = made(), params()
+    state = student.initial_state(values, LAYOUT)
+    both = type(state)(*(torch.cat((t, t), -1) for t in state))
+    both = both._replace(t=torch.tensor([0.0, 0, 0, 0, 5, 5, 5, 5], dtype=torch.float64))
+    context = student.context(both, torch.cat((values, 2 * values)), LAYOUT)
+    first = student.context(state, values, LAYOUT)
+    second = student.context(state._replace(t=state.t + 5), 2 * values, LAYOUT)
+    assert torch.allclose(context.inputs, torch.cat((first.inputs, second.inputs)), rtol=1e-12)
+    assert torch.equal(context.corrections, torch.cat((first.corrections, second.corrections)))
+
+
+def test_warm_up_counts_a_step() -> None:
+    student, values = made(), params()
+    state = student.initial_state(values, LAYOUT)
+    warmed = student.warm_up(values, state, layout=LAYOUT)
+    assert warmed.t.tolist() == [1.0] * 4
+    assert torch.allclose(warmed.m, 0.1 * values)
+    assert not warmed.h.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"inputs": ("rsm",)}, "inputs must be of ['time', 'rank', 'fan_in', 'rms'], not 'rsm'; "),
+        ({"inputs": ("rms", "rms")}, "inputs must be named once each"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"gain": math.inf}, "gain must be positive and finite"),
+        ({"hidden": 0}, "hidden must be 1 or more"),
+        ({"eps": 0.0}, "eps must be positive"),
+    ],
+)
+def test_bad_configurations_are_refused(config: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        NominalConfig(**config)
+
+
+def test_parameters_are_asked_for_where_they_are_needed() -> None:
+    grad = torch.ones(3, dtype=torch.float64)
+    student = made()
+    with pytest.raises(ValueError, match="params must be given to a nominal student"):
+        student.step(grad, student.initial_state(grad))
+    for wrong in (grad[:1], torch.cat((grad, grad)), grad.float()):
+        with pytest.raises(ValueError, match="params must "):
+            student.step(grad, student.initial_state(grad), params=wrong)
+    state = student.initial_state(params(), LAYOUT)
+    other = Layout({"w": (5, 9)})
+    with pytest.raises(ValueError, match="layout must be the state's, of 4 tensors and 41"):
+        student.step(params(), state, layout=other, params=params())
+    without = made(inputs=("time",))
+    assert without.step(grad, without.initial_state(grad))[0].shape == (3,)
+
+
+def test_files_keep_the_inputs(tmp_path: Any) -> None:
+    student = NominalStudent(NominalConfig(hidden=2, inputs=("rms", "time")))
+    student.save(tmp_path / "a.safetensors")
+    loaded = load_policy(tmp_path / "a.safetensors")
+    assert isinstance(loaded, NominalStudent)
+    assert loaded.config == student.config
