@@ -93,7 +93,10 @@ def _place_of(
         return at, at < n, biases, 1.0, 1.0, 0, block
 
 
-@triton.jit(do_not_specialize=["count", "depth"], do_not_specialize_on_alignment=["bounds"])
+@triton.jit(
+    do_not_specialize=["count", "depth"],
+    do_not_specialize_on_alignment=["bounds", "biases", "corrections"],
+)
 def forward(
     packed,
     other,
@@ -238,7 +241,7 @@ def _lower_layers(
 
 @triton.jit(
     do_not_specialize=["blocks", "size", "count", "depth"],
-    do_not_specialize_on_alignment=["bounds"],
+    do_not_specialize_on_alignment=["bounds", "biases", "corrections"],
 )
 def backward(
     packed,

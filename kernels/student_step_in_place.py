@@ -38,7 +38,14 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @triton.jit(
     do_not_specialize=["count", "depth", "warmup_steps"],
-    do_not_specialize_on_alignment=["table", "first_block", "places", "control"],
+    do_not_specialize_on_alignment=[
+        "table",
+        "first_block",
+        "places",
+        "biases",
+        "corrections",
+        "control",
+    ],
 )
 def in_place(
     packed,

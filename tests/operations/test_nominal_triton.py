@@ -63,27 +63,31 @@ def test_triton_nominal_step_errs_as_float32_does(
     layers: int,
     hidden: int,
 ) -> None:
-    draws = [drawn(arithmetic, layers, hidden, size, seed) for seed in range(3)]
+    # Of four units one coordinate's update may outweigh all others'.
+    count = 8 if hidden == 4 else 3
+    draws = [drawn(arithmetic, layers, hidden, size, seed) for seed in range(count)]
     steps, backward = zip(*draws, strict=True)
     assert_as_accurate(FORWARD, steps, "triton:3xtf32")
     assert_as_accurate(BACKWARD, backward, "triton:3xtf32")
 
 
 @by_triton
-@pytest.mark.parametrize(("permitted", "bound"), [("tf32", 5e-3), ("approximate", 1e-2)])
+@pytest.mark.parametrize(
+    ("permitted", "hidden", "bound"), [("tf32", 20, 5e-3), ("approximate", 4, 1e-2)]
+)
 def test_triton_nominal_errs_no_more_than_permitted(
     arithmetic: str,  # noqa: F811
     permitted: str,
+    hidden: int,
     bound: float,
 ) -> None:
     """Updates are of the size of the largest, states lie in [-1, 1]."""
-    for hidden in (4, 20):
-        step, _ = drawn(arithmetic, 1, hidden, 63, 0)
-        ours, theirs = (FORWARD(*step, name) for name in (f"triton:{permitted}", "reference"))
-        largest = theirs[0].abs().max().item()
-        torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=bound * largest)
-        torch.testing.assert_close(ours[3], theirs[3], rtol=0, atol=bound)
-        assert not torch.equal(ours[3], theirs[3])
+    step, _ = drawn(arithmetic, 1, hidden, 63, 0)
+    ours, theirs = (FORWARD(*step, name) for name in (f"triton:{permitted}", "reference"))
+    largest = theirs[0].abs().max().item()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=bound * largest)
+    torch.testing.assert_close(ours[3], theirs[3], rtol=0, atol=bound)
+    assert not torch.equal(ours[3], theirs[3])
 
 
 # --- Several tensors: their order, their biases, their bounds ---
@@ -92,10 +96,10 @@ def test_triton_nominal_errs_no_more_than_permitted(
 @by_triton
 def test_triton_sums_the_biases_gradients_of_tensors_over_programs(device: str) -> None:
     """More blocks than programs, and tensors of none, of part of one, and of many."""
-    sizes = [0, 300, 5, 0, 1200, 0]
+    sizes = [0, 130, 5, 0, 520, 0]
     n = sum(sizes)
     draws = []
-    for seed in range(3):
+    for seed in range(2):
         grad, state, _, _ = skewed_nominal(n, 1, 4, F32, seed)
         upstream = [draw(*t.shape, seed=seed + 9, dtype=F32) for t in (grad, *state)]
         settings = nominal_settings(sizes, F32)
@@ -111,7 +115,7 @@ def many_tensors(
     device: str, form: str, moments: torch.dtype, cells: torch.dtype, dtypes: list[torch.dtype]
 ) -> tuple[list[Tensor], list[Tensor], list[StudentState], list[Tensor], StepSettings]:
     """Parameters, gradients and states of several shapes, dtypes in turn; weights and settings."""
-    shapes = [(7, 9), (0,), (), (130,), (2, 3, 4, 2), (5,)]
+    shapes = [(7, 9), (0,), (), (130,), (2, 3, 4, 3), (5,)]
     types = [dtypes[i % len(dtypes)] for i in range(len(shapes))]
     params = [draw(*s, seed=1).to(t) for s, t in zip(shapes, types, strict=True)]
     grads = [draw(*s, seed=2).to(F32) for s in shapes]
@@ -224,19 +228,19 @@ def test_triton_nominal_keeps_its_symmetries_to_the_bit(
     device: str, hidden: int, in_place: bool
 ) -> None:
     """No gradient, none's update; the mirrored one, the mirrored; the loss times 2^k, the same."""
-    grads = draw(3, 70, dtype=F32)
+    grads = draw(2, 72, dtype=F32)
     grads[:, ::5] = 0
-    grads[:2, ::7] = 0
-    moving, cells = trajectory(device, hidden, grads, [70], in_place)
+    grads[0, ::7] = 0
+    moving, cells = trajectory(device, hidden, grads, [72], in_place)
     assert moving.isfinite().all()
     assert (moving[::5] == 0).all()
     assert (moving[7::35] != 0).all()
     for factor in (-1.0, 2.0**20, 2.0**-20):
-        other, others_cells = trajectory(device, hidden, factor * grads, [70], in_place)
+        other, others_cells = trajectory(device, hidden, factor * grads, [72], in_place)
         assert torch.equal(other, math.copysign(1.0, factor) * moving)
         assert torch.equal(others_cells, cells)
     assert all(
-        map(torch.equal, trajectory(device, hidden, grads, [33, 0, 37], in_place), (moving, cells))
+        map(torch.equal, trajectory(device, hidden, grads, [33, 0, 39], in_place), (moving, cells))
     )
 
 
@@ -290,13 +294,12 @@ def test_triton_packs_once_whatever_the_biases_become(
 
 
 @by_triton
-@pytest.mark.parametrize("hidden", [4, 20])
 def test_triton_nominal_steps_alike_with_places_of_64_bits(
-    device: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from amalgam.kernels import student_step, student_step_in_place
 
-    step, backward = drawn(device, 1, hidden, 70, 0)
+    step, backward = drawn(device, 1, 4, 70, 0)
     results = []
     for wide in (False, True):
         for kernels in (student_step, student_step_in_place):
@@ -313,9 +316,9 @@ def test_triton_unrolls_the_nominal_form_in_chunks(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk ends inside a tensor, and steps have biases and corrections of their own."""
-    monkeypatch.setattr(unrolls, "UNROLL_CHUNK", 32)
-    steps, size, draws = 3, 50, []
-    for seed in range(4):
+    monkeypatch.setattr(unrolls, "UNROLL_CHUNK", 36)
+    steps, size, draws = 2, 56, []
+    for seed in range(2):
         _, state, weights, settings = skewed_nominal(size, 1, 4, F32, seed)
         weights[2] = draw(steps, 3, 16, seed=seed, dtype=F32)
         corrections = torch.stack([corrections_of([t + 1, 2, t + 5], F32) for t in range(steps)])

@@ -175,7 +175,7 @@ def step_for_amd(student: str) -> str | None:
 
 
 @pytest.mark.compiles(by=step_for_amd)
-@pytest.mark.parametrize("student", ["2x20", "1x4"])
+@pytest.mark.parametrize("student", ["2x20", "1x4", "nominal:1x4"])
 def test_kernels_compile_for_amd(student: str, compilation: str | None) -> None:
     """They hold no PTX, and matrix instructions for the larger student alone."""
     if compilation is None:

@@ -28,6 +28,7 @@ from student_cases import (
 from amalgam.operations import registry
 from amalgam.operations.kept import Kept
 from amalgam.ops import (
+    StepSettings,
     StudentState,
     initial_state,
     student_step,
@@ -107,7 +108,8 @@ def test_triton_without_eps(device: str) -> None:
     arguments = moved((upstream, grad, list(state), weights), device)
     upstream, grad, state, weights = arguments
     operation = torch.ops.amalgam.student_step_backward
-    found = flat(operation(upstream, grad, *state, weights, 0.1, 0.9, 0.0, 0.0, "triton"))
+    settings = StepSettings(beta2=0.0, eps=0.0)
+    found = flat(operation(upstream, grad, *state, weights, *settings, "triton"))
     assert all(tensor.isfinite().all() for tensor in found)
 
 
