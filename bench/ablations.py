@@ -5,7 +5,7 @@ python bench/ablations.py baselines FOLDER
 python bench/ablations.py table FOLDER    # Markdown, from the rows
 python bench/ablations.py gather FOLDER FILE.json
 
-A run meta-trains one variant of the student on ``bench/ablation_tasks.py`` by the package's unroll
+A run meta-trains one variant of the student on :data:`amalgam.tasks.SMALL` by the package's unroll
 engine and leaves a row, a JSON file in FOLDER. A row that exists is not computed again. Runs of one
 seed see the same tasks, optimizees and batches in the same order, except where the variant changes
 what a meta-step takes. Everything runs in one thread.
@@ -27,7 +27,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from ablation_tasks import held_out, trained_on
 from torch import Tensor, nn
 
 from amalgam.heap import keep_freed_memory
@@ -39,7 +38,7 @@ from amalgam.policies import Pool
 from amalgam.policies.lstm_policy import Cell
 from amalgam.policies.policy import PolicyConfig, ReferencePolicy, zero_head
 from amalgam.seeding import generator_for
-from amalgam.tasks import Task
+from amalgam.tasks import HELD_OUT, SMALL, Task, small
 from amalgam.version import describe
 
 # Decays of the further momenta.
@@ -571,6 +570,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _task(name: str) -> Task:
+    """A small task, called by its optimizee's name."""
+    task = small(optimizee=name)
+    task.name = name
+    return task
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("command", choices=("run", "baselines", "table", "gather"))
@@ -591,7 +597,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     keep_freed_memory()
-    tasks, unseen = trained_on(), held_out()
+    tasks, unseen = (list(map(_task, names)) for names in (SMALL, HELD_OUT))
     if given.command == "baselines":
         for name, make in baselines().items():
             path = file_of(given.folder, name, 0)

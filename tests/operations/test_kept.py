@@ -138,7 +138,7 @@ def test_the_optimizer_owns_what_its_steps_make(
     other.param_groups[0]["params"][0].grad = torch.ones(5)
     other.step()
     assert total.times == 2
-    optimizer._weights[param.device, torch.float32][0].add_(1)
+    optimizer._weights[param.device, torch.float32].operation[0].add_(1)
     optimizer.step()
     assert total.times == 3
     assert not torch.equal(seen[0], seen[-1])

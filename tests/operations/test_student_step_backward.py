@@ -21,6 +21,7 @@ from student_cases import (
 from torch import Tensor
 
 from amalgam.ops import (
+    StepSettings,
     StudentState,
     initial_state,
     student_step,
@@ -160,7 +161,7 @@ def test_compiled_without_eps(backend: str, beta2: float) -> None:
     """Lanes after the last coordinate once held 0 / 0: no test had eps = 0 and a partial tile."""
     grad, state, weights = draw(5), make_state(5), make_weights()
     upstream = [draw(*t.shape, seed=9) for t in (grad, *state)]
-    arguments = (upstream, grad, *state, weights, 0.1, 0.9, beta2, 0.0)
+    arguments = (upstream, grad, *state, weights, *StepSettings(0.1, 0.9, beta2, 0.0))
     operation = torch.ops.amalgam.student_step_backward
     for ours, expected in zip(
         flat(operation(*arguments, backend)), flat(operation(*arguments, "reference")), strict=True
