@@ -481,7 +481,7 @@ def test_checkpoint_student_arrives_whole(tmp_path: Path, how: str) -> None:
     convert(source[how], tmp_path / "dest")
     student = Student.load(tmp_path / "dest")
     assert_holds(student, keras)
-    assert student.config.settings == (0.2, 0.8, 0.99, 1e-8)
+    assert student.config.settings.constants == (0.2, 0.8, 0.99, 1e-8)
     assert (student.config.warmup_steps, student.config.warmup_lr) == (100, 0.02)
     assert student.provenance["converted_from"] == "min-max-1/weights.index"
     assert student.provenance["key"] is None
@@ -493,7 +493,7 @@ def test_checkpoint_without_config_has_the_papers_constants(tmp_path: Path) -> N
     keras = package(tmp_path / "c", layers=1, hidden=5)
     student = convert(tmp_path / "c", tmp_path / "dest")
     assert_holds(student, keras)
-    assert student.config.settings == (0.1, 0.9, 0.999, 1e-10)
+    assert student.config.settings.constants == (0.1, 0.9, 0.999, 1e-10)
     assert (student.config.warmup_steps, student.config.warmup_lr) == (100, 0.05)
 
 

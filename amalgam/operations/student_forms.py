@@ -195,12 +195,14 @@ RNNPROP, NOMINAL = _RNNProp(), _Nominal()
 
 
 def by_coordinate(corrections: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """c1 and c2 of each coordinate, (N,) each, of those of each tensor (tensors, 2)."""
+    """c1 and c2 of each coordinate, (N,) each, of those of each tensor (tensors, 2).
+
+    Of one tensor alone, two numbers.
+    """
     if len(sizes) == 1:
         c1, c2 = corrections[0]
         return c1, c2
-    counts = torch.tensor(list(sizes), dtype=torch.int64, device=corrections.device)
-    c1, c2 = corrections.repeat_interleave(counts, 0).unbind(1)
+    c1, c2 = _repeated(corrections, sizes).unbind(1)
     return c1, c2
 
 
@@ -213,10 +215,14 @@ def bias_by_coordinate(bias: Tensor, settings: StepSettings) -> Tensor:
     """
     if settings.corrections is None:
         return bias[:, None]
-    if len(settings.sizes) == 1:
-        return bias.T
-    counts = torch.tensor(list(settings.sizes), dtype=torch.int64, device=bias.device)
-    return bias.repeat_interleave(counts, 0).T
+    return bias.T if len(settings.sizes) == 1 else _repeated(bias, settings.sizes).T
+
+
+def _repeated(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Each row as many times as its tensor has coordinates."""
+    counts = torch.tensor(list(sizes), dtype=torch.int64, device="cpu").to(rows.device)
+    # A size that is known spares a GPU's answer.
+    return rows.repeat_interleave(counts, 0, output_size=sum(sizes))
 
 
 def by_tensor(d_gates: Tensor, sizes: Sequence[int]) -> Tensor:

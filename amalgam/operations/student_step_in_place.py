@@ -421,7 +421,7 @@ def _of_run(
     weights, settings = step.weights, step.settings
     if settings.corrections is None:
         return weights, settings
-    own = torch.tensor(tensors, device=weights[0].device)
+    own = torch.tensor(tensors, device="cpu").to(weights[0].device)
     corrections, bias = settings.corrections[own], weights[2][own]
     settings = settings._replace(corrections=corrections, sizes=sizes)
     return [*weights[:2], bias, *weights[3:]], settings

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
@@ -154,7 +153,9 @@ class NominalStudent(FusedStudent):
                 )
             check_like("params", params, state.m.shape, state.m)
             parts = params.split(sizes * repeats)
-        constants = _cached_constants(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        # What a mode has made, of fake tensors say, is not for those who come after it.
+        made = _constants if torch._C._len_torch_dispatch_stack() else _cached_constants
+        constants = made(self.config, shapes * repeats, state.t.dtype, state.t.device)
         return self.context_of(constants, state.t, parts)
 
     @property
@@ -248,14 +249,13 @@ def _constants(
         "fan_in": [math.log(max(1, math.prod(shape[1:]))) / 4 for shape in shapes],
     }
     roots = [math.sqrt(max(1, size)) for size in sizes]
-    # Steps outside inference mode read it too, and a mode that watches this call is not theirs.
-    with torch.inference_mode(False), _disable_current_modes():
-        found = {
-            name: torch.tensor(of_each[name], dtype=dtype, device=device)
-            for name in config.inputs
-            if name in of_each
-        }
-        return ContextConstants(found, torch.tensor(roots, dtype=dtype, device=device), sizes)
+    with torch.inference_mode(False):  # steps outside it read them, too
+
+        def on_device(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+
+        found = {name: on_device(of_each[name]) for name in config.inputs if name in of_each}
+        return ContextConstants(found, on_device(roots), sizes)
 
 
 _cached_constants = functools.lru_cache(maxsize=64)(_constants)

@@ -40,6 +40,7 @@ def test_every_policy_of_the_package_has_entered_itself() -> None:
         "choice",
         "dm",
         "rnnprop-ext",
+        "nominal",
         "adam-lr",
         "rmsprop-lr",
         "scale-hierarchical",
