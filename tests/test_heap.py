@@ -13,7 +13,7 @@ from amalgam import heap
 # glibc is asked what it holds. Counts of page faults would tell what that saves, and are zero
 # where the kernel is one that keeps none.
 HELD = """
-import ctypes, sys
+import ctypes
 import torch
 from amalgam.heap import keep_freed_memory
 class Usage(ctypes.Structure):
@@ -22,8 +22,7 @@ class Usage(ctypes.Structure):
         "fordblks", "keepcost")]
 usage = ctypes.CDLL(None).mallinfo2
 usage.restype = Usage
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+assert keep_freed_memory()
 before = usage().hblks
 for _ in range(3):
     tensors = [torch.ones(2**20) for _ in range(40)]
@@ -40,18 +39,11 @@ def version() -> tuple[int, ...]:
 
 @pytest.mark.skipif(version() < (2, 33), reason="only glibc is told, and 2.33 and newer tell back")
 def test_freed_memory_is_kept() -> None:
-    def held(how: str) -> tuple[int, int]:
-        command = [sys.executable, "-c", HELD, how]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        mapped, free = map(int, done.stdout.split())
-        return mapped, free
-
-    mapped, free = held("keep")
-    tensors = 40 * 4 * 2**20
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    mapped, free = map(int, done.stdout.split())
+    # What it does untold depends on what else was allocated: nothing is asserted of that.
     assert mapped == 0
-    assert free >= tensors
-    mapped, free = held("leave")
-    assert free < tensors / 2
+    assert free >= 40 * 4 * 2**20
 
 
 def test_other_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
