@@ -40,13 +40,21 @@ def sizes_of(
 
 
 @triton.jit
+def exp2(x, PTX: tl.constexpr):
+    """Two to the power of x."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def exp(x, PTX: tl.constexpr):
     """The exponential. tl.exp and division guard denormals, at thrice the price of PTX's own."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32,
-            is_pure=True, pack=1,
-        )  # fmt: skip
+        return exp2(x * 1.4426950408889634, PTX)
     else:
         return tl.exp(x)
 
@@ -98,17 +106,6 @@ def tanh(x, PTX: tl.constexpr, APPROXIMATE: tl.constexpr):
         p = p * s + 0.13331924378871918
         p = p * s - 0.33333298563957214
         return tl.where(tl.abs(x) < 0.6, x + x * (s * p), far)
-
-
-@triton.jit
-def exp2(x, PTX: tl.constexpr):
-    """Two to the power of x."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit

@@ -130,16 +130,9 @@ inline Floats load_numbers(bool narrow, const char* from) {
   return (Floats)(widened(halves) << 16);
 }
 
-// As rounding.h has it.
-inline uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  return x ^ (x >> 16);
-}
-
-inline Bits mix(Bits x) {
+// As rounding.h has it, which only files compiled once may include; of a number, and of a vector's.
+template <typename Word>
+inline Word mix(Word x) {
   x ^= x >> 16;
   x *= 0x85ebca6bu;
   x ^= x >> 13;
