@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from amalgam.operations.checks import check_distinct
-from amalgam.operations.student_forms import NOMINAL, StepSettings
 from amalgam.operations.student_step_in_place import InPlaceStep
 
 
@@ -72,17 +71,6 @@ def dense_in_place(step: InPlaceStep) -> tuple[list[Tensor], list[Tensor], Calla
                 param.copy_(dense)
 
     return params, grads, put_back
-
-
-def rnnprop_alone(*arguments: object, **numerics: object) -> str | None:
-    """What a kernel says that computes one form of the student, with wide moments: for accepts."""
-    for argument in arguments:
-        settings = argument.settings if isinstance(argument, InPlaceStep) else argument
-        if isinstance(settings, StepSettings) and settings.form is NOMINAL:
-            return "it computes steps of the form RNNProp, this one is nominal"
-        if isinstance(argument, InPlaceStep) and argument.tensors.m[0].dtype == torch.bfloat16:
-            return "it keeps moments in float32 or float64, these are bfloat16"
-    return None
 
 
 def dtype_name(dtype: Tensor | torch.dtype) -> str:

@@ -82,16 +82,12 @@ def student_on_cpu(
         settings: Its constants, and what the nominal form is given of tensors.
     """
     held = contiguous(weights)
-    nominal, tensors = settings.corrections is not None, 1
-    of_tensors = []
-    if settings.corrections is not None:
-        of_tensors = contiguous([settings.corrections])
-        tensors = settings.corrections.shape[-2]
-    student = (
-        *((len(held) - 2) // 3, held[-2].shape[1], settings.constants, addresses(held), nominal),
-        *(of_tensors[0].data_ptr() if of_tensors else 0, tensors),
-    )
-    return student, [*held, *of_tensors]
+    network = (len(held) - 2) // 3, held[-2].shape[1], settings.constants, addresses(held)
+    if settings.corrections is None:
+        return (*network, False, 0, 1), held
+    corrections = settings.corrections.contiguous()
+    student = (*network, True, corrections.data_ptr(), corrections.shape[-2])
+    return student, [*held, corrections]
 
 
 _WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))

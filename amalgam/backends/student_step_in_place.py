@@ -15,12 +15,12 @@ from amalgam.backends.memory import (
     contiguous,
     dense_in_place,
     dtype_name,
-    rnnprop_alone,
 )
 from amalgam.backends.student_step import run_on_cpu, table_fields
 from amalgam.operations.kept import kept
 from amalgam.operations.registry import Numerics
 from amalgam.operations.rounding import key_of
+from amalgam.operations.student_forms import NOMINAL
 from amalgam.operations.student_step import StudentState
 from amalgam.operations.student_step_in_place import InPlaceStep
 from amalgam.operations.table import addresses, launches
@@ -123,8 +123,16 @@ def _blocks() -> dict[tuple[int, int], int]:
 
 
 def _accepts(step: InPlaceStep, *, numerics: Numerics) -> str | None:
-    if problem := rnnprop_alone(step):
-        return f"{problem}; backend='triton' computes either"
+    if step.settings.form is NOMINAL:
+        return (
+            "it computes steps of the form RNNProp, this one is nominal; "
+            "backend='triton' computes either"
+        )
+    if step.tensors.m[0].dtype == torch.bfloat16:
+        return (
+            "it keeps moments in float32 or float64, these are bfloat16; "
+            "backend='triton' computes either"
+        )
     layers, hidden = step.tensors.h[0].shape[:2]
     if (layers, hidden) not in _blocks():
         sizes = ", ".join(f"{layers}x{hidden}" for layers, hidden in sorted(_blocks()))
