@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_window import POOL, STEPS, Net, assert_same, episode, gradients_of, task_of
+from test_window import POOL, STEPS, Net, assert_same, episode, gradients_of, row_of, task_of
 from torch import Tensor
 
 from amalgam.meta import Amalgamation, Memory, Unroll
@@ -94,20 +94,7 @@ def test_a_row_that_stands_still_counts_no_step(second_order: bool) -> None:
     alone = Unroll(unroll.task, student, POOL, how)
     theirs = []
     for row in range(2):
-
-        def part(tensor: Tensor, row: int = row) -> Tensor:
-            width = tensor.shape[-1] // 2
-            return tensor[..., row * width : row * width + width]
-
-        only = begin._replace(
-            scale=begin.scale[row : row + 1],
-            params=begin.params[row : row + 1],
-            states=tuple(type(s)(*map(part, s)) for s in begin.states),
-            teacher_params=begin.teacher_params[:, row : row + 1],
-            teacher_state=tuple(s._replace(m=part(s.m), v=part(s.v)) for s in begin.teacher_state),
-        )
-        own = [tuple(t[row : row + 1] for t in batch) for batch in batches]
-        one = alone.window(only, own)
+        one = alone.window(*row_of(begin, batches, row))
         assert torch.allclose(one.end.params[0], window.end.params[row], rtol=1e-11)
         loss = (one.meta_loss + one.imitation_loss).sum() / 2
         theirs.append(gradients_of(loss, [student.weights()]))

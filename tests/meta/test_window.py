@@ -69,6 +69,24 @@ def episode(unroll: Unroll, steps: int = STEPS) -> tuple[Any, list[Any]]:
         return unroll.window(begin, batches[:3]).end, batches[3:]
 
 
+def row_of(begin: Any, batches: list[Any], row: int) -> tuple[Any, list[Any]]:
+    """One row's share of trajectories and batches, as an engine of its own has them."""
+    rows = len(begin.params)
+
+    def part(tensor: Tensor) -> Tensor:
+        width = tensor.shape[-1] // rows
+        return tensor[..., row * width : row * width + width]
+
+    only = begin._replace(
+        scale=begin.scale[row : row + 1],
+        params=begin.params[row : row + 1],
+        states=tuple(type(s)(*map(part, s)) for s in begin.states),
+        teacher_params=begin.teacher_params[:, row : row + 1],
+        teacher_state=tuple(s._replace(m=part(s.m), v=part(s.v)) for s in begin.teacher_state),
+    )
+    return only, [tuple(t[row : row + 1] for t in batch) for batch in batches]
+
+
 def gradients_of(loss: Tensor, weights: Any) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [w for of in weights for w in of]))
 
@@ -365,23 +383,9 @@ def test_a_row_that_stands_still_leaves_the_others_alone() -> None:
         assert all(grad.isfinite().all() for grad in ours)
         alone = Unroll(unroll.task, learner, POOL, how)
 
-        def only(row: int, begin: Any = begin) -> Any:
-            n = begin.params.shape[1]
-            part = slice(row * n, row * n + n)
-            return begin._replace(
-                scale=begin.scale[row : row + 1],
-                params=begin.params[row : row + 1],
-                states=tuple(type(s)(*(t[..., part] for t in s)) for s in begin.states),
-                teacher_params=begin.teacher_params[:, row : row + 1],
-                teacher_state=tuple(
-                    s._replace(m=s.m[..., part], v=s.v[..., part]) for s in begin.teacher_state
-                ),
-            )
-
         theirs: list[list[Tensor]] = []
         for row in range(2):
-            own = [tuple(t[row : row + 1] for t in batch) for batch in batches]
-            one = alone.window(only(row), own)
+            one = alone.window(*row_of(begin, batches, row))
             assert torch.equal(one.end.params[0], window.end.params[row]) or torch.allclose(
                 one.end.params[0], window.end.params[row], rtol=1e-12
             )
