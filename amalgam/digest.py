@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
@@ -12,5 +13,7 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     """The hexadecimal BLAKE2b digest, of 8 bytes, of the tensors' bytes one after the other."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        # NumPy has no bfloat16 and no float8, but every tensor has bytes.
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

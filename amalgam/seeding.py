@@ -7,7 +7,8 @@ generator's state ever has to be saved.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,3 +37,24 @@ def normal_like(
         device=generator.device,
     )
     return drawn.to(like.device)
+
+
+@contextmanager
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's global generators draw by a seed; afterwards they are as they were before.
+
+    Dropout takes its numbers from these, and so does all else that draws without a generator of its
+    own.
+
+    Args:
+        seed: The seed, from 0 to 2^64 - 1.
+        device: The device whose global generator is meant, beside the CPU's.
+    """
+    on_gpu = device.type == "cuda"
+    index = torch.cuda.current_device() if on_gpu and device.index is None else device.index
+    with torch.random.fork_rng(devices=[index] if on_gpu else []):
+        # torch.manual_seed would seed every GPU, too.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield

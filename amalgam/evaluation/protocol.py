@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from amalgam.seeding import generator_for
-from amalgam.tasks import Task
+from amalgam.tasks import SeededBatch, Task
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -121,7 +121,8 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
         task: Optimizee and data, on the device to train on.
         make: Makes the optimizer for its parameters.
         steps: Steps to take.
-        seed: Seed of the initial parameters and the batches, which depend on nothing else.
+        seed: Seed of the initial parameters, of the batches and of what the optimizee draws on
+            them (dropout), which depend on nothing else.
         every: Steps between two readings; the first and the last step are always read.
     """
     module = task.init_module(generator_for(seed, "optimizee"))
@@ -135,9 +136,11 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
             losses.append(loss)
             accuracies.append(accuracy)
         if step < steps:
-            *inputs, target = next(batches)
+            batch = next(batches)
+            *inputs, target = batch
             optimizer.zero_grad()
-            task.loss(module(*inputs), target).backward()
+            with task.drawing(batch):
+                task.loss(module(*inputs), target).backward()
             optimizer.step()
     training, _ = _measure(task, module, task.train)
     return Curve(tuple(read_at), tuple(losses), tuple(accuracies), training)
@@ -145,16 +148,21 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
 
 @torch.no_grad()
 def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[float, float]:
-    """Loss and accuracy of a module on data; accuracy is NaN where targets are not classes."""
+    """Loss and accuracy of a module on data; accuracy is NaN where targets are not classes.
+
+    What draws without regard to the module's mode draws alike in every call.
+    """
     *inputs, target = data
     training = module.training
     module.eval()
-    output = module(*inputs)
+    with task.drawing(SeededBatch(data, [0])):
+        output = module(*inputs)
+        loss = task.loss(output, target).item()
     module.train(training)
     accuracy = math.nan
     if not target.is_floating_point() and output.dim() == target.dim() + 1:
         accuracy = (output.argmax(1) == target).double().mean().item()
-    return task.loss(output, target).item(), accuracy
+    return loss, accuracy
 
 
 def evaluate(

@@ -14,6 +14,7 @@ student's after another's. Each optimizee has N parameters, its *coordinates*.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from amalgam.meta.objective import Amalgamation
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
 from amalgam.policies import FusedStudent, Policy, Pool
 from amalgam.tasks import Batch, Task
+from amalgam.tasks.task import SecondOrder
 
 
 class Trajectories(NamedTuple):
@@ -88,6 +90,10 @@ class Episodes:
                 f"student must be on the task's device, {task.device}, not on "
                 f"{', '.join(map(str, elsewhere))}; move either with .to()"
             )
+        if amalgamation.stack and task.unstackable is not None:
+            raise ValueError(
+                f"stack must be None or False for task {task.name!r}, not True: {task.unstackable}"
+            )
         if optimizees < 1:
             raise ValueError(f"optimizees must be 1 or more, not {optimizees}")
         self.pool = pool
@@ -97,6 +103,7 @@ class Episodes:
         self.shared = shared
         self._graph_bytes: int | None = None
         first = self.students[0]
+        self._dtype = first.weights()[0].dtype
         self.steps: PolicySteps = (
             FusedSteps(first, task.layout, amalgamation.backend)
             if isinstance(first, FusedStudent)
@@ -123,6 +130,7 @@ class Episodes:
             *generators: One per row; they decide the optimizee and the scaling.
         """
         params = torch.stack([self.task.init_params(generator) for generator in generators])
+        params = params.to(self._dtype)
         spread = self.amalgamation.scale_spread
         # The exponential is taken on the CPU, too: its last bits differ from device to device.
         uniform = torch.stack(
@@ -135,13 +143,16 @@ class Episodes:
         return self.start_from(params, scale.to(params.device))
 
     def start_from(self, params: Tensor, scale: Tensor) -> Trajectories:
-        """Begin an episode from given parameters (R, N), not yet scaled, and a scaling (R, N)."""
+        """Begin an episode from given parameters (R, N), not yet scaled, and a scaling (R, N).
+
+        Both are in the dtype of the students' weights, whatever the optimizee's is.
+        """
         if params.shape != (self.rows, self.task.layout.numel):
             raise ValueError(
                 f"params must have shape {(self.rows, self.task.layout.numel)}, "
                 f"not {tuple(params.shape)}"
             )
-        params = params / scale
+        params = params.to(self._dtype) / scale
         with torch.no_grad():
             return Trajectories(
                 scale,
@@ -223,9 +234,19 @@ class Episodes:
             ``None``.
         """
         leaf = params.detach().requires_grad_()
-        with torch.enable_grad():
+        # What is kept and what is computed again must have the same bits, so the same kernels.
+        kernels, failure = SecondOrder(nullcontext, None)
+        if self.amalgamation.second_order:
+            kernels, failure = self.task.second_order
+        if graph and failure is not None:
+            raise ValueError(
+                f"second_order must be False for task {self.task.name!r}, whose gradients can't be "
+                f"differentiated: {failure}"
+            ) from failure
+        with torch.enable_grad(), kernels():
             losses = self.task.objectives(leaf * scale[:, None], batch, self.amalgamation.stack)
-            (grads,) = torch.autograd.grad(losses.sum(), leaf, create_graph=graph)
+            with self.task.drawing(batch):
+                (grads,) = torch.autograd.grad(losses.sum(), leaf, create_graph=graph)
         return losses.detach(), grads.detach(), (leaf, grads) if graph else None
 
     def graph_bytes(self, params: Tensor, scale: Tensor, batch: Batch) -> int:

@@ -8,6 +8,8 @@ Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in the form of
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +39,8 @@ class Amalgamation:
             parameters and gradients.
         log_objective: Whether the terms of both losses are logs. If true, the meta-loss's terms are
             log(loss) - log(normaliser), and the imitation loss's are log distances. If false, they
-            are loss / normaliser, and exp(log distance).
+            are loss / abs(normaliser), and exp(log distance). Losses that become negative need
+            false.
         normaliser: What each step's loss is divided by: the loss of the window's first parameters,
             on the window's first batch (``"first-batch"``), which is computed anyway, or on the
             step's own batch (``"every-batch"``, as in the authors' code), which costs one more
@@ -121,7 +124,29 @@ def meta_terms(how: Amalgamation, losses: Tensor, start: Tensor) -> tuple[Tensor
     """
     if how.log_objective:
         return (losses + how.eps).log() - (start + how.eps).log(), 1 / (losses + how.eps)
-    return losses / (start + how.eps), (1 / (start + how.eps)).expand_as(losses)
+    # A loss below zero is to fall further, too.
+    scale = start.abs() + how.eps
+    return losses / scale, (1 / scale).expand_as(losses)
+
+
+def check_logs(losses: Iterable[float], eps: float, task: str) -> None:
+    """Refuse losses that have no logs.
+
+    Args:
+        losses: The losses; what is not finite is let pass.
+        eps: Added to them inside logs.
+        task: The task's name, for the message.
+
+    Raises:
+        ValueError: One of them is negative.
+    """
+    negative = next((loss for loss in losses if -math.inf < loss <= -eps), None)
+    if negative is not None:
+        raise ValueError(
+            f"log_objective must be False for task {task!r}: one of its losses was {negative:g}, "
+            f"and what is below zero has no log; set Amalgamation(log_objective=False), in a "
+            f"recipe amalgamation.log_objective = false"
+        )
 
 
 def imitation_terms(how: Amalgamation, distances: Tensor) -> Tensor:

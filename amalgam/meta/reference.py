@@ -17,6 +17,7 @@ from amalgam.meta.objective import Amalgamation
 from amalgam.ops import teacher_distance
 from amalgam.policies import FusedStudent, Pool
 from amalgam.tasks import Batch, Task
+from amalgam.tasks.task import row_of
 
 
 def window(
@@ -64,7 +65,7 @@ def window(
     meta = imitation = params.new_zeros(())
     start = None
     for t, stacked in enumerate(batches):
-        batch = tuple(tensor[row] for tensor in stacked)
+        batch = row_of(stacked, row)
         loss = task.objective(params * scale, batch)
         (grad,) = torch.autograd.grad(loss, params, create_graph=True)
         if not how.second_order:
@@ -74,7 +75,7 @@ def window(
         if how.log_objective:
             meta = meta + ((loss + how.eps).log() - (start + how.eps).log()) / len(batches)
         else:
-            meta = meta + loss / (start + how.eps) / len(batches)
+            meta = meta + loss / (start.abs() + how.eps) / len(batches)
         lr, kept, loss_scale = 1.0, 1.0, 1.0
         if conditions is not None:
             lr, kept = (numbers[t, row].item() for numbers in conditions[:2])

@@ -17,6 +17,7 @@ from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.seeding import generator_for
 from amalgam.tasks import Batch, Task
+from amalgam.tasks.task import stacked
 
 
 class StackedBatches(Sequence[Batch]):
@@ -35,10 +36,7 @@ class StackedBatches(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return StackedBatches([batches[index] for batches in self._by_row])
-        found = [batches[index] for batches in self._by_row]
-        if len(found) == 1:
-            return tuple(tensor[None] for tensor in found[0])
-        return tuple(torch.stack(tensors) for tensors in zip(*found, strict=True))
+        return stacked([batches[index] for batches in self._by_row])
 
 
 def begin_episode(

@@ -232,7 +232,8 @@ class Tape:
         leaf, grads = kept
         if not grads.requires_grad:  # a loss whose gradient is constant
             return torch.zeros_like(vector)
-        (product,) = torch.autograd.grad(
-            grads, leaf, vector[:, None], allow_unused=True, materialize_grads=True
-        )
+        with self.episodes.task.drawing(self.batches[step]):
+            (product,) = torch.autograd.grad(
+                grads, leaf, vector[:, None], allow_unused=True, materialize_grads=True
+            )
         return product[:, 0]

@@ -345,6 +345,7 @@ class Trainer:
             lambda params: optimizer_of(params, student, backend),
             self.tasks,
             self.training,
+            log_objective=self.amalgamation.log_objective,
             warmup_steps=student.config.warmup_steps,
             seed=self.seed + index,
         )

@@ -22,7 +22,7 @@ import torch
 from amalgam.evaluation.protocol import MakeOptimizer
 from amalgam.evaluation.protocol import train as train_optimizee
 from amalgam.meta import distributed
-from amalgam.meta.objective import Amalgamation
+from amalgam.meta.objective import Amalgamation, check_logs
 from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.sampling import StackedBatches, begin_episode
 from amalgam.meta.training import Training
@@ -31,26 +31,34 @@ from amalgam.policies import Policy, Pool
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
+_EPS = 1e-10  # added to losses inside logs, and to divisors
+
 
 def by_final_loss(
     make_optimizer: MakeOptimizer,
     tasks: Sequence[Task],
     training: Training,
     *,
+    log_objective: bool,
     warmup_steps: int,
     seed: int,
 ) -> float:
-    """The mean log of the last validation loss of optimizees that a student trains.
+    """How low the last validation loss is of optimizees that a student trains: a mean over them.
 
     Args:
         make_optimizer: Makes the optimizer that acts by the student.
         tasks: The tasks; optimizees of each are trained, on its training data.
         training: Of it ``validation_steps`` and ``validation_seeds`` are read.
+        log_objective: Whether the mean is of the loss's log, as in
+            :class:`amalgam.meta.Amalgamation`; if not, of loss / abs(loss before the first step).
         warmup_steps: Steps of the student's warm-up, which come before ``validation_steps``.
         seed: The replicate's seed.
+
+    Raises:
+        ValueError: A log is wanted of a negative loss.
     """
     steps = warmup_steps + training.validation_steps
-    logs = []
+    scores = []
     for task in tasks if distributed.rank() == 0 else ():
         for number in range(training.validation_seeds):
             curve = train_optimizee(
@@ -60,8 +68,12 @@ def by_final_loss(
                 seed=int(generator_for(seed, "validation", number).initial_seed()),
                 every=steps,
             )
-            logs.append(math.log(curve.final + 1e-10))
-    return _mean_of_first(logs)
+            if log_objective:
+                check_logs([curve.final], _EPS, task.name)
+                scores.append(math.log(curve.final + _EPS))
+            else:
+                scores.append(curve.final / (abs(curve.losses[0]) + _EPS))
+    return _mean_of_first(scores)
 
 
 def by_meta_loss(

@@ -21,12 +21,13 @@ from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Plan, plan
-from amalgam.meta.objective import imitation_slopes, imitation_terms, meta_terms
+from amalgam.meta.objective import check_logs, imitation_slopes, imitation_terms, meta_terms
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise
 from amalgam.meta.tape import Tape
 from amalgam.operations.teacher_distance import distances_and_slope
 from amalgam.tasks import Batch
+from amalgam.tasks.task import rows_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Window:
     Attributes:
         meta_loss: How large each student's losses are relative to those of the parameters that the
             window began with, shape (S,). The mean of log(loss) - log(loss at the start), or of
-            loss / (loss at the start) where ``Amalgamation.log_objective`` is false. A step whose
-            loss or gradient is not finite counts as 0 in the mean.
+            loss / abs(loss at the start) where ``Amalgamation.log_objective`` is false. A step
+            whose loss or gradient is not finite counts as 0 in the mean.
         imitation_loss: How far each student is from its teachers, shape (S,); 0 without teachers.
             ``Amalgamation.mechanism`` makes one log distance of those to the K teachers: their mean
             or the largest. This is its mean, or the mean of its exp where ``log_objective`` is
@@ -227,7 +228,7 @@ class _Run:
             teacher_losses = losses[own].expand(-1, k)
             teacher_grads = grads[own].expand(-1, k, -1)
         elif k:
-            batch = tuple(tensor[own] for tensor in batch)
+            batch = rows_of(batch, own)
             teacher_losses, teacher_grads, _ = episodes.gradients(by_row, scale[own], batch)
         else:
             teacher_losses, teacher_grads = losses[:, :0], grads[:, :0]
@@ -301,7 +302,11 @@ class _Run:
             nothing = self._begin.params.new_zeros(students)
             return nothing, nothing
         losses, counted = self._losses[..., 0], self._counted
-        terms, slopes = meta_terms(self._how, losses, self._start_losses(losses))
+        start = self._start_losses(losses)
+        if self._how.log_objective:
+            for each in (losses, start):
+                check_logs(each.flatten().tolist(), self._how.eps, self._episodes.task.name)
+        terms, slopes = meta_terms(self._how, losses, start)
         share = steps * self._episodes.optimizees
         self.tape.loss_slopes = torch.where(counted, slopes, 0) / share
 

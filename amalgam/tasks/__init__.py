@@ -10,7 +10,7 @@ from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.tasks.digits import digits_cnn, digits_mlp
 from amalgam.tasks.small import HELD_OUT, SMALL, small
-from amalgam.tasks.task import Batch, Batches, Task
+from amalgam.tasks.task import Batch, Batches, SeededBatch, Task
 
 TASKS: dict[str, Callable[..., Task]] = {
     "digits-mlp": digits_mlp,
@@ -58,6 +58,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Layout",
+    "SeededBatch",
     "Task",
     "digits_cnn",
     "digits_mlp",

@@ -4,22 +4,73 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import pickle
+import random
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import overload
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from amalgam.digest import digest_of
 from amalgam.layout import Layout
+from amalgam.seeding import drawing
 from amalgam.tasks import convolution
 
 Batch = tuple[Tensor, ...]
 
+# What is called around an optimizee's passes to choose PyTorch's kernels.
+Kernels = Callable[[], AbstractContextManager[Any]]
+
 # Fewer optimizees run faster one after another.
 _FEWEST = 3
+
+
+class SeededBatch(tuple[Tensor, ...]):
+    """A batch, and the seeds by which optimizees draw on it: all that dropout draws, for one.
+
+    All that train on a row of it draw alike, the student and its teachers: their losses then differ
+    by their parameters and not by their masks.
+
+    Attributes:
+        seeds: A seed for each row. A batch that is not stacked is a single row.
+    """
+
+    seeds: tuple[int, ...]
+
+    def __new__(cls, tensors: Iterable[Tensor], seeds: Iterable[int]) -> SeededBatch:
+        """A batch of these tensors, each (rows, samples, ...), or (samples, ...) for one row."""
+        batch = super().__new__(cls, tensors)
+        batch.seeds = tuple(seeds)
+        return batch
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a stacked batch, with their seeds if it has any."""
+    parts = tuple(tensor[rows] for tensor in batch)
+    return SeededBatch(parts, batch.seeds[rows]) if isinstance(batch, SeededBatch) else parts
+
+
+def row_of(batch: Batch, row: int) -> Batch:
+    """One row of a stacked batch, not stacked, with its seed if it has any."""
+    parts = tuple(tensor[row] for tensor in batch)
+    return SeededBatch(parts, (batch.seeds[row],)) if isinstance(batch, SeededBatch) else parts
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """One batch of several rows, with their seeds if all have some."""
+    if len(batches) == 1:
+        parts = tuple(tensor[None] for tensor in batches[0])
+    else:
+        parts = tuple(torch.stack(tensors) for tensors in zip(*batches, strict=True))
+    seeds = [seed for batch in batches if isinstance(batch, SeededBatch) for seed in batch.seeds]
+    return SeededBatch(parts, seeds) if len(seeds) == len(batches) else parts
 
 
 class Batches(Sequence[Batch]):
@@ -28,11 +79,15 @@ class Batches(Sequence[Batch]):
     Args:
         data: Tensors of one length.
         chosen: For each batch, the samples that are in it, shape (batch size,).
+        seeds: For each batch, the seed by which an optimizee draws on it.
     """
 
-    def __init__(self, data: Sequence[Tensor], chosen: Sequence[Tensor]) -> None:
+    def __init__(
+        self, data: Sequence[Tensor], chosen: Sequence[Tensor], seeds: Sequence[int]
+    ) -> None:
         self._data = data
         self._chosen = chosen
+        self._seeds = seeds
 
     def __len__(self) -> int:
         """How many batches there are."""
@@ -47,9 +102,21 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | Batches:
         """One batch, or several that are still to be gathered."""
         if isinstance(index, slice):
-            return Batches(self._data, self._chosen[index])
+            return Batches(self._data, self._chosen[index], self._seeds[index])
         chosen = self._chosen[index]
-        return tuple(tensor[chosen] for tensor in self._data)
+        return SeededBatch((tensor[chosen] for tensor in self._data), (self._seeds[index],))
+
+
+class SecondOrder(NamedTuple):
+    """How an optimizee's gradients are differentiated.
+
+    Attributes:
+        kernels: PyTorch's kernels by which they can be.
+        failure: Why they can't be by any; ``None`` where they can.
+    """
+
+    kernels: Kernels
+    failure: Exception | None
 
 
 @dataclass
@@ -57,11 +124,16 @@ class Task:
     """An optimizee (any ``nn.Module``) and its data (any tensors of equal length).
 
     The module is called with a batch's first tensors and its loss with the output and the last:
-    ``loss(module(*batch[:-1]), batch[-1])``, a mean over the batch. Buffers (such as batch norm's
-    running statistics) are constants of an unroll.
+    ``loss(module(*batch[:-1]), batch[-1])``, a mean over the batch. Parameters that require no
+    gradient, and buffers, are constants of the task: all its optimizees begin with the same ones,
+    and in an unroll they stay (batch norm's running statistics, too).
 
-    A task is on the device that its data are on, modules included; see :meth:`to`. All that is
-    random is drawn on the CPU and moved there, so that it is the same on every device.
+    A task is on the device that its data are on, modules included; see :meth:`to`. Parameters and
+    batches are drawn on the CPU and moved there, so that they are the same on every device. What a
+    module or loss draws while it runs (dropout) is drawn where it runs, by the batch's seed.
+
+    One optimizee is built and run on a batch when the task is made. docs/optimizees.md says what an
+    optimizee may be.
 
     Attributes:
         name: For tables and files.
@@ -74,6 +146,12 @@ class Task:
             :mod:`amalgam.tasks.convolution`, whose last bits are others than PyTorch's; where
             ``None``, those in float32 that are large enough to be faster, if a training batch has
             any.
+        draws: Whether module or loss draw random numbers while they run. Where ``None``, what they
+            do on the first batch; say so where they draw in some steps only.
+
+    Raises:
+        ValueError: Data, module or loss can't be trained as they are; the message says why.
+        TypeError: ``build`` does not return a module.
     """
 
     name: str
@@ -83,8 +161,12 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
     batch_size: int = 128
     fast_convolutions: bool | None = None
+    draws: bool | None = None
     layout: Layout = field(init=False)
     _module: nn.Module = field(init=False, repr=False)
+    _dtypes: dict[str, torch.dtype] = field(init=False, repr=False)
+    _shares_constants: bool = field(init=False, repr=False, default=False)
+    _drew: bool = field(init=False, repr=False)
     _convolves: bool = field(init=False, repr=False)
     _large: bool = field(init=False, repr=False)
 
@@ -106,12 +188,15 @@ class Task:
                 f"batch_size must be between 1 and the {len(self.train[0])} training samples, "
                 f"not {self.batch_size}"
             )
-        self._module = self.init_module(torch.Generator().manual_seed(0))
-        self.layout = Layout({n: p.shape for n, p in self._module.named_parameters()})
+        self._module = self._first_module().to(self.device)
+        trained = _trained(self._module)
+        self.layout = Layout({name: p.shape for name, p in trained.items()})
+        self._dtypes = {name: p.dtype for name, p in trained.items()}
         # Whatever convolves, in a module of torch's or not, has kernels.
         self._convolves = any(len(shape) > 2 for shape in self.layout.shapes.values())
         # Found out now, so that no bits depend on what came first.
         self._large = self._convolves and self._has_large_convolutions()
+        self._drew = self.device.type != "meta" and self._draws_on_first_batch()
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +228,12 @@ class Task:
 
     def init_module(self, generator: torch.Generator) -> nn.Module:
         """A module initialised from ``generator`` alone; torch's global state stays untouched."""
-        return self._built(generator).to(self.device)
+        module = self._built(generator).to(self.device)
+        ours = _constants(self._module)
+        with torch.no_grad():
+            for name, constant in _constants(module).items():
+                constant.copy_(ours[name])
+        return module
 
     def init_params(self, generator: torch.Generator) -> Tensor:
         """Initial parameters as one vector, shape (layout.numel,)."""
@@ -153,13 +243,57 @@ class Task:
     def _built(self, generator: torch.Generator) -> nn.Module:
         """An initialised module where it is built."""
         seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed every GPU, too.
-            torch.default_generator.manual_seed(seed)
-            return self.build()
+        with drawing(seed, torch.device("cpu")):
+            module = self.build()
+        return copy.deepcopy(module) if self._shares_constants else module
+
+    def _first_module(self) -> nn.Module:
+        """The module whose constants are the task's; refuses what can't be an optimizee.
+
+        Raises:
+            TypeError: ``build`` does not return a module.
+            ValueError: There is nothing to train, parameters do not fit, or ``build`` returns the
+                same ones again.
+        """
+        generator = torch.Generator().manual_seed(0)
+        module = self._built(generator)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"build must return an nn.Module, not {module!r}")
+        if any(map(is_lazy, module.parameters())):
+            raise ValueError(
+                f"build must return a module whose parameters have shapes, which the lazy ones of "
+                f"task {self.name!r} get in their first call; call it on a sample in build"
+            )
+        trained = _trained(module)
+        if not trained:
+            raise ValueError(
+                f"build must return a module with parameters that require gradients; that of task "
+                f"{self.name!r} has none to train"
+            )
+        for name, param in trained.items():
+            if not param.is_floating_point():
+                raise ValueError(
+                    f"build must return a module of floating-point parameters, but {name!r} of "
+                    f"task {self.name!r} is {param.dtype}"
+                )
+        other = self._built(generator)
+        again = _storages(_trained(other).values())
+        for name, param in trained.items():
+            if not again.isdisjoint(_storages([param])):
+                raise ValueError(
+                    f"build must return a new module each time, but two of task {self.name!r} "
+                    f"share {name!r}, so that each optimizer would go on where the last one "
+                    f"ended; copy.deepcopy(model) is a new one"
+                )
+        constants = [_storages(_constants(made).values()) for made in (module, other)]
+        self._shares_constants = not constants[0].isdisjoint(constants[1])
+        return copy.deepcopy(module) if self._shares_constants else module
 
     def batches(self, generator: torch.Generator, steps: int) -> Batches:
-        """Batches for so many steps: shuffled epochs, whole batches only."""
+        """Batches for so many steps: shuffled epochs, whole batches only.
+
+        Each has a seed by which an optimizee draws on it, which ``generator`` decides, too.
+        """
         samples = len(self.train[0])
         per_epoch = samples // self.batch_size
         chosen: list[Tensor] = []
@@ -167,21 +301,82 @@ class Task:
             order = torch.randperm(samples, generator=generator).to(self.device)
             whole = order[: per_epoch * self.batch_size].split(self.batch_size)
             chosen += whole[: steps - len(chosen)]
-        return Batches(self.train, chosen)
+        first = int(torch.randint(2**62, (), generator=generator))
+        return Batches(self.train, chosen, range(first, first + steps))
+
+    def drawing(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, an optimizee draws by the batch's seed; outside, torch's state is untouched.
+
+        Args:
+            batch: A batch that is not stacked, as :meth:`batches` makes them; of a stacked one,
+                the first row's seed counts.
+
+        Raises:
+            ValueError: The optimizee draws, and the batch has no seed.
+        """
+        if not (self._drew if self.draws is None else self.draws):
+            return nullcontext()
+        if not isinstance(batch, SeededBatch):
+            raise ValueError(
+                f"batch must have a seed, as those of Task.batches do, because optimizees of task "
+                f"{self.name!r} draw random numbers; amalgam.tasks.SeededBatch(batch, [seed]) has "
+                f"one"
+            )
+        return drawing(batch.seeds[0], self.device)
 
     @property
     def stacks(self) -> bool:
         """Whether many optimizees of it run faster as one.
 
         Products of matrices do, from about three on. Convolutions with as many kernels take as long
-        where they are small and up to three times as long where they are not, and modules with
-        buffers can't.
+        where they are small and up to three times as long where they are not. Some modules and
+        losses can't, see :attr:`unstackable`.
         """
         convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        modules = list(self._module.modules())
-        return not any(isinstance(module, convolutions) for module in modules) and not any(
-            True for _ in self._module.buffers()
-        )
+        convolves = any(isinstance(module, convolutions) for module in self._module.modules())
+        return not convolves and self.unstackable is None
+
+    @functools.cached_property
+    def unstackable(self) -> str | None:
+        """Why many optimizees of it can't run as one, found out by two on two batches.
+
+        ``None`` where they can. What draws can't: as one, optimizees would draw other numbers than
+        each alone.
+        """
+        if self._drew if self.draws is None else self.draws:
+            return "its optimizees draw random numbers"
+        if self.device.type == "meta":
+            return None
+        batch = tuple(torch.stack((tensor, tensor)) for tensor in self._first_batch())
+        flat = self._flat_of(self._module).expand(2, 2, -1)
+        kernels, failure = self.second_order
+        try:
+            with kernels():
+                _differentiate(
+                    lambda leaf: self.objectives(leaf, batch, True).sum(), flat, failure is None
+                )
+        except Exception as error:
+            return _said(error)
+        return None
+
+    @functools.cached_property
+    def second_order(self) -> SecondOrder:
+        """How its gradients are differentiated, found out on the first batch.
+
+        Fused attention and cuDNN's recurrent layers have no second derivatives; PyTorch has other
+        kernels in their place that do.
+        """
+        batch, failure = self._first_batch(), None
+        flat = self._flat_of(self._module)
+        for kernels in (nullcontext, _math_attention, _plain_kernels):
+            try:
+                with kernels():
+                    _differentiate(lambda leaf: self.objective(leaf, batch), flat, True)
+            except Exception as error:
+                failure = failure or error
+            else:
+                return SecondOrder(kernels, None)
+        return SecondOrder(nullcontext, failure)
 
     def objectives(self, flat: Tensor, batch: Batch, stack: bool | None = None) -> Tensor:
         """Losses of many optimizees, several of them on each of many batches.
@@ -192,16 +387,21 @@ class Task:
             stack: Whether all run as one; where ``None``, three or more that :attr:`stacks`.
 
         Returns:
-            The losses, shape (R, M).
+            The losses, shape (R, M), in ``flat``'s dtype.
         """
         rows, each = flat.shape[:2]
         if stack is None:
             stack = rows * each >= _FEWEST and self.stacks
         if stack:
-            of_batch = torch.func.vmap(self.objective, in_dims=(0, None))
-            return torch.func.vmap(of_batch)(flat, batch)
+            # PyTorch's mse_loss and others fail where, in the inner of two vmaps, only the output
+            # is batched.
+            *inputs, target = batch
+            target = target[:, None].expand(rows, each, *target.shape[1:])
+            axes = (*[None] * len(inputs), 0)
+            of_batch = torch.func.vmap(self.objective, in_dims=(0, axes))
+            return torch.func.vmap(of_batch)(flat, (*inputs, target))
         losses = [
-            self.objective(one, tuple(tensor[row] for tensor in batch))
+            self.objective(one, row_of(batch, row))
             for row, of_row in enumerate(flat.unbind())
             for one in of_row.unbind()
         ]
@@ -210,27 +410,139 @@ class Task:
     @functools.cached_property
     def _tied(self) -> bool:
         """Whether a parameter has several names, which costs every call a search for them."""
-        named = self._module.named_parameters(remove_duplicate=False)
-        return len(list(named)) > len(self.layout.shapes)
+        named = [p for _, p in self._module.named_parameters(remove_duplicate=False)]
+        return len(named) > len(set(named))
+
+    @functools.cached_property
+    def _dtype(self) -> torch.dtype | None:
+        """The parameters' dtype, where it is one."""
+        dtypes = set(self._dtypes.values())
+        return dtypes.pop() if len(dtypes) == 1 else None
 
     def objective(self, flat: Tensor, batch: Batch) -> Tensor:
-        """The batch's loss at parameters given as one vector, shape (layout.numel,)."""
+        """The batch's loss at parameters given as one vector, shape (layout.numel,).
+
+        Module and loss compute in their own dtypes, to which parameters are rounded; the loss comes
+        in ``flat``'s.
+        """
         params = self.layout.unflatten(flat)
+        if flat.dtype != self._dtype:
+            params = {name: param.to(self._dtypes[name]) for name, param in params.items()}
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         pays = self._large if self.fast_convolutions is None else self._convolves
-        with convolution.fast(self.fast_convolutions if pays else False):
+        with self.drawing(batch), convolution.fast(self.fast_convolutions if pays else False):
             output = torch.func.functional_call(
-                self._module, (params, buffers), batch[:-1], tie_weights=self._tied
+                self._module, (params, buffers), tuple(batch[:-1]), tie_weights=self._tied
             )
-        return self.loss(output, batch[-1])
+            return self.loss(output, batch[-1]).to(flat.dtype)
+
+    def _first_batch(self) -> Batch:
+        """The first training samples, as a batch, with a seed."""
+        return SeededBatch((tensor[: self.batch_size] for tensor in self.train), (0,))
+
+    def _flat_of(self, module: nn.Module) -> Tensor:
+        """A module's parameters as one vector, shape (layout.numel,)."""
+        return self.layout.flatten(dict(module.named_parameters())).detach()
 
     def _has_large_convolutions(self) -> bool:
-        batch = tuple(tensor[: self.batch_size] for tensor in self.train)
-        if any(tensor.device.type != "cpu" for tensor in batch):
+        batch = self._first_batch()
+        if self.device.type != "cpu":
             return False
         params = {name: p.detach() for name, p in self._module.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-        with torch.random.fork_rng(devices=[]):
+        with drawing(0, self.device):
             return convolution.pays(
-                lambda: torch.func.functional_call(self._module, (params, buffers), batch[:-1])
+                lambda: torch.func.functional_call(
+                    self._module, (params, buffers), tuple(batch[:-1])
+                )
             )
+
+    def _draws_on_first_batch(self) -> bool:
+        """Whether an optimizee draws random numbers on the first batch, there and back.
+
+        Raises:
+            ValueError: It can't be run, or can't be run again alike.
+        """
+        self._drew = False
+        flat = self._flat_of(self._module)
+        with drawing(0, self.device):
+            before, elsewhere = self._generator_states(), _states_elsewhere()
+            try:
+                _differentiate(self._checked_objective, flat, False)
+            except Exception as error:
+                raise ValueError(
+                    f"task {self.name!r} can't be trained on its first batch: {_said(error)}"
+                ) from error
+            if _states_elsewhere() != elsewhere:
+                raise ValueError(
+                    f"task {self.name!r} draws by NumPy's or Python's global generator, which "
+                    f"can't be drawn again alike; draw by torch's"
+                )
+            return not all(map(torch.equal, self._generator_states(), before))
+
+    def _checked_objective(self, flat: Tensor) -> Tensor:
+        loss = self.objective(flat, self._first_batch())
+        if loss.dim():
+            raise ValueError(
+                f"loss must return a scalar, such as a mean over the batch, not the shape "
+                f"{tuple(loss.shape)}"
+            )
+        return loss
+
+    def _generator_states(self) -> list[Tensor]:
+        """The states of torch's global generators, of the CPU's and of this device's."""
+        states = [torch.default_generator.get_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require no gradients, and the buffers, by name."""
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return {**frozen, **dict(module.named_buffers())}
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Where the tensors' numbers lie in memory."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()} - {0}
+
+
+def _differentiate(
+    objective: Callable[[Tensor], Tensor], params: Tensor, second_order: bool
+) -> None:
+    """Compute an objective's gradient and, if wanted, the Hessian's product with it."""
+    leaf = params.clone().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(objective(leaf), leaf, create_graph=second_order)
+    if second_order and grad.requires_grad:
+        torch.autograd.grad(grad, leaf, grad.detach(), allow_unused=True)
+
+
+def _said(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
+
+
+def _states_elsewhere() -> bytes:
+    """The states of NumPy's and Python's global generators."""
+    return pickle.dumps((np.random.get_state(), random.getstate()))  # noqa: NPY002
+
+
+def _math_attention() -> AbstractContextManager[Any]:
+    """Attention by products of matrices, which has second derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _plain_kernels() -> AbstractContextManager[Any]:
+    """As :func:`_math_attention`, and recurrent layers without cuDNN."""
+    contexts = ExitStack()
+    contexts.enter_context(_math_attention())
+    contexts.enter_context(torch.backends.cudnn.flags(enabled=False))
+    return contexts

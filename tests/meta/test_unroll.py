@@ -145,9 +145,8 @@ def test_warm_up_skips_unusable_gradients(task, student) -> None:
 def test_one_teacher_diverges_alone(task, student) -> None:
     """A teacher whose updates overflow stands still; the others and the student go on."""
     pool = Pool([Teacher("sgd", 1e38), Teacher("adam")])
-    task = replace(task, build=lambda: Net().float())
-    x, y = (t[:, :] if t.dim() > 1 else t for t in task.train)
-    task.train = (x.float(), y)
+    x, y = task.train
+    task = replace(task, build=lambda: Net().float(), train=(x.float(), y))
     unroll = Unroll(
         task, student.float(), pool, Amalgamation(backend="reference", scale_spread=0.0)
     )

@@ -66,7 +66,7 @@ def test_data_on_two_devices_is_named() -> None:
 
 
 def test_batches_are_epochs() -> None:
-    data = torch.arange(10).float()
+    data = torch.arange(10).float()[:, None]
     task = Task("count", lambda: nn.Linear(1, 1), (data, data), (data, data), batch_size=3)
     batches = [batch[0] for batch in task.batches(generator_for(0), 6)]
     for epoch in (batches[:3], batches[3:]):
@@ -75,7 +75,7 @@ def test_batches_are_epochs() -> None:
 
 
 def test_batches_are_a_sequence_gathered_when_asked_for() -> None:
-    data = torch.arange(10).float()
+    data = torch.arange(10).float()[:, None]
     task = Task("count", lambda: nn.Linear(1, 1), (data, data), (data, data), batch_size=3)
     batches = task.batches(generator_for(0), 5)
     assert len(batches) == 5
