@@ -14,7 +14,7 @@ student's after another's. Each optimizee has N parameters, its *coordinates*.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +25,11 @@ from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
 from amalgam.policies import FusedStudent, Policy, Pool
+from amalgam.seeding import drawing
 from amalgam.tasks import Batch, Task
-from amalgam.tasks.task import SecondOrder
+from amalgam.tasks.task import SecondOrder, SeededBatch
+
+_OF_TEACHERS = 1 << 63  # a bit that no batch's seed has
 
 
 class Trajectories(NamedTuple):
@@ -210,9 +213,10 @@ class Episodes:
                 everybody = params[own].expand(len(self.pool), -1, -1)
                 seen = self.to_teachers(grads[own], scale[own]).expand_as(everybody)
                 moved = ok[own].expand(len(self.pool), -1)
-                _, teacher_state = self._pool_step(
-                    everybody, teacher_state, seen, scale[own], moved, warming=True
-                )
+                with self.teachers_draw(batch):
+                    _, teacher_state = self._pool_step(
+                        everybody, teacher_state, seen, scale[own], moved, warming=True
+                    )
         teacher_params = params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone()
         return Trajectories(scale, params, states, teacher_params, teacher_state)
 
@@ -299,6 +303,15 @@ class Episodes:
             if not torch.equal(moved, ok):
                 updates, new = self._pool_step(params, state, seen, scale, moved)
             return params - updates, new, moved
+
+    def teachers_draw(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, teachers that draw do so by a batch's seed, if it has one.
+
+        They draw other numbers than optimizees do on that batch, which begin by the seed itself.
+        """
+        if self.pool.coordinatewise or not isinstance(batch, SeededBatch):
+            return nullcontext()
+        return drawing(batch.seeds[0] ^ _OF_TEACHERS, self.task.device)
 
     def _pool_step(
         self,

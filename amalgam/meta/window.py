@@ -190,9 +190,10 @@ class _Run:
             skipped[:, 0] += ~moved
             tape.points.offer(t + 1, point)
             if k:
-                teachers, state, teachers_moved = self._episodes.teachers_step(
-                    teachers, state, teacher_grads, begin.scale
-                )
+                with self._episodes.teachers_draw(batch):
+                    teachers, state, teachers_moved = self._episodes.teachers_step(
+                        teachers, state, teacher_grads, begin.scale
+                    )
                 skipped[:, 1:] += ~teachers_moved.T
             self._losses[t, :, :1], self._losses[t, :, 1:] = losses[:, None], teacher_losses
             if k:

@@ -37,7 +37,7 @@ class PolicyTeacher:
     def __init__(self, policy: Policy) -> None:
         self.policy = copy.deepcopy(policy).requires_grad_(False)
         self.digest = digest_of(self.policy.weights())
-        self._policies: dict[torch.device, Policy] = {}
+        self._policies: dict[tuple[torch.device, torch.dtype], Policy] = {}
 
     @property
     def kind(self) -> str:
@@ -109,12 +109,13 @@ class PolicyTeacher:
         return begin._replace(**fields)
 
     def _policy_for(self, grad: Tensor) -> Policy:
-        """The policy on a gradient's device."""
-        device = grad.device
-        if device not in self._policies:
-            fits = self.policy.weights()[0].device == device
-            self._policies[device] = self.policy if fits else copy.deepcopy(self.policy).to(device)
-        return self._policies[device]
+        """The policy on a gradient's device, in its dtype."""
+        where = grad.device, grad.dtype
+        if where not in self._policies:
+            weight = self.policy.weights()[0]
+            fits = (weight.device, weight.dtype) == where
+            self._policies[where] = self.policy if fits else copy.deepcopy(self.policy).to(*where)
+        return self._policies[where]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PolicyTeacher) and repr(self) == repr(other)

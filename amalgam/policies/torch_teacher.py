@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,9 @@ from torch.optim import Optimizer
 
 from amalgam import dotted
 from amalgam.layout import Layout
+from amalgam.seeding import drawing
+
+_TRIED = 3  # steps
 
 TorchState = dict[str, Any]
 """What a torch optimizer carries: ``<tensor>/<name>`` -> tensor, number or ``None``.
@@ -29,8 +33,15 @@ class _Made:
     path: str
     arguments: tuple[tuple[str, Any], ...]
 
+    @property
+    def lr(self) -> float:
+        return float(self.make([torch.zeros(1, 1)]).param_groups[0]["lr"])
+
     def make(self, params: Sequence[Tensor]) -> Optimizer:
         return find_optimizer(self.path)(list(params), **dict(self.arguments))
+
+    def at(self, lr: float) -> _Made:
+        return _Made(self.path, tuple(sorted({**dict(self.arguments), "lr": lr}.items())))
 
     def __str__(self) -> str:
         return f"{self.path}({', '.join(f'{key}={value!r}' for key, value in self.arguments)})"
@@ -67,8 +78,9 @@ class TorchTeacher:
     """A ``torch.optim`` optimizer, or any other of its interface, as a teacher.
 
     Two are equal, and hash alike, if their optimizers and arguments are, which ``repr`` shows. The
-    optimizer is made anew in every step and given its ``state`` and what has changed in its group;
-    what it keeps elsewhere is lost.
+    optimizer is made anew in every step and given its ``state`` and what has changed in its group,
+    so it may keep nothing elsewhere. Some steps on a tensor of one element try that out when the
+    teacher is made.
 
     Args:
         optimizer: Its class, or that class's dotted path.
@@ -78,8 +90,9 @@ class TorchTeacher:
         **more: Further arguments, as in ``TorchTeacher(torch.optim.Muon, lr=0.02)``.
 
     Raises:
-        ValueError: Either is no optimizer that can be imported, its arguments do not fit, or its
-            step needs a closure (LBFGS) or sparse gradients (SparseAdam).
+        ValueError: Either is no optimizer that can be imported, its arguments do not fit, it has
+            no learning rate, its step fails or needs a closure (LBFGS) or sparse gradients
+            (SparseAdam), or it keeps what can't be given to it again.
     """
 
     policy: ClassVar[None] = None
@@ -95,19 +108,7 @@ class TorchTeacher:
         self._first = _made(optimizer, {**(arguments or {}), **more})
         self._others = None if others is None else _made(*others)
         for made in self._all():
-            probe = torch.zeros(1, 1)
-            probe.grad = torch.zeros(1, 1)
-            try:
-                built = made.make([probe])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{made} can't be made: {error}") from error
-            try:
-                built.step()
-            except (TypeError, RuntimeError) as error:
-                raise ValueError(
-                    f"{made.path} can't be a teacher: its step() must take dense gradients and no "
-                    f"closure ({error})"
-                ) from error
+            _try_out(made)
 
     def _all(self) -> tuple[_Made, ...]:
         return (self._first,) if self._others is None else (self._first, self._others)
@@ -120,7 +121,7 @@ class TorchTeacher:
     @property
     def lr(self) -> float:
         """Its learning rate."""
-        return float(self._first.make([torch.zeros(1, 1)]).param_groups[0]["lr"])
+        return self._first.lr
 
     @property
     def label(self) -> str:
@@ -129,13 +130,11 @@ class TorchTeacher:
 
     def at(self, lr: float) -> TorchTeacher:
         """The same teacher at another learning rate; that for others changes in proportion."""
-        factor = lr / self.lr
-        others = None
+        other, factor = copy.copy(self), lr / self.lr
+        other._first = self._first.at(lr)
         if self._others is not None:
-            rate = self._others.make([torch.zeros(1, 1)]).param_groups[0]["lr"]
-            others = (self._others.path, {**dict(self._others.arguments), "lr": rate * factor})
-        arguments = {**dict(self._first.arguments), "lr": lr}
-        return TorchTeacher(self._first.path, arguments, others=others)
+            other._others = self._others.at(self._others.lr * factor)
+        return other
 
     def initial_state(self, like: Tensor, layout: Layout | None = None) -> TorchState:
         """The state before the first step, ``{}``: the optimizer itself makes what it needs.
@@ -187,26 +186,7 @@ class TorchTeacher:
         for number, (made, route) in enumerate(pairs):
             if not route:
                 continue
-            optimizer = made.make([scratch[index] for index in route])
-            (group,) = optimizer.param_groups
-            fresh = {key: value for key, value in group.items() if key != "params"}
-            group.update(_under(state, f"group{number}"))
-            for index in route:
-                stored = _under(state, str(index))
-                if stored:
-                    optimizer.state[scratch[index]] = {
-                        key: value.to(_device_of(group, key, value, params.device), copy=True)
-                        if isinstance(value, Tensor)
-                        else value
-                        for key, value in stored.items()
-                    }
-            optimizer.step()
-            for index in route:
-                for key, value in optimizer.state[scratch[index]].items():
-                    new_state[f"{index}/{key}"] = _storable(made, key, value)
-            for key, value in group.items():
-                if key != "params" and value is not fresh.get(key) and value != fresh.get(key):
-                    new_state[f"group{number}/{key}"] = _storable(made, key, value)
+            new_state |= _stepped(made, number, {index: scratch[index] for index in route}, state)
         after = torch.cat([tensor.reshape(-1) for tensor in scratch]) if scratch else params
         return params - after, new_state
 
@@ -227,6 +207,91 @@ class TorchTeacher:
         return f"TorchTeacher({self._first}{others})"
 
 
+def _stepped(
+    made: _Made, number: int, tensors: Mapping[int, Tensor], state: TorchState
+) -> TorchState:
+    """Have an optimizer, made anew, step tensors in place by their gradients.
+
+    Args:
+        made: The optimizer.
+        number: Its place among a teacher's optimizers.
+        tensors: The tensors that it steps, by their index in the layout; at least one.
+        state: The carried state.
+
+    Returns:
+        The new state, of these tensors and this optimizer.
+    """
+    optimizer = made.make(list(tensors.values()))
+    (group,) = optimizer.param_groups
+    fresh = {key: value for key, value in group.items() if key != "params"}
+    group.update(_under(state, f"group{number}"))
+    for index, tensor in tensors.items():
+        stored = _under(state, str(index))
+        if stored:
+            optimizer.state[tensor] = {
+                key: value.to(_device_of(group, key, value, tensor.device), copy=True)
+                if isinstance(value, Tensor)
+                else value
+                for key, value in stored.items()
+            }
+    optimizer.step()
+    new_state: TorchState = {}
+    for index, tensor in tensors.items():
+        for key, value in optimizer.state[tensor].items():
+            new_state[f"{index}/{key}"] = _storable(made, key, value)
+    for key, value in group.items():
+        if key != "params" and value is not fresh.get(key) and value != fresh.get(key):
+            new_state[f"group{number}/{key}"] = _storable(made, key, value)
+    return new_state
+
+
+def _try_out(made: _Made) -> None:
+    """Take some steps with an optimizer, and the same ones as a teacher takes them.
+
+    Raises:
+        ValueError: It can't be made, or can't be a teacher; the message says why.
+    """
+
+    def refused(need: str) -> ValueError:
+        return ValueError(f"{made.path} can't be a teacher: {need}")
+
+    direct, again = torch.ones(1, 1), torch.ones(1, 1)
+    try:
+        optimizer = made.make([direct])
+    except Exception as error:
+        raise ValueError(f"{made} can't be made: {error}") from error
+    if len(optimizer.param_groups) != 1:
+        raise refused(
+            f"it must keep the tensors that it is given in one group, not in "
+            f"{len(optimizer.param_groups)}"
+        )
+    try:
+        float(optimizer.param_groups[0]["lr"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise refused("its group must have a number 'lr', its learning rate") from error
+    state: TorchState = {}
+    for number in range(_TRIED):
+        for tensor in (direct, again):
+            tensor.grad = torch.full((1, 1), 1.0 - 0.3 * number)
+        try:
+            with drawing(number, direct.device):
+                optimizer.step()
+            with drawing(number, direct.device):
+                state = _stepped(made, 0, {0: again}, state)
+        except _NotStorable as error:
+            raise ValueError(str(error)) from error
+        except Exception as error:
+            raise refused(
+                f"its step() must take dense gradients and no closure, but failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if not torch.allclose(direct, again, rtol=0, atol=0, equal_nan=True):
+        raise refused(
+            "made anew and given its state and its group's numbers it takes other steps, so it "
+            "must keep no numbers elsewhere"
+        )
+
+
 def _under(state: TorchState, head: str) -> TorchState:
     """The entries of a state whose names begin with ``<head>/``, by the rest of their names."""
     return {
@@ -244,9 +309,13 @@ def _device_of(
     return value.device if on_host else device
 
 
+class _NotStorable(TypeError):
+    """An optimizer's state holds what can't be kept."""
+
+
 def _storable(made: _Made, key: str, value: Any) -> Any:
     if value is not None and not isinstance(value, Tensor | int | float):
-        raise TypeError(
+        raise _NotStorable(
             f"{made.path} can't be a teacher: its state's {key!r} is a {type(value).__name__}, and "
             f"only tensors and numbers can be kept"
         )
