@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta.runs import linear_task, resumes_to_the_same_bits, trainer
+from runs import linear_task, resumes_to_the_same_bits, tiny_student, trainer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,7 +22,7 @@ from amalgam.meta import (
 )
 from amalgam.meta.reference import window as naive_window
 from amalgam.meta.sampling import StackedBatches
-from amalgam.policies import Pool, Student, StudentConfig
+from amalgam.policies import Pool, Student, StudentConfig, TorchTeacher
 from amalgam.seeding import generator_for
 from amalgam.tasks import SeededBatch, Task
 
@@ -195,6 +195,31 @@ def test_killed_and_resumed_runs_draw_alike(how: str, tmp_path: Path) -> None:
         lambda folder: trainer(folder, tasks=dropout_task(), **settings), tmp_path
     )
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+class Langevin(torch.optim.Optimizer):
+    def __init__(self, params, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p -= self.param_groups[0]["lr"] * p.grad + 0.01 * torch.randn_like(p)
+
+
+def test_a_teacher_that_draws_does_so_by_the_seed(tmp_path: Path) -> None:
+    pool = [TorchTeacher(Langevin), "adam"]
+    losses = []
+    for number, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(number)
+        before = torch.get_rng_state()
+        rows: list[dict] = []
+        settings = {"seed": seed, "strategy": Stages((Stage(1, 2, 0.2),), 3), "pool": pool}
+        trainer(tmp_path / str(number), tiny_student(7), **settings).run(report=rows.append)
+        assert torch.equal(torch.get_rng_state(), before)
+        losses.append([row["imitation_loss"] for row in rows])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
 
 
 def test_the_seed_decides_dropout_in_evaluation_too() -> None:

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from meta.runs import trainer
+from runs import trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from amalgam.meta import Stage, Stages, Training
+from amalgam.evaluation.protocol import train
+from amalgam.meta import Amalgamation, MetaBatch, Stage, Stages, Training
+from amalgam.meta.objective import meta_terms
+from amalgam.meta.validation import by_final_loss
+from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
 SAMPLES, TIME, WIDTH = 24, 3, 4
@@ -192,3 +196,112 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     weights, rows = meta_train(tmp_path, task)
     learns(rows)
     assert {weight.dtype for weight in weights} == {torch.float32}
+
+
+def negative(out: Tensor, target: Tensor) -> Tensor:
+    return -functional.cosine_similarity(out, target).mean()
+
+
+def test_losses_below_zero_need_no_logs(tmp_path: Path) -> None:
+    """They fall further, by the meta-loss and by the validation's score."""
+    amalgamation = Amalgamation(log_objective=False, scale_spread=1.0, backend="reference")
+    task = regression(negative)
+    learns(meta_train(tmp_path, task, amalgamation=amalgamation)[1])
+    losses = torch.tensor([[-0.5], [-0.6]])
+    terms, slopes = meta_terms(amalgamation, losses, losses[0])
+    assert terms[1] < terms[0]
+    assert (slopes > 0).all()
+    scores = [
+        by_final_loss(
+            lambda params, lr=lr: torch.optim.SGD(params, lr=lr),
+            [task],
+            Training(validation_steps=30, validation_seeds=1),
+            log_objective=False,
+            warmup_steps=0,
+            seed=0,
+        )
+        for lr in (0.0, 0.3)
+    ]
+    assert scores[1] < scores[0]
+
+
+@pytest.mark.parametrize("strategy", ["stages", "meta-batch"])
+def test_losses_below_zero_are_refused_by_logs_at_once(strategy: str, tmp_path: Path) -> None:
+    rows: list[dict] = []
+    changes: dict[str, Any] = {}
+    if strategy == "meta-batch":
+        changes["strategy"] = MetaBatch(meta_steps=3, slots=2, unroll=2, shortest=2, longest=4)
+    run = trainer(
+        tmp_path, tasks=[regression(lambda out, target: -out.square().mean() - 1)], **changes
+    )
+    with pytest.raises(ValueError, match="log_objective must be False for task 'regression'.*-1"):
+        run.run(report=rows.append)
+    assert rows == []
+
+
+def test_a_validation_of_a_loss_below_zero_says_what_to_set() -> None:
+    task = regression(lambda out, target: -out.square().mean() - 1)
+    with pytest.raises(ValueError, match="log_objective must be False"):
+        by_final_loss(
+            lambda params: torch.optim.SGD(params, lr=0.1),
+            [task],
+            Training(validation_steps=2, validation_seeds=1),
+            log_objective=True,
+            warmup_steps=0,
+            seed=0,
+        )
+
+
+def test_a_loss_without_a_second_derivative_says_what_to_set(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(16, 4, generator=generator), torch.randint(2, (16,), generator=generator)
+    task = Task("margin", lambda: nn.Linear(4, 2), (x, y), (x, y), functional.multi_margin_loss, 8)
+    with pytest.raises(ValueError, match="second_order must be False for task 'margin'.*multi_mar"):
+        meta_train(tmp_path / "second", task)
+    first = Amalgamation(second_order=False, scale_spread=1.0, backend="reference")
+    learns(meta_train(tmp_path / "first", task, amalgamation=first)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("dropout", "draw random numbers"), ("gru", "gru"), ("item", "item")]
+)
+def test_what_cannot_run_as_one_is_refused_at_once(name: str, why: str, tmp_path: Path) -> None:
+    stacked = Amalgamation(stack=True, backend="reference")
+    with pytest.raises(ValueError, match=f"stack must be None or False for task 'seq.*{why}"):
+        trainer(tmp_path, tasks=sequences(MODULES[name]), amalgamation=stacked)
+
+
+def test_frozen_layers_stay_in_meta_training_and_evaluation(tmp_path: Path) -> None:
+    """What is frozen at random is the task's, and the same for all optimizees."""
+    task = sequences(frozen)
+    assert set(task.layout.shapes) == {"3.weight", "3.bias"}
+    modules = [task.init_module(generator_for(seed)) for seed in (1, 2)]
+    assert torch.equal(modules[0][1].weight, modules[1][1].weight)
+    assert not torch.equal(modules[0][3].weight, modules[1][3].weight)
+    x, y = task.train
+    for module in modules:
+        flat = task.layout.flatten(dict(module.named_parameters()))
+        assert torch.equal(task.objective(flat, (x, y)), task.loss(module(x), y))
+    seen: list[nn.Parameter] = []
+
+    def make(params):
+        seen.extend(params)
+        return torch.optim.SGD(seen, lr=0.1)
+
+    train(task, make, steps=3, seed=0, every=3)
+    assert torch.equal(seen[0], modules[0][1].weight)
+    assert seen[2].grad is not None
+    learns(meta_train(tmp_path, task)[1])
+
+
+def test_frozen_layers_of_one_model_stay_apart_from_it() -> None:
+    """A backbone that all builds share, with running statistics that training moves."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
+    backbone.requires_grad_(False)
+    task = sequences(lambda: nn.Sequential(backbone, nn.Linear(4, 2)))
+    curves = [
+        train(task, lambda params: torch.optim.SGD(params, lr=0.1), steps=4, seed=0, every=2)
+        for _ in range(2)
+    ]
+    assert curves[0] == curves[1]
+    assert torch.equal(backbone[2].running_mean, torch.zeros(4))

@@ -63,6 +63,53 @@ class Listing(torch.optim.Optimizer):
             self.state[p]["history"] = [p.clone()]
 
 
+class Simple(torch.optim.Optimizer):
+    """Gradient descent, of which subclasses spoil something."""
+
+    def __init__(self, params: Any, lr: Any = 1.0) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad
+
+
+class NoRate(Simple):
+    def __init__(self, params: Any) -> None:
+        torch.optim.Optimizer.__init__(self, params, {"rate": 1.0})
+
+
+class Raising(Simple):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise KeyError("momentum")
+
+
+class OneGroupEach(Simple):
+    def __init__(self, params: Any, lr: float = 1.0) -> None:
+        super().__init__([{"params": [p]} for p in params], lr)
+        self.add_param_group({"params": [torch.zeros(1)]})
+
+
+class Elsewhere(Simple):
+    """Keeps its momentum in an attribute, which no teacher knows of."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps = getattr(self, "steps", 0) + 1
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p -= 0.1 * p.grad * self.steps
+
+
+class Drawing(Simple):
+    """Langevin's dynamics."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad + 0.01 * torch.randn_like(p)
+
+
 def gradients(steps: int, k: int = 1, seed: int = 0) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -314,3 +361,38 @@ def test_what_a_step_needs_is_named() -> None:
 def test_states_that_no_file_could_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="Listing can't be a teacher: its state's 'history' is a"):
         TorchTeacher(Listing)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "need"),
+    [
+        (NoRate, {}, "its group must have a number 'lr'"),
+        (Simple, {"lr": None}, "its group must have a number 'lr'"),
+        (Raising, {}, "dense gradients and no closure, but failed with KeyError: 'momentum'"),
+        (OneGroupEach, {}, "the tensors that it is given in one group, not in 2"),
+        (Elsewhere, {}, "it must keep no numbers elsewhere"),
+    ],
+)
+@pytest.mark.parametrize("as_others", [False, True])
+def test_what_an_optimizer_needs_is_said_when_the_teacher_is_made(
+    optimizer: type, arguments: dict[str, Any], need: str, as_others: bool
+) -> None:
+    others = (optimizer, arguments) if as_others else None
+    first, own = (torch.optim.Muon, {}) if as_others else (optimizer, arguments)
+    with pytest.raises(ValueError, match=f"{optimizer.__name__} can't be a teacher: .*{need}"):
+        TorchTeacher(first, own, others=others)
+
+
+def test_trying_out_leaves_torchs_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    TorchTeacher(Drawing)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_at_changes_the_rates_alone() -> None:
+    other = MUON.at(0.1)
+    assert (other.lr, MUON.lr) == (0.1, 0.05)
+    assert other == TorchTeacher(
+        torch.optim.Muon, lr=0.1, others=(torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.3})
+    )

@@ -1,5 +1,10 @@
 """Tasks: any module, any tensors, the same numbers for the same generator."""
 
+import random
+import re
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -221,3 +226,121 @@ def test_no_small_task_of_another_name() -> None:
         tasks.small(optimizee="cnm")
     with pytest.raises(ValueError, match="batch_size must be between 1"):
         tasks.small(0)
+
+
+class Through(nn.Linear):
+    """A linear layer whose output some function changes."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(3, 2)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(super().forward(x))
+
+
+MODEL = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "error", "named"),
+    [
+        (lambda: MODEL, {}, ValueError, "a new module each time.*'weight'.*copy.deepcopy"),
+        (
+            lambda: nn.Sequential(MODEL, nn.Linear(2, 2)),
+            {},
+            ValueError,
+            "a new module each time.*share '0.weight'",
+        ),
+        (lambda: 3, {}, TypeError, "must return an nn.Module, not 3"),
+        (nn.Flatten, {}, ValueError, "none to train"),
+        (lambda: nn.Linear(3, 2).requires_grad_(False), {}, ValueError, "none to train"),
+        (lambda: nn.LazyLinear(2), {}, ValueError, "lazy ones .* call it on a sample in build"),
+        (
+            lambda: nn.Linear(3, 2, dtype=torch.complex64),
+            {},
+            ValueError,
+            "floating-point parameters, but 'weight' .* is torch.complex64",
+        ),
+        (lambda: nn.Linear(4, 2), {}, ValueError, "'bad' can't be trained.*shapes"),
+        (
+            lambda: nn.Linear(3, 2),
+            {"loss": nn.CrossEntropyLoss(reduction="none")},
+            ValueError,
+            "loss must return a scalar.*not the shape \\(4,\\)",
+        ),
+        (
+            lambda: nn.Linear(3, 2),
+            {"loss": lambda out, target: (out.argmax(1) == target).float().mean()},
+            ValueError,
+            "'bad' can't be trained on its first batch.*does not require grad",
+        ),
+        (
+            lambda: Through(lambda out: out * random.random()),
+            {},
+            ValueError,
+            "draws by NumPy's or Python's",
+        ),
+        (
+            lambda: Through(
+                lambda out: out * np.random.rand()  # noqa: NPY002
+            ),
+            {},
+            ValueError,
+            "draws by NumPy's or Python's",
+        ),
+    ],
+)
+def test_what_no_optimizee_can_be(build, changes, error, named) -> None:
+    data = (torch.randn(4, 3), torch.randint(2, (4,)))
+    with pytest.raises(error, match=named):
+        Task("bad", build, data, data, batch_size=4, **changes)
+
+
+@pytest.mark.parametrize(
+    ("build", "unstackable"),
+    [
+        (lambda: nn.Linear(3, 2), None),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), "draw random numbers"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).eval(), None),
+        (lambda: Through(lambda out: out if out.sum().item() > 0 else -out), "item"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), "running_mean"),
+    ],
+    ids=["linear", "dropout", "evaluating", "item", "batch-norm"],
+)
+def test_what_runs_as_one_is_found_out(build, unstackable) -> None:
+    data = (torch.randn(4, 3), torch.randint(2, (4,)))
+    task = Task("some", build, data, data, batch_size=4)
+    assert task.stacks == (unstackable is None)
+    if unstackable is not None:
+        assert re.search(unstackable, task.unstackable)
+
+
+def test_one_may_say_that_it_draws() -> None:
+    """Where it does so in some steps only, of which the first batch is none."""
+    data = (torch.zeros(4, 3), torch.randint(2, (4,)))
+
+    def sometimes() -> nn.Module:
+        return Through(lambda out: out * torch.rand(2) if out.sum() > 9 else out)
+
+    for draws in (None, True):
+        task = Task("some", sometimes, data, data, batch_size=4, draws=draws)
+        assert task.stacks is False
+        flat = 100 + torch.zeros(8)
+        torch.manual_seed(0)
+        batch = task.batches(generator_for(0), 1)[0]
+        losses = [task.objective(flat, batch) for _ in range(2)]
+        assert torch.equal(*losses) == bool(draws)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.complex64])
+def test_data_of_any_dtype_have_a_digest(dtype: torch.dtype) -> None:
+    x = torch.arange(12).view(4, 3).to(dtype)
+    build = lambda: Through(lambda out: out)  # noqa: E731
+    loss = lambda out, target: out.square().mean()  # noqa: E731
+    tasks = [
+        Task("some", build, (torch.zeros(4, 3), y), (torch.zeros(4, 3), y), loss, 4)
+        for y in (x, x.clone(), 1 - x if dtype != torch.bool else ~x)
+    ]
+    one, two, other = (task.describe() for task in tasks)
+    assert one == two != other
