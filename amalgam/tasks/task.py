@@ -465,29 +465,42 @@ class Task:
         """
         self._drew = False
         flat = self._flat_of(self._module)
-        with drawing(0, self.device):
-            before, elsewhere = self._generator_states(), _states_elsewhere()
-            try:
-                _differentiate(self._checked_objective, flat, False)
-            except Exception as error:
-                raise ValueError(
-                    f"task {self.name!r} can't be trained on its first batch: {_said(error)}"
-                ) from error
-            if _states_elsewhere() != elsewhere:
-                raise ValueError(
-                    f"task {self.name!r} draws by NumPy's or Python's global generator, which "
-                    f"can't be drawn again alike; draw by torch's"
-                )
-            return not all(map(torch.equal, self._generator_states(), before))
+        losses: list[Tensor] = []
 
-    def _checked_objective(self, flat: Tensor) -> Tensor:
-        loss = self.objective(flat, self._first_batch())
-        if loss.dim():
+        def objective(leaf: Tensor) -> Tensor:
+            loss = self.objective(leaf, self._first_batch())
+            if loss.dim():
+                raise ValueError(
+                    f"loss must return a scalar, such as a mean over the batch, not the shape "
+                    f"{tuple(loss.shape)}"
+                )
+            losses.append(loss.detach())
+            return loss
+
+        for _ in range(2):
+            with drawing(0, self.device):
+                before, elsewhere = self._generator_states(), _states_elsewhere()
+                try:
+                    _differentiate(objective, flat, False)
+                except Exception as error:
+                    raise ValueError(
+                        f"task {self.name!r} can't be trained on its first batch: {_said(error)}"
+                    ) from error
+                if _states_elsewhere() != elsewhere:
+                    raise ValueError(
+                        f"task {self.name!r} draws by NumPy's or Python's global generator, which "
+                        f"can't be drawn again alike; draw by torch's"
+                    )
+                drew = not all(map(torch.equal, self._generator_states(), before))
+        # Sums on a GPU may differ in their last bits.
+        first, second = losses
+        if not torch.allclose(first, second, rtol=1e-3, equal_nan=True):
             raise ValueError(
-                f"loss must return a scalar, such as a mean over the batch, not the shape "
-                f"{tuple(loss.shape)}"
+                f"task {self.name!r} has another loss when it is computed again, "
+                f"{second.item():g} and not {first.item():g}: module and loss must keep "
+                f"nothing from call to call but the module's buffers"
             )
-        return loss
+        return drew
 
     def _generator_states(self) -> list[Tensor]:
         """The states of torch's global generators, of the CPU's and of this device's."""

@@ -1,5 +1,6 @@
 """Tasks: any module, any tensors, the same numbers for the same generator."""
 
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -239,7 +240,7 @@ class Through(nn.Linear):
         return self.change(super().forward(x))
 
 
-MODEL = nn.Linear(3, 2)
+MODEL, COUNT = nn.Linear(3, 2), itertools.count(1)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,12 @@ MODEL = nn.Linear(3, 2)
             {},
             ValueError,
             "draws by NumPy's or Python's",
+        ),
+        (
+            lambda: nn.Linear(3, 2),
+            {"loss": lambda out, target: out.square().mean() * next(COUNT)},
+            ValueError,
+            "another loss when it is computed again",
         ),
     ],
 )
