@@ -149,7 +149,9 @@ class PolicyOptimizer(LearnedOptimizer):
                     )
                     self.state[param][name] = getattr(alone, name)
                 parts.append(self.state[param][name])
-            fields[name] = torch.cat(parts, -1) if torch.is_tensor(fresh) else parts[0]
+            # State that was loaded may be of an optimizer that computes in another dtype.
+            whole = torch.cat(parts, -1).to(fresh.dtype) if torch.is_tensor(fresh) else parts[0]
+            fields[name] = whole
         return begin._replace(**fields)
 
     def _scatter(

@@ -6,6 +6,7 @@ import copy
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amalgam.layout import Layout
@@ -36,7 +37,9 @@ class TeacherOptimizer(StepOptimizer):
                 f"teacher.policy) makes an optimizer of that"
             )
         rate = self.teacher.lr
-        super().__init__(params, {"lr": 1.0 if rate is None else rate})
+        # State is of use to a teacher with the same constants alone; rates are the groups'.
+        alike = self.teacher if rate is None else self.teacher.at(1.0)
+        super().__init__(params, {"lr": 1.0 if rate is None else rate, "teacher": repr(alike)})
         for group in self.param_groups:
             check_group(group, ("lr",))
 
@@ -44,12 +47,22 @@ class TeacherOptimizer(StepOptimizer):
         """Go on from another's :meth:`state_dict`.
 
         Args:
-            state_dict: As an optimizer with the same teacher gave it; not changed. State keeps the
-                dtype it was saved in, whatever the parameters' is.
+            state_dict: As an optimizer with the same teacher gave it, at any learning rate; not
+                changed. State becomes float64 beside float64 parameters, else float32.
 
         Raises:
-            ValueError: Its groups do not fit, or an earlier version of amalgam made it.
+            ValueError: Its groups do not fit, it belongs to another teacher, or an earlier version
+                of amalgam made it.
         """
+        ours = self.defaults["teacher"]
+        for group in state_dict["param_groups"]:
+            # Those of earlier versions do not say whose they are.
+            theirs = group.get("teacher", ours)
+            if theirs != ours:
+                raise ValueError(
+                    f"state_dict belongs to another teacher ({theirs}) than this optimizer's "
+                    f"({ours}); load it into one made with that teacher"
+                )
         if any(entry and "teacher" not in entry for entry in state_dict["state"].values()):
             raise ValueError(
                 "state_dict must hold each tensor's state as 'teacher', but is of an earlier "
@@ -61,7 +74,8 @@ class TeacherOptimizer(StepOptimizer):
         for index, param in zip(saved, own, strict=True):
             if index in state_dict["state"]:
                 # Optimizer.load_state_dict casts state to the parameter's dtype.
-                self.state[param] = copy.deepcopy(state_dict["state"][index])
+                dtype = computing_dtype(param.dtype)
+                self.state[param] = _in_dtype(state_dict["state"][index], dtype)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, teacher, factor = float(group["lr"]), self.teacher, 1.0
@@ -79,3 +93,32 @@ class TeacherOptimizer(StepOptimizer):
             if factor != 1:
                 update = update * factor
             param.sub_(update.view(param.shape).to(param.dtype))
+
+
+def _in_dtype(state: Any, dtype: torch.dtype) -> Any:
+    """A copy of a teacher's state, as a teacher keeps it that computes in a dtype.
+
+    Beside float64 some numbers are float32, those of steps among them: what was kept so stays.
+    """
+    if dtype == torch.float64 and torch.float64 in {t.dtype for t in _tensors(state)}:
+        return copy.deepcopy(state)
+    return _cast(state, dtype)
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    if isinstance(nest, dict | list | tuple):
+        parts = nest.values() if isinstance(nest, dict) else nest
+        return [tensor for part in parts for tensor in _tensors(part)]
+    return [nest] if isinstance(nest, Tensor) else []
+
+
+def _cast(nest: Any, dtype: torch.dtype, key: str = "") -> Any:
+    """A copy of a nest with its floating-point tensors in a dtype, but for counts of steps."""
+    if isinstance(nest, dict):
+        return {name: _cast(part, dtype, name) for name, part in nest.items()}
+    if isinstance(nest, list | tuple):
+        return type(nest)(_cast(part, dtype, key) for part in nest)
+    if not isinstance(nest, Tensor):
+        return nest
+    counts = key.rpartition("/")[2] == "step" or not nest.is_floating_point()
+    return nest.clone() if counts else nest.to(dtype, copy=True)
