@@ -58,3 +58,11 @@ def drawing(seed: int, device: torch.device) -> Iterator[None]:
         if on_gpu:
             torch.cuda.default_generators[index].manual_seed(seed)
         yield
+
+
+def global_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators, of the CPU's and of a device's."""
+    states = [torch.default_generator.get_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states

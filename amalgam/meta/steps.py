@@ -22,6 +22,7 @@ from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StudentState
 from amalgam.policies import FusedStudent, Policy
 from amalgam.policies.fused_student import TensorContext
+from amalgam.seeding import global_states
 
 # Called with a row's number; returns the generator of the noise that a policy trains with, for a
 # certain step.
@@ -274,6 +275,7 @@ class AutogradSteps:
         self._policy = policy
         self._layout = layout
         self._backend = backend
+        self._tried = False
 
     def initial(self, like: Tensor) -> tuple[Any, ...]:
         """See :class:`PolicySteps`."""
@@ -370,7 +372,8 @@ class AutogradSteps:
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Any]:
         seen = {"params": params} if self._policy.sees_params else {}
-        return self._policy.step(
+        before = None if self._tried else global_states(grad.device)
+        stepped = self._policy.step(
             grad,
             state,
             weights,
@@ -379,3 +382,12 @@ class AutogradSteps:
             backend=self._backend,
             **seen,
         )
+        if before is not None:
+            self._tried = True
+            if not all(map(torch.equal, global_states(grad.device), before)):
+                raise ValueError(
+                    f"policy {self._policy.kind!r} draws by torch's global generator, so that a "
+                    f"step taken again would draw other numbers; draw by the generator that step() "
+                    f"is given"
+                )
+        return stepped

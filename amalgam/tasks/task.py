@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from amalgam.digest import digest_of
 from amalgam.layout import Layout
-from amalgam.seeding import drawing
+from amalgam.seeding import drawing, global_states
 from amalgam.tasks import convolution
 
 Batch = tuple[Tensor, ...]
@@ -479,7 +479,7 @@ class Task:
 
         for _ in range(2):
             with drawing(0, self.device):
-                before, elsewhere = self._generator_states(), _states_elsewhere()
+                before, elsewhere = global_states(self.device), _states_elsewhere()
                 try:
                     _differentiate(objective, flat, False)
                 except Exception as error:
@@ -491,7 +491,7 @@ class Task:
                         f"task {self.name!r} draws by NumPy's or Python's global generator, which "
                         f"can't be drawn again alike; draw by torch's"
                     )
-                drew = not all(map(torch.equal, self._generator_states(), before))
+                drew = not all(map(torch.equal, global_states(self.device), before))
         # Sums on a GPU may differ in their last bits.
         first, second = losses
         if not torch.allclose(first, second, rtol=1e-3, equal_nan=True):
@@ -501,13 +501,6 @@ class Task:
                 f"nothing from call to call but the module's buffers"
             )
         return drew
-
-    def _generator_states(self) -> list[Tensor]:
-        """The states of torch's global generators, of the CPU's and of this device's."""
-        states = [torch.default_generator.get_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

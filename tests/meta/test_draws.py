@@ -22,7 +22,7 @@ from amalgam.meta import (
 )
 from amalgam.meta.reference import window as naive_window
 from amalgam.meta.sampling import StackedBatches
-from amalgam.policies import Pool, Student, StudentConfig, TorchTeacher
+from amalgam.policies import DM, DMConfig, Pool, Student, StudentConfig, TorchTeacher
 from amalgam.seeding import generator_for
 from amalgam.tasks import SeededBatch, Task
 
@@ -220,6 +220,18 @@ def test_a_teacher_that_draws_does_so_by_the_seed(tmp_path: Path) -> None:
         losses.append([row["imitation_loss"] for row in rows])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+class Restless(DM):
+    def step(self, *args, **settings):
+        update, state = super().step(*args, **settings)
+        return update * torch.rand(()), state
+
+
+def test_a_policy_that_draws_past_its_generator_is_refused(tmp_path: Path) -> None:
+    student = Restless(DMConfig(layers=1, hidden=3), generator=generator_for(0))
+    with pytest.raises(ValueError, match="Restless' draws by torch's global generator.*step"):
+        trainer(tmp_path, student).run()
 
 
 def test_the_seed_decides_dropout_in_evaluation_too() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import trainer
+from runs import tiny_student, trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +15,7 @@ from amalgam.evaluation.protocol import train
 from amalgam.meta import Amalgamation, MetaBatch, Stage, Stages, Training
 from amalgam.meta.objective import meta_terms
 from amalgam.meta.validation import by_final_loss
+from amalgam.policies import PolicyTeacher
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
@@ -305,3 +306,20 @@ def test_frozen_layers_of_one_model_stay_apart_from_it() -> None:
     ]
     assert curves[0] == curves[1]
     assert torch.equal(backbone[2].running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_students_dtype_is_the_trajectories(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whatever the optimizee's and a frozen teacher's are."""
+    teacher = PolicyTeacher(tiny_student(3).to(torch.float32))
+    task = sequences(plain(nn.Identity), torch.float32)
+    run = trainer(
+        tmp_path,
+        tiny_student(7).to(dtype),
+        tasks=task,
+        pool=["adam", teacher],
+        strategy=Stages((Stage(1, 2, 0.2),), 3),
+    )
+    rows: list[dict] = []
+    assert run.run(report=rows.append).weights()[0].dtype == dtype
+    assert all(row["grad_norm"] > 0 for row in rows)
