@@ -6,8 +6,8 @@ import copy
 import functools
 import pickle
 import random
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, overload
 
@@ -167,6 +167,7 @@ class Task:
     _dtypes: dict[str, torch.dtype] = field(init=False, repr=False)
     _shares_constants: bool = field(init=False, repr=False, default=False)
     _drew: bool = field(init=False, repr=False)
+    _without_cudnn: bool = field(init=False, repr=False)
     _convolves: bool = field(init=False, repr=False)
     _large: bool = field(init=False, repr=False)
 
@@ -194,6 +195,10 @@ class Task:
         self._dtypes = {name: p.dtype for name, p in trained.items()}
         # Whatever convolves, in a module of torch's or not, has kernels.
         self._convolves = any(len(shape) > 2 for shape in self.layout.shapes.values())
+        # cuDNN's dropout between recurrent layers goes on from a state of its own.
+        self._without_cudnn = self.device.type == "cuda" and any(
+            isinstance(module, nn.RNNBase) and module.dropout for module in self._module.modules()
+        )
         # Found out now, so that no bits depend on what came first.
         self._large = self._convolves and self._has_large_convolutions()
         self._drew = self.device.type != "meta" and self._draws_on_first_batch()
@@ -322,7 +327,16 @@ class Task:
                 f"{self.name!r} draw random numbers; amalgam.tasks.SeededBatch(batch, [seed]) has "
                 f"one"
             )
-        return drawing(batch.seeds[0], self.device)
+        return self._drawing(batch.seeds[0])
+
+    @contextmanager
+    def _drawing(self, seed: int) -> Iterator[None]:
+        """Inside, all that an optimizee may draw by comes from a seed."""
+        kernels: AbstractContextManager[Any] = nullcontext()
+        if self._without_cudnn:
+            kernels = torch.backends.cudnn.flags(enabled=False)
+        with drawing(seed, self.device), kernels:
+            yield
 
     @property
     def stacks(self) -> bool:
@@ -478,7 +492,7 @@ class Task:
             return loss
 
         for _ in range(2):
-            with drawing(0, self.device):
+            with self._drawing(0):
                 before, elsewhere = global_states(self.device), _states_elsewhere()
                 try:
                     _differentiate(objective, flat, False)
