@@ -236,6 +236,9 @@ class Episodes:
             Losses (R, M) and gradients (R, M, N), outside any graph. Third, with ``graph``, the
             leaf (R, M, N) that holds ``params`` and the gradients (R, M, N) in its graph; without,
             ``None``.
+
+        Raises:
+            ValueError: A graph is wanted of gradients that can't be differentiated.
         """
         leaf = params.detach().requires_grad_()
         # What is kept and what is computed again must have the same bits, so the same kernels.
@@ -246,7 +249,7 @@ class Episodes:
             raise ValueError(
                 f"second_order must be False for task {self.task.name!r}, whose gradients can't be "
                 f"differentiated: {failure}"
-            ) from failure
+            )
         with torch.enable_grad(), kernels():
             losses = self.task.objectives(leaf * scale[:, None], batch, self.amalgamation.stack)
             with self.task.drawing(batch):

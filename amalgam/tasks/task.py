@@ -116,7 +116,7 @@ class SecondOrder(NamedTuple):
     """
 
     kernels: Kernels
-    failure: Exception | None
+    failure: str | None
 
 
 @dataclass
@@ -151,7 +151,6 @@ class Task:
 
     Raises:
         ValueError: Data, module or loss can't be trained as they are; the message says why.
-        TypeError: ``build`` does not return a module.
     """
 
     name: str
@@ -194,7 +193,7 @@ class Task:
         self.layout = Layout({name: p.shape for name, p in trained.items()})
         self._dtypes = {name: p.dtype for name, p in trained.items()}
         # Whatever convolves, in a module of torch's or not, has kernels.
-        self._convolves = any(len(shape) > 2 for shape in self.layout.shapes.values())
+        self._convolves = any(p.dim() > 2 for p in self._module.parameters())
         # cuDNN's dropout between recurrent layers goes on from a state of its own.
         self._without_cudnn = self.device.type == "cuda" and any(
             isinstance(module, nn.RNNBase) and module.dropout for module in self._module.modules()
@@ -256,14 +255,13 @@ class Task:
         """The module whose constants are the task's; refuses what can't be an optimizee.
 
         Raises:
-            TypeError: ``build`` does not return a module.
-            ValueError: There is nothing to train, parameters do not fit, or ``build`` returns the
-                same ones again.
+            ValueError: ``build`` does not return a module, there is nothing to train, parameters
+                do not fit, or ``build`` returns the same ones again.
         """
         generator = torch.Generator().manual_seed(0)
         module = self._built(generator)
         if not isinstance(module, nn.Module):
-            raise TypeError(f"build must return an nn.Module, not {module!r}")
+            raise ValueError(f"build must return an nn.Module, not {module!r}")
         if any(map(is_lazy, module.parameters())):
             raise ValueError(
                 f"build must return a module whose parameters have shapes, which the lazy ones of "
@@ -319,7 +317,7 @@ class Task:
         Raises:
             ValueError: The optimizee draws, and the batch has no seed.
         """
-        if not (self._drew if self.draws is None else self.draws):
+        if not self._draws:
             return nullcontext()
         if not isinstance(batch, SeededBatch):
             raise ValueError(
@@ -328,6 +326,10 @@ class Task:
                 f"one"
             )
         return self._drawing(batch.seeds[0])
+
+    @property
+    def _draws(self) -> bool:
+        return self._drew if self.draws is None else self.draws
 
     @contextmanager
     def _drawing(self, seed: int) -> Iterator[None]:
@@ -357,7 +359,7 @@ class Task:
         ``None`` where they can. What draws can't: as one, optimizees would draw other numbers than
         each alone.
         """
-        if self._drew if self.draws is None else self.draws:
+        if self._draws:
             return "its optimizees draw random numbers"
         if self.device.type == "meta":
             return None
@@ -380,14 +382,14 @@ class Task:
         Fused attention and cuDNN's recurrent layers have no second derivatives; PyTorch has other
         kernels in their place that do.
         """
-        batch, failure = self._first_batch(), None
-        flat = self._flat_of(self._module)
+        batch, flat = self._first_batch(), self._flat_of(self._module)
+        failure: str | None = None
         for kernels in (nullcontext, _math_attention, _plain_kernels):
             try:
                 with kernels():
                     _differentiate(lambda leaf: self.objective(leaf, batch), flat, True)
             except Exception as error:
-                failure = failure or error
+                failure = failure or _said(error)
             else:
                 return SecondOrder(kernels, None)
         return SecondOrder(nullcontext, failure)

@@ -182,6 +182,8 @@ def test_modules_that_people_have(name: str, tmp_path: Path) -> None:
         learns(rows)
         weights.append(found)
         assert torch.equal(torch.get_rng_state(), before)
+        if task.unstackable != "its optimizees draw random numbers":
+            return
     assert all(map(torch.equal, *weights))
 
 

@@ -244,42 +244,37 @@ MODEL, COUNT = nn.Linear(3, 2), itertools.count(1)
 
 
 @pytest.mark.parametrize(
-    ("build", "changes", "error", "named"),
+    ("build", "changes", "named"),
     [
-        (lambda: MODEL, {}, ValueError, "a new module each time.*'weight'.*copy.deepcopy"),
+        (lambda: MODEL, {}, "a new module each time.*'weight'.*copy.deepcopy"),
         (
             lambda: nn.Sequential(MODEL, nn.Linear(2, 2)),
             {},
-            ValueError,
             "a new module each time.*share '0.weight'",
         ),
-        (lambda: 3, {}, TypeError, "must return an nn.Module, not 3"),
-        (nn.Flatten, {}, ValueError, "none to train"),
-        (lambda: nn.Linear(3, 2).requires_grad_(False), {}, ValueError, "none to train"),
-        (lambda: nn.LazyLinear(2), {}, ValueError, "lazy ones .* call it on a sample in build"),
+        (lambda: 3, {}, "must return an nn.Module, not 3"),
+        (nn.Flatten, {}, "none to train"),
+        (lambda: nn.Linear(3, 2).requires_grad_(False), {}, "none to train"),
+        (lambda: nn.LazyLinear(2), {}, "lazy ones .* call it on a sample in build"),
         (
             lambda: nn.Linear(3, 2, dtype=torch.complex64),
             {},
-            ValueError,
             "floating-point parameters, but 'weight' .* is torch.complex64",
         ),
-        (lambda: nn.Linear(4, 2), {}, ValueError, "'bad' can't be trained.*shapes"),
+        (lambda: nn.Linear(4, 2), {}, "'bad' can't be trained.*shapes"),
         (
             lambda: nn.Linear(3, 2),
             {"loss": nn.CrossEntropyLoss(reduction="none")},
-            ValueError,
             "loss must return a scalar.*not the shape \\(4,\\)",
         ),
         (
             lambda: nn.Linear(3, 2),
             {"loss": lambda out, target: (out.argmax(1) == target).float().mean()},
-            ValueError,
             "'bad' can't be trained on its first batch.*does not require grad",
         ),
         (
             lambda: Through(lambda out: out * random.random()),
             {},
-            ValueError,
             "draws by NumPy's or Python's",
         ),
         (
@@ -287,20 +282,18 @@ MODEL, COUNT = nn.Linear(3, 2), itertools.count(1)
                 lambda out: out * np.random.rand()  # noqa: NPY002
             ),
             {},
-            ValueError,
             "draws by NumPy's or Python's",
         ),
         (
             lambda: nn.Linear(3, 2),
             {"loss": lambda out, target: out.square().mean() * next(COUNT)},
-            ValueError,
             "another loss when it is computed again",
         ),
     ],
 )
-def test_what_no_optimizee_can_be(build, changes, error, named) -> None:
+def test_what_no_optimizee_can_be(build, changes, named) -> None:
     data = (torch.randn(4, 3), torch.randint(2, (4,)))
-    with pytest.raises(error, match=named):
+    with pytest.raises(ValueError, match=named):
         Task("bad", build, data, data, batch_size=4, **changes)
 
 
