@@ -325,3 +325,21 @@ def test_the_students_dtype_is_the_trajectories(dtype: torch.dtype, tmp_path: Pa
     rows: list[dict] = []
     assert run.run(report=rows.append).weights()[0].dtype == dtype
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["dropout", "checkpointed-dropout", "lstm", "gru-dropout", "attention", "transformer"]
+)
+def test_modules_that_people_have_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """The seed decides there, too, and the GPU's global generator stays as it was."""
+    weights = []
+    for seed in (1, 2):
+        torch.cuda.manual_seed(seed)
+        before = torch.cuda.get_rng_state()
+        found, rows = meta_train(tmp_path / str(seed), sequences(MODULES[name]), device="cuda")
+        learns(rows)
+        weights.append(found)
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
