@@ -45,7 +45,8 @@ class Unroll(Episodes):
 
         Args:
             begin: Where students and teachers stand; not changed.
-            batches: One batch per step, each tensor of shape (R, samples, ...).
+            batches: One batch per step, each tensor of shape (R, samples, ...); where optimizees
+                draw random numbers, each a :class:`amalgam.tasks.SeededBatch` with R seeds.
             weights: Each student's weights to use in place of its own.
             noise: Called with a step's number, returns what is added to each student's weights in
                 that step, as a constant. It must return the same for the same step.
