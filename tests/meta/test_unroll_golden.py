@@ -42,7 +42,7 @@ def test_unroll_matches_the_authors(name: str) -> None:
         for weight, key in zip(student.weights(), keys, strict=True):
             weight.copy_(torch_of[key].T if weight.dim() == 2 else torch_of[key])
     x, y = torch_of["x"].double(), torch_of["y"]
-    task = Task("golden", TanhMLP, (x[0], y[0]), (x[0], y[0]), batch_size=16)
+    task = Task("golden", lambda: TanhMLP().double(), (x[0], y[0]), (x[0], y[0]), batch_size=16)
     pool = Pool([Teacher("adam", 0.005), Teacher("rmsprop", 0.005), Teacher("sgd", 0.2)])
     how = Amalgamation(
         mechanism="mean" if config["reduce"] == "reduce_mean" else "min-max",
