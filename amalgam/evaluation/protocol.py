@@ -17,6 +17,8 @@ from amalgam.tasks import Task
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
+_TOGETHER = 5_000  # samples that are measured in one pass: of images, all may take gigabytes
+
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -146,15 +148,19 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
 @torch.no_grad()
 def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[float, float]:
     """Loss and accuracy of a module on data; accuracy is NaN where targets are not classes."""
-    *inputs, target = data
     training = module.training
     module.eval()
-    output = module(*inputs)
+    losses, right = [], 0.0
+    for *inputs, target in zip(*(tensor.split(_TOGETHER) for tensor in data), strict=True):
+        output = module(*inputs)
+        losses.append(task.loss(output, target).item() * len(target))
+        if target.is_floating_point() or output.dim() != target.dim() + 1:
+            right = math.nan
+        else:
+            right += (output.argmax(1) == target).double().mean().item() * len(target)
     module.train(training)
-    accuracy = math.nan
-    if not target.is_floating_point() and output.dim() == target.dim() + 1:
-        accuracy = (output.argmax(1) == target).double().mean().item()
-    return task.loss(output, target).item(), accuracy
+    samples = len(data[-1])
+    return math.fsum(losses) / samples, right / samples
 
 
 def evaluate(

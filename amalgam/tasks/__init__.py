@@ -9,6 +9,7 @@ from amalgam import dotted
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.tasks.digits import digits_cnn, digits_mlp
+from amalgam.tasks.paper import train
 from amalgam.tasks.small import HELD_OUT, SMALL, small
 from amalgam.tasks.task import Batch, Batches, Task
 
@@ -16,6 +17,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "digits-mlp": digits_mlp,
     "digits-cnn": digits_cnn,
     "small": small,
+    "train": train,
 }
 
 
@@ -63,4 +65,5 @@ __all__ = [
     "digits_mlp",
     "load",
     "small",
+    "train",
 ]

@@ -26,6 +26,23 @@ def test_digits(name, numel) -> None:
     assert 1 < task.objective(params, batch).item() < 6
 
 
+def test_the_papers_task() -> None:
+    task = tasks.load("train")
+    assert task.name == "train-glyphs"
+    assert (task.layout.numel, task.batch_size) == (18_122, 128)
+    (images, labels) = batch = task.batches(generator_for(0), 1)[0]
+    assert images.dtype == torch.uint8
+    module = task.init_module(generator_for(0))
+    assert 0 <= module[0](images).min() < module[0](images).max() <= 1
+    assert 2 < functional.cross_entropy(module(images), labels) < 3
+    flat = task.layout.flatten(dict(module.named_parameters())).detach()
+    rows = tuple(tensor[None] for tensor in batch)
+    both = [task.objectives(flat[None, None], rows, stack) for stack in (False, True)]
+    assert torch.allclose(*both)
+    double = task.objective(flat.double(), (images.double(), labels))
+    assert torch.allclose(double.float(), both[0])
+
+
 def test_the_generator_decides_everything() -> None:
     task = tasks.load("digits-mlp")
     one, two, other = (task.init_params(generator_for(s)) for s in (0, 0, 1))

@@ -1,0 +1,159 @@
+"""Stand-ins for published image data sets that need no download: glyphs of matplotlib's fonts.
+
+Every image shows one character in one of the faces, under a random affine map, with noise. Training
+and validation images are of the same faces and of independent maps. A stand-in is drawn once, on
+the CPU in float64, and kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.ft2font import FT2Font, LoadFlags
+from torch import Tensor
+from torch.nn import functional
+
+from amalgam.tasks import cache
+from amalgam.tasks.task import Batch
+
+_VERSION = 1  # of the drawing: a change of what is drawn changes it
+_SIDE = 40  # of the canvas that a glyph is rendered on, in pixels
+_EM = 32  # a face's size there, in pixels
+_CHUNK = 1000  # images that are drawn together
+
+# The maps, each part of them drawn uniformly.
+_TURN = 0.35  # the largest rotation, in radians
+_SHEAR = 0.3  # the largest shear
+_SHIFT = 0.2  # the largest shift, as a share of half a canvas
+_SIZES = 0.8, 1.3  # the smallest and the largest width and height, of their own
+
+_LATIN = (
+    *(f"DejaVu{family}" for family in ("Sans", "SansMono", "Serif")),
+    *(f"DejaVu{family}-Bold" for family in ("Sans", "SansMono", "Serif")),
+    *(f"DejaVu{family}" for family in ("Sans-Oblique", "SansMono-Oblique", "Serif-Italic")),
+    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"),
+)
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    """What a stand-in's images show.
+
+    Attributes:
+        characters: One a class, in the order of the labels.
+        faces: Names of font files in matplotlib's data folder, without their ending.
+        train: Number of training images.
+        validation: Number of validation images.
+        side: Height and width of an image, in pixels.
+        faintest: The least strength of a glyph's ink; the greatest is 1.
+        noise: The largest noise of a pixel, as a share of the range of brightness.
+    """
+
+    characters: str
+    train: int = 60_000
+    validation: int = 10_000
+    faces: tuple[str, ...] = _LATIN
+    side: int = 28
+    faintest: float = 0.5
+    noise: float = 0.4
+
+
+_STAND_INS = {"mnist": _StandIn("0123456789")}
+
+
+def load(name: str) -> tuple[Batch, Batch]:
+    """The stand-in for a published data set, from the cache or drawn anew.
+
+    Args:
+        name: The published data set: ``"mnist"``.
+
+    Returns:
+        Training and validation data: images of type uint8, shape (samples, channels, height,
+        width), and labels of type int64, shape (samples,).
+    """
+    return _load(_STAND_INS[name], name)
+
+
+@functools.cache
+def _load(of: _StandIn, name: str) -> tuple[Batch, Batch]:
+    key = f"glyphs-{name}-{_VERSION}-matplotlib-{matplotlib.__version__}"
+    kept = cache.tensors(key, lambda: _drawn(of))
+    train, validation = (
+        (kept[f"{part}-images"], kept[f"{part}-labels"].long()) for part in ("train", "validation")
+    )
+    return train, validation
+
+
+def _drawn(of: _StandIn) -> dict[str, Tensor]:
+    """All images and labels, by the names that they have in the cache."""
+    glyphs = torch.stack([_rendered(face, of.characters) for face in of.faces], dim=1)
+    made = {}
+    for seed, (part, count) in enumerate((("train", of.train), ("validation", of.validation))):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(len(of.characters), (count,), generator=generator)
+        images = [_images(glyphs, chunk, of, generator) for chunk in labels.split(_CHUNK)]
+        made[f"{part}-images"] = torch.cat(images)
+        made[f"{part}-labels"] = labels.to(torch.uint8)
+    return made
+
+
+def _rendered(face: str, characters: str) -> Tensor:
+    """Characters centred on canvases, each pixel's ink in [0, 1]: (characters, side, side)."""
+    font = FT2Font(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"))
+    font.set_size(_EM, 72)
+    canvases = np.zeros((len(characters), _SIDE, _SIDE))
+    for canvas, character in zip(canvases, characters, strict=True):
+        font.set_text(character, flags=LoadFlags.NO_HINTING)
+        font.draw_glyphs_to_bitmap(antialiased=True)
+        glyph = np.asarray(font.get_image())
+        inked = [np.flatnonzero(glyph.any(axis)) for axis in (1, 0)]
+        glyph = glyph[tuple(slice(where[0], where[-1] + 1) for where in inked)][:_SIDE, :_SIDE]
+        height, width = glyph.shape
+        top, left = (_SIDE - height) // 2, (_SIDE - width) // 2
+        canvas[top : top + height, left : left + width] = glyph / 255
+    return torch.from_numpy(canvases)
+
+
+def _images(glyphs: Tensor, labels: Tensor, of: _StandIn, generator: torch.Generator) -> Tensor:
+    """Grey images of the labels' characters: uint8, (samples, 1, side, side)."""
+    count = len(labels)
+    ink = _mapped(glyphs, labels, of, generator)
+    strength = of.faintest + (1 - of.faintest) * _uniform((count, 1, 1, 1), generator)
+    shape = (2, *ink.shape)
+    noise = of.noise * (_uniform(shape, generator).sum(0) - 1)
+    return (255 * (strength * ink + noise)).round().clamp(0, 255).to(torch.uint8)
+
+
+def _mapped(glyphs: Tensor, labels: Tensor, of: _StandIn, generator: torch.Generator) -> Tensor:
+    """Ink in [0, 1] of the labels' characters, each in a face and under a map of its own."""
+    count = len(labels)
+    faces = torch.randint(glyphs.shape[1], (count,), generator=generator)
+    angle, shear, wide, high, across, down = 2 * _uniform((6, count), generator) - 1
+    cos, sin = (_TURN * angle).cos(), (_TURN * angle).sin()
+    turned = torch.stack([cos, sin, -sin, cos], 1).view(count, 2, 2)
+    sheared = torch.eye(2, dtype=torch.float64).repeat(count, 1, 1)
+    sheared[:, 0, 1] = _SHEAR * shear
+    sizes = torch.stack([_size(wide), _size(high)], 1)[..., None]
+    # From a place in the image to one on the canvas, both in [-1, 1].
+    shifts = _SHIFT * torch.stack([across, down], 1)[..., None]
+    maps = torch.cat([sheared @ turned / sizes, shifts], 2)
+    grid = functional.affine_grid(maps, [count, 1, of.side, of.side], align_corners=False)
+    return functional.grid_sample(glyphs[labels, faces][:, None], grid, align_corners=False)
+
+
+def _size(unit: Tensor) -> Tensor:
+    """What a glyph's width or height is multiplied by, for one of [-1, 1): log-uniform."""
+    least, greatest = _SIZES
+    return math.sqrt(least * greatest) * (unit * math.log(greatest / least) / 2).exp()
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1): the same ones on every machine, in float64, where rounding hides it."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
