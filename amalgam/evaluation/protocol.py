@@ -130,6 +130,7 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
     optimizer = make(module.parameters())
     read_at, losses, accuracies = [], [], []
     batches = iter(task.batches(generator_for(seed, "batches"), steps))
+    noise = generator_for(seed, "gradients")
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             loss, accuracy = _measure(task, module, task.validation)
@@ -137,9 +138,8 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
             losses.append(loss)
             accuracies.append(accuracy)
         if step < steps:
-            *inputs, target = next(batches)
             optimizer.zero_grad()
-            task.loss(module(*inputs), target).backward()
+            task.backward(module, next(batches), noise)
             optimizer.step()
     training, _ = _measure(task, module, task.train)
     return Curve(tuple(read_at), tuple(losses), tuple(accuracies), training)

@@ -1,16 +1,19 @@
 """Stand-ins for published image data sets that need no download: glyphs of matplotlib's fonts.
 
-Every image shows one character in one of the faces, under a random affine map, with noise. Training
-and validation images are of the same faces and of independent maps. A stand-in is drawn once, on
-the CPU in float64, and kept in the cache folder.
+Every image shows one character in one of the faces, under a random affine map, with noise; coloured
+ones lie over patches of scikit-learn's sample photographs. Training and validation images are of
+the same characters, faces and photographs, and of independent maps, colours, patches and noise. A
+stand-in is drawn once, on the CPU in float64, and kept in the cache folder.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -33,13 +36,13 @@ _SHEAR = 0.3  # the largest shear
 _SHIFT = 0.2  # the largest shift, as a share of half a canvas
 _SIZES = 0.8, 1.3  # the smallest and the largest width and height, of their own
 
-_LATIN = (
+_GREEK = (
     *(f"DejaVu{family}" for family in ("Sans", "SansMono", "Serif")),
     *(f"DejaVu{family}-Bold" for family in ("Sans", "SansMono", "Serif")),
     *(f"DejaVu{family}" for family in ("Sans-Oblique", "SansMono-Oblique", "Serif-Italic")),
     *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
-    *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"),
 )
+_LATIN = (*_GREEK, "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class _StandIn:
         side: Height and width of an image, in pixels.
         faintest: The least strength of a glyph's ink; the greatest is 1.
         noise: The largest noise of a pixel, as a share of the range of brightness.
+        coloured: Whether glyphs of any colour lie over patches of photographs; otherwise they are
+            white on black.
     """
 
     characters: str
@@ -63,16 +68,36 @@ class _StandIn:
     side: int = 28
     faintest: float = 0.5
     noise: float = 0.4
+    coloured: bool = False
 
 
-_STAND_INS = {"mnist": _StandIn("0123456789")}
+def _coloured(characters: str, train: int, validation: int, **settings: Any) -> _StandIn:
+    return _StandIn(characters, train, validation, side=32, coloured=True, **settings)
+
+
+_STAND_INS = {
+    "mnist": _StandIn("0123456789"),
+    "fmnist": _StandIn("BCDEFGOPQR", faintest=0.4, noise=0.7),
+    "kmnist": _StandIn("AHKMNUVWXY", faintest=0.4, noise=0.6),
+    "svhn": _coloured("0123456789", 73_257, 26_032, faintest=0.4, noise=0.1),
+    "cifar10": _coloured("abdefghkqt", 50_000, 10_000, faintest=0.15, noise=0.15),
+    "cifar100": _coloured(
+        "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghkmnqrty"
+        "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπσφχψωбгджзилфцчшщъыэюя&#?@%§",
+        50_000,
+        10_000,
+        faces=_GREEK,
+        faintest=0.3,
+        noise=0.1,
+    ),
+}
 
 
 def load(name: str) -> tuple[Batch, Batch]:
     """The stand-in for a published data set, from the cache or drawn anew.
 
     Args:
-        name: The published data set: ``"mnist"``.
+        name: The published data set: one of :data:`amalgam.tasks.published.PUBLISHED`.
 
     Returns:
         Training and validation data: images of type uint8, shape (samples, channels, height,
@@ -83,8 +108,9 @@ def load(name: str) -> tuple[Batch, Batch]:
 
 @functools.cache
 def _load(of: _StandIn, name: str) -> tuple[Batch, Batch]:
-    key = f"glyphs-{name}-{_VERSION}-matplotlib-{matplotlib.__version__}"
-    kept = cache.tensors(key, lambda: _drawn(of))
+    drawing = repr((_VERSION, of, matplotlib.__version__)).encode()
+    digest = hashlib.blake2b(drawing, digest_size=8).hexdigest()
+    kept = cache.tensors(f"glyphs-{name}-{digest}", lambda: _drawn(of))
     train, validation = (
         (kept[f"{part}-images"], kept[f"{part}-labels"].long()) for part in ("train", "validation")
     )
@@ -98,7 +124,8 @@ def _drawn(of: _StandIn) -> dict[str, Tensor]:
     for seed, (part, count) in enumerate((("train", of.train), ("validation", of.validation))):
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(of.characters), (count,), generator=generator)
-        images = [_images(glyphs, chunk, of, generator) for chunk in labels.split(_CHUNK)]
+        draw = _coloured_images if of.coloured else _grey_images
+        images = [draw(glyphs, chunk, of, generator) for chunk in labels.split(_CHUNK)]
         made[f"{part}-images"] = torch.cat(images)
         made[f"{part}-labels"] = labels.to(torch.uint8)
     return made
@@ -121,14 +148,49 @@ def _rendered(face: str, characters: str) -> Tensor:
     return torch.from_numpy(canvases)
 
 
-def _images(glyphs: Tensor, labels: Tensor, of: _StandIn, generator: torch.Generator) -> Tensor:
-    """Grey images of the labels' characters: uint8, (samples, 1, side, side)."""
-    count = len(labels)
-    ink = _mapped(glyphs, labels, of, generator)
-    strength = of.faintest + (1 - of.faintest) * _uniform((count, 1, 1, 1), generator)
-    shape = (2, *ink.shape)
-    noise = of.noise * (_uniform(shape, generator).sum(0) - 1)
-    return (255 * (strength * ink + noise)).round().clamp(0, 255).to(torch.uint8)
+def _grey_images(
+    glyphs: Tensor, labels: Tensor, of: _StandIn, generator: torch.Generator
+) -> Tensor:
+    """White glyphs on black: uint8, (samples, 1, side, side)."""
+    ink = _mapped(glyphs, labels, of, generator) * _strengths(len(labels), of, generator)
+    return _bytes(ink, of, generator)
+
+
+def _coloured_images(
+    glyphs: Tensor, labels: Tensor, of: _StandIn, generator: torch.Generator
+) -> Tensor:
+    """Glyphs of one colour each over patches of photographs: uint8, (samples, 3, side, side)."""
+    count, photographs = len(labels), _photographs()
+    ink = _mapped(glyphs, labels, of, generator) * _strengths(count, of, generator)
+    colours = _uniform((count, 3, 1, 1), generator)
+    which, top, left = (
+        torch.randint(size, (count,), generator=generator)
+        for size in (len(photographs), *(n - of.side + 1 for n in photographs.shape[1:3]))
+    )
+    within = torch.arange(of.side)
+    rows, columns = top[:, None, None] + within[:, None], left[:, None, None] + within
+    patches = photographs[which[:, None, None], rows, columns].permute(0, 3, 1, 2)
+    return _bytes(patches + ink * (colours - patches), of, generator)
+
+
+def _strengths(count: int, of: _StandIn, generator: torch.Generator) -> Tensor:
+    return of.faintest + (1 - of.faintest) * _uniform((count, 1, 1, 1), generator)
+
+
+def _bytes(images: Tensor, of: _StandIn, generator: torch.Generator) -> Tensor:
+    """Images in [0, 1] with noise, as bytes."""
+    noise = of.noise * (_uniform((2, *images.shape), generator).sum(0) - 1)
+    return (255 * (images + noise)).round().clamp(0, 255).to(torch.uint8).contiguous()
+
+
+@functools.cache
+def _photographs() -> Tensor:
+    """scikit-learn's two, at half their size and in [0, 1]: (2, 213, 320, 3)."""
+    from sklearn.datasets import load_sample_images
+
+    both = torch.from_numpy(np.stack(load_sample_images().images)).double() / 255
+    halved = functional.avg_pool2d(both.permute(0, 3, 1, 2), 2)
+    return halved.permute(0, 2, 3, 1).contiguous()
 
 
 def _mapped(glyphs: Tensor, labels: Tensor, of: _StandIn, generator: torch.Generator) -> Tensor:

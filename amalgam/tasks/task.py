@@ -18,6 +18,12 @@ from amalgam.tasks import convolution
 
 Batch = tuple[Tensor, ...]
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of output and target, a mean over the batch."""
+
+Gradient = Callable[[nn.Module, Loss, Batch, torch.Generator], Tensor]
+"""Sets the ``grad`` of a module's parameters for a loss and a batch, and returns the loss."""
+
 # Fewer optimizees run faster one after another.
 _FEWEST = 3
 
@@ -74,15 +80,19 @@ class Task:
             :mod:`amalgam.tasks.convolution`, whose last bits are others than PyTorch's; where
             ``None``, those in float32 that are large enough to be faster, if a training batch has
             any.
+        gradient: How the gradients of a training run are taken, such as
+            :class:`amalgam.tasks.PrivateGradient`; where ``None``, by back-propagation.
+            Meta-training has no other way: a task with its own is for evaluation.
     """
 
     name: str
     build: Callable[[], nn.Module]
     train: Sequence[Tensor]
     validation: Sequence[Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    loss: Loss = functional.cross_entropy
     batch_size: int = 128
     fast_convolutions: bool | None = None
+    gradient: Gradient | None = None
     layout: Layout = field(init=False)
     _module: nn.Module = field(init=False, repr=False)
     _convolves: bool = field(init=False, repr=False)
@@ -213,8 +223,34 @@ class Task:
         named = self._module.named_parameters(remove_duplicate=False)
         return len(list(named)) > len(self.layout.shapes)
 
+    def backward(self, module: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Take the gradients of a batch's loss, by the task's own rule if it has one.
+
+        Args:
+            module: A module of the task's; its parameters' ``grad`` is ``None`` before.
+            batch: A batch.
+            generator: Draws what the rule draws.
+
+        Returns:
+            The batch's loss.
+        """
+        if self.gradient is not None:
+            return self.gradient(module, self.loss, batch, generator)
+        loss = self.loss(module(*batch[:-1]), batch[-1])
+        loss.backward()
+        return loss.detach()
+
     def objective(self, flat: Tensor, batch: Batch) -> Tensor:
-        """The batch's loss at parameters given as one vector, shape (layout.numel,)."""
+        """The batch's loss at parameters given as one vector, shape (layout.numel,).
+
+        Raises:
+            ValueError: The task has gradients of its own, which are not this loss's.
+        """
+        if self.gradient is not None:
+            raise ValueError(
+                f"{self.name} can be evaluated, not meta-trained on: its gradients are "
+                f"{self.gradient}, and unrolls take plain ones"
+            )
         params = self.layout.unflatten(flat)
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         pays = self._large if self.fast_convolutions is None else self._convolves
