@@ -75,7 +75,7 @@ PAPER = tuple(_TEN)
 """The ten tasks that the paper evaluates on, by its names for them."""
 
 SHORT = tuple(name for name in PAPER if name not in ("deeper", "resnet"))
-"""Those of the ten whose steps take tens of milliseconds on a core, and not hundreds."""
+"""Those of the ten whose steps take less than a tenth of a second on a core."""
 
 GROUPS = {"paper": PAPER, "short": SHORT}
 """Names that stand for several tasks."""

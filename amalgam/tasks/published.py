@@ -1,7 +1,8 @@
 """Published image data sets, read from a folder in the formats in which they are published.
 
 No file is trusted: what a header says is compared with what the data set is before memory is taken
-for it, and nothing is unpickled. Folders are laid out as torchvision leaves them.
+for it, and nothing is unpickled. Folders are laid out as torchvision leaves them, those of CIFAR's
+binary version, which it does not read, as the archives are.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import math
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +91,8 @@ class Published:
 
     def how(self, root: Path) -> str:
         """How to get it, as the end of a message."""
-        return "get it by: " + self.command.format(root=root, folder=root / self.folders[0])
+        root_, folder = (shlex.quote(str(path)) for path in (root, root / self.folders[0]))
+        return "get it by: " + self.command.format(root=root_, folder=folder)
 
     def _part(self, folder: Path, index: int) -> Batch:
         images, labels = self.read(self, folder, index)
@@ -189,21 +192,28 @@ def _svhn(of: Published, folder: Path, part: int) -> _Part:
         raise _Unfit(path, "is missing", of, missing=True)
     channels, height, width = of.shape
     count = of.counts[part]
+    # MATLAB may say double of labels that are kept as bytes.
     expected = {
-        "X": ((height, width, channels, count), "uint8"),
-        "y": ((count, 1), "uint8"),
+        "X": ((height, width, channels, count), ("uint8",)),
+        "y": ((count, 1), ("uint8", "double")),
     }
     try:
         found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
-        if found != expected:
-            raise _Unfit(path, f"holds {found} and not {expected}", of)
+        for name, (shape, kinds) in expected.items():
+            has_shape, kind = found.get(name, ((), "nothing"))
+            if has_shape != shape or kind not in kinds:
+                has = f"{name} of shape {has_shape} and type {kind}"
+                raise _Unfit(path, f"holds {has}, not of shape {shape} and type {kinds[0]}", of)
         content = loadmat(path, variable_names=list(expected))
         images, labels = content["X"], content["y"][:, 0]
     except _Unfit:
         raise
     except Exception as error:  # SciPy's reader has no error of its own for a damaged file.
         raise _Unfit(path, f"can't be read ({type(error).__name__}: {error})", of) from error
-    return images.transpose(3, 2, 0, 1), labels % 10  # the digit 0 has the label 10
+    if not np.isin(labels, range(1, of.classes + 1)).all():
+        raise _Unfit(path, f"holds labels that are not from 1 to {of.classes}", of)
+    # The digit 0 has the label 10.
+    return images.transpose(3, 2, 0, 1), labels.astype(np.uint8) % 10
 
 
 _GET = "curl -fL --create-dirs --output-dir {folder} --remote-name-all "

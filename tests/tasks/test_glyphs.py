@@ -1,7 +1,9 @@
 """Stand-ins: the published sets' shapes, the same images always, glyphs that are whole."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
@@ -20,6 +22,16 @@ def test_mnists_stand_in_has_mnists_shape() -> None:
         assert (labels.bincount() / count - 0.1).abs().max() < 0.02
         assert (images.min(), images.max()) == (0, 255)
     assert glyphs.load("mnist")[0][0] is train[0]
+
+
+@pytest.mark.skipif(matplotlib.__version__ != "3.11.2", reason="its fonts' edges are of 3.11.2")
+def test_the_checksum_is_the_documented_one() -> None:
+    parts = zip(("train", "validation"), glyphs.load("mnist"), strict=True)
+    kept = {}
+    for part, (images, labels) in parts:
+        kept |= {f"{part}-images": images, f"{part}-labels": labels.to(torch.uint8)}
+    documentation = Path(__file__).parents[2] / "docs" / "tasks.md"
+    assert f"| `{cache.checksum(kept)}` |" in documentation.read_text(encoding="utf-8")
 
 
 def test_each_published_set_has_a_stand_in_of_its_shape() -> None:

@@ -1,6 +1,7 @@
 """Published formats, written small: read whole, and refused where they are cut or another's."""
 
 import gzip
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,11 +56,11 @@ def write_cifar(name: str, root: Path) -> Path:
     return folder
 
 
-def write_svhn(name: str, root: Path) -> Path:
+def write_svhn(name: str, root: Path, labels_of: type = np.uint8) -> Path:
     root.mkdir(exist_ok=True)
     for part, file in enumerate(SMALL[name].files):
         images, labels = drawn(name, part)
-        ten = np.where(labels == 0, 10, labels).astype(np.uint8)
+        ten = np.where(labels == 0, 10, labels).astype(labels_of)
         content = {"X": images.transpose(2, 3, 1, 0), "y": ten[:, None]}
         savemat(root / file, content, do_compression=True)
     return root
@@ -213,7 +214,23 @@ def test_sets_in_each_others_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 30,740 bytes and not 6,146"):
         datasets.load("cifar10", tmp_path)
     savemat(tmp_path / "train_32x32.mat", {"X": np.zeros((2, 2)), "y": np.zeros(2)})
-    with pytest.raises(ValueError, match="holds .* and not .*'X': .*32, 32, 3, 10"):
+    shapes = r"holds X of shape \(2, 2\) and type double, not of shape \(32, 32, 3, 10\) and type"
+    with pytest.raises(ValueError, match=shapes):
+        datasets.load("svhn", tmp_path)
+
+
+def test_labels_of_svhn_may_be_doubles(tmp_path: Path) -> None:
+    write_svhn("svhn", tmp_path, np.float64)
+    check("svhn", datasets.load("svhn", tmp_path))
+
+
+@pytest.mark.parametrize("label", [0, 11, 1.5, np.nan])
+def test_other_labels_of_svhn_are_refused(tmp_path: Path, label: float) -> None:
+    write_svhn("svhn", tmp_path)
+    images, labels = drawn("svhn", 1)
+    labels = np.full((len(labels), 1), float(label))
+    savemat(tmp_path / "test_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": labels})
+    with pytest.raises(ValueError, match="holds labels that are not from 1 to 10"):
         datasets.load("svhn", tmp_path)
 
 
@@ -223,6 +240,15 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\x0a" + path.read_bytes()[1:])
     with pytest.raises(ValueError, match="holds the label 10"):
         datasets.load("cifar10", tmp_path)
+
+
+def test_commands_are_quoted_for_a_shell(tmp_path: Path) -> None:
+    root = tmp_path / "my data"
+    root.mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        datasets.load("kmnist", root)
+    words = shlex.split(str(caught.value).partition("get it by: ")[2])
+    assert words[words.index("--output-dir") + 1] == str(root / "KMNIST/raw")
 
 
 def test_no_file_that_is_pickled_is_read(tmp_path: Path) -> None:
