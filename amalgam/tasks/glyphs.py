@@ -106,7 +106,8 @@ def load(name: str) -> tuple[Batch, Batch]:
     return _load(_STAND_INS[name], name)
 
 
-@functools.cache
+# Tasks of one data set share it; another takes its place, for hundreds of megabytes.
+@functools.lru_cache(maxsize=1)
 def _load(of: _StandIn, name: str) -> tuple[Batch, Batch]:
     drawing = repr((_VERSION, of, matplotlib.__version__)).encode()
     digest = hashlib.blake2b(drawing, digest_size=8).hexdigest()

@@ -117,6 +117,7 @@ def image_task(
         found.validation,
         batch_size=size,
         gradient=of.gradient,
+        stand_in=found.source == "glyphs",
     )
 
 

@@ -271,9 +271,10 @@ PUBLISHED = {
 """The data sets of the paper's tasks, by the names that tasks give them."""
 
 
-@functools.cache
+# Tasks of one data set share it; another takes its place, for hundreds of megabytes.
+@functools.lru_cache(maxsize=1)
 def load(name: str, root: Path) -> tuple[Batch, Batch]:
-    """A published data set, read once in a process; see :meth:`Published.load`.
+    """A published data set, the last one kept; see :meth:`Published.load`.
 
     Args:
         name: One of :data:`PUBLISHED`.

@@ -83,6 +83,7 @@ class Task:
         gradient: How the gradients of a training run are taken, such as
             :class:`amalgam.tasks.PrivateGradient`; where ``None``, by back-propagation.
             Meta-training has no other way: a task with its own is for evaluation.
+        stand_in: Whether the data stand in for published ones; the name is to say so, too.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Task:
     batch_size: int = 128
     fast_convolutions: bool | None = None
     gradient: Gradient | None = None
+    stand_in: bool = False
     layout: Layout = field(init=False)
     _module: nn.Module = field(init=False, repr=False)
     _convolves: bool = field(init=False, repr=False)

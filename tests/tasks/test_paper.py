@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from amalgam import tasks
 from amalgam.seeding import generator_for
-from amalgam.tasks import glyphs, image_networks, paper
+from amalgam.tasks import glyphs, image_networks, paper, published
 
 PARAMETERS = {
     "train": 18_122,
@@ -84,6 +84,7 @@ def test_a_step_has_a_gradient(name: str) -> None:
 
 def test_names_tell_the_data_and_an_other_batch_size() -> None:
     assert tasks.load("train").name == "train-glyphs"
+    assert tasks.load("train").stand_in
     assert tasks.load("train", data="glyphs").name == "train-glyphs"
     assert tasks.load("train", 64).name == "train-glyphs-batch-64"
     assert tasks.load("small-batch").batch_size == 32
@@ -91,6 +92,15 @@ def test_names_tell_the_data_and_an_other_batch_size() -> None:
     assert tasks.load("small-batch", 128).name == "small-batch-glyphs-batch-128"
     assert tasks.load("quadratic-20", 128).name == "quadratic-20"
     assert tasks.load("quadratic-20", 128).batch_size == 1
+    assert not tasks.load("quadratic-20").stand_in
+
+
+def test_published_data_have_another_name(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = glyphs.load("mnist")
+    monkeypatch.setattr(published, "load", lambda name, folder: data)
+    task = tasks.load("train", data=tmp_path)
+    assert task.name == "train-published"
+    assert not task.stand_in
 
 
 def test_tasks_of_one_data_set_share_its_tensors() -> None:
