@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ from amalgam.ops import backends  # noqa: E402
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     torch.set_num_threads(1)
+
+# The first process of a session makes the folder, and all others find it there.
+OWN_CACHE = None if "AMALGAM_CACHE" in os.environ else tempfile.mkdtemp(prefix="amalgam-cache-")
+os.environ.setdefault("AMALGAM_CACHE", str(OWN_CACHE))
 
 PACKAGE_FOLDERS = tuple(
     str(folder)
@@ -51,6 +57,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish() -> None:
     compiling.end()
+    if OWN_CACHE is not None:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -17,6 +17,8 @@ from amalgam.tasks import SeededBatch, Task
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
+_TOGETHER = 5_000  # samples that are measured in one pass: of images, all may take gigabytes
+
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -129,6 +131,7 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
     optimizer = make(module.parameters())
     read_at, losses, accuracies = [], [], []
     batches = iter(task.batches(generator_for(seed, "batches"), steps))
+    noise = generator_for(seed, "gradients")
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             loss, accuracy = _measure(task, module, task.validation)
@@ -136,11 +139,8 @@ def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int)
             losses.append(loss)
             accuracies.append(accuracy)
         if step < steps:
-            batch = next(batches)
-            *inputs, target = batch
             optimizer.zero_grad()
-            with task.drawing(batch):
-                task.loss(module(*inputs), target).backward()
+            task.backward(module, next(batches), noise)
             optimizer.step()
     training, _ = _measure(task, module, task.train)
     return Curve(tuple(read_at), tuple(losses), tuple(accuracies), training)
@@ -152,17 +152,21 @@ def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[flo
 
     What draws without regard to the module's mode draws alike in every call.
     """
-    *inputs, target = data
     training = module.training
     module.eval()
-    with task.drawing(SeededBatch(data, [0])):
-        output = module(*inputs)
-        loss = task.loss(output, target).item()
+    right = 0.0
+    losses: list[float] = []
+    for *inputs, target in zip(*(tensor.split(_TOGETHER) for tensor in data), strict=True):
+        with task.drawing(SeededBatch((*inputs, target), [len(losses)])):
+            output = module(*inputs)
+            losses.append(task.loss(output, target).item() * len(target))
+        if target.is_floating_point() or output.dim() != target.dim() + 1:
+            right = math.nan
+        else:
+            right += (output.argmax(1) == target).double().mean().item() * len(target)
     module.train(training)
-    accuracy = math.nan
-    if not target.is_floating_point() and output.dim() == target.dim() + 1:
-        accuracy = (output.argmax(1) == target).double().mean().item()
-    return loss, accuracy
+    samples = len(data[-1])
+    return math.fsum(losses) / samples, right / samples
 
 
 def evaluate(

@@ -25,11 +25,20 @@ from amalgam.tasks import convolution
 
 Batch = tuple[Tensor, ...]
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of output and target, a mean over the batch."""
+
+Gradient = Callable[[nn.Module, Loss, Batch, torch.Generator], Tensor]
+"""Sets the ``grad`` of a module's parameters for a loss and a batch, and returns the loss."""
+
 # What is called around an optimizee's passes to choose PyTorch's kernels.
 Kernels = Callable[[], AbstractContextManager[Any]]
 
 # Fewer optimizees run faster one after another.
 _FEWEST = 3
+
+# Samples on which an optimizee is tried out: a batch of images may take seconds.
+_TRIED = 8
 
 
 class SeededBatch(tuple[Tensor, ...]):
@@ -132,8 +141,8 @@ class Task:
     batches are drawn on the CPU and moved there, so that they are the same on every device. What a
     module or loss draws while it runs (dropout) is drawn where it runs, by the batch's seed.
 
-    One optimizee is built and run on a batch when the task is made. docs/optimizees.md says what an
-    optimizee may be.
+    An optimizee is built and run on a few samples when the task is made. docs/optimizees.md says
+    what an optimizee may be.
 
     Attributes:
         name: For tables and files.
@@ -147,25 +156,32 @@ class Task:
             ``None``, those in float32 that are large enough to be faster, if a training batch has
             any.
         draws: Whether module or loss draw random numbers while they run. Where ``None``, what they
-            do on the first batch; say so where they draw in some steps only.
+            do on the first samples; say so where they draw in some steps only.
 
     Raises:
         ValueError: Data, module or loss can't be trained as they are; the message says why.
+        gradient: How the gradients of a training run are taken, such as
+            :class:`amalgam.tasks.PrivateGradient`; where ``None``, by back-propagation.
+            Meta-training has no other way: a task with its own is for evaluation.
+        stand_in: Whether the data stand in for published ones; the name is to say so, too.
     """
 
     name: str
     build: Callable[[], nn.Module]
     train: Sequence[Tensor]
     validation: Sequence[Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    loss: Loss = functional.cross_entropy
     batch_size: int = 128
     fast_convolutions: bool | None = None
     draws: bool | None = None
+    gradient: Gradient | None = None
+    stand_in: bool = False
     layout: Layout = field(init=False)
     _module: nn.Module = field(init=False, repr=False)
     _dtypes: dict[str, torch.dtype] = field(init=False, repr=False)
     _shares_constants: bool = field(init=False, repr=False, default=False)
     _drew: bool = field(init=False, repr=False)
+    _trial: Batch = field(init=False, repr=False)
     _without_cudnn: bool = field(init=False, repr=False)
     _convolves: bool = field(init=False, repr=False)
     _large: bool = field(init=False, repr=False)
@@ -200,7 +216,7 @@ class Task:
         )
         # Found out now, so that no bits depend on what came first.
         self._large = self._convolves and self._has_large_convolutions()
-        self._drew = self.device.type != "meta" and self._draws_on_first_batch()
+        self._drew = self.device.type != "meta" and self._draws_on_trial()
 
     @property
     def device(self) -> torch.device:
@@ -363,7 +379,7 @@ class Task:
             return "its optimizees draw random numbers"
         if self.device.type == "meta":
             return None
-        batch = tuple(torch.stack((tensor, tensor)) for tensor in self._first_batch())
+        batch = tuple(torch.stack((tensor, tensor)) for tensor in self._trial)
         flat = self._flat_of(self._module).expand(2, 2, -1)
         kernels, failure = self.second_order
         try:
@@ -377,12 +393,12 @@ class Task:
 
     @functools.cached_property
     def second_order(self) -> SecondOrder:
-        """How its gradients are differentiated, found out on the first batch.
+        """How its gradients are differentiated, found out on a few samples.
 
         Fused attention and cuDNN's recurrent layers have no second derivatives; PyTorch has other
         kernels in their place that do.
         """
-        batch, flat = self._first_batch(), self._flat_of(self._module)
+        batch, flat = self._trial, self._flat_of(self._module)
         failure: str | None = None
         for kernels in (nullcontext, _math_attention, _plain_kernels):
             try:
@@ -435,12 +451,42 @@ class Task:
         dtypes = set(self._dtypes.values())
         return dtypes.pop() if len(dtypes) == 1 else None
 
+    def backward(self, module: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Take the gradients of a batch's loss, by the task's own rule if it has one.
+
+        Args:
+            module: A module of the task's; its parameters' ``grad`` is ``None`` before.
+            batch: A batch.
+            generator: Draws what the rule draws.
+
+        Returns:
+            The batch's loss.
+        """
+        with self.drawing(batch):
+            if self.gradient is not None:
+                return self.gradient(module, self.loss, tuple(batch), generator)
+            loss = self.loss(module(*batch[:-1]), batch[-1])
+            loss.backward()
+            return loss.detach()
+
     def objective(self, flat: Tensor, batch: Batch) -> Tensor:
         """The batch's loss at parameters given as one vector, shape (layout.numel,).
 
         Module and loss compute in their own dtypes, to which parameters are rounded; the loss comes
         in ``flat``'s.
+
+        Raises:
+            ValueError: The task has gradients of its own, which are not this loss's; or the
+                optimizee draws, and the batch has no seed.
         """
+        if self.gradient is not None:
+            raise ValueError(
+                f"{self.name} can be evaluated, not meta-trained on: its gradients are "
+                f"{self.gradient}, and unrolls take plain ones"
+            )
+        return self._loss_at(flat, batch)
+
+    def _loss_at(self, flat: Tensor, batch: Batch) -> Tensor:
         params = self.layout.unflatten(flat)
         if flat.dtype != self._dtype:
             params = {name: param.to(self._dtypes[name]) for name, param in params.items()}
@@ -452,16 +498,16 @@ class Task:
             )
             return self.loss(output, batch[-1]).to(flat.dtype)
 
-    def _first_batch(self) -> Batch:
+    def _first(self, samples: int) -> Batch:
         """The first training samples, as a batch, with a seed."""
-        return SeededBatch((tensor[: self.batch_size] for tensor in self.train), (0,))
+        return SeededBatch((tensor[:samples] for tensor in self.train), (0,))
 
     def _flat_of(self, module: nn.Module) -> Tensor:
         """A module's parameters as one vector, shape (layout.numel,)."""
         return self.layout.flatten(dict(module.named_parameters())).detach()
 
     def _has_large_convolutions(self) -> bool:
-        batch = self._first_batch()
+        batch = self._first(self.batch_size)
         if self.device.type != "cpu":
             return False
         params = {name: p.detach() for name, p in self._module.named_parameters()}
@@ -473,18 +519,30 @@ class Task:
                 )
             )
 
-    def _draws_on_first_batch(self) -> bool:
-        """Whether an optimizee draws random numbers on the first batch, there and back.
+    def _draws_on_trial(self) -> bool:
+        """Whether an optimizee draws random numbers on some samples, there and back.
+
+        They become ``_trial``: a few, or, where a few can't be run, a whole batch.
 
         Raises:
             ValueError: It can't be run, or can't be run again alike.
         """
+        self._trial = self._first(min(_TRIED, self.batch_size))
+        try:
+            return self._drew_on_trial()
+        except ValueError:
+            if self.batch_size <= _TRIED:
+                raise
+        self._trial = self._first(self.batch_size)
+        return self._drew_on_trial()
+
+    def _drew_on_trial(self) -> bool:
         self._drew = False
         flat = self._flat_of(self._module)
         losses: list[Tensor] = []
 
         def objective(leaf: Tensor) -> Tensor:
-            loss = self.objective(leaf, self._first_batch())
+            loss = self._loss_at(leaf, self._trial)
             if loss.dim():
                 raise ValueError(
                     f"loss must return a scalar, such as a mean over the batch, not the shape "
@@ -500,7 +558,7 @@ class Task:
                     _differentiate(objective, flat, False)
                 except Exception as error:
                     raise ValueError(
-                        f"task {self.name!r} can't be trained on its first batch: {_said(error)}"
+                        f"task {self.name!r} can't be trained on its first samples: {_said(error)}"
                     ) from error
                 if _states_elsewhere() != elsewhere:
                     raise ValueError(

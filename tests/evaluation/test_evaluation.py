@@ -42,6 +42,16 @@ def test_train_reads_where_asked(task) -> None:
     assert all(0 <= a <= 1 for a in curve.accuracies)
 
 
+def test_measured_in_pieces_it_is_the_same(task, monkeypatch) -> None:
+    """Pieces of 7 samples, of 20 and of 40: the last ones are smaller."""
+    whole = train(task, SGD.make, steps=5, seed=0, every=5)
+    monkeypatch.setattr(protocol, "_TOGETHER", 7)
+    pieces = train(task, SGD.make, steps=5, seed=0, every=5)
+    assert pieces.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert pieces.accuracies == pytest.approx(whole.accuracies)
+    assert pieces.training == pytest.approx(whole.training, rel=1e-6)
+
+
 def test_the_seed_decides(task) -> None:
     one, two, other = (train(task, SGD.make, steps=5, seed=s, every=1) for s in (0, 0, 1))
     assert one == two

@@ -51,6 +51,19 @@ def test_shipped_recipes_load(name) -> None:
     assert recipes.from_dict(recipe.as_dict()) == recipe
 
 
+def test_the_papers_own_size() -> None:
+    """Its network, windows, stages and warm-up, as the authors' code has them."""
+    recipe = recipes.load("min-max-small-paper")
+    small = recipes.load("min-max-small")
+    assert recipe.tasks[0].task.layout.numel == 18_122
+    assert recipe.tasks[0].batch_size == 128
+    assert recipe.teachers == small.teachers
+    assert recipe.amalgamation == small.amalgamation
+    assert recipe.policy.settings == replace(small.policy.settings, warmup_steps=100)
+    assert recipe.training == Training(validation_data="train")
+    assert recipe.strategy.settings == Curriculum(imitation_weight="il_more")
+
+
 def test_defaults_and_overrides(minimal) -> None:
     recipe = recipes.load(
         minimal,

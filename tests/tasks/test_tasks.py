@@ -32,6 +32,23 @@ def test_digits(name, numel) -> None:
     assert 1 < task.objective(params, batch).item() < 6
 
 
+def test_the_papers_task() -> None:
+    task = tasks.load("train")
+    assert task.name == "train-glyphs"
+    assert (task.layout.numel, task.batch_size) == (18_122, 128)
+    (images, labels) = batch = task.batches(generator_for(0), 1)[0]
+    assert images.dtype == torch.uint8
+    module = task.init_module(generator_for(0))
+    assert 0 <= module[0](images).min() < module[0](images).max() <= 1
+    assert 2 < functional.cross_entropy(module(images), labels) < 3
+    flat = task.layout.flatten(dict(module.named_parameters())).detach()
+    rows = tuple(tensor[None] for tensor in batch)
+    both = [task.objectives(flat[None, None], rows, stack) for stack in (False, True)]
+    assert torch.allclose(*both)
+    double = functional.cross_entropy(module.double()(images.double()), labels)
+    assert torch.allclose(double.float(), both[0])
+
+
 def test_the_generator_decides_everything() -> None:
     task = tasks.load("digits-mlp")
     one, two, other = (task.init_params(generator_for(s)) for s in (0, 0, 1))
@@ -270,7 +287,7 @@ MODEL, COUNT = nn.Linear(3, 2), itertools.count(1)
         (
             lambda: nn.Linear(3, 2),
             {"loss": lambda out, target: (out.argmax(1) == target).float().mean()},
-            "'bad' can't be trained on its first batch.*does not require grad",
+            "'bad' can't be trained on its first samples.*does not require grad",
         ),
         (
             lambda: Through(lambda out: out * random.random()),
