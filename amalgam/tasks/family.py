@@ -49,6 +49,22 @@ class TaskFamily(Protocol):
         ...
 
 
+def draw(task: Task | TaskFamily, generator: torch.Generator) -> Task:
+    """The task itself, or one that is drawn from a family.
+
+    Raises:
+        ValueError: What the family draws is no task.
+    """
+    if isinstance(task, Task):
+        return task
+    drawn = task.draw(generator)
+    if not isinstance(drawn, Task):
+        raise ValueError(
+            f"draw of the family {task.name!r} must return an amalgam.tasks.Task, not {drawn!r}"
+        )
+    return drawn
+
+
 class Draws:
     """Draws numbers and choices from one generator, one after another.
 

@@ -1,5 +1,9 @@
 """Task families: what they draw, that it is the same again, and that optimization limits it."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from amalgam.tasks import FAMILIES, Task, TaskFamily
 from amalgam.tasks.family import Draws, nearest_width
 from amalgam.tasks.networks import mlp
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 LONGEST_HORIZON = 2_000
 
 IMAGE_AND_TEXT = sorted(set(FAMILIES) - {"families.regression", "families.factorisation"})
@@ -180,3 +185,14 @@ def test_a_family_is_no_task() -> None:
     with pytest.raises(ValueError, match="not the family 'families.mlp', from which only meta-tra"):
         tasks.load("families.mlp")
     assert not isinstance(tasks.load("digits-mlp"), TaskFamily)
+
+
+def test_the_documents_own_family_is_one() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(blocks[1], names)
+    family = names["Signs"](batch_size=32)
+    assert isinstance(family, TaskFamily)
+    one, again, other = (family.draw(generator_for(number)) for number in (1, 1, 2))
+    assert torch.equal(one.train[1], again.train[1])
+    assert one.name == again.name != other.name
