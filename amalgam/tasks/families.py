@@ -289,21 +289,16 @@ class _CharacterModels(NetworkFamily):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attentions(_CharacterModels):
-    """Character models of causal attention; the norm is layer norm.
+class Attentions(_CharacterModels, _ActivatedFamily):
+    """Character models of causal attention and MLPs; the norm is layer norm.
 
     Attributes:
         blocks: Blocks of attention and an MLP.
         heads: Numbers of attention heads, one of which a draw takes.
-        activations: Of the MLPs; some of ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"gelu"``,
-            ``"elu"``.
-        norms: ``"none"``, ``"norm"`` or both.
     """
 
     blocks: tuple[int, int] = between(1, 2)
     heads: tuple[int, ...] = some_of(1, 2)
-    activations: tuple[str, ...] = some_of(*ACTIVATIONS)
-    norms: tuple[str, ...] = some_of("none", "norm")
 
     @property
     def name(self) -> str:

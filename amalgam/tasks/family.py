@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -136,7 +137,7 @@ class Design(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkFamily:
+class NetworkFamily(ABC):
     """Base of the families that come with the package: networks whose size is drawn.
 
     A draw chooses a batch size and a number of parameters, both log-uniform, then the rest of the
@@ -178,17 +179,17 @@ class NetworkFamily:
                 _check_range(one.name, given, one.default, one.metadata["limits"])
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """See :class:`TaskFamily`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def design(self, draws: Draws) -> Design:
         """Draw all but width, batch size and initial weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shared(self) -> Sequence[str]:
         """Names of the sets of :mod:`amalgam.tasks.family_data` that draws may use."""
-        raise NotImplementedError
 
     def draw(self, generator: torch.Generator) -> Task:
         """See :class:`TaskFamily`."""
@@ -237,10 +238,9 @@ def nearest_width(
 
     @functools.cache
     def count(width: int) -> int:
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in network(width).parameters())
+        return sum(parameter.numel() for parameter in network(width).parameters())
 
-    # Initialising on the meta device, too, moves torch's global generator on.
+    # Networks initialise themselves by torch's global generator.
     with torch.random.fork_rng(devices=[]):
         low, high = narrowest, narrowest + 1
         while count(high) < parameters and high < _WIDEST:
