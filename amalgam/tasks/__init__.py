@@ -103,11 +103,10 @@ def _make(name: str, batch_size: int | None, arguments: Mapping[str, Any] | None
             f"task must be a function that takes batch_size= and returns a Task, but {name!r} is "
             f"{make!r}"
         )
-    given = dict(arguments or {})
     if batch_size is None and _needs_batch_size(make):
         batch_size = 128
-    if batch_size is not None:
-        given.setdefault("batch_size", batch_size)
+    sizes = {} if batch_size is None else {"batch_size": batch_size}
+    given = {**sizes, **(arguments or {})}
     dotted.check_arguments(make, name, "task", given)
     return make(**given)
 
