@@ -187,6 +187,7 @@ def info(
         "students": list(weight_files.shipped()),
         "recipes": list(recipes.shipped()),
         "tasks": list(tasks.TASKS),
+        "task families": list(tasks.FAMILIES),
     }
     if as_json:
         typer.echo(json.dumps(report, indent=2))

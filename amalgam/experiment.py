@@ -31,7 +31,7 @@ from amalgam.meta.run_folder import METRICS
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
-from amalgam.tasks import Task
+from amalgam.tasks import Task, TaskFamily
 from amalgam.version import describe
 
 RECIPE = "recipe.json"
@@ -49,7 +49,7 @@ class Experiment:
             on another device.
 
     Attributes:
-        tasks: The tasks to meta-train on, on the run's device.
+        tasks: The tasks and families to meta-train on; tasks are on the run's device.
         meta_steps: Meta-steps of each training that is over: the choice's, the student's.
 
     Raises:
@@ -76,7 +76,7 @@ class Experiment:
             torch.set_num_threads(recipe.threads)
         self.device = resolve(recipe.device)
         self._moved: dict[int, Task] = {}
-        self.tasks = [self._here(one.task) for one in recipe.tasks]
+        self.tasks = [self._source(one.task) for one in recipe.tasks]
         self._choice: Policy | None = None
         self.meta_steps: list[int] = []
 
@@ -115,6 +115,10 @@ class Experiment:
             self._moved[id(task)] = task.to(self.device)
         return self._moved[id(task)]
 
+    def _source(self, task: Task | TaskFamily) -> Task | TaskFamily:
+        """A task on the run's device; a family as it is, as its draws are moved there."""
+        return self._here(task) if isinstance(task, Task) else task
+
     def _trainer(self, students: list[Policy], pool: Pool, folder: Path, **how: Any) -> Trainer:
         recipe = self.recipe
         return Trainer(
@@ -125,6 +129,7 @@ class Experiment:
             amalgamation=recipe.amalgamation,
             memory=recipe.memory,
             task_weights=[task.weight for task in recipe.tasks],
+            validation=[self._source(one.task) for one in recipe.validation],
             seed=self.seed,
             device=self.device,
             provenance={"recipe": self._name, "resolved": recipe.as_dict(), **describe()},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amalgam.meta import distributed
 from amalgam.meta.conditions import Conditions, Drawn, StepConditions, loss_scales
+from amalgam.meta.engines import Engines
 from amalgam.meta.estimators import Estimate, Estimator
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation, loss_weights
@@ -24,7 +25,7 @@ from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
 from amalgam.policies import Pool
 from amalgam.seeding import generator_for
-from amalgam.tasks import Task
+from amalgam.tasks import Task, TaskFamily
 
 
 class SlotWindow(NamedTuple):
@@ -66,7 +67,7 @@ class MetaSteps:
 
     Args:
         state: The run's state, which every meta-step changes.
-        tasks: The tasks, of which every episode takes one.
+        tasks: The tasks and task families, of which every episode takes one.
         pool: The teachers.
         amalgamation: Settings of the meta-loss and the imitation loss, and how they are computed.
         training: Settings of meta-training that hold for any strategy.
@@ -77,15 +78,16 @@ class MetaSteps:
         task_weights: Each task's share of the episodes, relative to the sum of all shares.
         seed: Decides everything random.
         meta_steps: Meta-steps of the whole run; ``None`` where they depend on its results.
+        device: Where the tasks that families draw are to be.
 
     Attributes:
-        unrolls: The engines that run episodes, one per task.
+        engines: The engines that run episodes.
     """
 
     def __init__(
         self,
         state: RunState,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task | TaskFamily],
         pool: Pool,
         amalgamation: Amalgamation,
         training: Training,
@@ -97,6 +99,7 @@ class MetaSteps:
         task_weights: Sequence[float],
         seed: int,
         meta_steps: int | None,
+        device: torch.device,
     ) -> None:
         self._state = state
         self._training = training
@@ -106,8 +109,9 @@ class MetaSteps:
         self._seed = seed
         self._meta_steps = meta_steps
         self._students = [replicate.student for replicate in state.replicates]
-        self.unrolls = [
-            Unroll(
+
+        def engine(task: Task) -> Unroll:
+            return Unroll(
                 task,
                 self._students * estimator.particles,
                 pool,
@@ -116,8 +120,8 @@ class MetaSteps:
                 optimizees=training.optimizees,
                 shared=estimator.particles > 1,
             )
-            for task in tasks
-        ]
+
+        self.engines = Engines(tasks, engine, seed=seed, device=device)
         self._sampler = Sampler(
             seed,
             tasks,
@@ -141,19 +145,32 @@ class MetaSteps:
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
-        each = self.unrolls[0].rows // len(self._students)
+        each = self._estimator.particles * self._training.optimizees
         return slice(index * each, (index + 1) * each)
+
+    def engine_of(self, slot: int, period: Period) -> Unroll | None:
+        """The engine of the episode that a slot is in the middle of.
+
+        ``None`` where the next meta-step begins an episode there.
+        """
+        if period.slots is not None:
+            return self.engines.of(slot, self._state.progress.running[slot])
+        episode = self._episode_of_all(period)
+        return self.engines.of(slot, episode) if episode.window else None
+
+    def _episode_of_all(self, period: Period) -> EpisodeAt:
+        """The episode that all processes run, in a period without slots."""
+        progress, windows = self._state.progress, period.training.windows
+        number = progress.episodes + progress.done // windows
+        return EpisodeAt(number, self._sampler.task_of(number), windows, progress.done % windows)
 
     def _of_processes(self, period: Period) -> MetaStep:
         """A meta-step of the one episode that all processes run, each with its own optimizees."""
-        state, progress, windows = self._state, self._state.progress, period.training.windows
-        number = progress.episodes + progress.done // windows
-        task = self._sampler.task_of(number)
-        episode = EpisodeAt(number, task, windows, progress.done % windows)
-        rank = distributed.rank()
+        state, episode, rank = self._state, self._episode_of_all(period), distributed.rank()
+        unroll = self.engines.of(rank, episode)
         if episode.window == 0:
-            state.slots[rank] = self._begin_episode(episode, period)
-        estimate = self._estimate(state.slots[rank], episode, period)
+            state.slots[rank] = self._begin_episode(unroll, episode, period)
+        estimate = self._estimate(unroll, state.slots[rank], episode, period)
         window = estimate.window
         norms = []
         for index in range(len(self._students)):
@@ -166,7 +183,7 @@ class MetaSteps:
             norms.append(self._update(index, grads, mean_loss, bool(share_moved)))
         state.slots[rank] = Slot(window.end, estimate.carried)
         (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
-        part = SlotWindow(rank, episode, self.unrolls[task].task, window, norms)
+        part = SlotWindow(rank, episode, unroll.task, window, norms)
         return MetaStep([part], losses, norms)
 
     def _of_slots(self, period: Period, slots: Slots) -> MetaStep:
@@ -181,11 +198,12 @@ class MetaSteps:
         parts = []
         for slot in range(distributed.rank(), slots.count, distributed.world()):
             episode = progress.running[slot]
+            unroll = self.engines.of(slot, episode)
             # A slot's numbers must not depend on the process that runs it.
             with distributed.apart():
                 if slot not in state.slots:
-                    state.slots[slot] = self._begin_episode(episode, period)
-                estimate = self._estimate(state.slots[slot], episode, period, slot)
+                    state.slots[slot] = self._begin_episode(unroll, episode, period)
+                estimate = self._estimate(unroll, state.slots[slot], episode, period, slot)
             window = estimate.window
             norms = [
                 means.add(
@@ -199,7 +217,7 @@ class MetaSteps:
                 )
                 for index in range(len(self._students))
             ]
-            parts.append(SlotWindow(slot, episode, self.unrolls[episode.task].task, window, norms))
+            parts.append(SlotWindow(slot, episode, unroll.task, window, norms))
             state.slots[slot] = Slot(window.end, estimate.carried)
         grads, losses, counted, failed = means.over_all()
         norms = [
@@ -220,13 +238,13 @@ class MetaSteps:
     ) -> EpisodeAt:
         """A new episode of a slot; ``None`` means a further slot."""
         others = [e.task for index, e in enumerate(self._state.progress.running) if index != slot]
-        taken = others if slots.count <= len(self.unrolls) else []
+        taken = others if slots.count <= len(self.engines) else []
         windows = self._sampler.windows_of(
             number, period.training.unroll, slots.shortest, slots.longest
         )
         return EpisodeAt(number, self._sampler.task_of(number, taken), windows, 0)
 
-    def _begin_episode(self, episode: EpisodeAt, period: Period) -> Slot:
+    def _begin_episode(self, unroll: Unroll, episode: EpisodeAt, period: Period) -> Slot:
         """Begin an episode, warm it up, and take the windows that it is to have behind it."""
         if period.own_warmup:
             config = self._students[0].config
@@ -234,8 +252,7 @@ class MetaSteps:
         else:
             training = period.training
             steps, lr = training.warmup_windows * training.unroll, training.warmup_lr
-        unroll, number = self.unrolls[episode.task], episode.number
-        drawn = self._drawn(episode)
+        number, drawn = episode.number, self._drawn(episode)
         where = begin_episode(
             unroll,
             self._sampler.generators("episode", number),
@@ -247,14 +264,16 @@ class MetaSteps:
             with torch.no_grad():
                 where = unroll.window(
                     where,
-                    self._batches(episode, period, window),
+                    self._batches(unroll.task, episode, period, window),
                     conditions=self._of_window(episode, period, window),
                 ).end
         return Slot(where, [])
 
-    def _batches(self, episode: EpisodeAt, period: Period, window: int) -> StackedBatches:
+    def _batches(
+        self, task: Task, episode: EpisodeAt, period: Period, window: int
+    ) -> StackedBatches:
         """The batches of one of an episode's windows."""
-        task, steps = self.unrolls[episode.task].task, period.training.unroll
+        steps = period.training.unroll
         return self._sampler.batches(task, steps, "window", episode.number, window)
 
     def _drawn(self, episode: EpisodeAt) -> list[Drawn] | None:
@@ -272,10 +291,13 @@ class MetaSteps:
         horizon, like = episode.windows * steps, self._students[0].weights()[0].detach()
         return StepConditions.of(drawn, window * steps, steps, horizon, like)
 
-    def _estimate(self, slot: Slot, episode: EpisodeAt, period: Period, *own: int) -> Estimate:
+    def _estimate(
+        self, unroll: Unroll, slot: Slot, episode: EpisodeAt, period: Period, *own: int
+    ) -> Estimate:
         """Run an episode's next window and estimate its meta-gradient.
 
         Args:
+            unroll: The episode's engine.
             slot: Where the episode stands.
             episode: The episode.
             period: The period.
@@ -287,9 +309,9 @@ class MetaSteps:
             return generator_for(self._seed + student, *purpose, meta_step, *own)
 
         return self._estimator.estimate(
-            self.unrolls[episode.task],
+            unroll,
             slot.trajectories,
-            self._batches(episode, period, episode.window),
+            self._batches(unroll.task, episode, period, episode.window),
             loss_weights(
                 self._training.il_mode,
                 period.imitation_weight,

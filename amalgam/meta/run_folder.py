@@ -12,7 +12,7 @@ The first process alone writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -86,13 +86,17 @@ class RunFolder:
         weight_files.write(self._checkpoint, "checkpoint", tensors, about)
 
     def load_checkpoint(
-        self, state: RunState, unrolls: Sequence[Episodes], device: torch.device
+        self,
+        state: RunState,
+        engine_of: Callable[[int], Episodes | None],
+        device: torch.device,
     ) -> None:
         """Load the state that the checkpoint holds.
 
         Args:
             state: The state to load it into.
-            unrolls: The run's engines, one per task.
+            engine_of: As in :meth:`RunState.load_trajectory_tensors`; called when all else is
+                loaded.
             device: The device to load the trajectories to.
 
         Raises:
@@ -104,7 +108,7 @@ class RunFolder:
         for replicate, stored in zip(state.replicates, about["replicates"], strict=True):
             replicate.load_json(stored)
         state.progress = Progress.from_json(about["progress"])
-        state.load_trajectory_tensors(nests.under("trajectories", tensors), unrolls, device)
+        state.load_trajectory_tensors(nests.under("trajectories", tensors), engine_of, device)
 
     def _refuse_others(self, about: Mapping[str, Any]) -> None:
         """Raise if a checkpoint has another format or belongs to another run."""

@@ -6,7 +6,7 @@ numbers here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class EpisodeAt:
 
     Attributes:
         number: The episode's number in the run, from 0.
-        task: The index of its task.
+        task: The index of its task, or of the family that its task is drawn from.
         windows: How many windows it has.
         window: The next window's number, from 0.
     """
@@ -134,19 +134,28 @@ class RunState:
         return {name: tensor.cpu() for name, tensor in named.items()}
 
     def load_trajectory_tensors(
-        self, named: Mapping[str, Tensor], unrolls: Sequence[Episodes], device: torch.device
+        self,
+        named: Mapping[str, Tensor],
+        engine_of: Callable[[int], Episodes | None],
+        device: torch.device,
     ) -> None:
         """Take over this process's part of what :meth:`trajectory_tensors` gave.
 
         Args:
             named: What it gave, in all processes together.
-            unrolls: The run's engines, one per task.
+            engine_of: Returns the engine of the episode that a slot is in the middle of, or
+                ``None`` where a new one is to begin there.
             device: The device to put the tensors on.
         """
-        self.slots = {
-            number: _slot_of(tensors, unrolls, device)
+        own = {
+            number: (engine_of(number), tensors)
             for number, tensors in nests.by_number(named).items()
             if number % distributed.world() == distributed.rank()
+        }
+        self.slots = {
+            number: _slot_of(tensors, engine, device)
+            for number, (engine, tensors) in own.items()
+            if engine is not None
         }
 
 
@@ -165,15 +174,11 @@ def _tensors_of(slot: Slot) -> dict[str, Tensor]:
     return named | nests.prefixed("carried", nests.to_named(slot.carried))
 
 
-def _slot_of(
-    named: Mapping[str, Tensor], unrolls: Sequence[Episodes], device: torch.device
-) -> Slot:
+def _slot_of(named: Mapping[str, Tensor], engine: Episodes, device: torch.device) -> Slot:
     """The slot that :func:`_tensors_of` took apart."""
     there = {name: tensor.to(device) for name, tensor in named.items()}
     params = there["params"]
-    # States depend on a task by its size alone, so any task of that size will do.
-    unroll = next(one for one in unrolls if one.task.layout.numel == params.shape[1])
-    like = tuple(unroll.steps.initial(ours) for ours in unroll.by_student(params))
+    like = tuple(engine.steps.initial(ours) for ours in engine.by_student(params))
     # Not from `there`: teachers of torch.optim know themselves where each of their tensors is.
     pools = nests.by_number(nests.under("teacher_state", named))
     trajectories = Trajectories(

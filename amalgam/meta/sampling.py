@@ -16,7 +16,7 @@ from torch import Tensor
 from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.seeding import generator_for
-from amalgam.tasks import Batch, Task
+from amalgam.tasks import Batch, Task, TaskFamily
 from amalgam.tasks.task import stacked
 
 
@@ -66,7 +66,7 @@ class Sampler:
 
     Args:
         seed: The run's seed; replicate i draws by ``seed + i``.
-        tasks: The tasks.
+        tasks: The tasks and task families.
         task_weights: Each task's share of the episodes, relative to the sum of all shares.
         replicates: How many students there are.
         particles: How many copies of each student there are; they see the same optimizees and
@@ -77,7 +77,7 @@ class Sampler:
     def __init__(
         self,
         seed: int,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task | TaskFamily],
         task_weights: Sequence[float],
         *,
         replicates: int,
@@ -92,7 +92,7 @@ class Sampler:
         self._optimizees = optimizees
 
     def task_of(self, episode: int, taken: Collection[int] = ()) -> int:
-        """The index of the task that an episode takes.
+        """The index of the task, or the family, that an episode takes.
 
         Args:
             episode: The episode's number.

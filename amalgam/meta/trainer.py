@@ -36,9 +36,10 @@ from amalgam.meta.run_folder import RunFolder
 from amalgam.meta.run_state import RunState
 from amalgam.meta.stages import Stages
 from amalgam.meta.training import Training
+from amalgam.meta.unroll import Unroll
 from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy, Pool
-from amalgam.tasks import Task
+from amalgam.tasks import Task, TaskFamily
 
 # Called with the metrics of a meta-step.
 Report = Callable[[dict[str, Any]], None]
@@ -50,7 +51,8 @@ class Trainer:
     Args:
         student: The student, or the replicates. The weights are moved to ``device`` and trained
             there, in place.
-        task: The optimizee and its data, or several tasks. Every episode takes one of them.
+        task: The optimizee and its data, or a family that every episode draws its task from, or
+            several of either. Every episode takes one of them.
         pool: The teachers.
         folder: The run's folder (:mod:`amalgam.meta.run_folder`), made if missing.
         amalgamation: Settings of the meta-loss and the imitation loss, and how they are computed.
@@ -64,9 +66,12 @@ class Trainer:
             the loss's scale. Nothing where absent.
         task_weights: Each task's share of the episodes, relative to the sum of all shares: the task
             of an episode is drawn by them. Equal shares where absent.
+        validation: Tasks and families to meta-validate on, in the place of those to train on. A
+            family's draws are the same in every validation of every run, and none of training's.
         seed: Decides everything random. Replicate i draws its optimizees, their conditions, batches
             and noise by ``seed + i``. What all replicates have in common is drawn by ``seed``: the
-            task and the horizon of an episode and, for ``il_mode="switch"``, the loss of a window.
+            task and the horizon of an episode, what a family draws for it and, for
+            ``il_mode="switch"``, the loss of a window.
         device: Where everything is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a
             GPU if there is one. Everything random is drawn on the CPU, and so is the same on any
             device. Files hold CPU tensors, so a run may be resumed on another device.
@@ -80,7 +85,7 @@ class Trainer:
     def __init__(
         self,
         student: Policy | Sequence[Policy],
-        task: Task | Sequence[Task],
+        task: Task | TaskFamily | Sequence[Task | TaskFamily],
         pool: Pool,
         *,
         folder: str | os.PathLike[str],
@@ -92,15 +97,17 @@ class Trainer:
         perturbation: Perturbation | None = None,
         conditions: Conditions | None = None,
         task_weights: Sequence[float] | None = None,
+        validation: Sequence[Task | TaskFamily] = (),
         seed: int = 0,
         device: str | torch.device = "auto",
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.device = resolve(device)
         students = [student] if isinstance(student, Policy) else list(student)
-        tasks = [task] if isinstance(task, Task) else task
-        self.tasks = tuple(one.to(self.device) for one in tasks)
+        tasks = [task] if isinstance(task, Task | TaskFamily) else task
+        self.tasks = tuple(map(self._here, tasks))
         self.task_weights = tuple(task_weights or [1.0] * len(self.tasks))
+        self.validation = tuple(map(self._here, validation))
         self.pool = pool
         self.amalgamation = amalgamation or Amalgamation()
         self.training = training or Training()
@@ -127,8 +134,13 @@ class Trainer:
             task_weights=self.task_weights,
             seed=seed,
             meta_steps=self.strategy.meta_steps,
+            device=self.device,
         )
         self._files = RunFolder(self.folder, self._identity())
+
+    def _here(self, task: Task | TaskFamily) -> Task | TaskFamily:
+        """A task on the run's device; a family's draws are moved there when they are drawn."""
+        return task.to(self.device) if isinstance(task, Task) else task
 
     def _check(self, students: int) -> None:
         if not students:
@@ -160,8 +172,13 @@ class Trainer:
             "seed": str(self.seed),
             "processes": str(distributed.world()),
             "tasks": "; ".join(
-                f"{task.name}, batches of {task.batch_size}, weight {weight:g}"
-                for task, weight in zip(self.tasks, self.task_weights, strict=True)
+                [
+                    *(
+                        f"{_settings(task)}, weight {weight:g}"
+                        for task, weight in zip(self.tasks, self.task_weights, strict=True)
+                    ),
+                    *(f"validation: {_settings(task)}" for task in self.validation),
+                ]
             ),
             "student": f"{self.student.kind} {self.student.config}, {len(self.students)}",
             "teachers": str(self.pool.teachers),
@@ -215,7 +232,7 @@ class Trainer:
         """
         state = self._state
         if self._files.open(resume=resume):
-            self._files.load_checkpoint(state, self._meta_steps.unrolls, self.device)
+            self._files.load_checkpoint(state, self._engine_of, self.device)
         if self.strategy.goes_back and not self.meta_step:
             self._files.save_period(INITIAL, state)
         with self._files.log(self.meta_step * len(state.replicates)) as log:
@@ -225,6 +242,11 @@ class Trainer:
                 coming = self.strategy.next(state.progress.records)
         self._finish(coming)
         return self.student
+
+    def _engine_of(self, slot: int) -> Unroll | None:
+        """The engine of the episode that a slot is in the middle of, if it is in any."""
+        coming = self.strategy.next(self._state.progress.records)
+        return self._meta_steps.engine_of(slot, coming) if isinstance(coming, Period) else None
 
     def _train(self, period: Period, log: IO[str], report: Report | None) -> None:
         """Train a period, or, after a resume, what is left of it."""
@@ -255,7 +277,7 @@ class Trainer:
         if period.validation is not None:
             score = validation.by_meta_loss(
                 self.student,
-                self.tasks,
+                self.validation or self.tasks,
                 period.validation,
                 self.amalgamation,
                 self.training,
@@ -307,7 +329,8 @@ class Trainer:
         rows = self._meta_steps.rows_of(index)
         if period.slots is None:
             (part,) = step.parts
-            named = {"task": part.task.name} if len(self.tasks) > 1 else {}
+            several = len(self.tasks) > 1 or isinstance(self.tasks[0], TaskFamily)
+            named = {"task": part.task.name} if several else {}
             return {
                 "episode": part.episode.number,
                 "window": part.episode.window,
@@ -343,14 +366,21 @@ class Trainer:
         student, backend = replicate.student, self.amalgamation.backend
         score = validation.by_final_loss(
             lambda params: optimizer_of(params, student, backend),
-            self.tasks,
+            self.validation or self.tasks,
             self.training,
             log_objective=self.amalgamation.log_objective,
+            device=self.device,
             warmup_steps=student.config.warmup_steps,
             seed=self.seed + index,
         )
         replicate.note_score(score, self.meta_step)
         return score
+
+    def _validated_on(self) -> dict[str, str]:
+        """What a student's provenance says of the tasks that it was validated on alone."""
+        if not self.validation:
+            return {}
+        return {"validation_data": "; ".join(task.describe() for task in self.validation)}
 
     def _finish(self, end: Finish) -> None:
         """Give the students the weights to keep (see :meth:`run`), and save the students."""
@@ -367,6 +397,7 @@ class Trainer:
             replicate.student.provenance = {
                 "seed": self.seed + index,
                 "data": "; ".join(task.describe() for task in self.tasks),
+                **self._validated_on(),
                 "teachers": list(self.pool.names),
                 "mechanism": self.amalgamation.mechanism,
                 "meta_steps": self.meta_step,
@@ -377,3 +408,10 @@ class Trainer:
             if distributed.rank() == 0:
                 several = len(state.replicates) > 1
                 replicate.student.save(self._files.student(index if several else None))
+
+
+def _settings(task: Task | TaskFamily) -> str:
+    """What a run that resumes must share of a task."""
+    if isinstance(task, Task):
+        return f"{task.name}, batches of {task.batch_size}"
+    return task.describe()

@@ -8,6 +8,9 @@ run keeps.
 :func:`by_meta_loss` runs unrolls as in meta-training and takes their mean meta-loss. It runs at the
 end of each period for which the strategy gives validation unrolls. Its score is for the strategy.
 
+Of a task family both take as many tasks as they train optimizees of a task. These are the same ones
+in every validation of every run, and apart from those that episodes draw.
+
 The first process alone computes them; the others get its result.
 """
 
@@ -29,30 +32,33 @@ from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.policies import Policy, Pool
 from amalgam.seeding import generator_for
-from amalgam.tasks import Task
+from amalgam.tasks import Task, TaskFamily
+from amalgam.tasks.family import draw
 
 _EPS = 1e-10  # added to losses inside logs, and to divisors
 
 
 def by_final_loss(
     make_optimizer: MakeOptimizer,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | TaskFamily],
     training: Training,
     *,
     log_objective: bool,
     warmup_steps: int,
     seed: int,
+    device: torch.device,
 ) -> float:
     """How low the last validation loss is of optimizees that a student trains: a mean over them.
 
     Args:
         make_optimizer: Makes the optimizer that acts by the student.
-        tasks: The tasks; optimizees of each are trained, on its training data.
+        tasks: The tasks and families; optimizees of each are trained, on its training data.
         training: Of it ``validation_steps`` and ``validation_seeds`` are read.
         log_objective: Whether the mean is of the loss's log, as in
             :class:`amalgam.meta.Amalgamation`; if not, of loss / abs(loss before the first step).
         warmup_steps: Steps of the student's warm-up, which come before ``validation_steps``.
         seed: The replicate's seed.
+        device: Where tasks are to be that a family draws.
 
     Raises:
         ValueError: A log is wanted of a negative loss.
@@ -62,7 +68,7 @@ def by_final_loss(
     for task in tasks if distributed.rank() == 0 else ():
         for number in range(training.validation_seeds):
             curve = train_optimizee(
-                task,
+                _drawn(task, number, device),
                 make_optimizer,
                 steps=steps,
                 seed=int(generator_for(seed, "validation", number).initial_seed()),
@@ -78,7 +84,7 @@ def by_final_loss(
 
 def by_meta_loss(
     student: Policy,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | TaskFamily],
     unrolls: UnrollSettings,
     amalgamation: Amalgamation,
     training: Training,
@@ -92,21 +98,29 @@ def by_meta_loss(
 
     Args:
         student: The student.
-        tasks: The tasks; optimizees of each are unrolled.
+        tasks: The tasks and families; optimizees of each are unrolled.
         unrolls: How many optimizees per task, and how long.
         amalgamation: Settings of the meta-loss.
         training: Of it ``validation_data`` is read.
         seed: The run's seed.
     """
     losses = []
+    device = student.weights()[0].device
+
+    def engine(task: Task) -> Unroll:
+        return Unroll(_on_data(task, training), student, Pool([]), amalgamation)
+
     for task in tasks if distributed.rank() == 0 else ():
-        unroll = Unroll(_on_data(task, training), student, Pool([]), amalgamation)
-
-        def batches(steps: int, *purpose: str | int, task: Task = unroll.task) -> StackedBatches:
-            generator = generator_for(seed, "validation", *purpose)
-            return StackedBatches([task.batches(generator, steps)])
-
+        of_task = engine(task) if isinstance(task, Task) else None
         for episode in range(unrolls.episodes):
+            unroll = of_task or engine(_drawn(task, episode, device))
+
+            def batches(
+                steps: int, *purpose: str | int, task: Task = unroll.task
+            ) -> StackedBatches:
+                generator = generator_for(seed, "validation", *purpose)
+                return StackedBatches([task.batches(generator, steps)])
+
             where = begin_episode(
                 unroll,
                 [generator_for(seed, "validation", episode)],
@@ -119,6 +133,11 @@ def by_meta_loss(
                 where = window.end
                 losses.append(window.meta_loss.mean().item())
     return _mean_of_first(losses)
+
+
+def _drawn(task: Task | TaskFamily, number: int, device: torch.device) -> Task:
+    """The task itself; or one that a family draws, by its name and the number alone."""
+    return draw(task, generator_for(0, "validation", task.name, number)).to(device)
 
 
 def _on_data(task: Task, training: Training) -> Task:

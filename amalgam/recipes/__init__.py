@@ -12,6 +12,7 @@ from amalgam.recipes.schema import (
     EvaluationTask,
     Recipe,
     TaskChoice,
+    ValidationTask,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RecipeError",
     "TaskChoice",
     "TorchOptimizer",
+    "ValidationTask",
     "from_dict",
     "load",
     "shipped",

@@ -29,36 +29,50 @@ from amalgam.recipes.kinds import (
     MadeOnce,
     TeacherChoice,
 )
-from amalgam.tasks import Task
+from amalgam.tasks import Task, TaskFamily
 
 
 @dataclass(frozen=True)
-class TaskChoice(MadeOnce):
-    """A task to meta-train on.
+class ValidationTask(MadeOnce):
+    """A task, or a family of tasks, to meta-validate on.
 
     Attributes:
-        name: One of :data:`amalgam.tasks.TASKS`; or the dotted path of a function that takes
-            ``batch_size=`` and returns a task.
-        batch_size: Samples per step.
-        weight: How often it is taken, relative to the weights of the others.
+        name: One of :data:`amalgam.tasks.TASKS` or :data:`amalgam.tasks.FAMILIES`; or the dotted
+            path of a function that takes ``batch_size=`` and returns a task or a family.
+        batch_size: Samples per step; of a family that comes with the package, the largest batch
+            that it draws.
         arguments: Further arguments of the function.
     """
 
     name: str
     batch_size: int = 128
-    weight: float = 1.0
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
         _ = self.task
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight must be positive and finite, not {self.weight}")
 
     @cached_property
-    def task(self) -> Task:
-        """The task, made once; on the CPU, as far as its function makes it there."""
-        return tasks.load(self.name, self.batch_size, self.arguments)
+    def task(self) -> Task | TaskFamily:
+        """The task or family, made once; on the CPU, as far as its function makes it there."""
+        return tasks.load_for_training(self.name, self.batch_size, self.arguments)
+
+
+@dataclass(frozen=True)
+class TaskChoice(ValidationTask):
+    """A task, or a family of tasks, to meta-train on.
+
+    Attributes:
+        weight: How often it is taken, relative to the weights of the others.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what does not exist."""
+        super().__post_init__()
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight must be positive and finite, not {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class EvaluationTask:
     """A task to evaluate on, with arguments.
 
     Attributes:
-        name: As in :class:`TaskChoice`.
+        name: As in :func:`amalgam.tasks.load`.
         arguments: Further arguments of the function.
     """
 
@@ -122,7 +136,10 @@ class Recipe(MadeOnce):
 
     Attributes:
         description: What it is for.
-        tasks: The optimizees and data to meta-train on; in a file ``[task]`` is a single one.
+        tasks: The optimizees and data to meta-train on, or families of tasks; in a file ``[task]``
+            is a single one.
+        validation: Tasks and families to meta-validate on, by which the weights to keep are chosen;
+            where absent, those to meta-train on.
         teachers: The pool; ``[]`` for the meta-loss alone.
         policy: The student's kind, architecture and constants; in a file ``[student]`` is short for
             a policy of that kind.
@@ -146,6 +163,7 @@ class Recipe(MadeOnce):
 
     tasks: tuple[TaskChoice, ...]
     teachers: tuple[TeacherChoice, ...] = ()
+    validation: tuple[ValidationTask, ...] = ()
     description: str = ""
     policy: AnyPolicy = field(default_factory=lambda: Chosen("student", policies.StudentConfig()))
     choice: ChoiceTraining | None = None
@@ -199,7 +217,11 @@ class Recipe(MadeOnce):
     def evaluation_tasks(self) -> tuple[Task, ...]:
         """The tasks of the closing table; one that is also meta-trained on is the same object."""
         size = self.tasks[0].batch_size
-        made = [((one.name, one.batch_size, one.arguments), one.task) for one in self.tasks]
+        made = [
+            ((one.name, one.batch_size, one.arguments), one.task)
+            for one in self.tasks
+            if isinstance(one.task, Task)
+        ]
         found = []
         for entry in self.evaluation.tasks:
             one = EvaluationTask(entry) if isinstance(entry, str) else entry
@@ -217,8 +239,8 @@ class Recipe(MadeOnce):
             content[name] = chosen and kinds.as_table(chosen)
         if self.choice is not None:
             content["choice"]["strategy"] = CHOICE_STRATEGY.as_table(self.choice.strategy)
-        for name in ("perturbation", "choice"):
-            if content[name] is None:
+        for name in ("perturbation", "choice", "validation"):
+            if not content[name]:
                 del content[name]
         resolved: dict[str, Any] = json.loads(json.dumps(content))
         return resolved

@@ -14,8 +14,7 @@ import functools
 import inspect
 import textwrap
 import tokenize
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,16 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amalgam.hints import did_you_mean
-from amalgam.tasks.digits import glorot
+from amalgam.tasks.networks import mlp
 from amalgam.tasks.task import Batch, Task
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "gelu": nn.GELU,
-    "elu": nn.ELU,
-}
 _SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
 _TRAINED, _COPIES = 1400, 15
 _SYMBOLS, _CONTEXT, _CHARACTERS = 32, 12, 300_000
@@ -111,31 +103,6 @@ def _text() -> Data:
     return (x[300:], y[300:]), (x[:300], y[:300])
 
 
-def _mlp(
-    widths: Sequence[int], activation: str, *, initialised: bool = False, normed: bool = False
-) -> Callable[[], nn.Module]:
-    """What builds a network of these widths.
-
-    Args:
-        widths: Of the input, the hidden layers and the output.
-        activation: Between layers.
-        initialised: Whether weights are Glorot's and biases zero; torch's otherwise.
-        normed: Whether a layer norm comes before each activation.
-    """
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths[:-1]):
-            layers.append(nn.Linear(inputs, outputs))
-            if normed:
-                layers.append(nn.LayerNorm(outputs))
-            layers.append(_ACTIVATIONS[activation]())
-        module = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
-        return glorot(module) if initialised else module
-
-    return build
-
-
 def _cnn() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
@@ -194,7 +161,7 @@ def _squares(
 
 
 def _initialised(*widths: int, activation: str) -> Callable[[], nn.Module]:
-    return _mlp(widths, activation, initialised=True)
+    return mlp(widths, activation, initialised=True)
 
 
 def _pictures_of(data: Callable[[], Data]) -> Callable[[], Data]:
@@ -203,21 +170,21 @@ def _pictures_of(data: Callable[[], Data]) -> Callable[[], Data]:
 
 _OPTIMIZEES = {
     "mlp-sigmoid": _Optimizee(_initialised(16, 20, 10, activation="sigmoid"), _small_images, 64),
-    "mlp-relu-2": _Optimizee(_mlp([16, 16, 16, 10], "relu"), _small_images, 64),
-    "mlp-tanh": _Optimizee(_mlp([64, 10, 10], "tanh"), _images, 16),
+    "mlp-relu-2": _Optimizee(mlp([16, 16, 16, 10], "relu"), _small_images, 64),
+    "mlp-tanh": _Optimizee(mlp([64, 10, 10], "tanh"), _images, 16),
     "mlp-relu-3": _Optimizee(
         _initialised(16, 12, 12, 12, 10, activation="relu"), _small_images, 64
     ),
-    "mlp-normed": _Optimizee(_mlp([64, 10, 10], "gelu", normed=True), _images, 32),
+    "mlp-normed": _Optimizee(mlp([64, 10, 10], "gelu", normed=True), _images, 32),
     "cnn": _Optimizee(_cnn, _images, 16),
-    "autoencoder": _squares(_mlp([64, 8, 64], "tanh"), _pictures_of(_images), 32),
-    "autoencoder-3": _squares(_mlp([16, 12, 4, 12, 16], "elu"), _pictures_of(_small_images), 64),
-    "regression": _squares(_mlp([12, 24, 1], "relu"), lambda: _regression(1), 64),
-    "regression-2": _squares(_mlp([12, 16, 16, 1], "tanh"), lambda: _regression(2), 32),
+    "autoencoder": _squares(mlp([64, 8, 64], "tanh"), _pictures_of(_images), 32),
+    "autoencoder-3": _squares(mlp([16, 12, 4, 12, 16], "elu"), _pictures_of(_small_images), 64),
+    "regression": _squares(mlp([12, 24, 1], "relu"), lambda: _regression(1), 64),
+    "regression-2": _squares(mlp([12, 16, 16, 1], "tanh"), lambda: _regression(2), 32),
     "attention": _Optimizee(functools.partial(_Attention, 8, False), _text, 16),
     "attention-normed": _Optimizee(functools.partial(_Attention, 10, True), _text, 8),
-    "deep": _Optimizee(_mlp([16, *[12] * 6, 10], "relu"), _small_images, 64),
-    "wide": _Optimizee(_mlp([64, 96, 10], "relu"), _images, 64),
+    "deep": _Optimizee(mlp([16, *[12] * 6, 10], "relu"), _small_images, 64),
+    "wide": _Optimizee(mlp([64, 96, 10], "relu"), _images, 64),
 }
 
 HELD_OUT = ("deep", "wide")

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from runs import Killed, killer, linear_task, trainer
+from runs import Killed, LinearFamily, killer, linear_task, trainer
 
 from amalgam.meta import Curriculum, MetaBatch, Stage, Stages, Training, distributed
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
@@ -68,6 +68,28 @@ def fewer_slots_than_processes(folder: Path) -> None:
     trainer(folder, training=training, strategy=strategy, perturbation=AdaptivePGD(1, 0.05)).run()
 
 
+def families(folder: Path, optimizees: int) -> None:
+    """All processes run the same episode, so of the same task."""
+    training = Training(optimizees=optimizees, validate_every=2, validation_steps=3)
+    strategy = Stages((Stage(3, 1, 0.1), Stage(1, 2, 0.1)), 3)
+    trainer(folder, tasks=LinearFamily(), training=training, strategy=strategy).run()
+
+
+def family_slots(folder: Path, cut: int | None = None) -> None:
+    """A family and a task; slots draw tasks of their own."""
+    training = Training(validate_every=2, validation_steps=3, checkpoint_every=1)
+    strategy = MetaBatch(5, slots=3, unroll=2, shortest=2, longest=6, imitation_weight=0.1)
+    tasks = [LinearFamily(), linear_task()]
+
+    def make():
+        return trainer(folder, tasks=tasks, training=training, strategy=strategy)
+
+    if cut is not None:
+        with contextlib.suppress(Killed):
+            make().run(report=killer(cut))
+    make().run(resume=True)
+
+
 if __name__ == "__main__":
     distributed.join()
     out = Path(sys.argv[1])
@@ -78,4 +100,7 @@ if __name__ == "__main__":
     meta_batch(out / "meta_batch")
     meta_batch(out / "meta_batch_cut", cut=3)
     fewer_slots_than_processes(out / "fewer_slots_than_processes")
+    families(out / "families", 1)
+    family_slots(out / "family_slots")
+    family_slots(out / "family_slots_cut", cut=3)
     distributed.leave()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,26 @@ def linear_task(inputs: int = 4, name: str = "linear") -> Task:
     )
 
 
+@dataclass(frozen=True)
+class LinearFamily:
+    """Linear tasks of 2 to 7 inputs, with batches of half or a quarter of their data."""
+
+    name: str = "linears"
+    batch_size: int = 24
+
+    def draw(self, generator: torch.Generator) -> Task:
+        inputs, scale = torch.randint(2, 8, (2,), generator=generator).tolist()
+        size = self.batch_size // int(torch.randint(1, 3, (), generator=generator))
+        x = scale * torch.randn((64, inputs), generator=generator)
+        y = (x[:, 0] > 0).long()
+        data = (x[:48], y[:48]), (x[48:], y[48:])
+        name = f"{self.name}[{inputs}, {scale}, {size}, {x[0, 0].item():.6f}]"
+        return Task(name, lambda: nn.Linear(inputs, 2), *data, batch_size=size)
+
+    def describe(self) -> str:
+        return f"{self.name}, batches up to {self.batch_size}"
+
+
 def tiny_student(seed: int, **changes: Any) -> Student:
     config = StudentConfig(**{"hidden": 4, "layers": 1, "warmup_steps": 2} | changes)
     return Student(config, generator=generator_for(seed, "student"))
@@ -83,7 +104,7 @@ def policies() -> dict[str, Policy]:
 def trainer(
     folder: Path,
     students: Policy | list[Policy] | None = None,
-    tasks: Task | list[Task] | None = None,
+    tasks: Any = None,
     pool: Any = ("adam", "sgd"),
     **changes: Any,
 ) -> Trainer:

@@ -17,6 +17,7 @@ from elsewhere import ELSEWHERE, Elsewhere
 from runs import (
     SMALL,
     Killed,
+    LinearFamily,
     killer,
     linear_task,
     metrics,
@@ -114,6 +115,11 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         "strategy": Repeat(2, 2, windows=1, episodes=2, validation=UnrollSettings(2, 1, 1, 1, 0.05))
     },
     "meta-batch": lambda: {"strategy": BATCH, "tasks": [linear_task(), linear_task(3, "narrow")]},
+    "families": lambda: {
+        "strategy": BATCH,
+        "tasks": [LinearFamily(), linear_task(8)],
+        "validation": [LinearFamily("held out")],
+    },
     "conditions": lambda: {"conditions": CONDITIONS},
     "several tasks": lambda: {"tasks": [linear_task(), linear_task(3, "narrow")]},
     "convolutions": lambda: {"tasks": convolutional_task()},
@@ -160,7 +166,7 @@ def test_a_run_elsewhere_is_the_cpus(name, tmp_path) -> None:
 
 @pytest.mark.parametrize("begun", ["cpu", ELSEWHERE], ids=str)
 @pytest.mark.parametrize(
-    "name", ["choice", "every teacher", "meta-batch", "pes", "replicates", "strategy"]
+    "name", ["choice", "every teacher", "families", "meta-batch", "pes", "replicates", "strategy"]
 )
 def test_a_run_goes_on_on_another_device(name, begun, tmp_path) -> None:
     ended = "cpu" if begun == ELSEWHERE else ELSEWHERE
@@ -256,6 +262,11 @@ ON_GPU: dict[str, Callable[[], dict[str, Any]]] = {
     "pes": lambda: {"estimator": PersistentEvolution(pairs=2)},
     "replicates": lambda: {"student": [tiny_student(0), tiny_student(1)]},
     "meta-batch": lambda: {"strategy": replace(BATCH, meta_steps=3)},
+    "families": lambda: {
+        "strategy": BATCH,
+        "tasks": [LinearFamily(), linear_task(8)],
+        "validation": [LinearFamily("held out")],
+    },
     "conditions": lambda: {"conditions": CONDITIONS},
     "first order": lambda: {
         "conditions": CONDITIONS,

@@ -37,7 +37,7 @@ def together(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "adversarial", "curriculum"])
+@pytest.mark.parametrize("name", ["plain", "adversarial", "curriculum", "families"])
 def test_two_processes_are_one_with_two_optimizees(name, together, tmp_path) -> None:
     getattr(processes, name)(tmp_path / name, 2)
     theirs = Student.load(together / name / "student.safetensors").weights()
@@ -52,7 +52,7 @@ def test_two_processes_are_one_with_two_optimizees(name, together, tmp_path) -> 
             assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["meta_batch", "fewer_slots_than_processes"])
+@pytest.mark.parametrize("name", ["meta_batch", "fewer_slots_than_processes", "family_slots"])
 def test_slots_are_spread_over_processes(name, together, tmp_path) -> None:
     """Every slot gives the bits that it gives in one process; their mean is rounded elsewhere."""
     getattr(processes, name)(tmp_path / name)
@@ -75,7 +75,12 @@ def test_slots_are_spread_over_processes(name, together, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("whole", "cut"), [("curriculum", "cut"), ("meta_batch", "meta_batch_cut")]
+    ("whole", "cut"),
+    [
+        ("curriculum", "cut"),
+        ("meta_batch", "meta_batch_cut"),
+        ("family_slots", "family_slots_cut"),
+    ],
 )
 def test_two_processes_resume_to_the_same_bits(whole, cut, together) -> None:
     students = [together / name / "student.safetensors" for name in (whole, cut)]

@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
 
 def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
     run = trainer(tmp_path, training=Training(validate_every=0))
-    (unroll,) = run._meta_steps.unrolls
+    (unroll,) = run._meta_steps.engines._of_tasks.values()
     plain = unroll.window
     at = []
 
