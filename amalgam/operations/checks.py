@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -43,3 +44,8 @@ def check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
     filled = [address for address in map(Tensor.data_ptr, tensors) if address]
     if len(set(filled)) < len(filled):
         raise ValueError(f"{name} must not share memory: each tensor may be passed once")
+
+
+def hollow(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers: on the meta device, or a fake one."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)

@@ -270,14 +270,19 @@ def step_tensors_(
     control, number, decay = None, 0.0, 0.0
     given = (lr, weight_decay, skip)
     if steps or seeds or any(isinstance(value, Tensor) for value in given):
-        control = _control(lr, weight_decay, warmup_lr, skip, device)
+        control = control_of(lr, weight_decay, warmup_lr, skip, device)
     else:
         number, decay = float(lr), float(weight_decay)
     step = InPlaceStep(
         *(tensors, list(grads), list(weights), settings, number, decay, control),
         *(list(steps or ()), warmup_steps, list(seeds or ())),
     )
-    if tensors.plain and registry.unobserved(tensors.params, step.grads, step.weights):
+    # On the meta device there is nothing to compute: its operator checks, and that is all.
+    if (
+        device.type != "meta"
+        and tensors.plain
+        and registry.unobserved(tensors.params, step.grads, step.weights)
+    ):
         _compute(step, backend)
         torch.autograd.graph.increment_version(tensors.params)
         return
@@ -335,7 +340,7 @@ def _check_steps_and_seeds(
             raise ValueError(f"seeds must lie in [0, 2^32), not {seed}")
 
 
-def _control(
+def control_of(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     warmup_lr: float,

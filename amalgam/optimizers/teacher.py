@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from amalgam.layout import Layout
-from amalgam.optimizers.base import StepOptimizer, check_group, computing_dtype
+from amalgam.optimizers.base import StepOptimizer, computing_dtype
 from amalgam.policies import AnyTeacher, Teacher
 
 
@@ -37,31 +35,20 @@ class TeacherOptimizer(StepOptimizer):
             )
         rate = self.teacher.lr
         super().__init__(params, {"lr": 1.0 if rate is None else rate})
-        for group in self.param_groups:
-            check_group(group, ("lr",))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict`.
-
-        Args:
-            state_dict: As an optimizer with the same teacher gave it; not changed. State keeps the
-                dtype it was saved in, whatever the parameters' is.
-
-        Raises:
-            ValueError: Its groups do not fit, or an earlier version of amalgam made it.
-        """
-        if any(entry and "teacher" not in entry for entry in state_dict["state"].values()):
+    def _loaded_entry(
+        self,
+        group: dict[str, Any],
+        theirs: dict[str, Any],
+        param: Tensor,
+        entry: dict[str, Any],
+    ) -> dict[str, Any]:
+        if entry and "teacher" not in entry:
             raise ValueError(
                 "state_dict must hold each tensor's state as 'teacher', but is of an earlier "
                 "version of amalgam; begin anew, or go on with that version"
             )
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, own, strict=True):
-            if index in state_dict["state"]:
-                # Optimizer.load_state_dict casts state to the parameter's dtype.
-                self.state[param] = copy.deepcopy(state_dict["state"][index])
+        return super()._loaded_entry(group, theirs, param, entry)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, teacher, factor = float(group["lr"]), self.teacher, 1.0
