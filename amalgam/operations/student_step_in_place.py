@@ -1,8 +1,12 @@
 """``student_step_``: the student's step in place over many tensors, as it trains models.
 
-The formulas are those of :mod:`amalgam.operations.student_step`. Parameters and states stay where
-they are from step to step, so :class:`StudentTensors` holds them: they are checked once, and
-backends keep what they make of their addresses, until one of them moves.
+The formulas are those of :mod:`amalgam.operations.student_step`, but that no coordinate moves whose
+gradients were all zero so far, by which v is 0, but for weight decay: of the nominal form by its
+formula; of RNNProp, whose head has a bias, in this operation alone, for meta-training is as the
+paper has it.
+
+Parameters and states stay where they are from step to step, so :class:`StudentTensors` holds them:
+they are checked once, and backends keep what they make of their addresses, until one of them moves.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor
 from amalgam.operations import registry
 from amalgam.operations.checks import check_distinct, check_floating
 from amalgam.operations.rounding import as_stored, key_of
-from amalgam.operations.student_forms import StepSettings, check_tensors
+from amalgam.operations.student_forms import RNNPROP, StepSettings, check_tensors
 from amalgam.operations.student_step import (
     DEFAULTS,
     SETTINGS_SCHEMA,
@@ -395,6 +399,8 @@ def _reference(step: InPlaceStep) -> None:
         of_run = _of_run(step, [i for i, _ in run], [part.stop - part.start for _, part in run])
         update, computed = functional(grad, old, *of_run)
         new = list(computed)
+        if step.settings.form is RNNPROP:
+            update = torch.where(computed.v == 0, 0, update)
         moved = param * keep - rate * update
         sizes = [part.stop - part.start for _, part in run]
         if steps:

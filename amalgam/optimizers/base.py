@@ -117,7 +117,7 @@ class StepOptimizer(Optimizer):
                 if each is param:
                     if "param_names" in group:
                         return repr(group["param_names"][index])
-                    return f"params[{index}] of group {number}, shape {tuple(param.shape)},"
+                    return f"params[{index}] of group {number} of shape {tuple(param.shape)}"
         raise KeyError(param)
 
     @overload

@@ -47,7 +47,8 @@ class Batch:
         self._addresses = self._now() if kept else []
 
     def _now(self) -> list[list[int]]:
-        return [list(map(Tensor.data_ptr, column)) for column in self._held]
+        # m and v are in StudentTensors as they are, which looks for itself where they lie.
+        return [list(map(Tensor.data_ptr, column)) for column in self._held[2:]]
 
     def has_its_state(self) -> bool:
         """Whether the tensors of the batch are still those of the optimizer's state, and lie there.

@@ -48,11 +48,13 @@ def student_of(student: FusedStudent | str | os.PathLike[str] | Mapping[str, Any
 
 def described(student: FusedStudent) -> dict[str, Any]:
     """A student as a state_dict holds it: kind, configuration, provenance and weights."""
+    with undisturbed():
+        weights = dict(student.state_dict())
     return {
         "kind": student.kind,
         "config": asdict(student.config),
         "provenance": student.provenance,
-        "weights": dict(student.state_dict()),
+        "weights": weights,
     }
 
 

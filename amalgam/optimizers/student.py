@@ -20,6 +20,7 @@ from amalgam.operations.kept import Kept
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.rounding import ROW
 from amalgam.operations.student_step_in_place import control_of
+from amalgam.ops import StudentState
 from amalgam.optimizers.base import (
     NONFINITE,
     LearnedOptimizer,
@@ -33,6 +34,7 @@ from amalgam.optimizers.batch import Batch, same
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.source import EXTRA, described, student_of, undisturbed
 from amalgam.optimizers.state import StateFormat, planar, shape_first
+from amalgam.optimizers.stats import StepStats, stats_of
 from amalgam.policies import FusedStudent, NominalStudent
 from amalgam.policies.fused_student import ContextConstants
 
@@ -408,6 +410,56 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             torch._foreach_add_(steps, 1.0 if flag is None else 1.0 - flag.to(steps[0]))
             if flag is not None and group is groups[0][0]:
                 skipped[0] += flag.to(skipped[0].device)
+
+    @torch.no_grad()
+    def stats(self) -> dict[str, StepStats]:
+        """What the next step will do, for gradients as they are: ask between backward and step.
+
+        It computes that step, of one parameter after another, and keeps nothing; it waits for the
+        device.
+
+        Returns:
+            A :class:`StepStats` for every parameter that has a gradient and elements, by its name,
+            or, where parameters were passed without names, ``"GROUP.INDEX"``.
+        """
+        found = {}
+        for number, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and param.numel():
+                    names = group.get("param_names")
+                    name = f"{number}.{index}" if names is None else names[index]
+                    found[name] = self._stats_of(group, param)
+        return found
+
+    def _stats_of(self, group: dict[str, Any], param: Tensor) -> StepStats:
+        kept = self._format(group, param)
+        entry = self.state.get(param) or kept._replace(home=param.device).initial()
+        dtype = computing_dtype(param.dtype)
+        grad = param.grad.to(dtype).reshape(-1)  # type: ignore[union-attr]
+        grad = -grad if group["maximize"] else grad
+        m, v, h, c = (entry[name].to(dtype) for name in StudentState._fields)
+        layers, hidden = kept.architecture
+        flat = StudentState(
+            *(moment.reshape(-1) for moment in (m, v)),
+            *(planar(cells).reshape(layers, hidden, -1) for cells in (h, c)),
+        )
+        taken, settings = float(entry["step"]), self.config.settings
+        if taken < group["warmup_steps"]:
+            update = float(group["warmup_lr"]) * grad
+            m, v = ops.update_moments(grad, flat.m, flat.v, settings)
+        else:
+            weights, steps = self._weights_for(param), entry["step"].reshape(1)
+            constants = self._constants_of([param])
+            context = None
+            if constants is not None:
+                context = self._student.context_of(constants, steps.to(weights.own[0]), [param])
+            folded, settings = self._student.with_context(weights.operation, weights.own, context)
+            update, new = ops.student_step(grad, flat, folded, settings, backend=self.backend)
+            update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
+        return stats_of(
+            *(param.to(dtype).reshape(-1), float(group["lr"]) * update, m, v, taken + 1),
+            betas=self.defaults["betas"],
+        )
 
     def _init_group(
         self,
