@@ -11,11 +11,13 @@ import gc
 import inspect
 import math
 import pickle
+import re
 import threading
 import typing
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -926,3 +928,30 @@ def test_threads_step_optimizers_of_their_own() -> None:
         thread.join()
     for params in found[1:]:
         assert all(map(torch.equal, params, found[0]))
+
+
+# --- The table ---
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "optimizer.md").read_text(encoding="utf-8")
+
+
+def test_every_test_that_the_table_names_is_there() -> None:
+    files = {"C": "_contract", "S": "_state", "O": "", "B": "_batches"}
+    named: set[tuple[str, str]] = set()
+    for row in re.findall(r"^\|.*`test_.*\|$", DOCUMENT, re.MULTILINE):
+        cell = row.rsplit("|", 2)[1]
+        for part in re.split(r"\b(?=[CSOB] `test_)", cell):
+            named |= {(part[0], name) for name in re.findall(r"`(test_\w+)`", part)}
+    assert len(named) > 40
+    for letter, name in named:
+        text = Path(__file__).with_name(f"test_optimizer{files[letter]}.py").read_text("utf-8")
+        assert f"\ndef {name}(" in text, name
+
+
+def test_the_table_has_all_of_adamws_arguments_and_methods() -> None:
+    arguments = list(inspect.signature(torch.optim.AdamW).parameters)
+    methods = ["step", "zero_grad", "state_dict", "load_state_dict"]
+    for name in [*arguments, *methods]:
+        assert f"`{name}" in DOCUMENT, name
+    own = inspect.signature(AmalgamatedOptimizer).parameters
+    assert set(arguments) <= own.keys()
