@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -47,5 +47,10 @@ def check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def hollow(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no numbers: on the meta device, or a fake one."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    """Whether a tensor has a shape and no numbers: on the meta device, or a fake one.
+
+    Other subclasses of tensors may say that they are on the meta device, and have numbers.
+    """
+    if isinstance(tensor, FakeTensor):
+        return True
+    return tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
