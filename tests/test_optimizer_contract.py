@@ -332,6 +332,29 @@ def test_skips_are_counted_through_checkpoints(capturable: bool) -> None:
     assert optimizer.state_dict()["amalgam"]["skipped_steps"] == 2
 
 
+def test_a_scaler_takes_the_scale_back_and_one_tensor_alone_is_skipped() -> None:
+    params, twins = tensors(), tensors()
+    how: dict[str, Any] = {"student": nominal(), "capturable": True}
+    scaled = AmalgamatedOptimizer(params, nonfinite="skip-tensor", **how)
+    plain = AmalgamatedOptimizer(twins, **how)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    for step in range(3):
+        set_gradients(params, step)
+        set_gradients(twins, step)
+        for param in params:
+            param.grad *= scaler.get_scale()
+        if step == 1:
+            poison(params, 2)
+            twins[2].grad = None
+        scaler.step(scaled)
+        scaler.update()
+        plain.step()
+    assert scaled.skipped_steps == 1
+    assert scaler.get_scale() == 2.0
+    torch.testing.assert_close(params, twins)
+
+
 def test_a_choice_about_gradients_is_checked() -> None:
     with pytest.raises(ValueError, match="not 'skip_tensor'; did you mean 'skip-tensor'"):
         AmalgamatedOptimizer(tensors(), student=nominal(), nonfinite="skip_tensor")
@@ -715,6 +738,8 @@ def test_numbers_copied_from_adamw_are_warned_of() -> None:
     assert not warned(lr=0.0)
     assert not warned(lr=0.3, weight_decay=0.001)
     assert not warned(lr=torch.tensor(1.0, device="meta"))
+    with pytest.warns(UserWarning, match="lr=0.001 looks like AdamW's, but PolicyOptimizer's is"):
+        PolicyOptimizer(tensors(), nominal(), 1e-3)
 
 
 # --- What surrounds it ---
@@ -751,11 +776,12 @@ def test_a_default_device_around_the_constructor_changes_nothing(student: str) -
 
 @shipped
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_planners_step_tensors_without_numbers(student: str, device: str) -> None:
+@pytest.mark.parametrize("capturable", [False, True])
+def test_planners_step_tensors_without_numbers(student: str, device: str, capturable: bool) -> None:
     """State has its shapes and dtypes; nothing is computed, and nothing real is kept with it."""
     with torch.device("meta") if device == "meta" else FakeTensorMode():
         net = nn.Linear(6, 5, device=device)
-        optimizer = AmalgamatedOptimizer(net.parameters(), student=student)
+        optimizer = AmalgamatedOptimizer(net.parameters(), student=student, capturable=capturable)
         for _ in range(2):
             optimizer.zero_grad()
             net(torch.ones((3, 6), device=device)).square().sum().backward()

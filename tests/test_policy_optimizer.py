@@ -17,6 +17,9 @@ from amalgam.policies import POLICIES, FusedStudent, Policy
 SHAPES = [(3, 4), (), (5,), (2, 3, 2, 2), (0, 3)]
 KINDS = sorted(POLICIES)
 
+# Decay that shows within a few steps is what users are warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=")
+
 
 def made(kind: str, **config: Any) -> Policy:
     """A policy with weights that make every part of it count."""

@@ -26,6 +26,9 @@ NONFINITE = ("skip-step", "skip-tensor", "raise")
 REMINDER = 100
 """So many steps skipped in a row bring the next warning."""
 
+_LIKE_ADAMWS_LR = 0.01
+_LARGE_DECAY = 0.005  # a step: half of a weight in 140
+
 Loss = TypeVar("Loss")
 _grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 
@@ -397,6 +400,37 @@ def check_before_capture() -> None:
             "take a step with every parameter's gradient before capturing one in a CUDA graph, "
             "which would reset at every replay what its first step makes"
         )
+
+
+def warn_of_adamws_numbers(optimizer: LearnedOptimizer) -> None:
+    """Warn, at the line that makes an optimizer, of numbers that are usual for AdamW alone."""
+    name = type(optimizer).__name__
+    settings = [
+        (float(group["lr"]), float(group["weight_decay"]))
+        for group in optimizer.param_groups
+        if not any(
+            isinstance(group[n], Tensor) and hollow(group[n]) for n in ("lr", "weight_decay")
+        )
+    ]
+    largest = max((lr for lr, _ in settings), default=0.0)
+    if 0 < largest <= _LIKE_ADAMWS_LR:
+        warnings.warn(
+            f"lr={largest:g} looks like AdamW's, but {name}'s is a factor on the student's own "
+            f"step: 1 is a step as it was trained, and {largest:g} one {1 / largest:.0f} times "
+            "smaller",
+            stacklevel=3,
+        )
+        return
+    for lr, decay in settings:
+        if lr * decay >= _LARGE_DECAY:
+            warnings.warn(
+                f"weight_decay={decay:g} at lr={lr:g} takes {lr * decay:.2%} of every weight away "
+                f"in each step: it is multiplied by lr, as AdamW's is by a much smaller one. What "
+                f"AdamW(lr=1e-3, weight_decay={decay:g}) takes is weight_decay="
+                f"{1e-3 * decay / lr:g} here",
+                stacklevel=3,
+            )
+            return
 
 
 @contextmanager

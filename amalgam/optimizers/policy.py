@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amalgam import ops
 from amalgam.layout import Layout
-from amalgam.optimizers.base import LearnedOptimizer, computing_dtype
+from amalgam.optimizers.base import LearnedOptimizer, computing_dtype, warn_of_adamws_numbers
 from amalgam.optimizers.identity import identity_of
 from amalgam.policies import Policy, load_policy
 
@@ -70,6 +70,7 @@ class PolicyOptimizer(LearnedOptimizer):
             "policy": identity_of(own),
         }
         super().__init__(params, defaults)
+        warn_of_adamws_numbers(self)
 
     def _config(self) -> Any:
         return next(iter(self._policies.values())).config

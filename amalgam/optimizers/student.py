@@ -29,6 +29,7 @@ from amalgam.optimizers.base import (
     check_whole,
     computing_dtype,
     finite,
+    warn_of_adamws_numbers,
 )
 from amalgam.optimizers.batch import Batch, same
 from amalgam.optimizers.identity import identity_of, is_identity
@@ -39,8 +40,6 @@ from amalgam.policies import FusedStudent, NominalStudent
 from amalgam.policies.fused_student import ContextConstants
 
 DEFAULT_STUDENT = "standard"
-_LIKE_ADAMWS_LR = 0.01
-_LARGE_DECAY = 0.005  # a step: half of a weight in 140
 _shape, _device, _dtype = attrgetter("shape"), attrgetter("device"), attrgetter("dtype")
 
 
@@ -169,7 +168,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             "betas": (config.beta1, config.beta2),
         }
         super().__init__(params, defaults, nonfinite)
-        _warn_of_adamws_numbers(self.param_groups, type(self).__name__)
+        warn_of_adamws_numbers(self)
         self._add_to_state_dicts()
 
     def _config(self) -> Any:
@@ -287,7 +286,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 on_device = [grad for grad in gradients if grad.device == device]
                 torch._foreach_div_(on_device, scale.to(device, non_blocking=True))
         if self.nonfinite == "skip-tensor":
-            self._step_each_on_device(found)
+            self._step_each_on_device()
             return
         flags = [~finite(largest) for largest in largest_magnitudes(gradients)]
         flags += [] if found is None else [found.reshape(()) != 0]
@@ -302,8 +301,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             params = [p for p in group["params"] if p.grad is not None]
             self._step_with_steps(group, params, skip)
 
-    def _step_each_on_device(self, found: Tensor | None) -> None:
-        """A call for each tensor, which is skipped by a flag of its own."""
+    def _step_each_on_device(self) -> None:
+        """A call for each tensor, which is skipped by a flag of its own, and not by a scaler's."""
         flags = []
         for group in self.param_groups:
             for index, param in enumerate(group["params"]):
@@ -690,36 +689,6 @@ def _check_constants(
             "differentiable must be False: a step is in place and records no graph; "
             "amalgam.meta differentiates through students' steps"
         )
-
-
-def _warn_of_adamws_numbers(groups: list[dict[str, Any]], name: str) -> None:
-    """Warn, at the line that makes an optimizer, of numbers that are usual for AdamW alone."""
-    settings = [
-        (float(group["lr"]), float(group["weight_decay"]))
-        for group in groups
-        if not any(
-            isinstance(group[n], Tensor) and hollow(group[n]) for n in ("lr", "weight_decay")
-        )
-    ]
-    largest = max((lr for lr, _ in settings), default=0.0)
-    if 0 < largest <= _LIKE_ADAMWS_LR:
-        warnings.warn(
-            f"lr={largest:g} looks like AdamW's, but {name}'s is a factor on the student's own "
-            f"step: 1 is a step as it was trained, and {largest:g} one {1 / largest:.0f} times "
-            "smaller",
-            stacklevel=3,
-        )
-        return
-    for lr, decay in settings:
-        if lr * decay >= _LARGE_DECAY:
-            warnings.warn(
-                f"weight_decay={decay:g} at lr={lr:g} takes {lr * decay:.2%} of every weight away "
-                f"in each step, as in AdamW, whose lr is a thousand times smaller. What "
-                f"AdamW(lr=1e-3, weight_decay={decay:g}) takes is weight_decay="
-                f"{1e-3 * decay / lr:g} here",
-                stacklevel=3,
-            )
-            return
 
 
 def _add_extra(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
