@@ -21,6 +21,7 @@ from amalgam import (
     StudentConfig,
     TeacherOptimizer,
 )
+from amalgam.optimizers import separate_units
 from amalgam.policies import FusedStudent
 
 SHAPES = [(6, 4), (), (5,), (4, 3, 2, 2), (0, 3)]
@@ -461,6 +462,30 @@ def test_hooks_of_state_dicts_are_honoured() -> None:
     optimizer.register_state_dict_post_hook(rename)
     assert list(optimizer.state_dict()) == ["all"]
     assert calls == ["pre", "state,param_groups,amalgam"]
+
+
+@pytest.mark.parametrize("make", STUDENTS)
+def test_units_apart_have_the_parameters_shape_and_load(make: Make) -> None:
+    """For what takes no state but tensors like the parameter."""
+    optimizer, params = stepped(make)
+    optimizer.register_state_dict_post_hook(separate_units)
+    apart = optimizer.state_dict()
+    layers, hidden = optimizer.config.layers, optimizer.config.hidden
+    for entry, param in zip(apart["state"].values(), params, strict=True):
+        assert len(entry) == 3 + 2 * layers * hidden
+        assert all(value.shape == param.shape for name, value in entry.items() if name != "step")
+        part = entry[f"h.{layers - 1}.{hidden - 1}"]
+        assert torch.equal(part, optimizer.state[param]["h"][..., -1, -1])
+        assert part.is_contiguous()
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = AmalgamatedOptimizer(twins, student=apart)
+    resumed.load_state_dict(apart)
+    for one in (optimizer, resumed):
+        run(one, range(4, 7))
+    assert all(map(torch.equal, params, twins))
+    del apart["state"][0]["c.0.1"]
+    with pytest.raises(ValueError, match=r"state of params\[0\] .* lacks \['c'\]"):
+        resumed.load_state_dict(apart)
 
 
 def test_state_of_strangers_is_kept_as_it_is() -> None:

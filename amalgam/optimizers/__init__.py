@@ -6,6 +6,7 @@ from typing import Any
 
 from amalgam.optimizers.memory import MemoryEstimate, estimate_memory
 from amalgam.optimizers.policy import PolicyOptimizer
+from amalgam.optimizers.state import separate_units
 from amalgam.optimizers.stats import StepStats
 from amalgam.optimizers.student import DEFAULT_STUDENT, AmalgamatedOptimizer
 from amalgam.optimizers.teacher import TeacherOptimizer
@@ -51,4 +52,5 @@ __all__ = [
     "estimate_memory",
     "optimizer_of",
     "optimizer_of_teacher",
+    "separate_units",
 ]

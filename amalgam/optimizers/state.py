@@ -85,6 +85,46 @@ class StateFormat(NamedTuple):
         return value if seen.is_contiguous() else shape_first(seen.contiguous())
 
 
+def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Give every tensor of a state_dict exactly its parameter's shape, by cutting h and c up.
+
+    A hook for :meth:`torch.optim.Optimizer.register_state_dict_post_hook`, for what takes no other
+    tensors, as FSDP1's ``optim_state_dict`` does: "h" becomes "h.0.0" and so on, a tensor for each
+    layer and unit, of the same memory. :class:`AmalgamatedOptimizer` loads either.
+
+    Args:
+        optimizer: The optimizer; not used.
+        state_dict: As an :class:`AmalgamatedOptimizer` gives it; not changed.
+
+    Returns:
+        Another ``state_dict``.
+    """
+    state = {}
+    for key, entry in state_dict["state"].items():
+        state[key] = {name: value for name, value in entry.items() if name not in _CELLS}
+        for name in _CELLS:
+            for layer, units in enumerate(planar(entry[name]) if name in entry else ()):
+                state[key] |= {f"{name}.{layer}.{unit}": part for unit, part in enumerate(units)}
+    return state_dict | {"state": state}
+
+
+def joined_units(entry: Mapping[str, Any], architecture: tuple[int, int]) -> dict[str, Any]:
+    """A parameter's state with h and c whole, where :func:`separate_units` has cut them up.
+
+    Args:
+        entry: The state; not changed.
+        architecture: The student's layers and hidden units.
+    """
+    layers, hidden = architecture
+    joined = dict(entry)
+    for name in _CELLS:
+        names = [f"{name}.{layer}.{unit}" for layer in range(layers) for unit in range(hidden)]
+        if name not in joined and all(part in joined for part in names):
+            rows = torch.stack([joined.pop(part) for part in names])
+            joined[name] = shape_first(rows.unflatten(0, architecture))
+    return joined
+
+
 def planar(cells: Tensor) -> Tensor:
     """A view (layers, hidden, *S) of h or c, (*S, layers, hidden)."""
     return cells.movedim((-2, -1), (0, 1))

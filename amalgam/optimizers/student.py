@@ -34,7 +34,7 @@ from amalgam.optimizers.base import (
 from amalgam.optimizers.batch import Batch, same
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.source import EXTRA, described, student_of, undisturbed
-from amalgam.optimizers.state import StateFormat, planar, shape_first
+from amalgam.optimizers.state import StateFormat, joined_units, planar, shape_first
 from amalgam.optimizers.stats import StepStats, stats_of
 from amalgam.policies import FusedStudent, NominalStudent
 from amalgam.policies.fused_student import ContextConstants
@@ -233,7 +233,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         }
         if not is_identity(theirs[self._subject]):  # earlier versions kept coordinates last
             copied |= {name: shape_first(copied[name]) for name in ("h", "c") if name in copied}
-        return self._format(group, param).fitted(copied, lambda: self._name_of(param))
+        kept = self._format(group, param)
+        return kept.fitted(joined_units(copied, kept.architecture), lambda: self._name_of(param))
 
     def _take_loaded(self, own: dict[str, Any], state_dict: dict[str, Any]) -> None:
         skipped = state_dict.get(EXTRA, {}).get("skipped_steps", self.skipped_steps)
