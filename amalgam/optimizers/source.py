@@ -48,7 +48,8 @@ def student_of(student: FusedStudent | str | os.PathLike[str] | Mapping[str, Any
 
 def described(student: FusedStudent) -> dict[str, Any]:
     """A student as a state_dict holds it: kind, configuration, provenance and weights."""
-    with undisturbed():
+    # Not undisturbed, which is the whole process's: checkpoints may be taken by another thread.
+    with _disable_current_modes():
         weights = dict(student.state_dict())
     return {
         "kind": student.kind,
