@@ -513,7 +513,7 @@ def step_of_block(
     APPROXIMATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Writes a block's new state and returns its update, (BLOCK,)."""
+    """Writes a block's new state and returns its update and its new v, (BLOCK,) each."""
     old_m = tl.load(m + at, mask=inside, other=0.0).to(tl.float32)
     old_v = tl.load(v + at, mask=inside, other=1.0).to(tl.float32)
     fresh_m, fresh_v = fresh_moments(
@@ -537,7 +537,7 @@ def step_of_block(
             LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL,
             BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
         )  # fmt: skip
-    return update_of(o, a, b, alpha, NOMINAL, PTX, APPROXIMATE)
+    return update_of(o, a, b, alpha, NOMINAL, PTX, APPROXIMATE), fresh_v
 
 
 def constants_of(settings: StepSettings) -> tuple[float, ...]:

@@ -141,7 +141,7 @@ def forward(
         bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
     )
     g = tl.load(grad + at, mask=inside, other=0.0)
-    result = step_of_block(
+    result, _fresh_v = step_of_block(
         packed, other, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c, 0,
         bias, correction1, correction2,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,

@@ -144,13 +144,15 @@ def in_place(
         bias += place * (4 * HIDDEN)
         correction1 = tl.load(corrections + 2 * place)
         correction2 = tl.load(corrections + 2 * place + 1)
-    update = step_of_block(
+    update, fresh_v = step_of_block(
         packed, other, g, inside, at, n, m, v, h, c, m, v, h, c, key,
         bias, correction1, correction2,
         alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL,
         BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
     )  # fmt: skip
+    if not NOMINAL:  # of which this is the formula's
+        update = tl.where(fresh_v == 0.0, 0.0, update)
     moved = tl.fma(keep, old, -lr * update)
     tl.store(param + at, stored(moved, bits, PARAM, STOCHASTIC), mask=inside)
 

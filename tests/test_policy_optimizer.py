@@ -17,6 +17,9 @@ from amalgam.policies import POLICIES, FusedStudent, Policy
 SHAPES = [(3, 4), (), (5,), (2, 3, 2, 2), (0, 3)]
 KINDS = sorted(POLICIES)
 
+# Decay that shows within a few steps is what users are warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=")
+
 
 def made(kind: str, **config: Any) -> Policy:
     """A policy with weights that make every part of it count."""
@@ -228,14 +231,16 @@ def test_files_and_low_precision(tmp_path: Path) -> None:
 def test_state_of_another_policy_is_refused() -> None:
     params = tensors()
     state = PolicyOptimizer(params, made("adam-lr")).state_dict()
-    with pytest.raises(ValueError, match="belongs to another policy .adam-lr .*rmsprop-lr"):
+    with pytest.raises(
+        ValueError, match="another policy .* kind is .adam-lr. there and .rmsprop-lr. here"
+    ):
         PolicyOptimizer(params, made("rmsprop-lr")).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"lr": -1.0}, "lr must be 0 or more, not -1.0"),
+        ({"lr": -1.0}, "lr must be 0 or more and finite, not -1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
         ({"warmup_lr": float("nan")}, "warmup_lr must be 0 or more"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),

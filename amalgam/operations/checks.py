@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -43,3 +44,13 @@ def check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
     filled = [address for address in map(Tensor.data_ptr, tensors) if address]
     if len(set(filled)) < len(filled):
         raise ValueError(f"{name} must not share memory: each tensor may be passed once")
+
+
+def hollow(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers: on the meta device, or a fake one.
+
+    Other subclasses of tensors may say that they are on the meta device, and have numbers.
+    """
+    if isinstance(tensor, FakeTensor):
+        return True
+    return tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amalgam.operations import registry
-from amalgam.operations.checks import check_floating
+from amalgam.operations.checks import check_floating, hollow
 
 _NAME = "largest_magnitude"
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
@@ -30,7 +30,7 @@ def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> l
 
     Returns:
         For each dtype and device that has elements, a tensor of them of shape (), which is NaN
-        where one of the elements is NaN.
+        where one of the elements is NaN. Tensors without numbers, meta or fake, have no elements.
 
     Raises:
         TypeError: A tensor is not floating point.
@@ -45,7 +45,7 @@ def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> l
     found = []
     for alike in of_kinds:
         check_floating("tensors", alike[0])
-        if any(map(Tensor.numel, alike)):
+        if any(map(Tensor.numel, alike)) and not hollow(alike[0]):
             found.append(registry.compute(_NAME, backend, alike[0], alike))
     return found
 

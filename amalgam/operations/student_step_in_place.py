@@ -1,8 +1,12 @@
 """``student_step_``: the student's step in place over many tensors, as it trains models.
 
-The formulas are those of :mod:`amalgam.operations.student_step`. Parameters and states stay where
-they are from step to step, so :class:`StudentTensors` holds them: they are checked once, and
-backends keep what they make of their addresses, until one of them moves.
+The formulas are those of :mod:`amalgam.operations.student_step`, but that no coordinate moves whose
+gradients were all zero so far, by which v is 0, but for weight decay: of the nominal form by its
+formula; of RNNProp, whose head has a bias, in this operation alone, for meta-training is as the
+paper has it.
+
+Parameters and states stay where they are from step to step, so :class:`StudentTensors` holds them:
+they are checked once, and backends keep what they make of their addresses, until one of them moves.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor
 from amalgam.operations import registry
 from amalgam.operations.checks import check_distinct, check_floating
 from amalgam.operations.rounding import as_stored, key_of
-from amalgam.operations.student_forms import StepSettings, check_tensors
+from amalgam.operations.student_forms import RNNPROP, StepSettings, check_tensors
 from amalgam.operations.student_step import (
     DEFAULTS,
     SETTINGS_SCHEMA,
@@ -270,14 +274,19 @@ def step_tensors_(
     control, number, decay = None, 0.0, 0.0
     given = (lr, weight_decay, skip)
     if steps or seeds or any(isinstance(value, Tensor) for value in given):
-        control = _control(lr, weight_decay, warmup_lr, skip, device)
+        control = control_of(lr, weight_decay, warmup_lr, skip, device)
     else:
         number, decay = float(lr), float(weight_decay)
     step = InPlaceStep(
         *(tensors, list(grads), list(weights), settings, number, decay, control),
         *(list(steps or ()), warmup_steps, list(seeds or ())),
     )
-    if tensors.plain and registry.unobserved(tensors.params, step.grads, step.weights):
+    # On the meta device there is nothing to compute: its operator checks, and that is all.
+    if (
+        device.type != "meta"
+        and tensors.plain
+        and registry.unobserved(tensors.params, step.grads, step.weights)
+    ):
         _compute(step, backend)
         torch.autograd.graph.increment_version(tensors.params)
         return
@@ -335,7 +344,7 @@ def _check_steps_and_seeds(
             raise ValueError(f"seeds must lie in [0, 2^32), not {seed}")
 
 
-def _control(
+def control_of(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     warmup_lr: float,
@@ -390,6 +399,8 @@ def _reference(step: InPlaceStep) -> None:
         of_run = _of_run(step, [i for i, _ in run], [part.stop - part.start for _, part in run])
         update, computed = functional(grad, old, *of_run)
         new = list(computed)
+        if step.settings.form is RNNPROP:
+            update = torch.where(computed.v == 0, 0, update)
         moved = param * keep - rate * update
         sizes = [part.stop - part.start for _, part in run]
         if steps:

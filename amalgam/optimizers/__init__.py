@@ -6,6 +6,8 @@ from typing import Any
 
 from amalgam.optimizers.memory import MemoryEstimate, estimate_memory
 from amalgam.optimizers.policy import PolicyOptimizer
+from amalgam.optimizers.state import separate_units
+from amalgam.optimizers.stats import StepStats
 from amalgam.optimizers.student import DEFAULT_STUDENT, AmalgamatedOptimizer
 from amalgam.optimizers.teacher import TeacherOptimizer
 from amalgam.policies import AnyTeacher, FusedStudent, Policy
@@ -45,8 +47,10 @@ __all__ = [
     "AmalgamatedOptimizer",
     "MemoryEstimate",
     "PolicyOptimizer",
+    "StepStats",
     "TeacherOptimizer",
     "estimate_memory",
     "optimizer_of",
     "optimizer_of_teacher",
+    "separate_units",
 ]

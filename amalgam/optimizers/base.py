@@ -1,52 +1,139 @@
-"""What the optimizers share: closures, refusals, and steps taken whole or not at all."""
+"""What the optimizers share: closures, loads, refusals, and what becomes of unusable gradients."""
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
+from numbers import Real
 from operator import attrgetter
-from typing import Any, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from amalgam.hints import did_you_mean
+from amalgam.operations.checks import hollow
 from amalgam.operations.largest_magnitude import largest_magnitudes
+from amalgam.optimizers.identity import check_identity
 
+NONFINITE = ("skip-step", "skip-tensor", "raise")
+REMINDER = 100
+"""So many steps skipped in a row bring the next warning."""
+
+_LIKE_ADAMWS_LR = 0.01
+_LARGE_DECAY = 0.005  # a step: half of a weight in 140
+
+Loss = TypeVar("Loss")
 _grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 
 
 class StepOptimizer(Optimizer):
-    """What the optimizers here share: closures, refusals, and steps taken whole or not at all."""
+    """What the optimizers here share: closures, loads, refusals, and unusable gradients.
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+    Args:
+        params: Parameters or groups, as torch.optim takes them.
+        defaults: The groups' settings.
+        nonfinite: What becomes of a step in which a gradient is not finite, one of
+            :data:`NONFINITE`.
+    """
+
+    _numbers: ClassVar[tuple[str, ...]] = ("lr",)
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], nonfinite: str = NONFINITE[0]
+    ) -> None:
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        self.nonfinite = nonfinite
         self._skipped: int | Tensor = 0
+        self._in_a_row = 0
+        super().__init__(params, defaults)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps not taken because a gradient was not finite (or too large to be squared).
+        """Steps not taken, or not by all tensors, because of a gradient.
 
-        Parameters and state stayed as they were. With ``capturable``, counted on the device: to
-        read it waits for that.
+        It was not finite, or too large to be squared. What did not step stayed as it was. With
+        ``capturable``, counted on the device: to read it waits for that.
         """
         return int(self._skipped)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but hooks; torch's own keeps three attributes, and copies would lack the rest."""
-        return {name: value for name, value in self.__dict__.items() if "hook" not in name}
+        """All but hooks, and what others, schedulers say, put in the place of methods.
+
+        That is bound to this optimizer: a copy's ``step`` would step this one. torch's own keeps
+        three attributes, and copies would lack the rest.
+        """
+        of_class = type(self)
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if "hook" not in name and not callable(getattr(of_class, name, None))
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: A parameter that requires gradients is not floating point, or a setting is of
+                another type.
+            ValueError: A setting is out of range, or two parameters share memory.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            self._check_memory()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise unless a group's settings are in range and its parameters can be stepped."""
+        for name in self._numbers:
+            check_number(name, group[name])
+        for param in group["params"]:
+            # Frozen integers, as of quantized layers, never have a gradient.
+            if param.requires_grad and not param.is_floating_point():
+                raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
+
+    def _check_memory(self) -> None:
+        """Raise ValueError where two parameters begin at one address."""
+        seen: dict[int, Tensor] = {}
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            address = 0 if hollow(param) else param.data_ptr()
+            if address and seen.setdefault(address, param) is not param:
+                raise ValueError(
+                    f"params must not share memory, but {self._name_of(seen[address])} and "
+                    f"{self._name_of(param)} begin at one address. Tie them as one Parameter "
+                    "(decoder.weight = encoder.weight), or pass one of them"
+                )
+
+    def _name_of(self, param: Tensor) -> str:
+        """What messages call a parameter: its name where it has one, else its place and shape."""
+        for number, group in enumerate(self.param_groups):
+            for index, each in enumerate(group["params"]):
+                if each is param:
+                    if "param_names" in group:
+                        return repr(group["param_names"][index])
+                    return f"params[{index}] of group {number} of shape {tuple(param.shape)}"
+        raise KeyError(param)
 
     @overload
     def step(self, closure: None = ...) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Take one step; with ``capturable``, without waiting for a GPU.
+
+        It computes in its own precision, whatever ``autocast`` surrounds it.
 
         Args:
             closure: Computes the loss anew, with gradients, and returns it.
@@ -55,13 +142,21 @@ class StepOptimizer(Optimizer):
             What the closure returned, or ``None``.
 
         Raises:
-            RuntimeError: A gradient is sparse; or a CUDA graph captures a step that can't be in
-                one, or a first one.
+            RuntimeError: A gradient is sparse; or is not finite, and ``nonfinite`` is ``"raise"``;
+                or a CUDA graph captures a step that can't be in one, or a first one.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            self._compiled_step()
+            return loss
+        with _without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         gradients = [
             grad
             for group in self.param_groups
@@ -73,24 +168,68 @@ class StepOptimizer(Optimizer):
                 f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
             )
         self._begin_step()
-        if all(group.get("capturable") for group in self.param_groups):
+        if self._stays_on_device():
             self._step_on_device(gradients)
-            return loss
+            return
         if capturing():
             raise RuntimeError("a step in a CUDA graph needs all groups' capturable=True")
-        if not all(map(finite, largest_magnitudes(gradients))):
-            self._skipped += 1
-            if self._skipped == 1:
-                warnings.warn(
-                    "a gradient was not finite: the step was skipped, parameters and state are "
-                    "as they were. Further skips are counted in skipped_steps, without a word.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            return loss
+        unusable: set[int] = set()
+        if all(map(finite, largest_magnitudes(gradients))):
+            self._in_a_row = 0
+        else:
+            unusable = self._meet_unusable()
+            if self.nonfinite == "skip-step":
+                return
         for group in self.param_groups:
-            self._step_group(group, [p for p in group["params"] if p.grad is not None])
-        return loss
+            params = [p for p in group["params"] if p.grad is not None]
+            if unusable:
+                params = [p for p in params if id(p) not in unusable]
+            self._step_group(group, params)
+
+    def _meet_unusable(self) -> set[int]:
+        """Count a step with unusable gradients; raise, or warn, as is due.
+
+        Returns:
+            The parameters that have them, as ``id``.
+
+        Raises:
+            RuntimeError: ``nonfinite`` is ``"raise"``.
+        """
+        with_gradients = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        found = [p for p in with_gradients if not all(map(finite, largest_magnitudes([p.grad])))]
+        named = ", ".join(map(self._name_of, found[:3]))
+        if more := len(found) - 3 if len(found) > 3 else 0:
+            named += f" and {more} more"
+        if self.nonfinite == "raise":
+            raise RuntimeError(
+                f"gradients of {named} are not finite; parameters and state are as they were. "
+                f"nonfinite='skip-step' or 'skip-tensor' goes on without them"
+            )
+        self._skipped += 1
+        self._in_a_row += 1
+        whole = self.nonfinite == "skip-step"
+        what = "the step was skipped" if whole else "these were left as they are"
+        if self.skipped_steps == 1:
+            _warn(
+                f"a gradient was not finite: {what}, parameters and state. Unusable were the "
+                f"gradients of {named}. Skips are counted in skipped_steps; the next warning comes "
+                f"after {REMINDER} in a row."
+            )
+        elif self._in_a_row % REMINDER == 0:
+            hint = " nonfinite='skip-tensor' would step the others." if whole else ""
+            _warn(
+                f"gradients were not finite in {self._in_a_row} steps in a row, {what}. Unusable "
+                f"were now the gradients of {named}.{hint}"
+            )
+        return set(map(id, found))
+
+    def _compiled_step(self) -> None:
+        """A step as torch.compile traces it."""
+        raise NotImplementedError
+
+    def _stays_on_device(self) -> bool:
+        """Whether a step reads nothing that a device has computed."""
+        return False
 
     def _begin_step(self) -> None:
         """What an optimizer does once a step, before any group's."""
@@ -101,57 +240,115 @@ class StepOptimizer(Optimizer):
     def _step_on_device(self, gradients: list[Tensor]) -> None:
         raise NotImplementedError
 
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from another's :meth:`state_dict`; a refused one changes nothing.
+
+        Settings that its groups lack, as those of an earlier version, stay this optimizer's.
+
+        Args:
+            state_dict: As an optimizer with the same policy gave it; not changed.
+
+        Raises:
+            TypeError: A setting in its groups is of another type.
+            ValueError: Its groups or its state do not fit, or it comes from another policy.
+        """
+        # torch's own casts state to the parameters' dtype, before anything could be refused.
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if missing := {"state", "param_groups"} - state_dict.keys():
+            raise ValueError(f"state_dict must hold {sorted(missing)}, as an optimizer's does")
+        groups = self._loaded_groups(state_dict["param_groups"])
+        place_of = {
+            key: (group, theirs, param)
+            for group, theirs in zip(groups, state_dict["param_groups"], strict=True)
+            for key, param in zip(theirs["params"], group["params"], strict=True)
+        }
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        for key, entry in state_dict["state"].items():
+            if key not in place_of:
+                state[key] = entry
+                continue
+            group, theirs, param = place_of[key]
+            state[param] = self._loaded_entry(group, theirs, param, entry)
+        self._take_loaded({"state": state, "param_groups": groups}, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take_loaded(self, own: dict[str, Any], state_dict: dict[str, Any]) -> None:
+        """Make one's own what a ``state_dict`` was found to hold; nothing is refused any more."""
+        self.__setstate__(own)
+
+    def _loaded_groups(self, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """This optimizer's groups with another's settings, checked."""
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                f"loaded state dict has a different number of parameter groups, {len(saved)}, than "
+                f"this optimizer, {len(self.param_groups)}"
+            )
+        groups = []
+        for number, (ours, theirs) in enumerate(zip(self.param_groups, saved, strict=True)):
+            if len(ours["params"]) != len(theirs["params"]):
+                raise ValueError(
+                    "loaded state dict contains a parameter group that doesn't match the size of "
+                    f"optimizer's group: group {number} has {len(theirs['params'])} parameters, "
+                    f"this optimizer's {len(ours['params'])}"
+                )
+            filled = {
+                name: value
+                for name, value in ours.items()
+                if name in self.defaults or name == "param_names"
+            }
+            settings = {name: value for name, value in theirs.items() if name != "params"}
+            group = filled | copy.deepcopy(settings) | {"params": ours["params"]}
+            self._check_loaded(group, theirs)
+            self._check_group(group)
+            groups.append(group)
+        return groups
+
+    def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
+        """What a group with loaded settings is held to before it is checked as any other."""
+
+    def _loaded_entry(
+        self,
+        group: dict[str, Any],
+        theirs: dict[str, Any],
+        param: Tensor,
+        entry: dict[str, Any],
+    ) -> dict[str, Any]:
+        """A copy of a parameter's state from another's group, as this optimizer is to keep it."""
+        return copy.deepcopy(entry)
+
 
 class LearnedOptimizer(StepOptimizer):
     """What the optimizers with learned weights share: whose weights they are, and their state."""
 
-    _subject = "policy"
+    _subject: ClassVar[str] = "policy"
+    _numbers = ("lr", "weight_decay", "warmup_steps", "warmup_lr")
 
-    def _policy_state(self, entry: dict[str, Any]) -> list[str]:
-        """The names of a parameter's state that are the policy's."""
-        return [name for name, value in entry.items() if name != "step" and torch.is_tensor(value)]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        config = self._config()
+        for name in ("warmup_steps", "warmup_lr"):
+            if group[name] is None:
+                group[name] = getattr(config, name)
+        super()._check_group(group)
+        check_whole("warmup_steps", group["warmup_steps"])
+        if group[self._subject] != self.defaults[self._subject]:
+            raise ValueError(
+                f"a group's {self._subject!r} must be left out: an optimizer has one "
+                f"{self._subject} for all groups"
+            )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+    def _config(self) -> Any:
+        """The policy's configuration."""
+        raise NotImplementedError
 
-        Raises:
-            TypeError: A parameter is not floating point.
-            ValueError: A setting is out of range.
-        """
-        super().add_param_group(param_group)
-        try:
-            group = self.param_groups[-1]
-            check_group(group, ("lr", "weight_decay", "warmup_steps", "warmup_lr"))
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict`.
-
-        Args:
-            state_dict: As an optimizer with the same policy gave it; not changed. State keeps
-                the dtype it was saved in, whatever the parameters' is.
-
-        Raises:
-            ValueError: It comes from another policy, or its groups do not fit.
-        """
+    def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
         subject = self._subject
-        for group in state_dict["param_groups"]:
-            theirs, ours = group.get(subject), self.defaults[subject]
-            if theirs != ours:
-                raise ValueError(
-                    f"state_dict belongs to another {subject} ({theirs}) than this optimizer's "
-                    f"({ours}); load it into one made with that {subject}"
-                )
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, own, strict=True):
-            entry = state_dict["state"].get(index, {})
-            for name in self._policy_state(entry):
-                # Optimizer.load_state_dict casts state to the parameter's dtype.
-                self.state[param][name] = entry[name].detach().to(param.device, copy=True)
+        check_identity(subject, theirs.get(subject), self.defaults[subject])
+        group[subject] = self.defaults[subject]
 
 
 def finite(largest: Tensor) -> Tensor:
@@ -164,14 +361,31 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_group(group: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise unless these settings of a group are 0 or more and its parameters floating point."""
-    for name in names:
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{name} must be 0 or more, not {group[name]}")
-    for param in group["params"]:
-        if not param.is_floating_point():
-            raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
+def check_number(name: str, value: Any) -> None:
+    """Raise unless a setting is one finite number, 0 or more, or a tensor of it."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must hold one number, not {tuple(value.shape)}")
+        if hollow(value):
+            return
+    elif not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be 0 or more and finite, not {float(value)}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise TypeError unless a setting is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless a setting is one of these."""
+    if value not in choices:
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"{name} must be {listed}, not {value!r}{hint}")
 
 
 def capturing() -> bool:
@@ -186,3 +400,48 @@ def check_before_capture() -> None:
             "take a step with every parameter's gradient before capturing one in a CUDA graph, "
             "which would reset at every replay what its first step makes"
         )
+
+
+def warn_of_adamws_numbers(optimizer: LearnedOptimizer) -> None:
+    """Warn, at the line that makes an optimizer, of numbers that are usual for AdamW alone."""
+    name = type(optimizer).__name__
+    settings = [
+        (float(group["lr"]), float(group["weight_decay"]))
+        for group in optimizer.param_groups
+        if not any(
+            isinstance(group[n], Tensor) and hollow(group[n]) for n in ("lr", "weight_decay")
+        )
+    ]
+    largest = max((lr for lr, _ in settings), default=0.0)
+    if 0 < largest <= _LIKE_ADAMWS_LR:
+        warnings.warn(
+            f"lr={largest:g} looks like AdamW's, but {name}'s is a factor on the student's own "
+            f"step: 1 is a step as it was trained, and {largest:g} one {1 / largest:.0f} times "
+            "smaller",
+            stacklevel=3,
+        )
+        return
+    for lr, decay in settings:
+        if lr * decay >= _LARGE_DECAY:
+            warnings.warn(
+                f"weight_decay={decay:g} at lr={lr:g} takes {lr * decay:.2%} of every weight away "
+                f"in each step: it is multiplied by lr, as AdamW's is by a much smaller one. What "
+                f"AdamW(lr=1e-3, weight_decay={decay:g}) takes is weight_decay="
+                f"{1e-3 * decay / lr:g} here",
+                stacklevel=3,
+            )
+            return
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called ``step``, from below ``_meet_unusable``."""
+    warnings.warn(message, RuntimeWarning, stacklevel=7)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from amalgam.optimizers.base import computing_dtype
-from amalgam.optimizers.student import DEFAULT_STUDENT, check_stored, student_of
+from amalgam.optimizers.source import student_of
+from amalgam.optimizers.student import DEFAULT_STUDENT, check_stored
 from amalgam.policies import FusedStudent
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from amalgam import ops
-from amalgam.digest import digest_of
 from amalgam.layout import Layout
-from amalgam.optimizers.base import LearnedOptimizer, computing_dtype
+from amalgam.optimizers.base import LearnedOptimizer, computing_dtype, warn_of_adamws_numbers
+from amalgam.optimizers.identity import identity_of
 from amalgam.policies import Policy, load_policy
 
 
@@ -67,27 +67,37 @@ class PolicyOptimizer(LearnedOptimizer):
             "weight_decay": weight_decay,
             "warmup_steps": config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": config.warmup_lr if warmup_lr is None else warmup_lr,
-            "policy": f"{own.kind} {digest_of(weight.double() for weight in own.weights())}",
+            "policy": identity_of(own),
         }
         super().__init__(params, defaults)
+        warn_of_adamws_numbers(self)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+    def _config(self) -> Any:
+        return next(iter(self._policies.values())).config
 
-        Raises:
-            TypeError: A parameter is not floating point.
-            ValueError: A setting is out of range, or a policy that is not coordinatewise is to
-                step parameters of several dtypes or devices together.
-        """
-        super().add_param_group(param_group)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         policy = next(iter(self._policies.values()))
-        kinds = {(p.device, computing_dtype(p.dtype)) for p in self.param_groups[-1]["params"]}
+        kinds = {(p.device, computing_dtype(p.dtype)) for p in group["params"]}
         if not policy.coordinatewise and len(kinds) > 1:
-            self.param_groups.pop()
             raise ValueError(
                 f"params must be of one dtype and device in each group, for a {policy.kind} steps "
                 f"them together, not of {sorted(map(str, kinds))}"
             )
+
+    def _loaded_entry(
+        self,
+        group: dict[str, Any],
+        theirs: dict[str, Any],
+        param: Tensor,
+        entry: dict[str, Any],
+    ) -> dict[str, Any]:
+        return {
+            name: value.detach().to(param.device, copy=True)
+            if isinstance(value, Tensor) and name != "step"
+            else copy.deepcopy(value)
+            for name, value in entry.items()
+        }
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if not params:
@@ -97,7 +107,7 @@ class PolicyOptimizer(LearnedOptimizer):
         for param in params:
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             warming = bool(state["step"] < group["warmup_steps"])
             by_progress.setdefault(warming, []).append(param)
             state["step"] += 1

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amalgam import ops
-from amalgam.digest import digest_of
+from amalgam.operations.checks import hollow
 from amalgam.operations.kept import Kept
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.rounding import ROW
-from amalgam.ops import StudentState, StudentTensors
+from amalgam.operations.student_step_in_place import control_of
+from amalgam.ops import StudentState
 from amalgam.optimizers.base import (
+    NONFINITE,
     LearnedOptimizer,
     check_before_capture,
+    check_choice,
+    check_whole,
     computing_dtype,
     finite,
+    warn_of_adamws_numbers,
 )
-from amalgam.policies import FusedStudent, NominalStudent, load_policy
-from amalgam.policies.fused_student import ContextConstants, TensorContext
+from amalgam.optimizers.batch import Batch, same
+from amalgam.optimizers.identity import identity_of, is_identity
+from amalgam.optimizers.source import EXTRA, described, student_of, undisturbed
+from amalgam.optimizers.state import StateFormat, joined_units, planar, shape_first
+from amalgam.optimizers.stats import StepStats, stats_of
+from amalgam.policies import FusedStudent, NominalStudent
+from amalgam.policies.fused_student import ContextConstants
 
 DEFAULT_STUDENT = "standard"
-_STATE = StudentState._fields
+_shape, _device, _dtype = attrgetter("shape"), attrgetter("device"), attrgetter("dtype")
 
 
 class AmalgamatedOptimizer(LearnedOptimizer):
@@ -39,15 +51,17 @@ class AmalgamatedOptimizer(LearnedOptimizer):
     during which it only watches (its moments follow, its LSTM waits): so it was meta-trained.
     Source: Optimizer Amalgamation (ICLR 2022).
 
-    A step in which any gradient is not finite is not taken, and counted in ``skipped_steps``.
+    docs/optimizer.md says, for all that torch.optim's optimizers do, what this one does.
 
     Args:
-        params: Parameters or groups, floating point; float64 ones are computed in float64, all
-            others in float32, in which their state is kept.
-        lr: Factor on the student's updates and on warm-up's, 1 for as it was trained; schedulers
-            may drive it.
-        student: A :class:`NominalStudent` or a :class:`Student`, a shipped one's name, or a path to
-            a file it was saved to. Its weights are taken once, here.
+        params: Parameters, pairs of names and parameters, or groups; floating point, but for those
+            that require no gradient. float64 ones are computed in float64, all others in float32,
+            in which their state is kept.
+        lr: Factor on the student's updates and on warm-up's, 1 for as it was trained, and not a
+            learning rate of AdamW's; schedulers may drive it.
+        student: A :class:`NominalStudent` or a :class:`Student`, a shipped one's name, a path to a
+            file it was saved to, or the ``state_dict`` of an optimizer, for the student in it. Its
+            weights are taken once, here.
         backend: ``"auto"`` for the fastest that works, or a backend's name.
         warmup_steps: SGD steps before the student takes over; 0 for none, ``None`` for what the
             student was trained with.
@@ -62,14 +76,29 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             are rounded up or down at random and right on average, so that updates below a
             parameter's last bit are not lost. (To float16, always nearest.)
         seed: Of that, in [0, 2^32): the same seed, steps and gradients give the same bits.
+        nonfinite: What becomes of a step in which a gradient is not finite, or too large to be
+            squared: ``"skip-step"``, ``"skip-tensor"``, by which the other parameters step, or
+            ``"raise"``. What is skipped keeps its parameters and state, and is counted in
+            ``skipped_steps``; a warning names the gradients, the first time and after every 100
+            such steps in a row.
+        include_student: Whether ``state_dict`` holds the student's weights and configuration.
         capturable: As PyTorch's optimizers have it: a step waits for no GPU, so that a CUDA graph
             can hold it. ``lr`` and ``weight_decay`` may be tensors on the device and count when the
             graph is replayed; steps are counted, warm-up ended and non-finite gradients skipped on
             the device, without the warning. Take a step before capturing, so that all state exists.
+        maximize: Whether to make the objective larger.
+        foreach: Taken, as torch.optim's are; every step is one call for many tensors anyway.
+        fused: Likewise.
+        differentiable: Must be ``False``: steps are in place. :mod:`amalgam.meta` differentiates.
+        betas: Must be the student's own, or absent; likewise ``eps``.
+        eps: See ``betas``.
+        amsgrad: Must be ``False``: no student keeps the largest second moment.
 
     Raises:
-        TypeError: A parameter is not floating point.
-        ValueError: A setting is out of range, a backend's name unknown, or the file no student.
+        TypeError: A parameter that requires gradients is not floating point, or a setting is of
+            another type.
+        ValueError: A setting is out of range, a backend's name unknown, or the file no student; or
+            two parameters share memory.
         FileNotFoundError: ``student`` is neither a name nor a file.
     """
 
@@ -79,17 +108,26 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1.0,
-        student: FusedStudent | str | os.PathLike[str] = DEFAULT_STUDENT,
+        student: FusedStudent | str | os.PathLike[str] | Mapping[str, Any] = DEFAULT_STUDENT,
         backend: str = "auto",
         warmup_steps: int | None = None,
         warmup_lr: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         cells_dtype: torch.dtype | None = None,
         moments_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        nonfinite: str = NONFINITE[0],
+        include_student: bool = True,
         capturable: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        amsgrad: bool = False,
     ) -> None:
         ops.check_backend(backend)
         check_stored("cells_dtype", cells_dtype)
@@ -98,27 +136,43 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self.backend = backend
         self.cells_dtype = cells_dtype
         self.moments_dtype = moments_dtype
-        self.config = student.config
-        self._student = copy.deepcopy(student).cpu().requires_grad_(False)
-        own = [
-            w.detach().cpu().clone(memory_format=torch.contiguous_format) for w in student.weights()
-        ]
-        self._weights = {(torch.device("cpu"), own[0].dtype): _weights_of(student, own)}
+        self.include_student = include_student
+        self.config = config = student.config
+        _check_constants(student, betas, eps, amsgrad, differentiable)
+        with undisturbed():
+            identity = identity_of(student)
+            self._student = copy.deepcopy(student).cpu().requires_grad_(False)
+            own = [
+                w.detach().clone(memory_format=torch.contiguous_format)
+                for w in self._student.weights()
+            ]
+            weights = _weights_of(self._student, own)
+        self._weights = {(torch.device("cpu"), own[0].dtype): weights}
         self._kept = Kept()
         self._constants: dict[Any, ContextConstants | None] = {}
-        self._batches: dict[int, _Made] = {}
+        self._batches: dict[Any, _Made] = {}
         self._entries: list[dict[str, Any]] = []
+        self._warned_of_betas = False
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
-            "warmup_steps": self.config.warmup_steps if warmup_steps is None else warmup_steps,
-            "warmup_lr": self.config.warmup_lr if warmup_lr is None else warmup_lr,
-            "student": digest_of(weight.double() for weight in own),
+            "warmup_steps": config.warmup_steps if warmup_steps is None else warmup_steps,
+            "warmup_lr": config.warmup_lr if warmup_lr is None else warmup_lr,
+            "student": identity,
             "rounding": rounding,
             "seed": seed,
             "capturable": capturable,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "betas": (config.beta1, config.beta2),
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, nonfinite)
+        warn_of_adamws_numbers(self)
+        self._add_to_state_dicts()
+
+    def _config(self) -> Any:
+        return self.config
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -131,46 +185,66 @@ class AmalgamatedOptimizer(LearnedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_batches" in state:  # a copy, and not load_state_dict
+            self._add_to_state_dicts()
             self._count_all_together()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
+    def _add_to_state_dicts(self) -> None:
+        # Ahead of users' own hooks, which then see all of it.
+        self.register_state_dict_post_hook(_add_extra, prepend=True)
 
-        Raises:
-            TypeError: A parameter is not floating point.
-            ValueError: A setting is out of range.
-        """
-        super().add_param_group(param_group)
-        try:
-            self._check_rounding(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check_rounding(self, group: dict[str, Any]) -> None:
-        rounding, seed = group["rounding"], group["seed"]
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic', not {rounding!r}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32), not {seed}")
-        if self.moments_dtype == torch.bfloat16 and rounding != "stochastic":
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("rounding", group["rounding"], ("nearest", "stochastic"))
+        check_whole("seed", group["seed"])
+        if not 0 <= group["seed"] < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), not {group['seed']}")
+        for name in ("capturable", "maximize"):
+            if not isinstance(group[name], bool):
+                raise TypeError(f"{name} must be True or False, not {group[name]!r}")
+        if self.moments_dtype == torch.bfloat16 and group["rounding"] != "stochastic":
             raise ValueError(
                 "moments_dtype=torch.bfloat16 needs rounding='stochastic', as the second moment "
-                f"changes by less than its last bit in a step; rounding is {rounding!r}"
+                "changes by less than its last bit in a step; rounding is "
+                f"{group['rounding']!r}"
             )
+        if group["capturable"] and self.nonfinite == "raise":
+            raise ValueError(
+                "nonfinite='raise' must read gradients' magnitudes, and a step with capturable "
+                "reads nothing; take 'skip-step' or 'skip-tensor'"
+            )
+        _check_constants(self._student, group["betas"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict` with the same student.
+    def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
+        super()._check_loaded(group, theirs)
+        group["betas"] = self.defaults["betas"]  # those that a scheduler has set have no effect
 
-        Raises:
-            ValueError: It comes from another student, its groups do not fit, or its rounding does
-                not fit ``moments_dtype``.
-        """
-        for group in state_dict["param_groups"]:
-            self._check_rounding({**self.defaults, **group})
+    def _loaded_entry(
+        self,
+        group: dict[str, Any],
+        theirs: dict[str, Any],
+        param: Tensor,
+        entry: dict[str, Any],
+    ) -> dict[str, Any]:
+        if not entry:
+            return {}
+        copied = {
+            name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            for name, value in entry.items()
+        }
+        if not is_identity(theirs[self._subject]):  # earlier versions kept coordinates last
+            copied |= {name: shape_first(copied[name]) for name in ("h", "c") if name in copied}
+        kept = self._format(group, param)
+        return kept.fitted(joined_units(copied, kept.architecture), lambda: self._name_of(param))
+
+    def _take_loaded(self, own: dict[str, Any], state_dict: dict[str, Any]) -> None:
+        skipped = state_dict.get(EXTRA, {}).get("skipped_steps", self.skipped_steps)
         self._batches.clear()
         self._entries.clear()
-        super().load_state_dict(state_dict)
+        super()._take_loaded(own, state_dict)
+        if isinstance(self._skipped, Tensor):
+            self._skipped.fill_(skipped)
+        else:
+            self._skipped = skipped
         self._count_all_together()
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -179,21 +253,32 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             return
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         for batch in self._batches_of(group, params):
-            warming = batch.below(group["warmup_steps"])
-            self._warm_up(group, [batch.tensors.params[index] for index in warming])
-            trained = batch.without(warming, self._constants_of) if warming else batch
-            self._run(trained, lr=lr, weight_decay=decay)
+            warming = [] if hollow(params[0]) else batch.below(group["warmup_steps"])
+            grads = batch.gradients(group["maximize"])
+            self._warm_up(group, batch, grads, warming)
+            trained = batch
+            if warming:
+                trained = batch.without(warming, self._constants_of)
+                skipped = set(warming)
+                grads = [grad for index, grad in enumerate(grads) if index not in skipped]
+            self._run(trained, grads, lr=lr, weight_decay=decay)
             batch.count(1)
 
-    def _warm_up(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _warm_up(
+        self, group: dict[str, Any], batch: Batch, grads: list[Tensor], warming: list[int]
+    ) -> None:
         lr, decay = float(group["lr"]), float(group["weight_decay"])
-        for param in params:
-            state = self.state[param]
+        tensors = batch.tensors
+        for index in warming:
             ops.warm_up_(
-                *(param, param.grad, state["m"], state["v"], self.config.settings),  # type: ignore[arg-type]
+                *(tensors.params[index], grads[index], tensors.m[index], tensors.v[index]),
+                self.config.settings,
                 keep=1 - lr * decay,
                 rate=lr * float(group["warmup_lr"]),
             )
+
+    def _stays_on_device(self) -> bool:
+        return all(group["capturable"] for group in self.param_groups)
 
     def _step_on_device(self, gradients: list[Tensor]) -> None:
         scale, found = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
@@ -201,35 +286,69 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             for device in {grad.device for grad in gradients}:
                 on_device = [grad for grad in gradients if grad.device == device]
                 torch._foreach_div_(on_device, scale.to(device, non_blocking=True))
+        if self.nonfinite == "skip-tensor":
+            self._step_each_on_device()
+            return
         flags = [~finite(largest) for largest in largest_magnitudes(gradients)]
         flags += [] if found is None else [found.reshape(()) != 0]
         skip: dict[torch.device, Tensor] = {}
         if flags:
             home = flags[0].device
             flag = torch.stack([each.to(home, non_blocking=True) for each in flags]).any()
-            if not isinstance(self._skipped, Tensor):
-                check_before_capture()
-                self._skipped = torch.full((), self._skipped, device=home)
-            self._skipped += flag.to(self._skipped.device, non_blocking=True)
+            self._count_skip(flag)
             for device in {grad.device for grad in gradients}:
                 skip[device] = flag.to(device, torch.float32, non_blocking=True)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             self._step_with_steps(group, params, skip)
 
+    def _step_each_on_device(self) -> None:
+        """A call for each tensor, which is skipped by a flag of its own, and not by a scaler's."""
+        flags = []
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                of_it = [~finite(largest) for largest in largest_magnitudes([param.grad])]
+                flag = torch.stack(of_it).any() if of_it else None
+                skip = {}
+                if flag is not None:
+                    flags.append(flag)
+                    skip[param.device] = flag.to(torch.float32)
+                self._step_with_steps(group, [param], skip, index)
+        if flags:
+            home = flags[0].device
+            self._count_skip(torch.stack([f.to(home, non_blocking=True) for f in flags]).any())
+
+    def _count_skip(self, flag: Tensor) -> None:
+        counted = self._counted_on(flag.device)
+        counted += flag.to(counted.device, non_blocking=True)
+
+    def _counted_on(self, device: torch.device) -> Tensor:
+        """The count of skipped steps as a tensor; made on this device where it was a number."""
+        if not isinstance(self._skipped, Tensor):
+            check_before_capture()
+            self._skipped = torch.full((), self._skipped, dtype=torch.int64, device=device)
+        return self._skipped
+
     def _step_with_steps(
-        self, group: dict[str, Any], params: list[Tensor], skip: dict[torch.device, Tensor]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        skip: dict[torch.device, Tensor],
+        unit: int | None = None,
     ) -> None:
         """A step by what the devices hold: how many steps were taken, and whether to skip this."""
         seeds = None
         if group["rounding"] == "stochastic":
             every = chain.from_iterable(g["params"] for g in self.param_groups)
             seeds = {p: _seed_of(group["seed"], number) for number, p in enumerate(every)}
-        for batch in self._batches_of(group, params):
+        for batch in self._batches_of(group, params, unit):
             written = batch.tensors.params
             device = written[0].device
             self._run(
                 batch,
+                batch.gradients(group["maximize"]),
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 steps=batch.steps,
@@ -240,57 +359,210 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             )
             batch.count(1 - skip[device] if device in skip else 1)
 
-    def _run(self, batch: _Batch, **how: Any) -> None:
+    def _run(self, batch: Batch, grads: list[Tensor], **how: Any) -> None:
         params = batch.tensors.params
         if not params:
             return
-        weights = self._weights_for(params[0].device, computing_dtype(params[0].dtype))
+        weights = self._weights_for(params[0])
         context = batch.context(self._student, weights.own[0])
         operation, settings = self._student.with_context(weights.operation, weights.own, context)
         with self._kept:
             ops.step_tensors_(
                 batch.tensors,
-                [grad for grad in map(_grad, params) if grad is not None],
+                grads,
                 operation,
                 settings._replace(sizes=()),
                 backend=self.backend,
                 **how,
             )
 
+    def _compiled_step(self) -> None:
+        """A step as torch.compile traces it: one operator a group, which reads nothing back.
+
+        Its arguments lie where they lay when it was traced; where they do not, it is traced anew.
+        """
+        groups = []
+        for group in self.param_groups:
+            tensors: list[list[Tensor]] = [[] for _ in range(10)]
+            params, grads, m, v, h, c, steps, own, operation, skipped = tensors
+            self._init_group(group, params, grads, m, v, h, c, steps, own, operation, skipped)
+            if params:
+                groups.append((group, tensors))
+        largest = [norm for _, (_, grads, *_) in groups for norm in _norms(grads)]
+        skip = ~finite(torch.stack([norm.float() for norm in largest]).max()) if largest else None
+        for group, (params, grads, m, v, h, c, steps, own, operation, skipped) in groups:
+            flag = None if skip is None else skip.to(params[0].device)
+            shapes = [param.shape for param in params]
+            constants = self._student.constants_of(shapes, own[0])
+            taken = torch.stack(steps)
+            context = self._student.context_of(constants, taken.to(own[0]), params)
+            weights, settings = self._student.with_context(operation, own, context)
+            if group["maximize"]:
+                grads = [-grad for grad in grads]
+            control = control_of(
+                group["lr"], group["weight_decay"], group["warmup_lr"], flag, params[0].device
+            )
+            torch.ops.amalgam.student_step_(
+                *(params, grads, m, v, list(map(planar, h)), list(map(planar, c)), list(weights)),
+                *settings._replace(sizes=()),
+                *(0.0, 0.0, control, steps, group["warmup_steps"], [], self.backend),
+            )
+            torch._foreach_add_(steps, 1.0 if flag is None else 1.0 - flag.to(steps[0]))
+            if flag is not None and group is groups[0][0]:
+                skipped[0] += flag.to(skipped[0].device)
+
+    @torch.no_grad()
+    def stats(self) -> dict[str, StepStats]:
+        """What the next step will do, for gradients as they are: ask between backward and step.
+
+        It computes that step, of one parameter after another, and keeps nothing; it waits for the
+        device.
+
+        Returns:
+            A :class:`StepStats` for every parameter that has a gradient and elements, by its name,
+            or, where parameters were passed without names, ``"GROUP.INDEX"``.
+        """
+        found = {}
+        for number, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and param.numel():
+                    names = group.get("param_names")
+                    name = f"{number}.{index}" if names is None else names[index]
+                    found[name] = self._stats_of(group, param)
+        return found
+
+    def _stats_of(self, group: dict[str, Any], param: Tensor) -> StepStats:
+        kept = self._format(group, param)
+        entry = self.state.get(param) or kept._replace(home=param.device).initial()
+        dtype = computing_dtype(param.dtype)
+        grad = param.grad.to(dtype).reshape(-1)  # type: ignore[union-attr]
+        grad = -grad if group["maximize"] else grad
+        m, v, h, c = (entry[name].to(dtype) for name in StudentState._fields)
+        layers, hidden = kept.architecture
+        flat = StudentState(
+            *(moment.reshape(-1) for moment in (m, v)),
+            *(planar(cells).reshape(layers, hidden, -1) for cells in (h, c)),
+        )
+        taken, settings = float(entry["step"]), self.config.settings
+        if taken < group["warmup_steps"]:
+            update = float(group["warmup_lr"]) * grad
+            m, v = ops.update_moments(grad, flat.m, flat.v, settings)
+        else:
+            weights, steps = self._weights_for(param), entry["step"].reshape(1)
+            constants = self._constants_of([param])
+            context = None
+            if constants is not None:
+                context = self._student.context_of(constants, steps.to(weights.own[0]), [param])
+            folded, settings = self._student.with_context(weights.operation, weights.own, context)
+            update, new = ops.student_step(grad, flat, folded, settings, backend=self.backend)
+            update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
+        return stats_of(
+            *(param.to(dtype).reshape(-1), float(group["lr"]) * update, m, v, taken + 1),
+            betas=self.defaults["betas"],
+        )
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        h: list[Tensor],
+        c: list[Tensor],
+        steps: list[Tensor],
+        own: list[Tensor],
+        operation: list[Tensor],
+        skipped: list[Tensor],
+    ) -> None:
+        """Fill these with a group's tensors; torch.compile calls this by name, and not traces it.
+
+        Raises:
+            RuntimeError: What a compiled step does not do is asked of it.
+        """
+        kinds = {(p.device, computing_dtype(p.dtype)) for p in group["params"]}
+        if len(kinds) > 1 or group["rounding"] == "stochastic" or self.nonfinite != "skip-step":
+            raise RuntimeError(
+                "a compiled step takes groups of one device and computing dtype, "
+                "rounding='nearest' and nonfinite='skip-step'; call step() outside torch.compile"
+            )
+        params += [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        grads += [param.grad for param in params if param.grad is not None]
+        self._new_batches(group, params)
+        for name, column in {"m": m, "v": v, "h": h, "c": c, "step": steps}.items():
+            column += [self.state[param][name] for param in params]
+        weights = self._weights_for(params[0])
+        own += weights.own
+        operation += weights.operation
+        skipped.append(self._counted_on(params[0].device))
+
     def _begin_step(self) -> None:
+        if not self._warned_of_betas:
+            self._warn_of_betas()
         # Looking a parameter up in the dictionary would hash it, which takes longer than all this.
         entries = list(self.state.values())
-        if not (_same(entries, self._entries) and all(entries)):
+        if not (same(entries, self._entries) and all(entries)):
             self._entries = entries
             self._batches.clear()
 
-    def _batches_of(self, group: dict[str, Any], params: list[Tensor]) -> list[_Batch]:
+    def _warn_of_betas(self) -> None:
+        own = self.defaults["betas"]
+        changed = [group["betas"] for group in self.param_groups if tuple(group["betas"]) != own]
+        if changed:
+            self._warned_of_betas = True
+            warnings.warn(
+                f"betas were set to {changed[0]}, by a scheduler that cycles them perhaps, which "
+                f"has no effect: the student keeps those it was trained with, {own}. "
+                "cycle_momentum=False has schedulers leave them",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+
+    def _batches_of(
+        self, group: dict[str, Any], params: list[Tensor], unit: int | None = None
+    ) -> list[Batch]:
         """The group's parameters in batches of one device and computing dtype, one call each.
 
         They are kept while these parameters are stepped, stay where they are, and keep their state.
+
+        Args:
+            group: The group.
+            params: Those of its parameters that step.
+            unit: Tells apart what one step takes of a group one after another.
         """
-        made = self._batches.get(id(group))
+        if not params:
+            return []
+        if hollow(params[0]):
+            return self._new_batches(group, params, kept=False)
+        key = id(group), unit
+        made = self._batches.get(key)
+        places = [list(map(_device, params)), list(map(_dtype, params)), _home(group, params[0])]
         if (
             made is not None
-            and _same(made.params, params)
-            and made.devices == list(map(_device, params))
+            and same(made.params, params)
+            and made.places == places
             and all(batch.has_its_state() for batch in made.batches)
         ):
             return made.batches
-        self._make_state(group, [param for param in params if not self.state[param]])
-        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
-        for param in params:
-            state = self.state[param]
-            stored = state["m"].dtype, state["h"].dtype
-            kind = param.device, computing_dtype(param.dtype), *stored
-            kinds.setdefault(kind, []).append(param)
-        batches = [
-            _Batch(alike, [self.state[p] for p in alike], self._constants_of(alike))
-            for alike in kinds.values()
-        ]
-        self._batches[id(group)] = _Made(params, list(map(_device, params)), batches)
+        batches = self._new_batches(group, params)
+        self._batches[key] = _Made(params, places, batches)
         self._entries = list(self.state.values())
         return batches
+
+    def _new_batches(
+        self, group: dict[str, Any], params: list[Tensor], kept: bool = True
+    ) -> list[Batch]:
+        self._make_state(group, [param for param in params if not self.state[param]])
+        self._fit_state(group, params)
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in params:
+            kinds.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
+        return [
+            Batch(alike, [self.state[p] for p in alike], self._constants_of(alike), kept)
+            for alike in kinds.values()
+        ]
 
     def _constants_of(self, params: list[Tensor]) -> ContextConstants | None:
         """What the student is told of parameters that stays, kept as long as the optimizer.
@@ -299,8 +571,10 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """
         if not params:
             return None
-        like = self._weights_for(params[0].device, computing_dtype(params[0].dtype)).own[0]
+        like = self._weights_for(params[0]).own[0]
         shapes = tuple(map(_shape, params))
+        if hollow(like):
+            return self._student.constants_of(shapes, like)
         key = shapes, like.device, like.dtype
         if key not in self._constants:
             if isinstance(self._student, NominalStudent):
@@ -308,38 +582,75 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             self._constants[key] = self._student.constants_of(shapes, like)
         return self._constants[key]
 
+    def _format(self, group: dict[str, Any], param: Tensor) -> StateFormat:
+        """What a parameter's state is to be.
+
+        Raises:
+            TypeError: The parameter is not floating point.
+        """
+        if not param.is_floating_point():
+            raise TypeError(
+                f"params must be floating-point tensors where they have gradients, but "
+                f"{self._name_of(param)} is {param.dtype}"
+            )
+        wide = computing_dtype(param.dtype)
+        narrow = wide == torch.float32
+        return StateFormat(
+            shape=param.shape,
+            device=param.device,
+            architecture=(self.config.layers, self.config.hidden),
+            moments=(narrow and self.moments_dtype) or wide,
+            cells=(narrow and self.cells_dtype) or wide,
+            home=_home(group, param),
+        )
+
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if params:
             check_before_capture()
         for param in params:
-            dtype = computing_dtype(param.dtype)
-            weights = self._weights_for(param.device, dtype)
-            narrow = (self.cells_dtype, self.moments_dtype) if dtype == torch.float32 else ()
-            state = self.state[param]
-            state["step"] = torch.zeros((), device="cpu")
-            state.update(ops.initial_state(param, weights.own, *narrow)._asdict())
+            self.state[param].update(self._format(group, param).initial())
         self._count_together(group, params)
+
+    def _fit_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Bring state that was edited, or moved, to what it is to be; refuse it whole or not."""
+        fitted = [
+            self._format(group, p).fitted(self.state[p], lambda p=p: self._name_of(p))  # type: ignore[misc]
+            for p in params
+        ]
+        counts_moved = False
+        for param, found in zip(params, fitted, strict=True):
+            entry = self.state[param]
+            counts_moved = counts_moved or found["step"] is not entry["step"]
+            if any(found[name] is not value for name, value in entry.items()):
+                check_before_capture()
+                entry.update(found)
+        if counts_moved:
+            self._count_together(group, params)
 
     def _count_all_together(self) -> None:
         for group in self.param_groups:
-            self._count_together(group, [p for p in group["params"] if p in self.state])
+            self._count_together(group, [p for p in group["params"] if self.state.get(p)])
 
     def _count_together(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Make the parameters' counts of steps views of one tensor a device.
 
-        One operation then counts a step of them all. It is done when counts are made, loaded or
-        copied, and never later: a CUDA graph reads them where they are.
+        One operation then counts a step of them all. It is done when counts are made, loaded,
+        copied or moved, and never later: a CUDA graph reads them where they are.
         """
         homes: dict[torch.device, list[dict[str, Any]]] = {}
         for param in params:
-            home = _home_of_steps(group, param)
-            homes.setdefault(home, []).append(self.state[param])
+            homes.setdefault(_home(group, param), []).append(self.state[param])
         for home, entries in homes.items():
             counts = torch.stack([entry["step"].to(home, torch.float32) for entry in entries])
             for entry, count in zip(entries, counts.unbind(), strict=True):
                 entry["step"] = count
 
-    def _weights_for(self, device: torch.device, dtype: torch.dtype) -> _Weights:
+    def _weights_for(self, param: Tensor) -> _Weights:
+        device, dtype = param.device, computing_dtype(param.dtype)
+        if hollow(param):
+            shapes = [weight.shape for weight in next(iter(self._weights.values())).own]
+            own = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+            return _weights_of(self._student, own)
         if (device, dtype) not in self._weights:
             first = next(iter(self._weights.values()))
             own = [w.to(device, dtype) for w in first.own]
@@ -347,20 +658,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         return self._weights[device, dtype]
 
 
-def student_of(student: FusedStudent | str | os.PathLike[str]) -> FusedStudent:
-    """A student, or the one of that name or in that file.
-
-    Raises:
-        FileNotFoundError: It is neither a student, nor a shipped one's name, nor a file.
-        ValueError: The file holds no student, or is not usable.
-    """
-    found = student if isinstance(student, FusedStudent) else load_policy(student)
-    if not isinstance(found, FusedStudent):
-        raise ValueError(
-            f"student must be a Student or a NominalStudent, but {str(student)!r} holds a "
-            f"{found.kind}; PolicyOptimizer takes any policy"
-        )
-    return found
+def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
+    filled = [grad for grad in grads if grad.numel()]
+    return torch._foreach_norm(filled, math.inf) if filled else ()
 
 
 def check_stored(name: str, dtype: torch.dtype | None) -> None:
@@ -369,7 +669,38 @@ def check_stored(name: str, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{name} must be float32, bfloat16 or None, not {dtype}")
 
 
-def _home_of_steps(group: dict[str, Any], param: Tensor) -> torch.device:
+def _check_constants(
+    student: FusedStudent,
+    betas: Any = None,
+    eps: float | None = None,
+    amsgrad: bool = False,
+    differentiable: bool = False,
+) -> None:
+    """Raise ValueError where settings of AdamW's are others than the student has."""
+    config = student.config
+    own = (config.beta1, config.beta2)
+    if betas is not None and tuple(betas) != own:
+        raise ValueError(f"betas must be those the student was trained with, {own}, not {betas}")
+    if eps is not None and eps != config.eps:
+        raise ValueError(f"eps must be that the student was trained with, {config.eps}, not {eps}")
+    if amsgrad:
+        raise ValueError("amsgrad must be False: no student keeps the largest second moment")
+    if differentiable:
+        raise ValueError(
+            "differentiable must be False: a step is in place and records no graph; "
+            "amalgam.meta differentiates through students' steps"
+        )
+
+
+def _add_extra(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Add to a state_dict what is the optimizer's as a whole."""
+    extra: dict[str, Any] = {"skipped_steps": optimizer.skipped_steps}
+    if optimizer.include_student:
+        extra["student"] = described(optimizer._student)
+    return state_dict | {EXTRA: extra}
+
+
+def _home(group: dict[str, Any], param: Tensor) -> torch.device:
     """Where a parameter's steps are counted: where they are read."""
     on_device = group["capturable"] or group["rounding"] == "stochastic"
     return param.device if on_device else torch.device("cpu")
@@ -386,94 +717,12 @@ def _weights_of(student: FusedStudent, own: list[Tensor]) -> _Weights:
     return _Weights(own, list(student.operation_weights(own)))
 
 
-class _Batch:
-    """Parameters that one call steps, and how many steps they have taken.
-
-    Args:
-        params: The parameters.
-        entries: The optimizer's state of each.
-        constants: What the student is told of them that stays.
-    """
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        entries: list[dict[str, Any]],
-        constants: ContextConstants | None,
-    ) -> None:
-        self._entries = entries
-        self.constants = constants
-        states = [StudentState(*(entry[name] for name in _STATE)) for entry in entries]
-        self.tensors = StudentTensors(params, states)
-        self.steps = [entry["step"] for entry in entries]
-        base = self.steps[0]._base if self.steps else None
-        together = base is not None and base.shape == (len(entries),)
-        for index, step in enumerate(self.steps):
-            together = together and step._base is base and step.storage_offset() == index
-        self._together = base if together else None
-
-    def has_its_state(self) -> bool:
-        """Whether the tensors of the batch are still those of the optimizer's state."""
-        if not all(self._entries):
-            return False
-        tensors = self.tensors
-        columns = zip(*map(_stored, self._entries), strict=True)
-        ours = (tensors.m, tensors.v, tensors.h, tensors.c, self.steps)
-        return all(map(_same, ours, columns))
-
-    def below(self, steps: int) -> list[int]:
-        """Which parameters, by index, have taken fewer steps."""
-        if not steps:
-            return []
-        taken = (torch.stack(self.steps) if self._together is None else self._together).tolist()
-        return [index for index, count in enumerate(taken) if count < steps]
-
-    def count(self, steps: int | Tensor) -> None:
-        """Count so many steps more of each."""
-        if self._together is not None:
-            self._together += steps
-        elif isinstance(steps, Tensor):
-            # A list, as PyTorch would read one tensor back as a number, and wait for it.
-            torch._foreach_add_(self.steps, [steps] * len(self.steps))
-        else:
-            torch._foreach_add_(self.steps, steps)
-
-    def without(self, indices: list[int], made: _ConstantsOf) -> _Batch:
-        """The other parameters, with constants that are made by this."""
-        others = sorted(set(range(len(self.steps))) - set(indices))
-        params = [self.tensors.params[i] for i in others]
-        return _Batch(params, [self._entries[i] for i in others], made(params))
-
-    def context(self, student: FusedStudent, like: Tensor) -> TensorContext | None:
-        """What a student is told of the parameters in their next step.
-
-        Args:
-            student: The student.
-            like: A tensor of the dtype and device to say it in.
-        """
-        if self.constants is None:
-            return None
-        taken = torch.stack(self.steps) if self._together is None else self._together
-        return student.context_of(self.constants, taken.to(like), self.tensors.params)
-
-
 class _Made(NamedTuple):
-    """A group's batches, the parameters that they were made of, and where these were."""
+    """A group's batches, the parameters that they were made of, and where and what these were."""
 
     params: list[Tensor]
-    devices: list[torch.device]
-    batches: list[_Batch]
-
-
-_stored = itemgetter(*_STATE, "step")
-_shape = attrgetter("shape")
-_ConstantsOf = Callable[[list[Tensor]], ContextConstants | None]
-_grad, _device = attrgetter("grad"), attrgetter("device")
-
-
-def _same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(ours) == len(theirs) and all(map(is_, ours, theirs))
+    places: list[Any]
+    batches: list[Batch]
 
 
 def _seed_of(seed: int, number: int) -> int:

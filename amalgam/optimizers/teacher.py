@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amalgam.layout import Layout
-from amalgam.optimizers.base import StepOptimizer, check_group, computing_dtype
+from amalgam.optimizers.base import StepOptimizer, computing_dtype
 from amalgam.policies import AnyTeacher, Teacher
 
 
@@ -40,42 +39,30 @@ class TeacherOptimizer(StepOptimizer):
         # State is of use to a teacher with the same constants alone; rates are the groups'.
         alike = self.teacher if rate is None else self.teacher.at(1.0)
         super().__init__(params, {"lr": 1.0 if rate is None else rate, "teacher": repr(alike)})
-        for group in self.param_groups:
-            check_group(group, ("lr",))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another's :meth:`state_dict`.
-
-        Args:
-            state_dict: As an optimizer with the same teacher gave it, at any learning rate; not
-                changed. State becomes float64 beside float64 parameters, else float32.
-
-        Raises:
-            ValueError: Its groups do not fit, it belongs to another teacher, or an earlier version
-                of amalgam made it.
-        """
+    def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
         ours = self.defaults["teacher"]
-        for group in state_dict["param_groups"]:
-            # Those of earlier versions do not say whose they are.
-            theirs = group.get("teacher", ours)
-            if theirs != ours:
-                raise ValueError(
-                    f"state_dict belongs to another teacher ({theirs}) than this optimizer's "
-                    f"({ours}); load it into one made with that teacher"
-                )
-        if any(entry and "teacher" not in entry for entry in state_dict["state"].values()):
+        # Those of earlier versions do not say whose they are.
+        loaded = theirs.get("teacher", ours)
+        if loaded != ours:
+            raise ValueError(
+                f"state_dict belongs to another teacher ({loaded}) than this optimizer's ({ours}); "
+                f"load it into one made with that teacher"
+            )
+
+    def _loaded_entry(
+        self,
+        group: dict[str, Any],
+        theirs: dict[str, Any],
+        param: Tensor,
+        entry: dict[str, Any],
+    ) -> dict[str, Any]:
+        if entry and "teacher" not in entry:
             raise ValueError(
                 "state_dict must hold each tensor's state as 'teacher', but is of an earlier "
                 "version of amalgam; begin anew, or go on with that version"
             )
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, own, strict=True):
-            if index in state_dict["state"]:
-                # Optimizer.load_state_dict casts state to the parameter's dtype.
-                dtype = computing_dtype(param.dtype)
-                self.state[param] = _in_dtype(state_dict["state"][index], dtype)
+        return _in_dtype(entry, computing_dtype(param.dtype))
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, teacher, factor = float(group["lr"]), self.teacher, 1.0

@@ -101,7 +101,10 @@ void student_step(const Student<T>& student, const StudentStep& step, const Stud
       const T* values = tile.update + piece.place;
       if (step.in_place) {
         load_row(step.out, tensor.out, piece.start, piece.count, moved);
-        for (int64_t n = 0; n < piece.count; ++n) moved[n] = keep * moved[n] - lr * values[n];
+        for (int64_t n = 0; n < piece.count; ++n) {
+          const bool still = !student.nominal && tile.v[piece.place + n] == 0;
+          moved[n] = keep * moved[n] - lr * (still ? T(0) : values[n]);
+        }
         values = moved;
       }
       put(step.out, rows, Half::upper, values, tensor.out);

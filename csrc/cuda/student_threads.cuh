@@ -111,8 +111,12 @@ __device__ void step_coordinates(const StudentCall& call, const StudentTensor& t
     move(call, tensor, rates, rates.warm, layers * hidden, at, param, grad);
     return;
   }
+  uint32_t still = 0;  // a bit for each whose gradients were all zero
 #pragma unroll
-  for (int k = 0; k < count; ++k) features(call, grad[k], m[k], v[k], x_m[k], x_g[k]);
+  for (int k = 0; k < count; ++k) {
+    features(call, grad[k], m[k], v[k], x_m[k], x_g[k]);
+    still |= uint32_t{v[k] == 0.0f} << k;
+  }
 
   float below[hidden][count];  // the new h of the layer below
   float top[count];
@@ -191,7 +195,9 @@ __device__ void step_coordinates(const StudentCall& call, const StudentTensor& t
   }
   float update[count];
 #pragma unroll
-  for (int k = 0; k < count; ++k) update[k] = __fmul_rn(call.alpha, tanh<approximate>(top[k]));
+  for (int k = 0; k < count; ++k) {
+    update[k] = still >> k & 1 ? 0.0f : __fmul_rn(call.alpha, tanh<approximate>(top[k]));
+  }
   move(call, tensor, rates, rates.lr, layers * hidden, at, param, update);
 }
 

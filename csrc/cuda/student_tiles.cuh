@@ -301,6 +301,7 @@ struct Step {
   Row h[kLayers][kGroups], c[kLayers][kGroups];
   uint32_t raw_grad[kOwn], raw_param[kOwn];
   float m[kOwn], v[kOwn], slot[kRun];
+  uint32_t still = 0;  // a bit for each of its own whose gradients were all zero
 
   __device__ Step(const StudentCall& call, const Place& place, const Shared& packed, int64_t first)
       : call(call), place(place), packed(packed), first(first) {
@@ -357,7 +358,10 @@ struct Step {
   __device__ __forceinline__ void share_features(const float (&grad)[kOwn]) {
     float of_m[kOwn], of_g[kOwn];
 #pragma unroll
-    for (int o = 0; o < kOwn; ++o) features(call, grad[o], m[o], v[o], of_m[o], of_g[o]);
+    for (int o = 0; o < kOwn; ++o) {
+      features(call, grad[o], m[o], v[o], of_m[o], of_g[o]);
+      still |= uint32_t{v[o] == 0.0f} << o;
+    }
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
       const int from = (lane() & ~3) + j / kOwn;
@@ -555,7 +559,7 @@ struct Step {
       const float kept = upper ? half[j + kOwn] : half[j];
       const float given = upper ? half[j] : half[j + kOwn];
       const float top = kept + from_other(given, 1) + head()[kGroups];
-      update[j] = __fmul_rn(call.alpha, tanh<kApproximate>(top));
+      update[j] = still >> j & 1 ? 0.0f : __fmul_rn(call.alpha, tanh<kApproximate>(top));
     }
   }
 

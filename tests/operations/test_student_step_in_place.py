@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import flat
-from places import compiled, of_each
+from places import INTERPRETED, ON_CPU, at, compiled, of_each, on_gpus
 from student_cases import (
     SETTINGS,
     SIZES,
@@ -408,3 +408,36 @@ def test_memory_to_write_to_is_checked() -> None:
         step_into(torch.empty(8), StudentState(*twice), grad, state, weights, StepSettings(), "cpu")
     with pytest.raises(ValueError, match="must have shape"):
         step_into(torch.empty(9), state, grad, state, weights, StepSettings(), "cpu")
+
+
+@at(
+    pytest.param("reference", "cpu", id="reference"),
+    *(*ON_CPU, *on_gpus("triton", "cuda"), *INTERPRETED),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_had_no_gradient_but_zero_moves_by_weight_decay_alone(
+    backend: str, device: str, dtype: torch.dtype
+) -> None:
+    """By the functional form, which meta-trains, it drifts; the state follows that in both."""
+    weights = [
+        weight.to(device) for weight in make_weights(layers=2, hidden=4, dtype=torch.float32)
+    ]
+    still = torch.arange(37, device=device) % 3 == 0
+    param = draw(37, dtype=torch.float32).to(device, dtype)
+    grad = torch.where(still, 0, draw(37, seed=3, dtype=torch.float32).to(device))
+    state = initial_state(param, weights)
+    update, new = student_step(grad, state, weights, SETTINGS, backend="reference")
+    update, new = student_step(grad, new, weights, SETTINGS, backend="reference")
+    assert update[still].ne(0).all()
+    before = param.clone()
+    for keep in (1.0, 0.5):
+        student_step_(
+            *([param], [grad], [state], weights, SETTINGS),
+            weight_decay=1 - keep,
+            backend=backend,
+        )
+        before = before.float().mul(keep).to(dtype)
+        assert torch.equal(param[still], before[still])
+        assert not torch.equal(param[~still], before[~still])
+    for ours, theirs in zip(state, new, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

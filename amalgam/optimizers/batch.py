@@ -1,0 +1,117 @@
+"""Parameters that one call steps, with their state as the operation takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amalgam.ops import StudentState, StudentTensors
+from amalgam.optimizers.state import NAMES, planar
+from amalgam.policies import FusedStudent
+from amalgam.policies.fused_student import ContextConstants, TensorContext
+
+ConstantsOf = Callable[[list[Tensor]], ContextConstants | None]
+_stored = itemgetter(*NAMES)
+_grad = attrgetter("grad")
+
+
+class Batch:
+    """Parameters that one call steps, and how many steps they have taken.
+
+    Args:
+        params: The parameters.
+        entries: The optimizer's state of each.
+        constants: What the student is told of them that stays.
+        kept: Whether it serves later steps, too. If so, counts of steps that are all views of one
+            tensor are counted in that.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        entries: list[dict[str, Any]],
+        constants: ContextConstants | None,
+        kept: bool = True,
+    ) -> None:
+        self._entries = entries
+        self.constants = constants
+        self._held = [[entry[name] for entry in entries] for name in NAMES]
+        *moments, h, c, self.steps = self._held
+        columns = (*moments, list(map(planar, h)), list(map(planar, c)))
+        self.tensors = StudentTensors(params, list(map(StudentState, *columns)))
+        self._together = _counted_together(self.steps) if kept else None
+        self._addresses = self._now() if kept else []
+
+    def _now(self) -> list[list[int]]:
+        # m and v are in StudentTensors as they are, which looks for itself where they lie.
+        return [list(map(Tensor.data_ptr, column)) for column in self._held[2:]]
+
+    def has_its_state(self) -> bool:
+        """Whether the tensors of the batch are still those of the optimizer's state, and lie there.
+
+        Their ``data`` may have been assigned, which views of them do not see.
+        """
+        if not all(self._entries):
+            return False
+        columns = zip(*map(_stored, self._entries), strict=True)
+        return all(map(same, self._held, columns)) and self._addresses == self._now()
+
+    def below(self, steps: int) -> list[int]:
+        """Which parameters, by index, have taken fewer steps."""
+        if not steps:
+            return []
+        return [index for index, count in enumerate(self._taken().tolist()) if count < steps]
+
+    def count(self, steps: int | Tensor) -> None:
+        """Count so many steps more of each."""
+        if self._together is not None:
+            self._together += steps
+        elif isinstance(steps, Tensor):
+            # A list, as PyTorch would read one tensor back as a number, and wait for it.
+            torch._foreach_add_(self.steps, [steps] * len(self.steps))
+        else:
+            torch._foreach_add_(self.steps, steps)
+
+    def without(self, indices: list[int], made: ConstantsOf) -> Batch:
+        """The other parameters, with constants that are made by this."""
+        others = sorted(set(range(len(self.steps))) - set(indices))
+        params = [self.tensors.params[i] for i in others]
+        return Batch(params, [self._entries[i] for i in others], made(params))
+
+    def gradients(self, maximize: bool) -> list[Tensor]:
+        """A gradient a parameter, of what is to become smaller."""
+        grads = [grad for grad in map(_grad, self.tensors.params) if grad is not None]
+        return list(torch._foreach_neg(grads)) if maximize and grads else grads
+
+    def context(self, student: FusedStudent, like: Tensor) -> TensorContext | None:
+        """What a student is told of the parameters in their next step.
+
+        Args:
+            student: The student.
+            like: A tensor of the dtype and device to say it in.
+        """
+        if self.constants is None:
+            return None
+        return student.context_of(self.constants, self._taken().to(like), self.tensors.params)
+
+    def _taken(self) -> Tensor:
+        return torch.stack(self.steps) if self._together is None else self._together
+
+
+def _counted_together(steps: Sequence[Tensor]) -> Tensor | None:
+    """The tensor (len(steps),) that these are all the elements of, in order, if there is one."""
+    base = steps[0]._base if steps else None
+    if base is None or base.shape != (len(steps),):
+        return None
+    begin, each = base.data_ptr(), base.element_size()
+    expected = [begin + index * each for index in range(len(steps))]
+    return base if list(map(Tensor.data_ptr, steps)) == expected else None
+
+
+def same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(ours) == len(theirs) and all(map(is_, ours, theirs))

@@ -1,0 +1,135 @@
+"""What AmalgamatedOptimizer keeps of a parameter: tensors whose shapes begin with the parameter's.
+
+So whoever shards, prunes or moves a parameter can do the same to its state. h and c have the shape
+(*S, layers, hidden) and lie in memory as (layers, hidden, *S), which backends take. State that was
+edited, sliced, cast or moved is brought to that again in the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amalgam.ops import StudentState
+
+NAMES = (*StudentState._fields, "step")
+_CELLS = ("h", "c")
+
+
+class StateFormat(NamedTuple):
+    """What the tensors of a parameter's state are to be.
+
+    Attributes:
+        shape: The parameter's.
+        device: Of all but the count of steps.
+        architecture: The student's layers and hidden units.
+        moments: Dtype of m and v.
+        cells: Dtype of h and c.
+        home: The device on which steps are counted.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    architecture: tuple[int, int]
+    moments: torch.dtype
+    cells: torch.dtype
+    home: torch.device
+
+    def initial(self) -> dict[str, Tensor]:
+        """The state before the first step: zeros."""
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        planar = (*self.architecture, *self.shape)
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=self.home),
+            "m": zeros(self.shape, self.moments),
+            "v": zeros(self.shape, self.moments),
+            "h": shape_first(zeros(planar, self.cells)),
+            "c": shape_first(zeros(planar, self.cells)),
+        }
+
+    def fitted(self, entry: Mapping[str, Any], of: Callable[[], str]) -> dict[str, Any]:
+        """A parameter's state as it is to be: its own tensors, where they are so already.
+
+        Args:
+            entry: The state, perhaps from elsewhere. What is not the student's stays as it is.
+            of: Says what messages call the parameter.
+
+        Raises:
+            ValueError: A tensor is missing, is none, or has another shape.
+        """
+        if missing := [name for name in NAMES if name not in entry]:
+            raise ValueError(f"state of {of()} must hold {list(NAMES)}, but lacks {missing}")
+        return {name: self._fitted(name, value, of) for name, value in entry.items()}
+
+    def _fitted(self, name: str, value: Any, of: Callable[[], str]) -> Any:
+        if name not in NAMES:
+            return value
+        if name == "step":
+            count = torch.as_tensor(value, dtype=torch.float32, device=self.home)
+            return count if count.dim() == 0 else count.reshape(())
+        shape = (*self.shape, *self.architecture) if name in _CELLS else tuple(self.shape)
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"state.{name} of {of()} must have shape {shape}, not {found}")
+        value = value.detach() if value.requires_grad else value
+        value = value.to(self.device, self.cells if name in _CELLS else self.moments)
+        if name not in _CELLS:
+            return value.contiguous()
+        seen = planar(value)
+        return value if seen.is_contiguous() else shape_first(seen.contiguous())
+
+
+def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Give every tensor of a state_dict exactly its parameter's shape, by cutting h and c up.
+
+    A hook for :meth:`torch.optim.Optimizer.register_state_dict_post_hook`, for what takes no other
+    tensors, as FSDP1's ``optim_state_dict`` does: "h" becomes "h.0.0" and so on, a tensor for each
+    layer and unit, of the same memory. :class:`AmalgamatedOptimizer` loads either.
+
+    Args:
+        optimizer: The optimizer; not used.
+        state_dict: As an :class:`AmalgamatedOptimizer` gives it; not changed.
+
+    Returns:
+        Another ``state_dict``.
+    """
+    state = {}
+    for key, entry in state_dict["state"].items():
+        state[key] = {name: value for name, value in entry.items() if name not in _CELLS}
+        for name in _CELLS:
+            for layer, units in enumerate(planar(entry[name]) if name in entry else ()):
+                state[key] |= {f"{name}.{layer}.{unit}": part for unit, part in enumerate(units)}
+    return state_dict | {"state": state}
+
+
+def joined_units(entry: Mapping[str, Any], architecture: tuple[int, int]) -> dict[str, Any]:
+    """A parameter's state with h and c whole, where :func:`separate_units` has cut them up.
+
+    Args:
+        entry: The state; not changed.
+        architecture: The student's layers and hidden units.
+    """
+    layers, hidden = architecture
+    joined = dict(entry)
+    for name in _CELLS:
+        names = [f"{name}.{layer}.{unit}" for layer in range(layers) for unit in range(hidden)]
+        if name not in joined and all(part in joined for part in names):
+            rows = torch.stack([joined.pop(part) for part in names])
+            joined[name] = shape_first(rows.unflatten(0, architecture))
+    return joined
+
+
+def planar(cells: Tensor) -> Tensor:
+    """A view (layers, hidden, *S) of h or c, (*S, layers, hidden)."""
+    return cells.movedim((-2, -1), (0, 1))
+
+
+def shape_first(cells: Tensor) -> Tensor:
+    """A view (*S, layers, hidden) of h or c, (layers, hidden, *S)."""
+    return cells.movedim((0, 1), (-2, -1))

@@ -1,0 +1,100 @@
+"""AmalgamatedOptimizer.stats: what the next step will do, before it is taken."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, Student, StudentConfig
+from amalgam.policies import FusedStudent
+
+SHAPES = [(3, 4), (), (5,), (0, 2)]
+
+
+def nominal(**config: Any) -> NominalStudent:
+    generator = torch.Generator().manual_seed(1)
+    student = NominalStudent(NominalConfig(hidden=4, **config), generator=generator)
+    with torch.no_grad():
+        student.head.weight.copy_(torch.linspace(-1, 1, 8).view(2, 4))
+    return student
+
+
+def paper(**config: Any) -> Student:
+    config = {"layers": 1, "hidden": 4, "warmup_steps": 2, **config}
+    return Student(StudentConfig(**config), generator=torch.Generator().manual_seed(1))
+
+
+def tensors() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("how", [{}, {"maximize": True}, {"cells_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "student", [nominal(), nominal(inputs=("time", "rms")), paper()], ids=["plain", "told", "paper"]
+)
+def test_they_are_those_of_the_step_that_follows(
+    student: FusedStudent, how: dict[str, Any], backend: str
+) -> None:
+    params = tensors()
+    optimizer = AmalgamatedOptimizer(params, 0.5, student, backend=backend, **how)
+    sign = -1 if "maximize" in how else 1
+    m, v = ([torch.zeros(shape, dtype=torch.float64) for shape in SHAPES] for _ in "mv")
+    for step in range(4):
+        set_gradients(params, step)
+        state = copy.deepcopy(optimizer.state_dict()["state"])
+        stats = optimizer.stats()
+        assert optimizer.state_dict()["state"].keys() == state.keys()
+        before = [param.detach().clone() for param in params]
+        optimizer.step()
+        assert list(stats) == ["0.0", "0.1", "0.2"]
+        for index, found in enumerate(stats.values()):
+            moved = (before[index] - params[index].detach()).double().flatten()
+            grad = sign * params[index].grad.double()
+            m[index] = 0.9 * m[index] + 0.1 * grad
+            v[index] = 0.999 * v[index] + 0.001 * grad.square()
+            root = (v[index] / (1 - 0.999 ** (step + 1))).sqrt()
+            adam = (m[index] / (1 - 0.9 ** (step + 1)) / root).flatten()
+            size = moved.norm()
+            expected = (
+                size / before[index].double().norm(),
+                size / adam.norm(),
+                (moved @ adam) / (size * adam.norm()),
+            )
+            assert found == pytest.approx([float(each) for each in expected], rel=2e-3, abs=1e-4)
+
+
+def test_an_untrained_student_is_adam_at_its_rate() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = AmalgamatedOptimizer(net.named_parameters(), 0.5, NominalStudent())
+    for step in range(3):
+        set_gradients(list(net.parameters()), step)
+        for name, found in optimizer.stats().items():
+            assert name in ("weight", "bias")
+            assert found.adam_lr == pytest.approx(0.0025, rel=1e-4)
+            assert found.agreement == pytest.approx(1.0)
+        optimizer.step()
+
+
+def test_what_has_no_direction_has_no_ratio() -> None:
+    still, zero = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+    optimizer = AmalgamatedOptimizer([still, zero], student=nominal())
+    still.grad, zero.grad = torch.zeros(2), torch.ones(2)
+    ours, theirs = optimizer.stats().values()
+    assert ours.update_over_parameter == 0
+    assert math.isnan(ours.adam_lr)
+    assert math.isnan(ours.agreement)
+    assert math.isnan(theirs.update_over_parameter)
+    assert theirs.adam_lr > 0
