@@ -269,12 +269,14 @@ class _Run:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
         fixed = nests.bytes_of((self.tape.grads, self.tape.slopes)) + 3 * point_bytes
-        budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes) - fixed
+        budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0
         if self._how.second_order and episodes.memory.segment is None:  # segments keep no graph
             params = begin.params[:, None]
             graph_bytes = episodes.graph_bytes(params, begin.scale, self._batches[0])
-        return plan(len(self._batches), episodes.memory, budget, point_bytes, graph_bytes)
+        return plan(
+            len(self._batches), episodes.memory, budget, point_bytes, graph_bytes, fixed=fixed
+        )
 
     def _measure(self, t: int, params: Tensor, teachers: Tensor) -> Tensor:
         """Log distances to the teachers (R, K); the imitation terms' gradients go on the tape."""

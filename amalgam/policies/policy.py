@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from amalgam import dotted, ops, weight_files
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
+from amalgam.ranges import check_fields
 
 POLICIES: dict[str, type[Policy]] = {}
 """The policies by ``kind``: those of this package, and others whose class has a short ``kind``.
@@ -65,7 +65,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
-        check_fields(self, not_negative=("warmup_steps", "warmup_lr"))
+        check_fields(self, whole=("warmup_steps",), not_negative=("warmup_lr",))
 
 
 class Policy(nn.Module, ABC):
@@ -288,37 +288,6 @@ class ReferencePolicy(Policy):
         Returns:
             The update (N,), to be subtracted, and the new state.
         """
-
-
-def check_fields(
-    config: Any,
-    *,
-    counts: Sequence[str] = (),
-    decays: Sequence[str] = (),
-    positive: Sequence[str] = (),
-    not_negative: Sequence[str] = (),
-) -> None:
-    """Raise a ValueError that names the field, unless a configuration's numbers are in range.
-
-    Args:
-        config: The configuration.
-        counts: Fields that must be 1 or more.
-        decays: Fields that must be in [0, 1).
-        positive: Fields that must be positive and finite.
-        not_negative: Fields that must be 0 or more and finite.
-    """
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, not {getattr(config, name)}")
-    for name in decays:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
-    for name in positive:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, not {getattr(config, name)}")
-    for name in not_negative:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more and finite, not {getattr(config, name)}")
 
 
 def reference_only(kind: str, backend: str) -> None:
