@@ -29,17 +29,19 @@ def shipped() -> tuple[str, ...]:
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of a shipped student's name, or of a path.
 
+    A shipped name is never a path: ``"./digits"`` is the file of that name.
+
     Args:
         name_or_path: A name from :func:`shipped`, or a path to a ``.safetensors`` file.
 
     Raises:
         FileNotFoundError: It is neither.
     """
+    if str(name_or_path) in shipped():
+        return SHIPPED / f"{name_or_path}{_SUFFIX}"
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if str(name_or_path) in shipped():
-        return SHIPPED / f"{name_or_path}{_SUFFIX}"
     raise FileNotFoundError(
         f"{str(name_or_path)!r} is neither a file nor a student that ships with amalgam; "
         f"those are {list(shipped())}"

@@ -1,4 +1,4 @@
-"""Operators called by hand: whatever the arguments are, no signal, and one rule for all backends."""
+"""Operators called by hand: whatever the arguments are, no signal, one rule for all backends."""
 
 import os
 import subprocess
