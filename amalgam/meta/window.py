@@ -88,6 +88,19 @@ def run_window(
     )
 
 
+def check_budget(episodes: Episodes, begin: Trajectories, batches: Sequence[Batch]) -> None:
+    """Raise ValueError unless the budget of memory suffices for such a window.
+
+    Only a budget that was set is looked at. Noise that is drawn at every step may need one where
+    this window needs none.
+    """
+    if episodes.memory.budget is not None:
+        weights = [student.weights() for student in episodes.students]
+        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None)
+        if run.tape.by_steps:
+            run.plan()
+
+
 class _Differentiable(torch.autograd.Function):
     """The losses of a window that has been run, as a function of the weights."""
 
@@ -170,7 +183,7 @@ class _Run:
         point, k = tape.points.first, len(teachers)
         skipped = torch.zeros((len(begin.params), 1 + k), dtype=torch.long, device=teachers.device)
         if tape.by_steps and len(self._batches):
-            chosen = self._plan()
+            chosen = self.plan()
             self._graphs = chosen.graphs
             tape.points.follow(chosen, len(self._batches))
         for t, batch in enumerate(self._batches):
@@ -259,7 +272,7 @@ class _Run:
                 self.tape.contexts.extend([] for _ in range(student + 1 - len(self.tape.contexts)))
                 self.tape.contexts[student].append(context)
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         """What to keep in the memory that the tape and the backward pass itself leave."""
         episodes, begin, points = self._episodes, self._begin, self.tape.points
         stored = points.stored(points.first)

@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from amalgam import dotted, ops, weight_files
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
+from amalgam.operations.registry import BackendError
 from amalgam.ranges import check_fields
 
 POLICIES: dict[str, type[Policy]] = {}
@@ -239,6 +240,7 @@ class Policy(nn.Module, ABC):
         tensors, about = weight_files.read(path, cls.kind)
         try:
             config = cls.config_type(**about["config"])
+            cls._check_shapes(config, tensors)
             policy = cls(config, provenance=about["provenance"])
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
@@ -247,6 +249,26 @@ class Policy(nn.Module, ABC):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{str(path)!r} does not hold a usable {cls.kind}: {error}") from error
         return policy
+
+    @classmethod
+    def _check_shapes(cls, config: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Hold a file's tensors against its configuration before memory is taken for that.
+
+        Raises:
+            ValueError: Names or shapes are others.
+        """
+        try:
+            with torch.device("meta"):
+                wanted = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        except (NotImplementedError, RuntimeError):
+            return  # A class of the user's own may compute its initial weights.
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        for name in {**wanted, **found}:
+            if wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"{name} must have {_shape(wanted.get(name))} by its configuration, "
+                    f"not {_shape(found.get(name))}"
+                )
 
     def extra_repr(self) -> str:
         """The configuration, for ``repr``."""
@@ -290,6 +312,10 @@ class ReferencePolicy(Policy):
         """
 
 
+def _shape(shape: torch.Size | None) -> str:
+    return "no place" if shape is None else f"shape {tuple(shape)}"
+
+
 def reference_only(kind: str, backend: str) -> None:
     """Raise unless ``backend`` permits plain PyTorch, by which such a policy is computed.
 
@@ -299,11 +325,11 @@ def reference_only(kind: str, backend: str) -> None:
 
     Raises:
         ValueError: The backend's name is unknown.
-        RuntimeError: It is neither ``"auto"`` nor ``"reference"``.
+        BackendError: It is neither ``"auto"`` nor ``"reference"``.
     """
     ops.check_backend(backend)
     if backend.partition(":")[0] not in ("auto", "reference"):
-        raise RuntimeError(
+        raise BackendError(
             f"backend={backend!r} has no kernel for a {kind}; 'auto' and 'reference' compute it"
         )
 
