@@ -8,6 +8,7 @@ the output any more.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 _console = Console()
 INTERRUPTED = 128 + signal.SIGINT
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 class _Terminated(SystemExit):
@@ -334,11 +336,11 @@ def _run() -> None:
         _fail(
             error,
             1,
-            f"out of memory: {error or 'the system gave none'}; set memory.budget, or fewer "
+            f"out of memory: {str(error) or 'the system gave none'}; set memory.budget, or fewer "
             f"training.optimizees; what was trained so far is kept (--resume)",
         )
     except (ValueError, OSError, BackendError) as error:
-        _fail(error, 2)
+        _fail(error, 1 if getattr(error, "errno", None) in DISK_FAULTS else 2)
 
 
 def _fail(error: Exception, code: int, text: str | None = None) -> None:

@@ -42,6 +42,7 @@ class _Range:
 
 _COUNT = _Range("1 or more", 1, 2**31 - 1, whole=True)
 _UNITS = _Range("1 or more", 1, 4096, whole=True)
+_LAYERS = _Range("1 or more", 1, 100, whole=True)
 _WHOLE = _Range("0 or more", 0, 2**31 - 1, whole=True)
 _DECAY = _Range("in [0, 1)", 0, math.nextafter(1, 0))
 _SHARE = _Range("in [0, 1]", 0, 1)
@@ -55,6 +56,7 @@ def check_fields(
     *,
     counts: Sequence[str] = (),
     units: Sequence[str] = (),
+    layers: Sequence[str] = (),
     whole: Sequence[str] = (),
     decays: Sequence[str] = (),
     shares: Sequence[str] = (),
@@ -71,7 +73,8 @@ def check_fields(
     Args:
         settings: An instance of a dataclass.
         counts: Fields that must be whole numbers, 1 or more.
-        units: Fields that must be whole numbers from 1 to 4096: sizes of a network.
+        units: Fields that must be whole numbers from 1 to 4096: sizes of a network's layers.
+        layers: Fields that must be whole numbers from 1 to 100: how many layers it has.
         whole: Fields that must be whole numbers, 0 or more.
         decays: Fields that must be in [0, 1).
         shares: Fields that must be in [0, 1].
@@ -84,6 +87,7 @@ def check_fields(
     for names, allowed in (
         (counts, _COUNT),
         (units, _UNITS),
+        (layers, _LAYERS),
         (whole, _WHOLE),
         (decays, _DECAY),
         (shares, _SHARE),

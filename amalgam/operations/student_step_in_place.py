@@ -252,8 +252,9 @@ def step_tensors_(
         warmup_lr: Its learning rate, multiplied by ``lr``.
         skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
         seeds: One a parameter, in [0, 2^32). With seeds, states and parameters that are bfloat16
-            are rounded up or down at random, right on average. Every backend takes the same bits: a
-            function of the seed, of ``steps`` where given, and of the place.
+            are rounded up or down at random, right on average. Every backend takes the same random
+            bits: a function of the seed, of ``steps`` where given, and of the place. Results of two
+            backends differ where the last bits of their float32 did.
         backend: ``"auto"``, or a backend's name.
 
     Raises:

@@ -30,7 +30,7 @@ class LSTMConfig(PolicyConfig):
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
         super().__post_init__()
-        check_fields(self, units=("layers", "hidden"))
+        check_fields(self, units=("hidden",), layers=("layers",))
 
 
 @dataclass(frozen=True, kw_only=True)
