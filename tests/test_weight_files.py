@@ -126,7 +126,7 @@ def test_pickles_are_not_opened(tmp_path: Path, how: str) -> None:
         ({"amalgam": described([])}, "describe itself with an object"),
         ({"amalgam": described({})}, "usable student: 'config'"),
         ({"amalgam": described({"config": {}})}, "usable student"),
-        ({"amalgam": about(hidden=4)}, "must have shape .16, 2. by its configuration, not shape .12, 2."),
+        ({"amalgam": about(hidden=4)}, "must have shape .16, 2. .*, not shape .12, 2."),
         ({"amalgam": about(layers=2)}, "cells.1.weight_ih"),
         ({"amalgam": about(layers=0)}, "layers must be 1 or more"),
         ({"amalgam": about(layers="2")}, "usable student"),

@@ -246,7 +246,7 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
         ("task.name=own_things.make_number", "must return an amalgam.tasks.Task, not 3"),
         (
             "task.arguments={sample=3}",
-            r"can't be called with .*sample=3\).*'sample'; it takes .*sam",
+            r"can't be called with .*sample=3.*'sample'; it takes .*sam",
         ),
         ("task.arguments=3", "tasks.0.arguments: .*table, not 3"),
         ("task.batch_size=51", "batch_size must be between 1 and the 50 training samples, not 51"),
