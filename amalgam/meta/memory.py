@@ -163,7 +163,7 @@ def binomial(steps: int, free: int) -> int:
 
     Args:
         steps: Steps to reverse from a kept point on, 1 or more.
-        free: How many further points may be kept, 0 or more.
+        free: How many further points may be kept, 0 or more; of one step, any number.
 
     Returns:
         How many steps after that point the next kept one is.
@@ -171,6 +171,8 @@ def binomial(steps: int, free: int) -> int:
     Raises:
         ValueError: One of the two is less than that.
     """
+    if steps == 1:
+        return 1
     if steps < 1 or free < 0:
         raise ValueError(f"steps must be 1 or more and free 0 or more, not {steps} and {free}")
     kept = free + 1
