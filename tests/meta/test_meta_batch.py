@@ -15,6 +15,7 @@ from amalgam.meta import (
     Amalgamation,
     Curriculum,
     MetaBatch,
+    NothingLearned,
     PersistentEvolution,
     Stage,
     Stages,
@@ -194,7 +195,8 @@ def test_a_meta_step_in_which_every_slot_fails_is_skipped(tmp_path) -> None:
     bad = replace(linear_task(), loss=lambda out, target: out.sum() * math.nan)
     run = trainer(tmp_path, tasks=bad, training=PLAIN, strategy=TINY)
     before = [w.clone() for w in run.student.weights()]
-    run.run()
+    with pytest.raises(NothingLearned, match="all 4 meta-steps were skipped"):
+        run.run()
     assert all(map(torch.equal, before, run.student.weights()))
     last = metrics(tmp_path)[-1]
     assert (last["skipped_meta_steps"], last["failed_episodes"]) == (4, 8)
