@@ -1,18 +1,30 @@
-"""The command line: ``amalgam train | evaluate | convert | info``."""
+"""The command line: ``amalgam train | evaluate | convert | info``.
+
+Exit codes: 0, done; 1, it failed while it ran; 2, what was asked for can't be done; 3, a run is
+over and nothing was learned; 130 and 143, interrupted by Ctrl-C and by SIGTERM; 141, nobody reads
+the output any more.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
+import shlex
+import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,12 +33,21 @@ from amalgam.device import resolve
 from amalgam.heap import keep_freed_memory
 from amalgam.version import describe
 
+if TYPE_CHECKING:
+    from amalgam.experiment import Experiment
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Amalgamate optimizers: teachers in, one learned optimizer out.",
 )
 _console = Console()
+INTERRUPTED = 128 + signal.SIGINT
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came; unlike other ends of the process, one that a run can go on after."""
 
 
 @app.command()
@@ -34,7 +55,7 @@ def train(
     recipe: Annotated[
         str, typer.Argument(help="A shipped recipe's name, or a path to a TOML file.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Run folder [default: runs/RECIPE-SEED]")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder [default: runs/RECIPE-SEED]")] = None,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
     override: Annotated[
         list[str] | None,
@@ -44,30 +65,65 @@ def train(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:1 [default: the recipe's]")
     ] = None,
+    own_code: Annotated[
+        bool,
+        typer.Option(
+            "--own-code",
+            help="Let a recipe from outside the working directory run the modules it names.",
+        ),
+    ] = False,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
     from amalgam.meta import distributed
 
+    if out is not None and not out.strip():
+        raise ValueError(f"--out must name a folder, not {out!r}; '.' is the working directory")
+    folder = Path(out) if out is not None else Path("runs") / f"{Path(recipe).stem}-{seed}"
     distributed.join()
     overrides = [*(override or []), *([f"device={device}"] if device is not None else [])]
-    _train(recipe, out, seed, overrides, resume)
+    with _told_how_to_resume(folder):
+        chosen = distributed.by_first(
+            lambda: recipes.load(recipe, overrides, own_code=own_code or None)
+        )
+        _train(chosen, Path(recipe).stem, folder, seed, resume)
 
 
-def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
-    from amalgam.evaluation import tables
-    from amalgam.evaluation.report import between_replicates, title
+@contextmanager
+def _told_how_to_resume(folder: Path) -> Iterator[None]:
+    """Where the block is interrupted and there is a run to go on with, say by which command."""
+    from amalgam.experiment import RECIPE
+
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as stopped:
+        if (folder / RECIPE).exists() and "RANK" not in os.environ:
+            arguments = [*sys.argv[1:], *(["--resume"] if "--resume" not in sys.argv else [])]
+            command = shlex.join(["amalgam", *arguments])
+            _say(f"interrupted; this goes on where the last checkpoint is:\n  {command}")
+        sys.exit(stopped.code if isinstance(stopped, _Terminated) else INTERRUPTED)
+
+
+def _train(chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: bool) -> None:
     from amalgam.experiment import Experiment
     from amalgam.meta import distributed
 
-    name = Path(recipe).stem
-    folder = out or Path("runs") / f"{name}-{seed}"
-    chosen = distributed.by_first(lambda: recipes.load(recipe, override))
     run = Experiment(chosen, folder, name=name, seed=seed, resume=resume)
     if distributed.rank():
         run.train()
         distributed.leave()
         return
-    _console.print(f"{name}: {chosen.description}\nrun folder: {folder}", highlight=False)
+    with run.locked():
+        _train_and_evaluate(run, name, folder)
+
+
+def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
+    """What the first process does, which reports."""
+    from amalgam.evaluation import tables
+    from amalgam.evaluation.report import between_replicates, title
+    from amalgam.meta import distributed
+
+    chosen = run.recipe
+    _plain(f"{name}: {chosen.description}\nrun folder: {folder}")
 
     with Progress(
         TextColumn("meta-training the {task.description}"),
@@ -95,13 +151,23 @@ def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume
     distributed.leave()
 
     with _console.status("evaluating") as status:
-        results = run.evaluate(lambda who: status.update(f"evaluating: {who}"))
+        results = run.evaluate(lambda who: status.update(escape(f"evaluating: {who}")))
     for task_results in results:
         _console.print(tables.terminal(title(task_results, chosen.evaluation.steps), task_results))
         if len(students) > 1:
-            _console.print(between_replicates(task_results, len(students)), highlight=False)
+            _plain(between_replicates(task_results, len(students)))
     kept = "student.safetensors" if len(students) == 1 else "replicate-*/student.safetensors"
-    _console.print(f"student: {folder / kept}\nplots:   {folder / 'plots'}")
+    _plain(f"student: {folder / kept}\nplots:   {folder / 'plots'}")
+
+
+def _plain(text: str) -> None:
+    """Print text as it is: brackets are no markup, and no path is broken in two."""
+    _console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say(text: str, style: str = "yellow") -> None:
+    """The same to the error stream."""
+    Console(stderr=True).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -160,12 +226,15 @@ def convert(
     source: Annotated[Path, typer.Argument(help="An .npz, or a TensorFlow checkpoint's folder.")],
     dest: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
     key: Annotated[str | None, typer.Option(help="Which student of an .npz: min-max/1")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST.")] = False,
 ) -> None:
     """Convert one of the paper's authors' released students into one of ours."""
     from amalgam.convert import convert as convert_student
 
+    if dest.exists() and not overwrite:
+        raise FileExistsError(f"{str(dest)!r} is there already; replace it by --overwrite")
     student = convert_student(source, dest, key=key)
-    _console.print(f"{dest}: {student.config}", highlight=False)
+    _plain(f"{dest}: {student.config}")
 
 
 @app.command()
@@ -220,7 +289,9 @@ def main() -> None:
     """
     keep_freed_memory()
     _find_modules_here()
+    warnings.showwarning = _warn
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        _heed_signals()
         _run()
         return
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -238,14 +309,47 @@ def _find_modules_here() -> None:
         sys.path.append(str(Path.cwd()))
 
 
+def _heed_signals() -> None:
+    """Treat SIGTERM as Ctrl-C, and end silently where nobody reads the output any more."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _warn(message: Warning | str, *where: object, **more: object) -> None:
+    """Show a warning as one line, without the line of code that gave it."""
+    _say(f"warning: {message}")
+
+
 def _run() -> None:
+    from amalgam.meta import NothingLearned
+    from amalgam.operations.registry import BackendError
+
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("AMALGAM_DEBUG"):
-            raise
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
-        sys.exit(2)
+    except NothingLearned as error:
+        _fail(error, 3)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(
+            error,
+            1,
+            f"out of memory: {str(error) or 'the system gave none'}; set memory.budget, or fewer "
+            f"training.optimizees; what was trained so far is kept (--resume)",
+        )
+    except (ValueError, OSError, BackendError) as error:
+        _fail(error, 1 if getattr(error, "errno", None) in DISK_FAULTS else 2)
+
+
+def _fail(error: Exception, code: int, text: str | None = None) -> None:
+    """End with an error in one line, or with its traceback if ``AMALGAM_DEBUG`` is set."""
+    if os.environ.get("AMALGAM_DEBUG"):
+        raise error
+    _say(f"error: {' '.join((text or str(error)).split())}", "red")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,36 @@
-"""Things that a user names by dotted path, such as ``"my.module.make_task"``."""
+"""Things that a user names by dotted path, such as ``"my.module.make_task"``.
+
+To import a module is to run its code. :func:`without_own_code` is for paths that a file names which
+may come from somebody else.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+TRUSTED = ("torch.optim.", "amalgam.")
+"""What the dotted paths begin with that :func:`find` always imports."""
+
+_refusal: ContextVar[str | None] = ContextVar("_refusal", default=None)
+
+
+@contextmanager
+def without_own_code(why: str) -> Iterator[None]:
+    """Within the block, refuse dotted paths outside of :data:`TRUSTED` before anything is imported.
+
+    Args:
+        why: Why, and what would help; ends the error's message.
+    """
+    token = _refusal.set(why)
+    try:
+        yield
+    finally:
+        _refusal.reset(token)
 
 
 def find(path: str, name: str, what: str, example: str) -> Any:
@@ -18,17 +43,23 @@ def find(path: str, name: str, what: str, example: str) -> Any:
         example: A path that would work; for the error.
 
     Raises:
-        ValueError: There is no such module, it can't be imported, or it holds no such name.
+        ValueError: There is no such module, it can't be imported, it holds no such name, or it may
+            not be imported here.
     """
     module, _, attribute = path.rpartition(".")
+    wrong = f"{name} must be {what} that can be imported, such as {example!r}, not {path!r}"
+    if not all(part.isidentifier() for part in path.split(".")) or not module:
+        raise ValueError(f"{wrong} (that is no dotted path)")
+    refusal = _refusal.get()
+    if refusal is not None and not path.startswith(TRUSTED):
+        raise ValueError(f"{name} {path!r} would run the code of {module!r}; {refusal}")
     try:
-        if not all(part.isidentifier() for part in path.split(".")) or not module:
-            raise ImportError("that is no dotted path")
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
+        raise ValueError(f"{wrong} ({error})") from error
+    except Exception as error:
         raise ValueError(
-            f"{name} must be {what} that can be imported, such as {example!r}, "
-            f"not {path!r} ({error})"
+            f"{wrong}: {module!r} fails where it is imported ({type(error).__name__}: {error})"
         ) from error
 
 

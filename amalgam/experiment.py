@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from amalgam.evaluation.contenders import (
 )
 from amalgam.evaluation.report import record
 from amalgam.meta import Trainer, distributed
-from amalgam.meta.run_folder import METRICS
+from amalgam.meta.run_folder import CHECKPOINT, METRICS, STUDENT
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
@@ -35,6 +37,10 @@ from amalgam.tasks import Task, TaskFamily
 from amalgam.version import describe
 
 RECIPE = "recipe.json"
+KEPT = (CHECKPOINT, STUDENT, f"choice/{CHECKPOINT}", "replicate-*")
+"""What a run keeps: a folder without any of it holds none, and may be begun anew."""
+FREE = ("description", "device", "evaluation")
+"""Keys of a recipe that may change when a run is resumed. So may ``memory``, with float32 cells."""
 
 
 class Experiment:
@@ -53,8 +59,11 @@ class Experiment:
         meta_steps: Meta-steps of each training that is over: the choice's, the student's.
 
     Raises:
-        FileExistsError: The folder holds a run, and ``resume`` was not given.
+        BlockingIOError: Another process has the folder.
+        FileExistsError: The folder holds a run, and ``resume`` was not given; or it holds a
+            student, and no run.
         RecipeError: The folder holds a run of another recipe or seed, or of an earlier version.
+        ValueError: The recipe can't be computed on this device, or by this backend.
     """
 
     def __init__(
@@ -71,7 +80,6 @@ class Experiment:
         self.seed = seed
         self.resume = resume
         self._name = name
-        distributed.by_first(self._settle)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.device = resolve(recipe.device)
@@ -79,6 +87,8 @@ class Experiment:
         self.tasks = [self._source(one.task) for one in recipe.tasks]
         self._choice: Policy | None = None
         self.meta_steps: list[int] = []
+        first = self.trainer if recipe.choice is None else self._choice_trainer
+        distributed.by_first(lambda: self._settle(first))
 
     @cached_property
     def pool(self) -> Pool:
@@ -136,33 +146,72 @@ class Experiment:
             **how,
         )
 
-    def _settle(self) -> None:
-        """Write ``recipe.json``; or check that the one that is there says the same."""
-        path = self.folder / RECIPE
+    def _settle(self, first: Trainer) -> None:
+        """Write ``recipe.json``; or check that the run that is there is this one.
+
+        What can't be computed here is found out before the folder is made.
+
+        Args:
+            first: The trainer of what is trained first.
+        """
+        if self.folder.exists():
+            with files.locked(self.folder):
+                self._refuse_others()
+        first.check()
         about = {"recipe": self._name, "seed": self.seed, "resolved": self.recipe.as_dict()}
+        text = json.dumps(about, indent=2) + "\n"
+        with files.locked(self.folder):
+            files.clear_leftovers(self.folder)
+            with files.whole(self.folder / RECIPE) as beside:
+                beside.write_text(text, encoding="utf-8")
+
+    def _refuse_others(self) -> None:
+        """Refuse a folder that holds something other than this run, or its beginning.
+
+        Raises:
+            FileExistsError: It holds a run, and ``resume`` was not given; or things that are none.
+            RecipeError: It holds another run, or one of an earlier version.
+        """
+        folder, path = str(self.folder), self.folder / RECIPE
+        kept = [name for name in KEPT if next(self.folder.glob(name), None) is not None]
         if not path.exists():
-            with files.whole(path) as beside:
-                beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            if kept:
+                raise FileExistsError(
+                    f"{folder!r} holds {', '.join(kept)}, and no {RECIPE} that says of what run; "
+                    f"choose another folder (--out)"
+                )
             return
+        if not kept:
+            return  # Nothing was kept of that run yet, so nothing is lost.
         if not self.resume:
             raise FileExistsError(
-                f"{str(self.folder)!r} holds a run already: go on with it (--resume), "
+                f"{folder!r} holds a run already: go on with it (--resume), "
                 f"or choose another folder (--out)"
             )
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if "unroll" in stored["resolved"]["training"]:
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            seed, resolved = stored["seed"], dict(stored["resolved"])
+            earlier = "unroll" in resolved["training"]
+        except (LookupError, RecursionError, TypeError, ValueError) as error:
             raise RecipeError(
-                f"{str(self.folder)!r} holds a run of an earlier version of amalgam, which had "
+                f"{str(path)!r} is damaged ({error!r}); restore it, or choose another folder"
+            ) from error
+        if earlier:
+            raise RecipeError(
+                f"{folder!r} holds a run of an earlier version of amalgam, which had "
                 f"training.unroll; finish it with that version, or choose another folder"
             )
-        stored["resolved"]["device"] = self.recipe.device  # The one key that may change.
-        for key in ("seed", "resolved"):
-            difference = _difference(stored[key], about[key], key.replace("resolved", "recipe"))
-            if difference:
-                raise RecipeError(
-                    f"{str(self.folder)!r} holds another run: {difference}; "
-                    f"resume it as it was begun, or choose another folder"
-                )
+        now = self.recipe.as_dict()
+        exact = {resolved.get("memory", {}).get("cells"), now["memory"]["cells"]} == {"float32"}
+        for key in (*FREE, *(["memory"] if exact else [])):
+            resolved.pop(key, None)
+            now.pop(key, None)
+        difference = _difference(seed, self.seed, "seed") or _difference(resolved, now, "recipe")
+        if difference:
+            raise RecipeError(
+                f"{folder!r} holds another run: {difference}; "
+                f"resume it as it was begun, or choose another folder"
+            )
 
     def train(
         self,
@@ -179,30 +228,53 @@ class Experiment:
         Returns:
             The student, or all replicates.
         """
-        choice = self.recipe.choice
-        if choice is not None:
-            generator = generator_for(self.seed, "choice")
-            trainer = self._trainer(
-                [Choice(choice.policy, generator=generator)],
-                Pool([]),
-                self.folder / "choice",
-                training=choice.training or self.recipe.training,
-                strategy=choice.strategy.settings,
-            )
-            begin("choice", trainer.meta_steps)
-            self._choice = self._train(trainer, report)
-        begin("student", self.trainer.meta_steps)
-        self._train(self.trainer, report)
+        with self.locked():
+            if self.recipe.choice is not None:
+                begin("choice", self._choice_trainer.meta_steps)
+                self._choice = self._train(self._choice_trainer, report)
+            begin("student", self.trainer.meta_steps)
+            self._train(self.trainer, report)
         return self.trainer.students
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes' runs from the folder within the block; the run's own are one.
+
+        Raises:
+            BlockingIOError: Another run has the folder.
+        """
+        if distributed.rank():
+            yield
+            return
+        with files.locked(self.folder):
+            yield
+
+    @cached_property
+    def _choice_trainer(self) -> Trainer:
+        """The trainer of the choice that is trained first."""
+        choice = self.recipe.choice
+        if choice is None:
+            raise RuntimeError("there is no choice to train")
+        return self._trainer(
+            [Choice(choice.policy, generator=generator_for(self.seed, "choice"))],
+            Pool([]),
+            self.folder / "choice",
+            training=choice.training or self.recipe.training,
+            strategy=choice.strategy.settings,
+        )
 
     def _train(self, trainer: Trainer, report: Callable[[dict[str, Any]], None] | None) -> Policy:
         trained = trainer.run(resume=self.resume, report=report)
         self.meta_steps.append(trainer.meta_step)
         if distributed.rank() == 0:
-            lines = (trainer.folder / METRICS).read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
-            first = [row for row in rows if not row.get("replicate")]
-            plots.training(first, trainer.folder / "plots" / "training.png")
+            rows = [row for row in trainer.metrics() if not row.get("replicate")]
+            if rows:
+                plots.training(rows, trainer.folder / "plots" / "training.png")
+            else:
+                warnings.warn(
+                    f"{str(trainer.folder / METRICS)!r} has no row; there is no training.png",
+                    stacklevel=2,
+                )
         return trained
 
     def evaluate(self, report: Callable[[str], None] = lambda what: None) -> list[list[Result]]:

@@ -1,17 +1,20 @@
 """Weights in and out: safetensors files that carry their configuration and provenance.
 
 Nothing is ever unpickled, and a file is written beside its place and renamed into it, so that a
-reader sees the old file or the new one whole.
+reader sees the old file or the new one whole. Its metadata has a checksum of all that it says; only
+files of earlier versions have none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amalgam import files
@@ -29,17 +32,19 @@ def shipped() -> tuple[str, ...]:
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of a shipped student's name, or of a path.
 
+    A shipped name is never a path: ``"./digits"`` is the file of that name.
+
     Args:
         name_or_path: A name from :func:`shipped`, or a path to a ``.safetensors`` file.
 
     Raises:
         FileNotFoundError: It is neither.
     """
+    if str(name_or_path) in shipped():
+        return SHIPPED / f"{name_or_path}{_SUFFIX}"
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if str(name_or_path) in shipped():
-        return SHIPPED / f"{name_or_path}{_SUFFIX}"
     raise FileNotFoundError(
         f"{str(name_or_path)!r} is neither a file nor a student that ships with amalgam; "
         f"those are {list(shipped())}"
@@ -60,11 +65,28 @@ def write(
     # Imported here, so that `import amalgam` works on a bare machine with a GPU to test.
     from safetensors.torch import save
 
-    # One key: safetensors writes several in an order that changes from run to run.
-    metadata = {_KEY: json.dumps({"kind": kind, "about": about}, sort_keys=True)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = {"kind": kind, "about": about}
+    checksum = _checksum(contiguous, _spelled(described))
+    # One key: safetensors writes several in an order that changes from run to run.
+    metadata = {_KEY: _spelled({**described, "checksum": checksum})}
     with files.whole(path) as beside:
         beside.write_bytes(save(contiguous, metadata))
+
+
+def _spelled(described: Mapping[str, Any]) -> str:
+    """Facts as JSON, in the one spelling that files have."""
+    return json.dumps(described, sort_keys=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor], described: str) -> str:
+    """The hexadecimal BLAKE2b digest, of 16 bytes, of tensors on the CPU and what they are."""
+    digest = hashlib.blake2b(described.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -123,8 +145,28 @@ def read_any(
     try:
         described = json.loads(metadata[_KEY])
         kind, about = described["kind"], described["about"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} does not say what it holds ({error!r})") from error
     if not isinstance(about, dict):
         raise ValueError(f"{str(path)!r} must describe itself with an object, not {about!r}")
+    _check(path, tensors, metadata[_KEY], described)
     return tensors, kind, about
+
+
+def _check(
+    path: Path, tensors: Mapping[str, Tensor], spelled: str, described: dict[str, Any]
+) -> None:
+    """Raise ValueError unless a file's checksum is that of what was read of it.
+
+    Args:
+        path: The file, for the error.
+        tensors: Its tensors.
+        spelled: How its metadata describes them.
+        described: The same, read. Files of earlier versions have no checksum.
+    """
+    if described.keys() == {"kind", "about"}:
+        return
+    rest = {key: value for key, value in described.items() if key != "checksum"}
+    wanted = _checksum(tensors, _spelled(rest))
+    if described.get("checksum") != wanted or _spelled(described) != spelled:
+        raise ValueError(f"{str(path)!r} does not match its checksum; the file is damaged")

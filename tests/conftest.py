@@ -32,6 +32,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 OWN_CACHE = None if "AMALGAM_CACHE" in os.environ else tempfile.mkdtemp(prefix="amalgam-cache-")
 os.environ.setdefault("AMALGAM_CACHE", str(OWN_CACHE))
 
+# PyTorch looks up its constructors at a device's first block, and here before they are poisoned.
+torch.utils._device._device_constructors()
+
 PACKAGE_FOLDERS = tuple(
     str(folder)
     for path in (Path(amalgam.__file__).parent, Path(__file__).parents[1] / "kernels")

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -11,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
 
-from amalgam import Student
+from amalgam import Student, cli, experiment
+from amalgam.meta import replicate, trainer
 from amalgam.policies import Choice, load_policy
 
 TINY = """
@@ -342,6 +346,156 @@ def test_errors_have_no_traceback(tiny, tmp_path) -> None:
     assert not (tmp_path / "x").exists()
     done = run("evaluate", tmp_path / "none.safetensors", fails=True)
     assert "none.safetensors" in done.stderr
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs the command line in this process: its exit code, its output and its errors."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(cli, "_console", cli.Console(width=60))
+
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["amalgam", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli._run()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run_here
+
+
+def assert_one_line(found: tuple[int, str, str], code: int, named: str) -> None:
+    """An error of this exit code, in one line that holds these words."""
+    assert found[0] == code
+    (line,) = found[2].strip().splitlines()
+    assert re.search(named, line), line
+
+
+SHORT = ["--set", "strategy.stages=[{episodes=1}]", "--set", "evaluation.tasks=[]"]
+
+
+def test_faults_have_exit_codes_and_one_line(here, tiny, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    train = ("train", tiny, "--device", "cpu", *SHORT)
+    assert_one_line(here(*train, "--out", ""), 2, "--out must name a folder, not ''")
+    assert_one_line(here("train", "digit"), 2, "did you mean 'digits'")
+    assert_one_line(here(*train, "--out", tiny), 2, "tiny.toml")
+    cuda = ("--set", "amalgamation.backend=cuda")
+    assert_one_line(here(*train, "--out", out, *cuda), 2, "amalgamation.backend='cuda' can't")
+    assert not out.exists()
+    monkeypatch.setattr(replicate.Replicate, "update", skip)
+    assert_one_line(here(*train, "--out", out), 3, "the student learned nothing: all 1 meta-steps")
+    monkeypatch.undo()
+    (tmp_path / "alone").mkdir()
+    Student().save(tmp_path / "alone" / "student.safetensors")
+    before = (tmp_path / "alone" / "student.safetensors").read_bytes()
+    found = here(*train, "--out", tmp_path / "alone")
+    assert_one_line(found, 2, "holds student.safetensors, and no recipe.json")
+    assert (tmp_path / "alone" / "student.safetensors").read_bytes() == before
+
+
+def skip(self, *arguments: object) -> float:
+    """In the place of :meth:`Replicate.update`."""
+    self.skipped_meta_steps += 1
+    return math.nan
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "named"),
+    [
+        (MemoryError(), 1, "out of memory: the system gave none; set memory.budget, or fewer"),
+        (
+            torch.OutOfMemoryError("CUDA out of\nmemory"),
+            1,
+            "out of memory: CUDA out of memory; set",
+        ),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_what_fails_on_the_way_is_one_line(error, code, named, here, tiny, tmp_path, monkeypatch):
+    def fail(self, *arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(experiment.Experiment, "train", fail)
+    assert_one_line(here("train", tiny, "--out", tmp_path / "run", *SHORT), code, named)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt(), 130), (cli._Terminated(143), 143)], ids=["int", "term"]
+)
+def test_an_interrupted_run_says_how_it_goes_on(
+    stop, code, here, tiny, tmp_path, monkeypatch
+) -> None:
+    """Brackets in a path are no markup, and a command that is copied runs."""
+    out = tmp_path / "a long name, so that a narrow terminal would break it [/x] 'y'"
+    train = ["train", tiny, "--out", out, "--set", "description=[/x] [red]", *SHORT]
+
+    def interrupt(self, row: dict) -> None:
+        raise stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "_close", interrupt)
+        found = here(*train)
+    assert found[0] == code
+    words, command = found[2].strip().splitlines()
+    assert words == "interrupted; this goes on where the last checkpoint is:"
+    name, *arguments = shlex.split(command)
+    assert (name, arguments) == ("amalgam", [*map(str, train), "--resume"])
+    assert f"run folder: {out}" in found[1].splitlines()
+    assert "tiny: [/x] [red]" in found[1].splitlines()
+    done = here(*arguments)
+    assert done[0] == 0
+    assert f"student: {out}/student.safetensors" in done[1].splitlines()
+    assert not list(out.rglob(".*"))
+
+
+def test_signals_of_the_system(tiny, tmp_path) -> None:
+    """A second run in the folder is refused; SIGTERM ends the first one, in good order."""
+    train = ["train", tiny, "--out", tmp_path / "run", "--device", "cpu"]
+    long = ["--set", "strategy.stages=[{episodes=10000, windows=1}]"]
+    process = subprocess.Popen(
+        command(*train, *long), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 100
+        checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        refused = run(*train, *long, "--resume", fails=True)
+        assert refused.returncode == 2
+        assert f"is in use by process {process.pid} on " in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert errors.splitlines()[-1].endswith("--resume")
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="Windows has no SIGPIPE")
+def test_nobody_reads_the_output() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command("info"), stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100
+    )
+    os.close(writing)
+    assert done.returncode == -signal.SIGPIPE  # a shell says 141
+    assert done.stderr == ""
+
+
+def test_convert_writes_over_nothing(here, tmp_path) -> None:
+    source = tmp_path / "x.npz"
+    np.savez(source, a=np.zeros(1))
+    before = source.read_bytes()
+    assert_one_line(here("convert", source, source), 2, "is there already; replace it by --over")
+    found = here("convert", source, source, "--overwrite")
+    assert_one_line(found, 2, "dest must be another file than what is converted, not .*x.npz")
+    assert source.read_bytes() == before
+    assert_one_line(here("convert", source, "/dev/null"), 2, "is there already")
 
 
 def test_info() -> None:

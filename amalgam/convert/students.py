@@ -31,6 +31,7 @@ from amalgam.version import __version__
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
+MOST_BYTES = 2**30
 WARMUP_STEPS = 100
 WARMUP_LR = 0.05
 _WEIGHT = r"recurrent/\d+/(?:kernel|recurrent_kernel|bias)|delta/(?:kernel|bias)"
@@ -89,10 +90,11 @@ def convert(
     Raises:
         FileNotFoundError: There is no such source.
         ValueError: The source is damaged, of an unsupported kind, or does not hold the student
-            asked for; or its weights are not those of an RNNProp student.
+            asked for; ``dest`` is a part of it; or its weights are not those of an RNNProp student.
     """
     path = Path(source)
     prefix = _checkpoint_prefix(path)
+    _refuse_source(path, prefix, Path(dest))
     if prefix is not None:
         if key is not None:
             raise ValueError(
@@ -220,6 +222,12 @@ def read_npz(
             near = difflib.get_close_matches(key, keys, 4, 0.4)
             hint = f"did you mean one of {near}? It" if near else "it"
             raise ValueError(f"{str(path)!r} has no student {key!r}; {hint} has {list(keys)}")
+        for info in file.zip.infolist():
+            if info.file_size > MOST_BYTES:
+                raise ValueError(
+                    f"{str(path)!r} holds {info.file_size} bytes in {info.filename!r}; an array of "
+                    f"a student has {MOST_BYTES} at most"
+                )
         try:
             arrays = {
                 match["name"]: file[full]
@@ -283,6 +291,16 @@ def _checkpoint_prefix(path: Path) -> Path | None:
             f"'.index'"
         )
     return path
+
+
+def _refuse_source(source: Path, prefix: Path | None, dest: Path) -> None:
+    """Raise ValueError where the file to write is one of those that are read."""
+    read = [source]
+    if prefix is not None:
+        read = [Path(f"{prefix}.index"), Path(f"{prefix}.data-00000-of-00001")]
+        read.append(prefix.parent / "config.json")
+    if dest.exists() and any(path.exists() and dest.samefile(path) for path in read):
+        raise ValueError(f"dest must be another file than what is converted, not {str(dest)!r}")
 
 
 def _packaged_config(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.objective import MECHANISMS, Amalgamation
 from amalgam.meta.periods import Strategy
 from amalgam.meta.stages import Stage, Stages
-from amalgam.meta.trainer import Trainer
+from amalgam.meta.trainer import NothingLearned, Trainer
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
@@ -51,6 +51,7 @@ __all__ = [
     "Estimator",
     "Memory",
     "MetaBatch",
+    "NothingLearned",
     "PersistentEvolution",
     "Repeat",
     "Stage",

@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.ranges import check_fields
+
 LR_DECAYS = ("constant", "linear", "cosine")
 
 
@@ -83,15 +85,19 @@ class Conditions:
             if not isinstance(found, list | tuple):
                 raise ValueError(f"{name} must be a list, not {found!r}")
             object.__setattr__(self, name, tuple(found))
+        check_fields(
+            self,
+            shares=("weight_decay_zero",),
+            positive=("weight_decay", "lr"),
+            exponents=("loss_scale",),
+        )
         for name in ("weight_decay", "lr"):
             found = getattr(self, name)
-            if found is not None and not (len(found) == 2 and 0 < found[0] <= found[1] < math.inf):
+            if found is not None and not (len(found) == 2 and found[0] <= found[1]):
                 raise ValueError(
                     f"{name} must be two positive and finite numbers, the smaller one first, not "
                     f"{found}"
                 )
-        if not 0 <= self.weight_decay_zero <= 1:
-            raise ValueError(f"weight_decay_zero must be in [0, 1], not {self.weight_decay_zero}")
         if self.weight_decay is not None and not self.weight_decay[1] * self.lr[1] < 1:
             raise ValueError(
                 f"weight_decay must be below 1 / {self.lr[1]}, so that a step leaves something of "
@@ -101,12 +107,9 @@ class Conditions:
             raise ValueError(
                 f"lr_decays must be one or more of {list(LR_DECAYS)}, not {list(self.lr_decays)}"
             )
-        if len(self.loss_scale) != 2 or not (
-            -math.inf < self.loss_scale[0] <= self.loss_scale[1] < math.inf
-        ):
+        if len(self.loss_scale) != 2 or not self.loss_scale[0] <= self.loss_scale[1]:
             raise ValueError(
-                f"loss_scale must be two finite exponents, the smaller one first, not "
-                f"{self.loss_scale}"
+                f"loss_scale must be two exponents, the smaller one first, not {self.loss_scale}"
             )
 
     @property

@@ -20,6 +20,7 @@ from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, UnrollSettings
 from amalgam.meta.rule import Place, RuleByRecords
 from amalgam.meta.stages import Stages
+from amalgam.ranges import check_fields
 
 IMITATION_WEIGHTS: dict[str, tuple[float, ...]] = {
     "il_more": (0.2, 0.1, 0.05, 0.02),
@@ -38,6 +39,9 @@ _SIMPLE_VALIDATION = UnrollSettings(20, 25, 2, 0, 0.01)
 
 Schedule = float | tuple[float, ...]
 """One number for all stages (or periods), or one for each; the last one holds for the rest."""
+
+Counts = int | tuple[int, ...]
+"""A schedule of whole numbers."""
 
 
 def value_at(schedule: Schedule, index: int) -> float:
@@ -62,33 +66,14 @@ def _records_of(records: Sequence[Record], stage: int, period: int | None = None
     return [r for r in records if r.stage == stage and period in (None, r.period)]
 
 
-def _check(strategy: Any, counts: Sequence[str], schedules: Sequence[str]) -> None:
-    for name in schedules:
-        value = getattr(strategy, name)
-        if isinstance(value, list):
-            object.__setattr__(strategy, name, value := tuple(value))
-        if value == ():
-            raise ValueError(f"{name} must be a number, or one or more, not none")
-        least = 1 if name in ("unroll", "windows", "episodes") else 0
-        for number in value if isinstance(value, tuple) else (value,):
-            if not least <= number < math.inf:
-                raise ValueError(f"{name} must be {least} or more and finite, not {number}")
-    for name in counts:
-        if getattr(strategy, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, not {getattr(strategy, name)}")
-    for name in ("max_repeat", "repeat_threshold"):
-        if hasattr(strategy, name) and not getattr(strategy, name) >= 0:
-            raise ValueError(f"{name} must be 0 or more, not {getattr(strategy, name)}")
-
-
-_SCHEDULES = (
-    "unroll",
-    "windows",
-    "episodes",
-    "imitation_weight",
-    "warmup_windows",
-    "warmup_lr",
-)
+def _check(strategy: Curriculum | Repeat, *counts: str) -> None:
+    check_fields(
+        strategy,
+        counts=(*counts, "unroll", "windows", "episodes"),
+        whole=("warmup_windows", "max_repeat"),
+        not_negative=("imitation_weight", "warmup_lr", "repeat_threshold"),
+        or_infinite=("repeat_threshold",),
+    )
 
 
 def _unrolls(strategy: Curriculum | Repeat, index: int) -> UnrollSettings:
@@ -143,11 +128,11 @@ class Curriculum(RuleByRecords):
     num_stages: int = 4
     num_periods: int = 5
     num_chances: int = 5
-    unroll: Schedule = 100
-    windows: Schedule = (1, 2, 5, 10, 20)
-    episodes: Schedule = 10
+    unroll: Counts = 100
+    windows: Counts = (1, 2, 5, 10, 20)
+    episodes: Counts = 10
     imitation_weight: Schedule | str = 0.0
-    warmup_windows: Schedule = 1
+    warmup_windows: Counts = 1
     warmup_lr: Schedule = 0.05
     max_repeat: int = 4
     repeat_threshold: float = 0.5
@@ -155,7 +140,7 @@ class Curriculum(RuleByRecords):
     def __post_init__(self) -> None:
         """Fill in a named schedule, and refuse what can't be run."""
         _name_weights(self)
-        _check(self, ("num_stages", "num_periods", "num_chances"), _SCHEDULES)
+        _check(self, "num_stages", "num_periods", "num_chances")
 
     def _period(self, place: Place) -> Period:
         assert not isinstance(self.imitation_weight, str)
@@ -239,11 +224,11 @@ class Repeat(RuleByRecords):
     """
 
     num_periods: int = 20
-    unroll: Schedule = 100
-    windows: Schedule = (1, 2, 5)
-    episodes: Schedule = 10
+    unroll: Counts = 100
+    windows: Counts = (1, 2, 5)
+    episodes: Counts = 10
     imitation_weight: Schedule | str = 0.0
-    warmup_windows: Schedule = 0
+    warmup_windows: Counts = 0
     warmup_lr: Schedule = 0.0
     validation: UnrollSettings = _REPEAT_VALIDATION
     max_repeat: int = 4
@@ -254,7 +239,7 @@ class Repeat(RuleByRecords):
         _name_weights(self)
         if isinstance(self.validation, Mapping):
             object.__setattr__(self, "validation", UnrollSettings(**self.validation))
-        _check(self, ("num_periods",), _SCHEDULES)
+        _check(self, "num_periods")
 
     def _period(self, place: Place) -> Period:
         assert not isinstance(self.imitation_weight, str)
@@ -289,9 +274,9 @@ def _name_weights(strategy: Curriculum | Repeat) -> None:
 
 def simple(
     num_periods: int = 25,
-    unroll: Schedule = 20,
-    windows: Schedule = 25,
-    episodes: Schedule = 10,
+    unroll: Counts = 20,
+    windows: Counts = 25,
+    episodes: Counts = 10,
     validation: UnrollSettings = _SIMPLE_VALIDATION,
     **more: Any,
 ) -> Repeat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -61,7 +61,17 @@ class Engines:
         if engine is None or number != episode.number:
             # Not both at once: a task's tensors may be large.
             self._of_slots.pop(slot, None)
-            generator = generator_for(self._seed, "family", episode.number)
-            engine = self._make(draw(self._tasks[episode.task], generator).to(self._device))
+            engine = self._drawn(episode)
             self._of_slots[slot] = episode.number, engine
         return engine
+
+    def trials(self) -> Iterator[tuple[EpisodeAt, Unroll]]:
+        """An episode of each task and family, of one window, and its engine, to try it out."""
+        for index in range(len(self)):
+            episode = EpisodeAt(0, index, 1, 0)
+            yield episode, self._of_tasks.get(index) or self._drawn(episode)
+
+    def _drawn(self, episode: EpisodeAt) -> Unroll:
+        """The engine of the task that an episode draws from its family."""
+        generator = generator_for(self._seed, "family", episode.number)
+        return self._make(draw(self._tasks[episode.task], generator).to(self._device))

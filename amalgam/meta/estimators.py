@@ -8,7 +8,6 @@ entry in :data:`ESTIMATORS`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -22,6 +21,7 @@ from amalgam.meta.episode import Trajectories
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
+from amalgam.ranges import check_fields
 from amalgam.seeding import normal_like
 from amalgam.tasks import Batch
 
@@ -217,10 +217,7 @@ class PersistentEvolution:
 
     def __post_init__(self) -> None:
         """Refuse what can't be estimated."""
-        if not 0 < self.std < math.inf:
-            raise ValueError(f"std must be positive and finite, not {self.std}")
-        if self.pairs < 1:
-            raise ValueError(f"pairs must be 1 or more, not {self.pairs}")
+        check_fields(self, counts=("pairs",), positive=("std",))
 
     @property
     def particles(self) -> int:

@@ -22,6 +22,8 @@ from typing import Literal
 
 import torch
 
+from amalgam.ranges import check_fields
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARE_OF_FREE, _MOST_OF_FREE = 0.5, 0.9
 
@@ -67,8 +69,7 @@ class Memory:
                     f"budget ({self.budget!r}) and segment ({self.segment}) can't both decide; "
                     f"give one"
                 )
-        if self.segment is not None and self.segment < 1:
-            raise ValueError(f"segment must be 1 or more, not {self.segment}")
+        check_fields(self, counts=("segment",))
         if self.cells not in ("float32", "bfloat16"):
             raise ValueError(f"cells must be 'float32' or 'bfloat16', not {self.cells!r}")
         if self.cells == "bfloat16" and self.budget is None and self.segment is None:
@@ -106,7 +107,9 @@ class Plan:
     next_kept: NextKept
 
 
-def plan(steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes: int) -> Plan:
+def plan(
+    steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes: int, *, fixed: int = 0
+) -> Plan:
     """Decide which points and graphs a window keeps.
 
     The budget goes to points first. Graphs get what is left once there is room for all points. With
@@ -115,28 +118,39 @@ def plan(steps: int, memory: Memory, budget: int, point_bytes: int, graph_bytes:
     Args:
         steps: Steps of the window.
         memory: The settings, of which only ``segment`` is read.
-        budget: Bytes for kept points and graphs.
+        budget: Bytes for all that the backward pass holds.
         point_bytes: Size of a point.
         graph_bytes: Size of the graph of all rows' losses and gradients in one step.
+        fixed: Bytes of the budget that are held in any case. Points and graphs get the rest.
 
     Raises:
         ValueError: The budget is too small for the one point that reversing needs.
     """
+    if steps < 1:
+        return Plan(0, 0, binomial)
     if memory.segment is not None:
         segment = min(memory.segment, steps)
         return Plan(steps // segment + segment, 0, segments(segment))
-    points = min(steps - 1, max(budget, 0) // max(point_bytes, 1))
+    left = max(budget - fixed, 0)
+    points = min(steps - 1, left // max(point_bytes, 1))
     if steps > 1 and not points:
         raise ValueError(
-            f"budget must hold at least one point of this unroll, {point_bytes} bytes, not {budget}"
+            f"budget must be {fixed + point_bytes} bytes or more for this unroll of {steps} steps, "
+            f"not {budget}"
         )
-    left = budget - points * point_bytes
-    graphs = min(steps, max(left, 0) // max(graph_bytes, 1)) if points >= steps - 1 else 0
+    left -= points * point_bytes
+    graphs = min(steps, left // max(graph_bytes, 1)) if points >= steps - 1 else 0
     return Plan(points, graphs, binomial)
 
 
 def segments(length: int) -> NextKept:
-    """The choice of every ``length``-th point, and of all in the segment being reversed."""
+    """The choice of every ``length``-th point, and of all in the segment being reversed.
+
+    Raises:
+        ValueError: ``length`` is less than 1.
+    """
+    if length < 1:
+        raise ValueError(f"length must be 1 or more, not {length}")
 
     def next_kept(steps: int, free: int) -> int:
         return length if steps > length else 1
@@ -148,12 +162,19 @@ def binomial(steps: int, free: int) -> int:
     """The choice of points with which the fewest steps are computed again (see this module's text).
 
     Args:
-        steps: Steps to reverse from a kept point on.
-        free: How many further points may be kept, 0 or more.
+        steps: Steps to reverse from a kept point on, 1 or more.
+        free: How many further points may be kept, 0 or more; of one step, any number.
 
     Returns:
         How many steps after that point the next kept one is.
+
+    Raises:
+        ValueError: One of the two is less than that.
     """
+    if steps == 1:
+        return 1
+    if steps < 1 or free < 0:
+        raise ValueError(f"steps must be 1 or more and free 0 or more, not {steps} and {free}")
     kept = free + 1
     repeats = 1
     while math.comb(kept + repeats, repeats) < steps:
@@ -169,11 +190,12 @@ def parse_bytes(amount: str | int) -> int:
     """The number of bytes that ``"4GiB"``, ``"500 MB"`` or a plain number stands for.
 
     Raises:
-        ValueError: ``amount`` reads otherwise, or is less than one byte.
+        ValueError: ``amount`` reads otherwise, or is less than one byte or 2^63 bytes or more.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]I?B|B)?", str(amount).strip().upper())
+    read = str(amount).strip().upper() if isinstance(amount, str | int) else ""
+    found = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?([KMG]I?B|B)?", read)
     size = int(float(found[1]) * _UNITS[found[2] or "B"]) if found else 0
-    if size < 1:
+    if not 1 <= size < 2**63:
         raise ValueError(f"budget must read as in '4GiB', '500MB' or 1048576, not {amount!r}")
     return size
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from amalgam.meta.periods import Finish, Period, Record, Slots, UnrollSettings
 from amalgam.meta.rule import Place, RuleByRecords
+from amalgam.ranges import check_fields
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,13 @@ class MetaBatch(RuleByRecords):
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        for name in ("meta_steps", "slots", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_fields(
+            self,
+            counts=("meta_steps", "slots", "unroll", "shortest", "longest"),
+            positive=("slot_clip",),
+            not_negative=("imitation_weight",),
+            or_infinite=("slot_clip",),
+        )
         if self.shortest < self.unroll:
             raise ValueError(
                 f"shortest must be {self.unroll} or more, one window (unroll), not {self.shortest}"
@@ -67,12 +71,6 @@ class MetaBatch(RuleByRecords):
                 f"longest must leave a whole number of windows of {self.unroll} steps between "
                 f"shortest, {self.shortest}, and itself, not {self.longest}"
             )
-        if not 0 <= self.imitation_weight < math.inf:
-            raise ValueError(
-                f"imitation_weight must be 0 or more and finite, not {self.imitation_weight}"
-            )
-        if not self.slot_clip > 0:
-            raise ValueError(f"slot_clip must be positive, not {self.slot_clip}")
 
     @property
     def goes_back(self) -> bool:

@@ -15,14 +15,15 @@ from amalgam.meta.engines import Engines
 from amalgam.meta.estimators import Estimate, Estimator
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation, loss_weights
-from amalgam.meta.periods import Period, Slots
+from amalgam.meta.periods import INITIAL, Period, Slots, UnrollSettings
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.run_state import EpisodeAt, RunState, Slot
 from amalgam.meta.sampling import Sampler, StackedBatches, begin_episode
 from amalgam.meta.slot_means import SlotMeans
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
-from amalgam.meta.window import Window
+from amalgam.meta.window import Window, check_budget
+from amalgam.operations.registry import BackendError
 from amalgam.policies import Pool
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task, TaskFamily
@@ -142,6 +143,30 @@ class MetaSteps:
         progress.done += 1
         progress.meta_losses.append(step.losses[0].mean().item())
         return step
+
+    def check(self, steps: int) -> None:
+        """Take a window of one step of each task, forward and backward, and change nothing.
+
+        So what can't be computed here, by this backend on this device and within this budget, shows
+        before the first meta-step.
+
+        Args:
+            steps: How many steps the run's first windows have.
+
+        Raises:
+            ValueError: A backend can't compute it, or the budget of memory is too small.
+        """
+        once = UnrollSettings(unroll=1, windows=1, episodes=1, warmup_windows=0, warmup_lr=0.0)
+        period = Period(0, 0, 0, INITIAL, once, 1.0, None)
+        for episode, unroll in self.engines.trials():
+            with distributed.apart():
+                begun = self._begin_episode(unroll, episode, period)
+                try:
+                    self._estimate(unroll, begun, episode, period)
+                except BackendError as error:
+                    raise ValueError(f"amalgamation.{error}") from error
+                batches = self._sampler.batches(unroll.task, steps, "window", 0, 0)
+                check_budget(unroll, begun.trajectories, batches)
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""

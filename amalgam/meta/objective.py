@@ -18,10 +18,12 @@ from torch import Tensor
 
 from amalgam import ops
 from amalgam.hints import did_you_mean
+from amalgam.ranges import check_fields
 
 MECHANISMS = ("mean", "min-max")
 NORMALISERS = ("first-batch", "every-batch")
 MODES = ("sum", "switch", "imitation", "meta")
+MOST_SPREAD = 40
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ class Amalgamation:
         for name, known in (("mechanism", MECHANISMS), ("normaliser", NORMALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        if not self.scale_spread >= 0:
-            raise ValueError(f"scale_spread must be 0 or more, not {self.scale_spread}")
-        if self.huber_delta is not None and not self.huber_delta > 0:
-            raise ValueError(f"huber_delta must be positive, not {self.huber_delta}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, not {self.eps}")
+        check_fields(self, positive=("huber_delta", "eps"), not_negative=("scale_spread",))
+        if self.scale_spread > MOST_SPREAD:
+            raise ValueError(
+                f"scale_spread must be at most {MOST_SPREAD}, beyond which float32 does not hold "
+                f"the square of exp(scale_spread), not {self.scale_spread}"
+            )
         ops.check_backend(self.backend)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from amalgam.ranges import check_fields
+
 INITIAL = "initial"
 """The name of the weights that training begins with, where a period's name is expected."""
 
@@ -36,6 +38,15 @@ class UnrollSettings:
     episodes: int
     warmup_windows: int
     warmup_lr: float
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be run."""
+        check_fields(
+            self,
+            counts=("unroll", "windows", "episodes"),
+            whole=("warmup_windows",),
+            not_negative=("warmup_lr",),
+        )
 
     @property
     def meta_steps(self) -> int:

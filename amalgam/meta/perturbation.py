@@ -16,7 +16,6 @@ a perturbation of weights but noise on the gradients that the student sees.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from amalgam.hints import did_you_mean
+from amalgam.ranges import check_fields
 from amalgam.seeding import normal_like
 
 NORMS = ("l2", "scale", "inf")
@@ -76,17 +76,6 @@ class AdversarialPerturbation(Protocol):
 Perturbation = RandomPerturbation | AdversarialPerturbation
 
 
-def _check_positive(settings: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(settings, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, not {getattr(settings, name)}")
-
-
-def _check_steps(settings: Any) -> None:
-    if settings.steps < 1:
-        raise ValueError(f"steps must be 1 or more, not {settings.steps}")
-
-
 @dataclass(frozen=True)
 class Gaussian:
     """Independent Gaussian noise on every weight.
@@ -112,9 +101,7 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         """Refuse what can't be drawn."""
-        _check_positive(self, "std")
-        if not 0 <= self.floor < math.inf:
-            raise ValueError(f"floor must be 0 or more and finite, not {self.floor}")
+        check_fields(self, positive=("std",), not_negative=("floor",))
 
     @torch.no_grad()
     def draw(self, weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
@@ -148,7 +135,7 @@ class FGSM(_FromZero):
 
     def __post_init__(self) -> None:
         """Refuse what does not climb."""
-        _check_positive(self, "step_size")
+        check_fields(self, positive=("step_size",))
 
     @property
     def steps(self) -> int:
@@ -188,8 +175,7 @@ class PGD(_FromZero):
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed, or does not climb."""
-        _check_steps(self)
-        _check_positive(self, "magnitude", "lr")
+        check_fields(self, counts=("steps",), positive=("magnitude", "lr"))
         if self.norm not in NORMS:
             raise ValueError(
                 f"norm must be one of {list(NORMS)}, not {self.norm!r}"
@@ -230,8 +216,7 @@ class AdaptivePGD(_FromZero):
 
     def __post_init__(self) -> None:
         """Refuse what does not climb."""
-        _check_steps(self)
-        _check_positive(self, "magnitude")
+        check_fields(self, counts=("steps",), positive=("magnitude",))
 
     @torch.no_grad()
     def ascend(
@@ -271,7 +256,7 @@ class InputNoise:
 
     def __post_init__(self) -> None:
         """Refuse what can't be drawn."""
-        _check_positive(self, "std")
+        check_fields(self, positive=("std",))
 
     def add(self, grad: Tensor, generator: torch.Generator) -> Tensor:
         """A gradient of any shape plus noise drawn from ``generator``; autograd passes through."""

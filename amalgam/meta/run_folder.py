@@ -11,7 +11,10 @@ The first process alone writes.
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +26,14 @@ from amalgam import files, nests, weight_files
 from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes
 from amalgam.meta.run_state import Progress, RunState
+from amalgam.policies import Policy
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 STUDENT = "student.safetensors"
 PERIODS = "periods"
 
-FORMAT = 3
+FORMAT = 4
 """The format of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
 
 
@@ -45,6 +49,20 @@ class RunFolder:
         self.path = path
         self._identity = dict(identity)
         self._checkpoint = path / CHECKPOINT
+        self._log: IO[str] | None = None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs from the folder; all processes of one run are one.
+
+        Raises:
+            BlockingIOError: Another run has it.
+        """
+        if distributed.rank():
+            yield
+            return
+        with files.locked(self.path):
+            yield
 
     def open(self, *, resume: bool) -> bool:
         """Make the folder, remove what interrupted writes left in it, and look for a checkpoint.
@@ -64,16 +82,21 @@ class RunFolder:
             )
         if distributed.rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            for path in (self._checkpoint, *(self.path / PERIODS).glob("*.safetensors")):
-                files.clear_leftovers(path)
+            files.clear_leftovers(self.path)
         found: bool = distributed.from_first(self._checkpoint.exists())
         return found
 
     def save_checkpoint(self, state: RunState) -> None:
-        """Write the state of all processes, whole or not at all."""
+        """Write the state of all processes, whole or not at all.
+
+        The log of the meta-steps before it reaches the disk first.
+        """
         everywhere = distributed.gather(state.trajectory_tensors())
         if distributed.rank():
             return
+        if self._log is not None:
+            self._log.flush()
+            os.fsync(self._log.fileno())
         tensors = state.learned()
         for trajectories in everywhere:
             tensors |= nests.prefixed("trajectories", trajectories)
@@ -104,11 +127,16 @@ class RunFolder:
         """
         tensors, about = weight_files.read(self._checkpoint, "checkpoint")
         self._refuse_others(about)
-        state.load_learned(tensors)
-        for replicate, stored in zip(state.replicates, about["replicates"], strict=True):
-            replicate.load_json(stored)
-        state.progress = Progress.from_json(about["progress"])
-        state.load_trajectory_tensors(nests.under("trajectories", tensors), engine_of, device)
+        try:
+            state.load_learned(tensors)
+            for replicate, stored in zip(state.replicates, about["replicates"], strict=True):
+                replicate.load_json(stored)
+            state.progress = Progress.from_json(about["progress"])
+            state.load_trajectory_tensors(nests.under("trajectories", tensors), engine_of, device)
+        except (AttributeError, LookupError, RuntimeError, StopIteration, TypeError) as error:
+            raise ValueError(
+                f"{str(self._checkpoint)!r} does not hold this run's state: {error!r}"
+            ) from error
 
     def _refuse_others(self, about: Mapping[str, Any]) -> None:
         """Raise if a checkpoint has another format or belongs to another run."""
@@ -119,8 +147,9 @@ class RunFolder:
                 f"from format {FORMAT} alone; finish that run with the version that began it, or "
                 f"begin it anew in another folder"
             )
+        run = about.get("run")
         for key, value in self._identity.items():
-            stored = about["run"].get(key)
+            stored = run.get(key) if isinstance(run, dict) else None
             if stored != value:
                 raise ValueError(f"{path!r} belongs to a run with {key} = {stored}, not {value}")
 
@@ -139,28 +168,71 @@ class RunFolder:
         return self.path / PERIODS / f"{name}.safetensors"
 
     @contextmanager
-    def log(self, lines: int) -> Iterator[IO[str]]:
-        """Cut the log of metrics to its first lines, and open it to append to it.
+    def log(self, meta_step: int, replicates: int) -> Iterator[IO[str]]:
+        """Cut the log of metrics to the meta-steps of the checkpoint, and open it to append to it.
 
         A run that was killed may have logged meta-steps later than its checkpoint. They are about
-        to be computed again, so their lines are dropped. In all processes but the first what is
-        written goes nowhere.
+        to be computed again, so their lines are dropped. Lines that are lost are not needed: a
+        warning names the file, and the run goes on. In all processes but the first what is written
+        goes nowhere.
 
         Args:
-            lines: How many lines to keep: those of the meta-steps before the checkpoint.
+            meta_step: How many meta-steps came before the checkpoint.
+            replicates: How many lines each has.
         """
-        # The other processes take the same steps and write nothing.
-        path = Path(os.devnull)
-        if distributed.rank() == 0:
-            path = self.path / METRICS
-            if path.exists():
-                logged = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                with files.whole(path) as beside:
-                    beside.write_text("".join(logged[:lines]), encoding="utf-8")
+        if distributed.rank():
+            # The other processes take the same steps and write nothing.
+            with Path(os.devnull).open("a", encoding="utf-8") as stream:
+                yield stream
+            return
+        path = self.path / METRICS
+        logged = path.read_bytes() if path.exists() else b""
+        kept = _lines_until(meta_step, logged)
+        if len(kept) < meta_step * replicates:
+            warnings.warn(
+                f"{str(path)!r} lacks {meta_step * replicates - len(kept)} of the "
+                f"{meta_step * replicates} lines before the checkpoint; the run goes on without "
+                f"them",
+                stacklevel=2,
+            )
+        if b"".join(kept) != logged:
+            with files.whole(path) as beside:
+                beside.write_bytes(b"".join(kept))
         with path.open("a", encoding="utf-8") as stream:
-            yield stream
+            files.sync_folder(self.path)
+            self._log = stream
+            try:
+                yield stream
+            finally:
+                self._log = None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of the log of metrics, as far as they are there; none where it is absent."""
+        path = self.path / METRICS
+        lines = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in _lines_until(math.inf, lines)]
+
+    def try_student(self, student: Policy) -> None:
+        """Write a student to the folder, and remove the file again."""
+        path = self.path / ".initial.part"
+        student.save(path)
+        path.unlink()
 
     def student(self, replicate: int | None) -> Path:
         """The path of a replicate's student; ``None`` means the run's only student."""
         folder = self.path if replicate is None else self.path / f"replicate-{replicate}"
         return folder / STUDENT
+
+
+def _lines_until(meta_step: float, logged: bytes) -> list[bytes]:
+    """The whole lines of a log up to a meta-step, or up to the first that is damaged."""
+    kept = []
+    for line in logged.splitlines(keepends=True):
+        try:
+            late = json.loads(line)["meta_step"] > meta_step
+        except (LookupError, RecursionError, TypeError, ValueError):
+            break
+        if late or not line.endswith(b"\n"):
+            break
+        kept.append(line)
+    return kept

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from amalgam.meta.periods import Finish, Period, Record, UnrollSettings
 from amalgam.meta.rule import Place, RuleByRecords
+from amalgam.ranges import check_fields
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        for name in ("episodes", "windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if not self.imitation_weight >= 0:
-            raise ValueError(f"imitation_weight must be 0 or more, not {self.imitation_weight}")
+        check_fields(self, counts=("episodes", "windows"), not_negative=("imitation_weight",))
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class Stages(RuleByRecords):
         for stage in self.stages:
             if not isinstance(stage, Stage):
                 raise TypeError(f"stages must hold stages, as in (Stage(10, 2),), not {stage!r}")
-        if self.unroll < 1:
-            raise ValueError(f"unroll must be 1 or more, not {self.unroll}")
+        check_fields(self, counts=("unroll",))
 
     @property
     def goes_back(self) -> bool:

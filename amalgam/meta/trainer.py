@@ -32,7 +32,7 @@ from amalgam.meta.objective import Amalgamation
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, Strategy
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.replicate import Replicate
-from amalgam.meta.run_folder import RunFolder
+from amalgam.meta.run_folder import METRICS, RunFolder
 from amalgam.meta.run_state import RunState
 from amalgam.meta.stages import Stages
 from amalgam.meta.training import Training
@@ -43,6 +43,10 @@ from amalgam.tasks import Task, TaskFamily
 
 # Called with the metrics of a meta-step.
 Report = Callable[[dict[str, Any]], None]
+
+
+class NothingLearned(RuntimeError):
+    """A run is over, and a student is no better than before: it was not saved."""
 
 
 class Trainer:
@@ -137,6 +141,7 @@ class Trainer:
             device=self.device,
         )
         self._files = RunFolder(self.folder, self._identity())
+        self._checked = False
 
     def _here(self, task: Task | TaskFamily) -> Task | TaskFamily:
         """A task on the run's device; a family's draws are moved there when they are drawn."""
@@ -211,6 +216,10 @@ class Trainer:
         """Meta-steps taken so far."""
         return self._state.progress.meta_step
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, as far as they are there."""
+        return self._files.metrics()
+
     def run(self, *, resume: bool = False, report: Report | None = None) -> Policy:
         """Meta-train to the end, and save each student with the weights to keep.
 
@@ -227,21 +236,60 @@ class Trainer:
             The student (or the first replicate), with the weights that were saved.
 
         Raises:
+            BlockingIOError: Another process has the folder.
             FileExistsError: The folder holds a run and ``resume`` was not asked for.
-            ValueError: The checkpoint belongs to another run, has another format, or is damaged.
+            NothingLearned: No meta-step changed a student, or its weights are not finite; such a
+                student is not saved.
+            ValueError: The checkpoint belongs to another run, has another format, or is damaged;
+                the student can't be saved; or see :meth:`check`.
         """
+        distributed.by_first(self.check)
         state = self._state
-        if self._files.open(resume=resume):
-            self._files.load_checkpoint(state, self._engine_of, self.device)
-        if self.strategy.goes_back and not self.meta_step:
-            self._files.save_period(INITIAL, state)
-        with self._files.log(self.meta_step * len(state.replicates)) as log:
-            coming = self.strategy.next(state.progress.records)
-            while isinstance(coming, Period):
-                self._train(coming, log, report)
+        with self._files.locked():
+            if self._files.open(resume=resume):
+                self._files.load_checkpoint(state, self._engine_of, self.device)
+            self._check_can_be_saved()
+            if self.strategy.goes_back and not self.meta_step:
+                self._files.save_period(INITIAL, state)
+            with self._files.log(self.meta_step, len(state.replicates)) as log:
                 coming = self.strategy.next(state.progress.records)
-        self._finish(coming)
+                while isinstance(coming, Period):
+                    self._train(coming, log, report)
+                    coming = self.strategy.next(state.progress.records)
+            self._finish(coming)
         return self.student
+
+    def check(self) -> None:
+        """Compute a step of each task, forward and backward, before anything is written.
+
+        :meth:`run` does so, once.
+
+        Raises:
+            ValueError: A backend can't compute it on this device, or the budget of memory is too
+                small for the first period's windows.
+        """
+        if not self._checked:
+            coming = self.strategy.next([])
+            if isinstance(coming, Period):
+                self._meta_steps.check(coming.training.unroll)
+            self._checked = True
+
+    def _check_can_be_saved(self) -> None:
+        """Write the students as they will be written at the end, and remove them again."""
+        for index, replicate in enumerate(self._state.replicates):
+            student = replicate.student
+            before = student.provenance
+            student.provenance = self._provenance(index, kept=0)
+            try:
+                if distributed.rank() == 0:
+                    self._files.try_student(student)
+            except TypeError as error:
+                raise ValueError(
+                    f"the student's configuration and the provenance must be what JSON can hold: "
+                    f"{error}"
+                ) from error
+            finally:
+                student.provenance = before
 
     def _engine_of(self, slot: int) -> Unroll | None:
         """The engine of the episode that a slot is in the middle of, if it is in any."""
@@ -383,8 +431,13 @@ class Trainer:
         return {"validation_data": "; ".join(task.describe() for task in self.validation)}
 
     def _finish(self, end: Finish) -> None:
-        """Give the students the weights to keep (see :meth:`run`), and save the students."""
+        """Give the students the weights to keep (see :meth:`run`), and save the students.
+
+        Raises:
+            NothingLearned: One of them learned nothing, and was not saved.
+        """
         state = self._state
+        faults = []
         if self.strategy.goes_back and end.checkpoint != state.progress.checkpoint:
             self._files.load_period(end.checkpoint, state)
         for index, replicate in enumerate(state.replicates):
@@ -394,20 +447,42 @@ class Trainer:
             elif math.isfinite(replicate.best_score):
                 replicate.take_best()
                 kept = replicate.best_meta_step
-            replicate.student.provenance = {
-                "seed": self.seed + index,
-                "data": "; ".join(task.describe() for task in self.tasks),
-                **self._validated_on(),
-                "teachers": list(self.pool.names),
-                "mechanism": self.amalgamation.mechanism,
-                "meta_steps": self.meta_step,
-                "kept_meta_step": kept,
-                "device": str(self.device),
-                **self.provenance,
-            }
-            if distributed.rank() == 0:
+            replicate.student.provenance = self._provenance(index, kept)
+            name = f"replicate {index}" if len(state.replicates) > 1 else "the student"
+            if replicate.skipped_meta_steps == self.meta_step:
+                faults.append(
+                    f"{name} learned nothing: all {self.meta_step} meta-steps were skipped, as "
+                    f"losses or meta-gradients were not finite"
+                )
+            elif not all(weight.isfinite().all() for weight in replicate.student.weights()):
+                faults.append(f"the weights of {name} are not finite")
+            elif distributed.rank() == 0:
                 several = len(state.replicates) > 1
                 replicate.student.save(self._files.student(index if several else None))
+        if faults:
+            raise NothingLearned(
+                f"{'; '.join(faults)}; look at {str(self.folder / METRICS)!r}, and try smaller "
+                f"learning rates (training.meta_lr, the teachers' lr) or other data"
+            )
+
+    def _provenance(self, index: int, kept: int | str) -> dict[str, Any]:
+        """What a replicate's file says of where it comes from.
+
+        Args:
+            index: The replicate's number.
+            kept: The meta-step or period whose weights it has.
+        """
+        return {
+            "seed": self.seed + index,
+            "data": "; ".join(task.describe() for task in self.tasks),
+            **self._validated_on(),
+            "teachers": list(self.pool.names),
+            "mechanism": self.amalgamation.mechanism,
+            "meta_steps": self.meta_step,
+            "kept_meta_step": kept,
+            "device": str(self.device),
+            **self.provenance,
+        }
 
 
 def _settings(task: Task | TaskFamily) -> str:

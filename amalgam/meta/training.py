@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from amalgam.meta.objective import MODES
+from amalgam.ranges import check_fields
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Training:
             absent, the strategy's last meta-step; strategies whose length depends on their results
             need it.
         clip_ratio: The meta-gradient of each tensor of weights is shortened to at most this times
-            the tensor's norm (adaptive gradient clipping).
+            the tensor's norm (adaptive gradient clipping). Infinity means no clipping.
         clip_floor: A tensor whose norm is smaller counts as having this norm, for ``clip_ratio``.
         checkpoint_every: Meta-steps between checkpoints.
         validate_every: Meta-steps between validations by final loss; the last meta-step has one in
@@ -66,22 +67,21 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        for name in ("optimizees", "checkpoint_every", "validation_steps", "validation_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("validate_every", "input_noise", "meta_warmup", "meta_lr_end"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("meta_lr", "clip_ratio", "clip_floor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         object.__setattr__(self, "meta_betas", tuple(self.meta_betas))
-        if len(self.meta_betas) != 2 or not all(0 <= beta < 1 for beta in self.meta_betas):
+        if len(self.meta_betas) != 2:
             raise ValueError(f"meta_betas must be two numbers in [0, 1), not {self.meta_betas}")
-        if self.meta_schedule_steps is not None and self.meta_schedule_steps < 1:
-            raise ValueError(
-                f"meta_schedule_steps must be 1 or more, not {self.meta_schedule_steps}"
-            )
+        check_fields(
+            self,
+            counts=(
+                *("optimizees", "checkpoint_every", "validation_steps", "validation_seeds"),
+                "meta_schedule_steps",
+            ),
+            whole=("validate_every", "meta_warmup"),
+            decays=("meta_betas",),
+            positive=("meta_lr", "clip_ratio", "clip_floor"),
+            not_negative=("input_noise", "meta_lr_end"),
+            or_infinite=("clip_ratio",),
+        )
         for name, known in (
             ("il_mode", MODES),
             ("validation_data", ("validation", "train")),

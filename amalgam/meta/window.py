@@ -89,6 +89,19 @@ def run_window(
     )
 
 
+def check_budget(episodes: Episodes, begin: Trajectories, batches: Sequence[Batch]) -> None:
+    """Raise ValueError unless the budget of memory suffices for such a window.
+
+    Only a budget that was set is looked at. Noise that is drawn at every step may need one where
+    this window needs none.
+    """
+    if episodes.memory.budget is not None:
+        weights = [student.weights() for student in episodes.students]
+        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None)
+        if run.tape.by_steps:
+            run.plan()
+
+
 class _Differentiable(torch.autograd.Function):
     """The losses of a window that has been run, as a function of the weights."""
 
@@ -171,7 +184,7 @@ class _Run:
         point, k = tape.points.first, len(teachers)
         skipped = torch.zeros((len(begin.params), 1 + k), dtype=torch.long, device=teachers.device)
         if tape.by_steps and len(self._batches):
-            chosen = self._plan()
+            chosen = self.plan()
             self._graphs = chosen.graphs
             tape.points.follow(chosen, len(self._batches))
         for t, batch in enumerate(self._batches):
@@ -261,7 +274,7 @@ class _Run:
                 self.tape.contexts.extend([] for _ in range(student + 1 - len(self.tape.contexts)))
                 self.tape.contexts[student].append(context)
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
         """What to keep in the memory that the tape and the backward pass itself leave."""
         episodes, begin, points = self._episodes, self._begin, self.tape.points
         stored = points.stored(points.first)
@@ -271,12 +284,14 @@ class _Run:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
         fixed = nests.bytes_of((self.tape.grads, self.tape.slopes)) + 3 * point_bytes
-        budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes) - fixed
+        budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0
         if self._how.second_order and episodes.memory.segment is None:  # segments keep no graph
             params = begin.params[:, None]
             graph_bytes = episodes.graph_bytes(params, begin.scale, self._batches[0])
-        return plan(len(self._batches), episodes.memory, budget, point_bytes, graph_bytes)
+        return plan(
+            len(self._batches), episodes.memory, budget, point_bytes, graph_bytes, fixed=fixed
+        )
 
     def _measure(self, t: int, params: Tensor, teachers: Tensor) -> Tensor:
         """Log distances to the teachers (R, K); the imitation terms' gradients go on the tape."""

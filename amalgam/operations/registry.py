@@ -31,6 +31,10 @@ Probe = Callable[[], str | None]
 Accepts = Callable[..., str | None]
 
 
+class BackendError(RuntimeError):
+    """The backend asked for can't compute this; the message says why, and what can."""
+
+
 class Numerics(NamedTuple):
     """What a call lets a kernel do for speed.
 
@@ -199,7 +203,7 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
 
     Raises:
         ValueError: ``requested`` names no backend, or permits what nothing does.
-        RuntimeError: The backend asked for can't compute this; the message says why.
+        BackendError: The backend asked for can't compute this; the message says why.
     """
     name, permitted = _parse(requested)
     if name == "auto":
@@ -208,11 +212,11 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
                 name = backend.name
                 break
         else:
-            raise RuntimeError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
+            raise BackendError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
     else:
         problem = _backends[name].obstacle(operation, deciding, *args, numerics=permitted)
         if problem is not None:
-            raise RuntimeError(
+            raise BackendError(
                 f"backend={requested!r} can't compute {operation!r} here: {problem}. "
                 f"backend='auto' takes the fastest that works."
             )

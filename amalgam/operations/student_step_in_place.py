@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from amalgam.operations import registry
-from amalgam.operations.checks import check_distinct, check_floating
+from amalgam.operations.checks import check_distinct, check_floating, check_like
 from amalgam.operations.rounding import as_stored, key_of
 from amalgam.operations.student_forms import RNNPROP, StepSettings, check_tensors
 from amalgam.operations.student_step import (
@@ -256,8 +256,9 @@ def step_tensors_(
         warmup_lr: Its learning rate, multiplied by ``lr``.
         skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
         seeds: One a parameter, in [0, 2^32). With seeds, states and parameters that are bfloat16
-            are rounded up or down at random, right on average. Every backend takes the same bits: a
-            function of the seed, of ``steps`` where given, and of the place.
+            are rounded up or down at random, right on average. Every backend takes the same random
+            bits: a function of the seed, of ``steps`` where given, and of the place. Results of two
+            backends differ where the last bits of their float32 did.
         backend: ``"auto"``, or a backend's name.
 
     Raises:
@@ -339,6 +340,8 @@ def _check_steps_and_seeds(
                 f"steps must be float32 tensors of shape () on {device}, "
                 f"not {step.dtype} of {tuple(step.shape)} on {step.device}"
             )
+        if step.layout != torch.strided:
+            raise ValueError(f"steps must be dense tensors, not {step.layout}")
     for seed in seeds or ():
         if not 0 <= seed < 2**32:
             raise ValueError(f"seeds must lie in [0, 2^32), not {seed}")
@@ -367,6 +370,20 @@ def control_of(
     rate, decay = on_device("lr", lr), on_device("weight_decay", weight_decay)
     flag = on_device("skip", 0.0 if skip is None else skip)
     return torch.stack((1 - rate * decay, rate, rate * warmup_lr, flag))
+
+
+def _check_how(step: InPlaceStep) -> None:
+    """Raise ValueError unless the operator was given what :func:`step_tensors_` would give it."""
+    device, count = step.tensors.m[0].device, len(step.tensors.params)
+    steps, seeds, control = step.steps or None, step.seeds or None, step.control
+    if step.warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be 0 or more, not {step.warmup_steps}")
+    _check_steps_and_seeds(steps, step.warmup_steps, seeds, device, count)
+    if control is None:
+        if steps or seeds:
+            raise ValueError("control must be given where there are steps or seeds, not None")
+    else:
+        check_like("control", control, (4,), torch.empty(0, dtype=torch.float64, device=device))
 
 
 @registry.reference.kernel(_NAME, dtypes=None)
@@ -466,12 +483,14 @@ def _runs(sizes: Sequence[int], limit: int) -> Iterator[list[tuple[int, slice]]]
 )
 def _op(*flat: Any) -> None:
     step, backend = _structured(*flat)
+    _check_how(step)
     _compute(step, backend)
 
 
 @_op.register_fake
 def _(*flat: Any) -> None:
     step, _ = _structured(*flat)
+    _check_how(step)
     step.tensors.check_weights(step.weights, step.settings)
     step.tensors.check_shapes(step.weights)
     _check_grads(step.tensors, step.grads)
@@ -489,5 +508,9 @@ def _structured(
 ) -> tuple[InPlaceStep, str]:
     fields = len(StepSettings._fields)
     settings, (*how, backend) = StepSettings(*rest[:fields]), rest[fields:]
+    lists = {"params": params, "grads": grads, "m": m, "v": v, "h": h, "c": c}
+    if not params or len({len(tensors) for tensors in lists.values()}) > 1:
+        lengths = ", ".join(f"{len(tensors)} {name}" for name, tensors in lists.items())
+        raise ValueError(f"params, grads, m, v, h and c must be equally many, not {lengths}")
     tensors = StudentTensors(params, list(map(StudentState, m, v, h, c)))
     return InPlaceStep(tensors, grads, weights, settings, *how), backend

@@ -20,7 +20,8 @@ from amalgam.layout import Layout
 from amalgam.operations import lstm
 from amalgam.ops import StudentState
 from amalgam.policies.lstm_policy import LSTMConfig, LSTMPolicy, MomentConfig, MomentPolicy
-from amalgam.policies.policy import ReferencePolicy, check_fields, zero_head
+from amalgam.policies.policy import ReferencePolicy, zero_head
+from amalgam.ranges import check_fields
 
 
 class DMState(NamedTuple):

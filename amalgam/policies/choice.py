@@ -17,8 +17,9 @@ from amalgam.operations import lstm
 from amalgam.operations.choice_step import pool_inputs, soft_mixture
 from amalgam.ops import ChoiceSettings, ChoiceState
 from amalgam.policies.lstm_policy import LSTMConfig, LSTMPolicy
-from amalgam.policies.policy import check_fields, reference_only, zero_head
+from amalgam.policies.policy import reference_only, zero_head
 from amalgam.policies.teachers import Teacher, step_together
+from amalgam.ranges import check_fields
 
 # In the authors' choice pools only RMSProp keeps the eps of its class.
 _SHALLOW_SMALL = (Teacher("rmsprop", 0.005, eps=1e-7), Teacher("adam", 0.02))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from amalgam.layout import Layout
-from amalgam.policies.policy import PolicyConfig, ReferencePolicy, check_fields, zero_head
+from amalgam.policies.policy import PolicyConfig, ReferencePolicy, zero_head
+from amalgam.ranges import check_fields
 
 _LOGIT_09 = math.log(0.9 / 0.1)
 _LOGIT_0999 = math.log(0.999 / 0.001)
@@ -69,7 +70,7 @@ class ScaleHierarchicalConfig(PolicyConfig):
         super().__post_init__()
         check_fields(
             self,
-            counts=("param_units", "tensor_units", "global_units", "timescales"),
+            units=("param_units", "tensor_units", "global_units", "timescales"),
             positive=("initial_lr", "eps"),
             not_negative=("lr_offset",),
         )

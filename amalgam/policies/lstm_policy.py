@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.ops import StepSettings, StudentState
-from amalgam.policies.policy import Policy, PolicyConfig, check_fields, glorot_head
+from amalgam.policies.policy import Policy, PolicyConfig, glorot_head
+from amalgam.ranges import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class LSTMConfig(PolicyConfig):
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
         super().__post_init__()
-        check_fields(self, counts=("layers", "hidden"))
+        check_fields(self, units=("hidden",), layers=("layers",))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from amalgam.policies.fused_student import (
     FusedStudent,
     TensorContext,
 )
-from amalgam.policies.policy import check_fields, zero_head
+from amalgam.policies.policy import zero_head
+from amalgam.ranges import check_fields
 
 _TIMES = (10.0, 100.0, 1000.0)  # steps after which a time input has risen to tanh(1)
 _FLOOR = 1e-3  # added to a tensor's RMS before its logarithm is taken

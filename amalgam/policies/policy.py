@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from amalgam import dotted, ops, weight_files
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
+from amalgam.operations.registry import BackendError
+from amalgam.ranges import check_fields
 
 POLICIES: dict[str, type[Policy]] = {}
 """The policies by ``kind``: those of this package, and others whose class has a short ``kind``.
@@ -65,7 +66,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
-        check_fields(self, not_negative=("warmup_steps", "warmup_lr"))
+        check_fields(self, whole=("warmup_steps",), not_negative=("warmup_lr",))
 
 
 class Policy(nn.Module, ABC):
@@ -239,6 +240,7 @@ class Policy(nn.Module, ABC):
         tensors, about = weight_files.read(path, cls.kind)
         try:
             config = cls.config_type(**about["config"])
+            cls._check_shapes(config, tensors)
             policy = cls(config, provenance=about["provenance"])
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
@@ -247,6 +249,26 @@ class Policy(nn.Module, ABC):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{str(path)!r} does not hold a usable {cls.kind}: {error}") from error
         return policy
+
+    @classmethod
+    def _check_shapes(cls, config: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Hold a file's tensors against its configuration before memory is taken for that.
+
+        Raises:
+            ValueError: Names or shapes are others.
+        """
+        try:
+            with torch.device("meta"):
+                wanted = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        except (NotImplementedError, RuntimeError):
+            return  # A class of the user's own may compute its initial weights.
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        for name in {**wanted, **found}:
+            if wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"{name} must have {_shape(wanted.get(name))} by its configuration, "
+                    f"not {_shape(found.get(name))}"
+                )
 
     def extra_repr(self) -> str:
         """The configuration, for ``repr``."""
@@ -290,35 +312,8 @@ class ReferencePolicy(Policy):
         """
 
 
-def check_fields(
-    config: Any,
-    *,
-    counts: Sequence[str] = (),
-    decays: Sequence[str] = (),
-    positive: Sequence[str] = (),
-    not_negative: Sequence[str] = (),
-) -> None:
-    """Raise a ValueError that names the field, unless a configuration's numbers are in range.
-
-    Args:
-        config: The configuration.
-        counts: Fields that must be 1 or more.
-        decays: Fields that must be in [0, 1).
-        positive: Fields that must be positive and finite.
-        not_negative: Fields that must be 0 or more and finite.
-    """
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, not {getattr(config, name)}")
-    for name in decays:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
-    for name in positive:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, not {getattr(config, name)}")
-    for name in not_negative:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more and finite, not {getattr(config, name)}")
+def _shape(shape: torch.Size | None) -> str:
+    return "no place" if shape is None else f"shape {tuple(shape)}"
 
 
 def reference_only(kind: str, backend: str) -> None:
@@ -330,11 +325,11 @@ def reference_only(kind: str, backend: str) -> None:
 
     Raises:
         ValueError: The backend's name is unknown.
-        RuntimeError: It is neither ``"auto"`` nor ``"reference"``.
+        BackendError: It is neither ``"auto"`` nor ``"reference"``.
     """
     ops.check_backend(backend)
     if backend.partition(":")[0] not in ("auto", "reference"):
-        raise RuntimeError(
+        raise BackendError(
             f"backend={backend!r} has no kernel for a {kind}; 'auto' and 'reference' compute it"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amalgam.ops import StepSettings, StudentState
 from amalgam.policies.fused_student import FusedConfig, FusedStudent, TensorContext
-from amalgam.policies.policy import check_fields
+from amalgam.ranges import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)

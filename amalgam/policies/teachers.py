@@ -14,6 +14,7 @@ from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.operations.teacher_kinds import TEACHER_KINDS
 from amalgam.policies.policy import Policy
+from amalgam.ranges import check_fields
 
 LEARNING_RATES = {name: kind.lr for name, kind in TEACHER_KINDS.items()}
 
@@ -120,12 +121,7 @@ class Teacher:
             object.__setattr__(self, "lr", TEACHER_KINDS[self.kind].lr)
         if self.beta2 is None:
             object.__setattr__(self, "beta2", TEACHER_KINDS[self.kind].beta2)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        check_fields(self, decays=("beta1", "beta2"), positive=("lr", "eps"))
 
     @property
     def label(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,12 +50,21 @@ def explain(error: Any) -> str:
         return "; ".join(
             explain({**inner, "loc": (*error["loc"], *inner["loc"])}) for inner in cause.errors
         )
-    key = ".".join(str(part) for part in error["loc"]) or "recipe"
+    key = ".".join(str(part) for part in error["loc"] if not _is_type(part)) or "recipe"
     message = re.sub(r"^(Value error|Input), ?", "", error["msg"])
-    given = "" if isinstance(error["input"], (dict, list)) else f", not {error['input']!r}"
+    message = message.replace("be an object", "be a table").replace("a valid array", "a list")
     if error["type"] == "missing":
         return f"{key} is missing"
-    return f"{key}: {message}{given if error['type'] != 'value_error' else ''}"
+    if error["type"] in ("value_error", "json_invalid"):
+        return f"{key}: {message}"
+    given = error["input"]
+    return f"{key}: {message}" + ("" if isinstance(given, dict | list) else f", not {given!r}")
+
+
+def _is_type(part: str | int) -> bool:
+    """Whether a part of an error's place is one of several types of a key, and no key itself."""
+    of_types = ("str", "int", "float")
+    return isinstance(part, str) and (part in of_types or "[" in part or not part.islower())
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,31 @@ class Kinds:
         return {"kind": chosen.kind} | {n: v for n, v in fields.items() if n not in kind.settled}
 
 
+def _check_optimizer(where: str, kind: Any, arguments: Any) -> None:
+    """Refuse what can't be an optimizer's path and arguments.
+
+    Args:
+        where: What comes before ``kind`` and ``arguments`` in errors.
+        kind: The path.
+        arguments: The arguments.
+    """
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"{where}kind must be a dotted path such as 'torch.optim.Muon', not {kind!r}"
+        )
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}arguments must be a table, not {arguments!r}")
+    for name, value in arguments.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict | list):
+                raise ValueError(
+                    f"{where}arguments.{name} must be a number, a word or a list of "
+                    f"these, not {value!r}"
+                )
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ValueError(f"{where}arguments.{name} must be finite, not {part}")
+
+
 class MadeOnce:
     """Base of the frozen dataclasses whose cached properties hold what they describe.
 
@@ -197,8 +232,11 @@ class TorchOptimizer(MadeOnce):
 
     def __post_init__(self) -> None:
         """Refuse what can't be made."""
-        if self.others is not None and not {"kind"} <= set(self.others) <= {"kind", "arguments"}:
-            raise ValueError(f"others must hold kind and arguments, not {list(self.others)}")
+        if self.others is not None:
+            if not {"kind"} <= set(self.others) <= {"kind", "arguments"}:
+                raise ValueError(f"others must hold kind and arguments, not {list(self.others)}")
+            _check_optimizer("others.", self.others["kind"], self.others.get("arguments", {}))
+        _check_optimizer("", self.kind, self.arguments)
         _ = self.teacher
 
     @cached_property

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from amalgam import policies
+from amalgam import dotted, policies
 from amalgam.hints import did_you_mean
 from amalgam.recipes.kinds import Kinds, explain
 from amalgam.recipes.schema import Recipe, TaskChoice
@@ -32,11 +34,20 @@ _MOVED = {
     "choice.training.unroll": "it is choice.strategy.unroll now",
 }
 
+_MOST_LETTERS = 2000
+
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
 class RecipeError(ValueError):
-    """A recipe can't be run; the message names the key, what it was, and what would work."""
+    """A recipe can't be run; the message names the key, what it was, and what would work.
+
+    Args:
+        message: The message, which becomes one line, and is cut where it is very long.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(textwrap.shorten(message, _MOST_LETTERS, placeholder=" ..."))
 
 
 def shipped() -> tuple[str, ...]:
@@ -44,35 +55,64 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.toml")))
 
 
-def load(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    name_or_path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    own_code: bool | None = None,
+) -> Recipe:
     """Read and check a recipe.
+
+    A recipe that names things by dotted path runs the code of their modules. A recipe may come from
+    somebody else, so one that does not lie in the working directory, or below it, may name only
+    what is in ``torch.optim`` and ``amalgam``.
 
     Args:
         name_or_path: A name from :func:`shipped`, or a path to a TOML file.
         overrides: ``"key=value"`` with dotted keys (``strategy.unroll=20``,
             ``strategy.stages.0.episodes=3``) and TOML values; what is no TOML value counts as a
             string.
+        own_code: Whether dotted paths may name modules of one's own; where ``None``, as said above.
 
     Raises:
         FileNotFoundError: It is neither name nor file.
         RecipeError: The file is no TOML, or a key is unknown, of the wrong type or out of range.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        if str(name_or_path) not in shipped():
-            hint = did_you_mean(name_or_path, shipped())
-            raise FileNotFoundError(
-                f"{str(name_or_path)!r} is neither a file nor a shipped recipe; "
-                f"those are {list(shipped())}{hint}"
-            )
-        path = SHIPPED / f"{name_or_path}.toml"
+    path = _find(name_or_path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{str(path)!r} is not a TOML file: {error}") from error
     for override in overrides:
         _override(content, override)
-    return from_dict(content, str(path))
+    if own_code is None:
+        own_code = path.resolve().is_relative_to(Path.cwd())
+    if own_code:
+        return from_dict(content, str(path))
+    elsewhere = (
+        "that is refused, as the recipe does not lie in the working directory or below it; pass "
+        "--own-code (in Python, own_code=True) if you trust it"
+    )
+    with dotted.without_own_code(elsewhere):
+        return from_dict(content, str(path))
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of a shipped recipe's name, or of a path.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in shipped():
+        return SHIPPED / f"{name_or_path}.toml"
+    if not path.is_file():
+        hint = did_you_mean(name_or_path, shipped())
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} is neither a file nor a shipped recipe; "
+            f"those are {list(shipped())}{hint}"
+        )
+    return path
 
 
 def from_dict(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -88,9 +128,6 @@ def from_dict(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         _refuse_unknown(content, Recipe, ())
         content = _without_short_forms(content)
-    except ValueError as error:
-        raise RecipeError(f"{source}: {error}") from None
-    try:
         # Through JSON, so that strictness takes a list for a tuple and yet no "3" for 3.
         text = json.dumps(content, default=str)
         # Tasks may compute their data, and are made here.
@@ -98,6 +135,10 @@ def from_dict(content: Mapping[str, Any], source: str = "recipe") -> Recipe:
             return _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         raise RecipeError(f"{source}: " + "; ".join(map(explain, error.errors()))) from None
+    except RecursionError:
+        raise RecipeError(f"{source}: tables and lists are nested too deeply") from None
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from None
 
 
 @contextmanager
@@ -131,8 +172,13 @@ def _without_short_forms(content: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("; ".join(missing))
     if "task" in full:
         full["tasks"] = [full.pop("task")]
-    if isinstance(full.get("student"), Mapping):
-        full["policy"] = {"kind": "student", **full.pop("student")}
+    if "student" in full:
+        table = full.pop("student")
+        if not isinstance(table, Mapping):
+            raise ValueError(
+                f"student must be a table, [student], of the student's settings, not {table!r}"
+            )
+        full["policy"] = {"kind": "student", **table}
     return full
 
 
@@ -142,9 +188,10 @@ def _refuse_unknown(content: Any, kind: Any, path: tuple[str, ...]) -> None:
     Raises:
         ValueError: There is such a key, or a table's kind does not exist.
     """
-    if get_origin(kind) is tuple and isinstance(content, list):
-        for index, item in enumerate(content):
-            _refuse_unknown(item, get_args(kind)[0], (*path, str(index)))
+    if isinstance(content, list):
+        lists = [one for one in (kind, *get_args(kind)) if get_origin(one) is tuple]
+        for (index, item), one in itertools.product(enumerate(content), lists[:1]):
+            _refuse_unknown(item, get_args(one)[0], (*path, str(index)))
     if not isinstance(content, Mapping):
         return
     kinds = _kinds_of(kind)
@@ -199,6 +246,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{key}: {text[:40]!r} is no value: {error}") from error
     *parents, last = key.strip().split(".")
     place: Any = content
     for parent in parents:
@@ -213,7 +262,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _child(place: Any, name: str, key: str) -> Any:
     """The table or list that ``name`` stands for, made where a table misses it."""
     if isinstance(place, list):
-        if not name.isdecimal() or int(name) >= len(place):
+        # Longer numbers are no index, and too long for int().
+        if not name.isdecimal() or len(name) > 9 or int(name) >= len(place):
             raise RecipeError(f"{key}: {name!r} must be an index below {len(place)}")
         return place[int(name)]
     child = place.setdefault(name, {})

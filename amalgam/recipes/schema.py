@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from amalgam.device import resolve
 from amalgam.meta import Amalgamation, Conditions, Memory, Stages, Training, Truncation
 from amalgam.meta.curriculum import choice_strategy
 from amalgam.policies import ChoiceConfig, Pool, Teacher
+from amalgam.ranges import check_fields
 from amalgam.recipes.kinds import (
     CHOICE_STRATEGY,
     ESTIMATOR,
@@ -50,6 +50,7 @@ class ValidationTask(MadeOnce):
 
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
+        check_fields(self, counts=("batch_size",))
         _ = self.task
 
     @cached_property
@@ -71,8 +72,7 @@ class TaskChoice(ValidationTask):
     def __post_init__(self) -> None:
         """Refuse what does not exist."""
         super().__post_init__()
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight must be positive and finite, not {self.weight}")
+        check_fields(self, positive=("weight",))
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        for name in ("steps", "seeds", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_fields(self, counts=("steps", "seeds", "every"))
 
 
 @dataclass(frozen=True)
@@ -181,10 +179,7 @@ class Recipe(MadeOnce):
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        for name in ("threads", "replicates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
+        check_fields(self, counts=("threads", "replicates"))
         resolve(self.device)
         if not self.tasks:
             raise ValueError("tasks must hold at least one task")

@@ -182,15 +182,15 @@ def test_a_recipe_draws_conditions(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("weight_decay", [0.0, 0.1], "weight_decay must be two positive and finite numbers"),
+        ("weight_decay", [0.0, 0.1], "weight_decay must be positive and finite, not 0.0"),
         ("weight_decay", [0.1, 0.01], "weight_decay must be two positive .* smaller one first"),
         ("weight_decay", [0.1, 0.5], r"weight_decay must be below 1 / 3.0, .* not 0.5"),
         ("weight_decay_zero", 1.5, r"weight_decay_zero must be in \[0, 1\], not 1.5"),
-        ("lr", [0.0, 1.0], "lr must be two positive"),
+        ("lr", [0.0, 1.0], "lr must be positive and finite, not 0.0"),
         ("lr", [1.0], "conditions.lr"),
         ("lr_decays", [], "lr_decays must be one or more of"),
         ("lr_decays", ["step"], "lr_decays.0: .*'constant', 'linear' or 'cosine', not 'step'"),
-        ("loss_scale", [1.0, 0.0], "loss_scale must be two finite exponents, the smaller one"),
+        ("loss_scale", [1.0, 0.0], "loss_scale must be two exponents, the smaller one"),
         ("weight_decai", 0.1, "'conditions.weight_decai'; the nearest is 'conditions.weight_decay"),
     ],
 )

@@ -59,7 +59,7 @@ def test_points_come_before_graphs() -> None:
     assert made(1049) == (9, 2)
     assert made(10**6) == (9, 10)
     assert plan(1, Memory(), 0, 100, 50).points == 0
-    with pytest.raises(ValueError, match="at least one point of this unroll, 100 bytes, not 99"):
+    with pytest.raises(ValueError, match="budget must be 100 bytes or more .*, not 99"):
         made(99)
 
 
@@ -98,3 +98,37 @@ def test_memory_that_is_free() -> None:
     half = Memory().budget_bytes(torch.device("cpu"), 0)
     assert half < 0.8 * free
     assert Memory().budget_bytes(torch.device("cpu"), 2**60) > 1.3 * half
+
+
+@pytest.mark.parametrize("budget", [-(2**62), -1, 0, 1, 299, 300, 399])
+def test_a_budget_below_one_point_is_refused_with_the_least_that_works(budget: int) -> None:
+    with pytest.raises(ValueError, match=f"budget must be 400 bytes .* of 9 steps, not {budget}$"):
+        plan(9, Memory(budget=1), budget, 100, 50, fixed=300)
+    assert plan(9, Memory(budget=1), 400, 100, 50, fixed=300).points == 1
+
+
+@pytest.mark.parametrize("memory", [Memory(), Memory(budget=1), Memory(segment=3)])
+@pytest.mark.parametrize("budget", [-1, 0, 2**62])
+def test_plans_of_the_shortest_windows(memory: Memory, budget: int) -> None:
+    none = plan(0, memory, budget, 100, 50)
+    assert (none.points, none.graphs) == (0, 0)
+    chosen = plan(1, memory, budget, 100, 0)
+    assert chosen.points in (0, 2)
+    assert chosen.next_kept(1, chosen.points) == 1
+
+
+@pytest.mark.parametrize(("steps", "free"), [(0, 3), (-1, 3), (2, -1), (100, -(2**40))])
+def test_the_binomial_choice_refuses_what_would_never_end(steps: int, free: int) -> None:
+    with pytest.raises(ValueError, match="steps must be 1 or more and free 0 or more, not"):
+        binomial(steps, free)
+    assert binomial(10**6, 0) == 10**6 - 1
+    assert binomial(1, -1) == 1
+
+
+@pytest.mark.parametrize(
+    "amount",
+    ["", "GB", "-1GB", "0", "0.4B", "9" * 400 + "GB", "1e400", "8EiB", str(2**63), True, 1.5, None],
+)
+def test_amounts_that_are_none_are_named(amount: object) -> None:
+    with pytest.raises(ValueError, match="budget must read as in '4GiB', '500MB' or 1048576, not"):
+        parse_bytes(amount)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from amalgam.meta import (
     Amalgamation,
     Curriculum,
     MetaBatch,
+    NothingLearned,
     PersistentEvolution,
     Stage,
     Stages,
@@ -194,7 +195,8 @@ def test_a_meta_step_in_which_every_slot_fails_is_skipped(tmp_path) -> None:
     bad = replace(linear_task(), loss=lambda out, target: out.sum() * math.nan)
     run = trainer(tmp_path, tasks=bad, training=PLAIN, strategy=TINY)
     before = [w.clone() for w in run.student.weights()]
-    run.run()
+    with pytest.raises(NothingLearned, match="all 4 meta-steps were skipped"):
+        run.run()
     assert all(map(torch.equal, before, run.student.weights()))
     last = metrics(tmp_path)[-1]
     assert (last["skipped_meta_steps"], last["failed_episodes"]) == (4, 8)
@@ -279,14 +281,14 @@ def test_a_recipe_trains_by_meta_batches(tmp_path) -> None:
         ("strategy", "meta_steps", 0, "meta_steps must be 1 or more, not 0"),
         ("strategy", "shortest", 1, "shortest must be 2 or more, one window .*, not 1"),
         ("strategy", "longest", 1, "longest must be 2 or more, as shortest is, not 1"),
-        ("strategy", "slot_clip", 0.0, "slot_clip must be positive, not 0.0"),
+        ("strategy", "slot_clip", 0.0, "slot_clip must be positive and finite, not 0.0"),
         ("strategy", "imitation_weight", -1.0, "imitation_weight must be 0 or more and finite"),
         ("strategy", "slotz", 1, "'strategy.slotz'; the nearest is 'strategy.slots'"),
-        ("training", "meta_betas", [0.9, 1.0], r"meta_betas must be two numbers in \[0, 1\)"),
+        ("training", "meta_betas", [0.9, 1.0], r"meta_betas must be in \[0, 1\)"),
         ("training", "meta_betas", [0.9], "meta_betas"),
         ("training", "meta_schedule", "linear", "meta_schedule: .*'constant' or 'cosine'"),
         ("training", "meta_warmup", -1, "meta_warmup must be 0 or more, not -1"),
-        ("training", "meta_lr_end", -0.5, "meta_lr_end must be 0 or more, not -0.5"),
+        ("training", "meta_lr_end", -0.5, "meta_lr_end must be 0 or more and finite, not -0.5"),
         ("training", "meta_schedule_steps", 0, "meta_schedule_steps must be 1 or more, not 0"),
     ],
 )

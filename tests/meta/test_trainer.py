@@ -10,8 +10,16 @@ from runs import Killed, metrics, trainer
 from torch import Tensor
 
 from amalgam import weight_files
-from amalgam.meta import Amalgamation, Stage, Stages, Training, clip_adaptively
-from amalgam.meta.run_folder import CHECKPOINT, METRICS, STUDENT
+from amalgam.meta import (
+    Amalgamation,
+    Memory,
+    NothingLearned,
+    Stage,
+    Stages,
+    Training,
+    clip_adaptively,
+)
+from amalgam.meta.run_folder import CHECKPOINT, FORMAT, METRICS, STUDENT
 from amalgam.policies import Student
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -107,9 +115,9 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, changes, named) -> None:
 def test_a_checkpoint_from_before_formats_were_numbered_is_refused(tmp_path) -> None:
     trainer(tmp_path).run()
     tensors, about = weight_files.read(tmp_path / CHECKPOINT, "checkpoint")
-    assert about.pop("format") == 3
+    assert about.pop("format") == FORMAT
     weight_files.write(tmp_path / CHECKPOINT, "checkpoint", tensors, about)
-    with pytest.raises(ValueError, match="format 1, .* format 3 alone; finish that run with the"):
+    with pytest.raises(ValueError, match=f"format 1, .* format {FORMAT} alone; finish that"):
         trainer(tmp_path).run(resume=True)
 
 
@@ -123,6 +131,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
 
 def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
     run = trainer(tmp_path, training=Training(validate_every=0))
+    run.check()
     (unroll,) = run._meta_steps.engines._of_tasks.values()
     plain = unroll.window
     at = []
@@ -157,11 +166,84 @@ def test_a_window_without_a_usable_step_is_skipped(tmp_path) -> None:
     run = trainer(tmp_path, training=Training(validate_every=0))
     run.tasks[0].loss = lambda out, target: out.sum() * math.nan
     before = [w.clone() for w in run.student.weights()]
-    run.run()
+    for resume in (False, True):
+        with pytest.raises(NothingLearned, match="the student learned nothing: all 7 meta-steps"):
+            run.run(resume=resume)
+        assert not (tmp_path / STUDENT).exists()
     rows = metrics(tmp_path)
     assert rows[-1]["skipped_meta_steps"] == 7
     assert rows[0]["skipped_steps"] == {"student": 4, "adam": 4, "sgd": 4}
     assert all(map(torch.equal, before, run.student.weights()))
+
+
+@pytest.mark.parametrize("byte", range(0, 400, 7))
+def test_a_flipped_bit_of_a_checkpoint_is_refused(whole_run, byte, tmp_path) -> None:
+    """In the length, the names and the facts that come first; and in the tensors behind them."""
+    content = bytearray(whole_run)
+    place = byte * len(content) // 400
+    content[place] ^= 1 << (byte % 8)
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(ValueError, match=CHECKPOINT):
+        trainer(tmp_path).run(resume=True)
+    assert not (tmp_path / STUDENT).exists()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> bytes:
+    """The checkpoint of a run that is over."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder).run()
+    return (folder / CHECKPOINT).read_bytes()
+
+
+@pytest.mark.parametrize("left", ["", "cut", "none"])
+def test_lost_metrics_stop_no_run(tmp_path, left) -> None:
+    whole = trainer(tmp_path / "whole").run().weights()
+
+    def kill(row: dict) -> None:
+        if row["meta_step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer(tmp_path / "cut").run(report=kill)
+    log = tmp_path / "cut" / METRICS
+    if left == "none":
+        log.unlink()
+    else:
+        log.write_bytes(log.read_bytes().splitlines(keepends=True)[0] + b'{"meta_st')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl' lacks [34] of the 4 lines before the"):
+        resumed = trainer(tmp_path / "cut").run(resume=True).weights()
+    assert all(map(torch.equal, whole, resumed))
+    kept = 0 if left == "none" else 1
+    rows = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == rows[:kept] + rows[4:]
+
+
+def test_what_comes_last_is_tried_first(tmp_path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="backend='cuda' can't compute"):
+        trainer(folder, amalgamation=Amalgamation(backend="cuda")).run()
+    with pytest.raises(ValueError, match=r"budget must be \d+ bytes or more .*, not 700"):
+        trainer(folder, memory=Memory(budget=700)).run()
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="what JSON can hold: .*set is not JSON serializable"):
+        trainer(folder, provenance={"notes": {1, 2}}).run()
+    assert not (folder / METRICS).exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        trainer(tmp_path / "file").run()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
+    run = trainer(tmp_path, training=Training(validate_every=0))
+
+    def spoil(row: dict) -> None:
+        if row["meta_step"] == 7:
+            torch.nn.init.constant_(run.student.weights()[0], math.inf)
+
+    with pytest.raises(NothingLearned, match="the weights of the student are not finite; look at"):
+        run.run(report=spoil)
+    assert not (tmp_path / STUDENT).exists()
 
 
 def test_checkpoint_is_not_a_student(tmp_path) -> None:

@@ -152,6 +152,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "own.toml"
     path.write_text(RECIPE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_things", raising=False)
     return path
 
@@ -245,9 +246,9 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
         ("task.name=own_things.make_number", "must return an amalgam.tasks.Task or .*, not 3"),
         (
             "task.arguments={sample=3}",
-            r"can't be called with .*sample=3\).*'sample'; it takes .*sam",
+            r"can't be called with .*sample=3.*'sample'; it takes .*sam",
         ),
-        ("task.arguments=3", "tasks.0.arguments: .*object, not 3"),
+        ("task.arguments=3", "tasks.0.arguments: .*table, not 3"),
         ("task.batch_size=51", "batch_size must be between 1 and the 50 training samples, not 51"),
         ("evaluation.tasks=['own_things.NUMBER']", "evaluation.tasks: task must be a function"),
         ("evaluation.tasks=[{name='digits'}]", "evaluation.tasks: task must be .*did you mean"),
@@ -285,3 +286,41 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
 def test_what_can_not_be_taken_is_named(own, override, named) -> None:
     with pytest.raises(RecipeError, match=named):
         recipes.load(own, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.name=own_things.make_task",
+        "teachers.0.kind=own_things.MyTeacher",
+        "policy.kind=own_things.MyPolicy",
+    ],
+)
+def test_a_recipe_from_elsewhere_runs_no_code_unless_allowed(
+    own, override, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RecipeError, match="run the code of 'own_things'; .* pass --own-code"):
+        recipes.load(own)
+    plain = tmp_path / "plain.toml"
+    plain.write_text('[task]\nname = "digits-mlp"\n[[teachers]]\nkind = "torch.optim.SGD"\n')
+    recipes.load(plain)
+    with pytest.raises(RecipeError, match="would run the code of 'own_things'"):
+        recipes.load(plain, [override])
+    assert "own_things" not in sys.modules
+    with pytest.raises(RecipeError, match="'os.system' would run the code of 'os'"):
+        recipes.load(plain, ["teachers.0={kind='os.system', arguments={command='touch x'}}"])
+    assert not (tmp_path / "here" / "x").exists()
+    recipes.load(own, own_code=True)
+    monkeypatch.chdir(tmp_path)
+    recipes.load(own)
+    recipes.load("own.toml")
+
+
+def test_a_module_that_fails_is_named_in_one_line(own, tmp_path) -> None:
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no\\nluck')")
+    with pytest.raises(
+        RecipeError, match="'broken' fails where it is imported .RuntimeError: no l"
+    ):
+        recipes.load(own, ["task.name=broken.make_task"])

@@ -120,6 +120,19 @@ def test_defaults_and_overrides(minimal) -> None:
         ("device=0", "device: .*valid string, not 0"),
         ("training", "key=value"),
         ("=3", "key=value"),
+        ("student=digits", r"student must be a table, \[student\], .*, not 'digits'"),
+        ("student=[{hidden=3}]", r"student must be a table, .*, not \[{'hidden': 3}\]"),
+        ("teachers=adam", "teachers: .*list, not 'adam'"),
+        ("tasks=3", "task and tasks can't both be given"),
+        ("evaluation=[]", "evaluation: .* a table"),
+        ("evaluation.tasks=[3]", "evaluation.tasks.0: .*string, not 3; .* a table, not 3"),
+        ("conditions=x", "conditions: .* a table, not 'x'"),
+        ("memory.budget=1e400GB", "budget must read as in '4GiB'"),
+        ("training.meta_lr=inf", "training: meta_lr must be positive and finite, not inf"),
+        ("strategy.stages.0.imitation_weight=inf", "imitation_weight must be 0 or more and finite"),
+        ("teachers.0.eps=nan", "teachers.0: eps must be positive and finite, not nan"),
+        ("conditions.weight_decay=[1e-4,inf]", "weight_decay must be positive and finite, not inf"),
+        ("policy={kind='choice',teachers=[{kind='adam',lrr=1}]}", "'policy.teachers.0.lrr'; the"),
     ],
 )
 def test_bad_keys_are_named(minimal, override, named) -> None:
@@ -263,6 +276,14 @@ def test_every_preset_of_the_authors_perturbations_is_a_table(table, made, minim
         ("policy.param_units='5'", "policy.param_units: .*valid integer, not '5'"),
         ("policy.param_units=0", "policy: param_units must be 1 or more, not 0"),
         ("policy=3", "policy must be a table, not 3"),
+        ("policy.kind=..", r"policy must be a class .*, not '\.\.' \(that is no dotted path\)"),
+        ("policy.kind={a=1}", "policy: kind must be one of .*, not {'a': 1}"),
+        ("teachers.1.kind=torch..optim", r"not 'torch\.\.optim' \(that is no dotted path\)"),
+        ("teachers.1.arguments=3", "teachers.1.arguments: .* a table, not 3"),
+        ("teachers.1.arguments={lr=inf}", "teachers.1: arguments.lr must be finite, not inf"),
+        ("teachers.1.arguments={lr=[[1]]}", "arguments.lr must be a number, a word or a list of"),
+        ("teachers.1.others={kind=3}", "others.kind must be a dotted path .*, not 3"),
+        ("teachers.1.others.arguments=3", "others.arguments must be a table, not 3"),
         ("student.hidden=3", "student and policy can't both be given"),
         ("strategy.kind=curriculun", "did you mean 'curriculum'"),
         ("strategy.repeat_threshold=1.0", "no key 'strategy.repeat_threshold'"),
@@ -345,3 +366,10 @@ def test_not_toml(tmp_path) -> None:
 def test_unknown_recipe() -> None:
     with pytest.raises(FileNotFoundError, match="did you mean 'digits'"):
         recipes.load("digit")
+
+
+def test_a_shipped_name_wins_over_a_file_of_that_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").write_text(MINIMAL)
+    assert recipes.load("digits").description
+    assert not recipes.load("./digits").description
