@@ -398,6 +398,8 @@ class Task:
         Fused attention and cuDNN's recurrent layers have no second derivatives; PyTorch has other
         kernels in their place that do.
         """
+        if self.device.type == "meta":
+            return SecondOrder(nullcontext, None)
         batch, flat = self._trial, self._flat_of(self._module)
         failure: str | None = None
         for kernels in (nullcontext, _math_attention, _plain_kernels):

@@ -170,7 +170,8 @@ def test_other_families_validate(strategy, tmp_path) -> None:
     assert scores
     assert validated
     episodes = {slot["episode"] for row in rows for slot in row.get("slots", [row])}
-    assert len(trained) == len(episodes)
+    # The first is drawn twice: the run tries it out before it begins.
+    assert len(set(trained)) == len(episodes)
     assert student.provenance["data"] == "trained, batches up to 24"
     assert student.provenance["validation_data"].startswith("validated, batches up to 24; plain:")
 

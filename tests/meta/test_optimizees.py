@@ -222,6 +222,7 @@ def test_losses_below_zero_need_no_logs(tmp_path: Path) -> None:
             log_objective=False,
             warmup_steps=0,
             seed=0,
+            device=torch.device("cpu"),
         )
         for lr in (0.0, 0.3)
     ]
@@ -252,6 +253,7 @@ def test_a_validation_of_a_loss_below_zero_says_what_to_set() -> None:
             log_objective=True,
             warmup_steps=0,
             seed=0,
+            device=torch.device("cpu"),
         )
 
 
