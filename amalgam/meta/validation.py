@@ -22,8 +22,8 @@ from dataclasses import replace
 
 import torch
 
-from amalgam.evaluation.protocol import MakeOptimizer
-from amalgam.evaluation.protocol import train as train_optimizee
+from amalgam.evaluation.runs import MakeOptimizer, Readings
+from amalgam.evaluation.runs import train as train_optimizee
 from amalgam.meta import distributed
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.periods import UnrollSettings
@@ -64,7 +64,7 @@ def by_final_loss(
                 make_optimizer,
                 steps=steps,
                 seed=int(generator_for(seed, "validation", number).initial_seed()),
-                every=steps,
+                readings=Readings(),
             )
             logs.append(math.log(curve.final + 1e-10))
     return _mean_of_first(logs)
