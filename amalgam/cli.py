@@ -54,7 +54,7 @@ def train(
 
 
 def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume: bool) -> None:
-    from amalgam.evaluation.report import between_replicates, closing_tables
+    from amalgam.evaluation.report import between_replicates, tables_of
     from amalgam.experiment import Experiment
     from amalgam.meta import distributed
 
@@ -95,7 +95,7 @@ def _train(recipe: str, out: Path | None, seed: int, override: list[str], resume
 
     with _console.status("evaluating") as status:
         found = run.evaluate(lambda who: status.update(escape(f"evaluating: {who}")))
-    for table, results in zip(closing_tables(found), found.at(0), strict=True):
+    for table, results in zip(tables_of(found, wide=False), found.at(0), strict=True):
         _console.print(table)
         if len(students) > 1:
             _console.print(between_replicates(results, len(students)), highlight=False)

@@ -192,10 +192,8 @@ def _known(name: str | None, everybody: Sequence[str] | dict[str, Any], what: st
 def _show(found: Evaluation) -> None:
     """Print an evaluation's tables, as wide as the terminal is."""
     wide = _console.width >= _WIDE_TASK
-    for of_budgets, about in zip(found.results, found.tasks, strict=True):
-        _console.print(
-            tables.of_task(of_budgets, found.horizon, wide=wide, parameters=about.parameters)
-        )
+    for table in report.tables_of(found, wide=wide):
+        _console.print(table)
     _console.print(tables.over_all_tasks(found, wide=_console.width >= _WIDE_SUMMARY))
     stand_ins = report.stand_ins(found)
     if stand_ins:

@@ -50,7 +50,7 @@ def record_closing(evaluation: Evaluation, folder: Path, *, replicates: int = 1)
     """
     results = evaluation.at(evaluation.horizon)
     content = _content(evaluation)
-    shown = [table.markdown() for table in closing_tables(evaluation)]
+    shown = [table.markdown() for table in tables_of(evaluation)]
     if replicates > 1:
         spreads = {of_task[0].task: spread(of_task[:replicates]) for of_task in results}
         content["spread"] = {
@@ -63,14 +63,15 @@ def record_closing(evaluation: Evaluation, folder: Path, *, replicates: int = 1)
         plots.curves(of_task, folder / "plots" / f"{of_task[0].task}.png")
 
 
-def closing_tables(evaluation: Evaluation) -> list[tables.Table]:
+def tables_of(evaluation: Evaluation, *, wide: bool = True) -> list[tables.Table]:
     """Each task's table.
 
     Args:
         evaluation: The evaluation.
+        wide: Whether to add the columns that a narrow terminal has no room for.
     """
     return [
-        tables.of_task(of_budgets, evaluation.horizon, parameters=about.parameters)
+        tables.of_task(of_budgets, evaluation.horizon, wide=wide, parameters=about.parameters)
         for about, of_budgets in zip(evaluation.tasks, evaluation.results, strict=True)
     ]
 
@@ -84,7 +85,7 @@ def record(evaluation: Evaluation, folder: Path, about: dict[str, Any]) -> None:
         about: What was asked for, JSON-serialisable; a later evaluation in the folder compares it.
     """
     content = {"asked": about, **_content(evaluation)}
-    shown = [tables.over_all_tasks(evaluation), *closing_tables(evaluation)]
+    shown = [tables.over_all_tasks(evaluation), *tables_of(evaluation)]
     shown.append(tables.of_tunings(evaluation))
     marked = stand_ins(evaluation)
     _write(folder / JSON, json.dumps(content) + "\n")
