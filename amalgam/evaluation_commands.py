@@ -48,7 +48,7 @@ def evaluate_command(
         typer.Option(
             metavar="NAME[:KEY=VALUE]",
             help="Tasks or groups of tasks, with commas between them or the option given again; "
-            "the dotted path of your own [default: small]",
+            "the dotted path of your own [default: paper, or short]",
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for tables, curves and report.")] = None,
@@ -81,7 +81,7 @@ def evaluate_command(
     from amalgam.meta import distributed
 
     distributed.join()
-    named = _tasks(tasks or ["small"])
+    named = _tasks(tasks or ["short" if short else "paper"])
     chosen = _protocol(protocol, short, horizon, budgets, seeds)
     if protocol == "paper" and not teacher:
         teacher = list(dict.fromkeys(one.kind for one in POOLS["large"]))
@@ -230,12 +230,11 @@ def _protocol(
 
 def _groups() -> dict[str, tuple[NamedTask, ...]]:
     """Tasks that go by one name."""
-    small = (*tasks.SMALL, *tasks.HELD_OUT)
     return {
+        **{name: tuple(map(NamedTask, members)) for name, members in tasks.GROUPS.items()},
         "digits": (NamedTask("digits-mlp"), NamedTask("digits-cnn")),
-        # Each has a batch size of its own.
         "small": tuple(
-            NamedTask("small", (("batch_size", None), ("optimizee", name))) for name in small
+            NamedTask("small", (("optimizee", name),)) for name in (*tasks.SMALL, *tasks.HELD_OUT)
         ),
     }
 

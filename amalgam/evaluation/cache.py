@@ -20,6 +20,7 @@ from amalgam.digest import digest_of
 from amalgam.evaluation.runs import Curve
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
+from amalgam.tasks import cache as data_cache
 from amalgam.version import describe
 
 VERSION = 1
@@ -27,23 +28,23 @@ VERSION = 1
 
 
 def default_folder() -> Path:
-    """``evaluation`` in ``$AMALGAM_CACHE``, else in ``amalgam`` of the user's cache folder."""
-    own = os.environ.get("AMALGAM_CACHE")
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(own) if own else Path(users) / "amalgam") / "evaluation"
+    """``evaluation`` in the folder of :mod:`amalgam.tasks.cache`."""
+    return data_cache.folder() / "evaluation"
 
 
 def fingerprint(task: Task) -> str:
     """What of a task decides a run's numbers, in one line.
 
-    It takes in the data, the network as its ``repr`` tells and as it is initialised, the batch size
-    and the loss's name.
+    It takes in the data, the network as its ``repr`` tells and as it is initialised, the batch
+    size, the loss's name and the task's own gradient, if it has one.
     """
     module = task.init_module(generator_for(0, "fingerprint"))
     network = f"{module!r} {digest_of([*module.parameters(), *module.buffers()])}"
-    loss = getattr(task.loss, "__qualname__", None) or repr(task.loss)
+    loss, gradient = (
+        getattr(one, "__qualname__", None) or repr(one) for one in (task.loss, task.gradient)
+    )
     told = hashlib.blake2b(network.encode(), digest_size=8).hexdigest()
-    return f"{task.describe()}, network {told}, batches of {task.batch_size}, {loss}"
+    return f"{task.describe()}, network {told}, batches of {task.batch_size}, {loss}, {gradient}"
 
 
 class RunCache:

@@ -20,7 +20,7 @@ from amalgam.evaluation.runner import NamedTask
 from amalgam.seeding import generator_for
 
 SHORT = ("--short", "--horizon", 4, "--budgets", "0.5,1")
-TASKS = "small:optimizee=regression:batch_size=null,digits-mlp"
+TASKS = "small:optimizee=regression,digits-mlp"
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,11 @@ Papers = commands._Paper
 
 
 def test_tasks_by_name() -> None:
-    found = commands._tasks(["digits, small:optimizee=deep:batch_size=null", "my.module.task"])
+    found = commands._tasks(["digits, small:optimizee=deep", "my.module.task"])
     assert found == [
         NamedTask("digits-mlp"),
         NamedTask("digits-cnn"),
-        NamedTask("small", (("optimizee", "deep"), ("batch_size", None))),
+        NamedTask("small", (("optimizee", "deep"),)),
         NamedTask("my.module.task"),
     ]
     assert len(commands._tasks(["small"])) == 14
