@@ -208,7 +208,7 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
     """Also the installed script does, whose own folder is first in the path and not this one."""
     script = tmp_path / "bin" / "amalgam"
     script.parent.mkdir()
-    script.write_text("from amalgam.cli import main\nmain()\n")
+    script.write_text("from amalgam.cli import main\nif __name__ == '__main__':\n    main()\n")
     train = ("train", "own.toml", "--out", "run", "--seed", "1")
 
     def run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
