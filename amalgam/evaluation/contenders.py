@@ -66,10 +66,16 @@ def student_contender(name: str, student: Policy) -> Contender:
 
 
 def teacher_contenders(pool: Pool) -> list[Contender]:
-    """A pool's teachers as contenders, each on its own."""
+    """A pool's teachers as contenders, each on its own.
+
+    One that has a baseline's name, as PyTorch's optimizers do, has "(teacher)" behind it.
+
+    Args:
+        pool: The pool.
+    """
     return [
         Contender(
-            name,
+            f"{name} (teacher)" if name in BASELINES else name,
             partial(optimizer_of_teacher, teacher=teacher),
             "teacher",
             identity=None if teacher.policy is not None else {"teacher": repr(teacher)},

@@ -321,25 +321,12 @@ def evaluate(
         )
     ]
     known = [about.name for about in runner.about]
-    for name in known:
-        if known.count(name) > 1:
-            raise ValueError(f"tasks' names must differ, and {name!r} is there twice")
-    names = [contender.name for contender in everybody]
     tuned_names = [baseline(name, (), d).name for name in protocol.grids for d in protocol.decays]
-    for name in names:
-        if (names + tuned_names).count(name) > 1:
-            raise ValueError(f"contenders' names must differ, and {name!r} is there twice")
+    _check_differ("tasks", known)
+    _check_differ("contenders", [*(one.name for one in everybody), *tuned_names, ONE_SETTING])
     one_setting = protocol.one_setting and "AdamW" in protocol.grids
-    decays = [
-        *(contender.decay for contender in everybody),
-        *(decay for _ in protocol.grids for decay in protocol.decays),
-    ]
-    reported = sum(_steps_of(decay, protocol) for decay in decays) * protocol.seeds
-    # The one setting's decay is yet to be found; the costlier one is expected.
-    reported += one_setting * max(_steps_of(d, protocol) for d in DECAYS) * protocol.seeds
-    points = sum(map(len, protocol.grids.values())) * len(protocol.decays)
-    tuning = points * protocol.tuning_seeds * protocol.horizon
-    runner.total += sum(runner.cost(task, reported + tuning) for task in tasks)
+    steps = _steps_of_task([one.decay for one in everybody], protocol, one_setting)
+    runner.total += sum(runner.cost(task, steps) for task in tasks)
 
     # What was asked for comes first: a contender that fails does so before all the tuning.
     plans = [(task, contender) for task in tasks for contender in everybody]
@@ -415,8 +402,23 @@ def _lengths(decay: str, protocol: Protocol) -> tuple[int, ...]:
     return protocol.steps[-1:] if decay == "constant" else protocol.steps
 
 
-def _steps_of(decay: str, protocol: Protocol) -> int:
-    return sum(_lengths(decay, protocol))
+def _steps_of_task(decays: Sequence[str], protocol: Protocol, one_setting: bool) -> int:
+    """Steps of all runs on one task, given the decays of the contenders that are not baselines."""
+    reported = [*decays, *(decay for _ in protocol.grids for decay in protocol.decays)]
+    if one_setting:
+        # Its decay is yet to be found; the costlier one is expected.
+        reported.append("linear")
+    points = sum(map(len, protocol.grids.values())) * len(protocol.decays)
+    return (
+        sum(sum(_lengths(decay, protocol)) for decay in reported) * protocol.seeds
+        + points * protocol.tuning_seeds * protocol.horizon
+    )
+
+
+def _check_differ(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what}' names must differ, and {name!r} is there twice")
 
 
 def _tune(runner: Runner, protocol: Protocol) -> list[Tuning]:

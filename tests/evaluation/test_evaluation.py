@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,16 @@ from amalgam.evaluation import (
     tables,
     train,
 )
-from amalgam.evaluation.contenders import baseline, grid, muon, names_of, student_contender
+from amalgam.evaluation.contenders import (
+    baseline,
+    grid,
+    muon,
+    names_of,
+    student_contender,
+    teacher_contenders,
+)
 from amalgam.evaluation.protocol import ONE_SETTING, TUNING_SEED, oracle_of, reference_of
+from amalgam.policies import Pool, TorchTeacher
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
@@ -307,6 +316,16 @@ def test_names_differ() -> None:
         names_of(["digits", "digits"])
 
 
+def test_teachers_do_not_collide_with_baselines() -> None:
+    pool = Pool([TorchTeacher(torch.optim.AdamW, lr=0.1), "adam"])
+    teachers = teacher_contenders(pool)
+    assert [one.name for one in teachers] == ["AdamW (teacher)", "adam"]
+    found = made(teachers)
+    names = [result.name for result in found.results[0][1]]
+    assert names[:3] == ["AdamW (teacher)", "adam", "Adam"]
+    assert len(set(names)) == len(names)
+
+
 def test_wrong_protocols_are_refused() -> None:
     for changes, message in (
         ({"seeds": 0}, "seeds must be 1 or more, not 0"),
@@ -378,3 +397,23 @@ def test_tables_are_readable_on_narrow_and_ascii_terminals(encoding, sign) -> No
         assert f"2.250 {sign} 0.354" in text
         text.encode(encoding)
     assert "loss after 2: 2.250 +- 0.354" in table.text(40, ascii_only=True)
+
+
+def test_the_page_loads_nothing_and_marks_stand_ins(tmp_path) -> None:
+    stand_in = dataclasses.replace(linear("linear-glyphs"), stand_in=True)
+    found = made([dataclasses.replace(SGD, name="<mine>")], SMALL, linear(), stand_in)
+    report.record(found, tmp_path, {})
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(href|src)=\"(?!#)|url\((?!#)|@import", page)
+    assert "<mine>" not in page
+    assert "&lt;mine&gt;" in page
+    assert page.count("stand-in data</span>") == 1
+    ids = re.findall(r"\bid=\"([^\"]+)\"", page)
+    named = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", page))
+    assert named <= set(ids)
+    # Plots of one page share no id that anything points to.
+    assert all(ids.count(name) == 1 for name in named)
+    assert "published sets: linear-glyphs." in (tmp_path / "evaluation.md").read_text()
+    rows = (tmp_path / "evaluation.csv").read_text().splitlines()
+    results = found.results
+    assert len(rows) == 1 + sum(len(r.curves) for t in results for b in t for r in b)
