@@ -42,11 +42,11 @@ _FULL_GRIDS: dict[str, tuple[Setting, ...]] = {
     "Muon": grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)),
 }
 _SHORT_GRIDS: dict[str, tuple[Setting, ...]] = {
-    "Adam": grid(lr=(1e-3, 3e-3, 1e-2, 3e-2)),
-    "AdamW": grid(lr=(3e-3, 1e-2), weight_decay=(0.01, 0.1)),
-    "SGD": grid(lr=(0.03, 0.1, 0.3), momentum=(0.9,)),
+    "Adam": grid(lr=(3e-3, 1e-2, 3e-2, 0.1)),
+    "AdamW": grid(lr=(1e-2, 3e-2), weight_decay=(0.01, 0.1)),
+    "SGD": grid(lr=(0.03, 0.1, 0.3, 1.0), momentum=(0.9,)),
     "RMSprop": grid(lr=(1e-3, 3e-3, 1e-2)),
-    "Muon": grid(lr=(3e-3, 1e-2, 3e-2)),
+    "Muon": grid(lr=(1e-2, 3e-2, 0.1)),
 }
 
 
