@@ -174,7 +174,12 @@ def _drawn(results: Sequence[Result], ink: str = "black") -> tuple[Figure, Any]:
     ax.set_title(title, color=ink)
     ax.set_xlabel("step", color=ink)
     ax.set_ylabel("validation loss", color=ink)
-    ax.set_yscale("log" if logarithmic and len(known) else "linear")
+    if logarithmic and len(known):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        # Within a decade there may be no other labels.
+        decade = known.max() / known.min() < 10
+        ax.yaxis.set_minor_formatter("{x:g}" if decade else "")
     ax.set_xscale("symlog", linthresh=10)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.tick_params(which="both", colors=ink)

@@ -299,7 +299,7 @@ _STYLE = """
   --mark-ground: #3a2f17; } }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 74rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+main { max-width: 84rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .25rem; }
 p { max-width: 46rem; margin: .4rem 0; }
@@ -309,7 +309,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 .title { font-weight: 600; margin-top: 1.2rem; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
-th { cursor: pointer; color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th { cursor: pointer; white-space: normal; min-width: 3.5rem; color: var(--soft); font-weight: 600;
+  vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: .2rem; position: sticky; left: 0;
   background: var(--ground); }
 th[aria-sort=ascending]::after { content: " \\2191"; }
