@@ -348,24 +348,20 @@ def _progress(*, show: bool) -> Iterator[Callable[[Progress], None]]:
 
 def _lines() -> Callable[[Progress], None]:
     began = last = time.monotonic()
-    skipped: float | None = None
 
     def report_line(progress: Progress) -> None:
-        nonlocal last, skipped
+        nonlocal last
         now = time.monotonic()
-        if progress.runs == progress.cached:
-            skipped = progress.done
         if now - last < _EVERY:
             return
         last = now
-        made = progress.done - (skipped or 0.0)
-        left = (progress.total - progress.done) * (now - began) / made if made > 0 else 0.0
+        left = ""
         # The first runs are made while processes still start.
-        told = progress.done > progress.total / 20
-        about = f", about {left / 60:.0f} min left" if told else ""
+        if progress.made > progress.total / 20:
+            seconds = (progress.total - progress.done) * (now - began) / progress.made
+            left = f", about {seconds / 60:.0f} min left"
         typer.echo(
-            f"{progress.runs} runs, {progress.cached} of them from the cache{about}: "
-            f"{progress.what}"
+            f"{progress.runs} runs, {progress.cached} of them from the cache{left}: {progress.what}"
         )
 
     return report_line

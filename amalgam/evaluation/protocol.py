@@ -145,7 +145,7 @@ class Protocol:
 
 
 def short_protocol() -> Protocol:
-    """A protocol that two cores carry out on eight small tasks in a quarter of an hour."""
+    """A protocol for a look on a CPU: shorter runs, smaller grids, two seeds, small readings."""
     return Protocol(
         "short",
         horizon=100,

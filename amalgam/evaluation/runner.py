@@ -134,6 +134,7 @@ class Progress(NamedTuple):
 
     Attributes:
         done: Seconds that what is done was expected to take.
+        made: Likewise, without what was in the cache.
         total: Likewise, of all that was announced.
         what: What was finished last.
         runs: How many runs are finished.
@@ -141,6 +142,7 @@ class Progress(NamedTuple):
     """
 
     done: float
+    made: float
     total: float
     what: str
     runs: int
@@ -181,7 +183,7 @@ class Runner:
         self._report = report
         self._executor: ProcessPoolExecutor | None = None
         self._others = multiprocessing.active_children()
-        self._done, self._runs, self._cached = 0.0, 0, 0
+        self._done, self._saved, self._runs, self._cached = 0.0, 0.0, 0, 0
         self.total = 0.0
         self.about = tuple(look_at(_task_of(task, self._device)) for task in self._tasks)
 
@@ -284,12 +286,15 @@ class Runner:
 
     def _finished(self, run: Run, *, cached: bool) -> None:
         # Each process sees its own share, and knows no more of the others'.
-        self._done += self.cost(run.task, run.steps) * _world()
+        cost = self.cost(run.task, run.steps) * _world()
+        self._done += cost
+        self._saved += cost if cached else 0.0
         self._runs += 1
         self._cached += cached
         self._report(
             Progress(
                 min(self._done, self.total),
+                self._done - self._saved,
                 self.total,
                 f"{self.about[run.task].name}: {run.contender.name}",
                 self._runs,

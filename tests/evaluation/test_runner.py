@@ -97,12 +97,14 @@ def test_runs_are_made_once(tmp_path: Path, monkeypatch) -> None:
         first = runner.run(runs(adam, unknown))
     assert [report.runs for report in reports] == [1, 2, 3, 4]
     assert reports[-1].done == pytest.approx(reports[-1].total)
+    assert reports[-1].made == reports[-1].done
     assert reports[-1].what == "linear: mine"
     assert len(list(tmp_path.rglob("*.json"))) == 2
     reports.clear()
     with Runner([linear()], cache=RunCache(tmp_path), report=reports.append) as runner:
         again = runner.run(runs(adam, unknown))
     assert [report.cached for report in reports] == [1, 2, 2, 2]
+    assert [report.made > 0 for report in reports] == [False, False, True, True]
     assert again[:2] == first[:2]
     assert [curve.losses for curve in again] == [curve.losses for curve in first]
     decaying = baseline("Adam", (("lr", 0.1),), "linear")
