@@ -225,7 +225,8 @@ class Experiment:
             every=how.every,
             timed=False,
             curve_samples=None,
-            training_samples=None,
+            # More would be no more exact.
+            training_samples=2**15,
         )
         tasks = [self._here(task) for task in self.recipe.evaluation_tasks]
         with Runner(
