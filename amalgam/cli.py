@@ -1,4 +1,4 @@
-"""The command line: ``amalgam train | evaluate | convert | info``.
+"""The command line: ``amalgam train | evaluate | compare | convert | info``.
 
 Exit codes: 0, done; 1, it failed while it ran; 2, what was asked for can't be done; 3, a run is
 over and nothing was learned; 130 and 143, interrupted by Ctrl-C and by SIGTERM; 141, nobody reads
@@ -28,8 +28,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from amalgam import ops, recipes, tasks, weight_files
-from amalgam.device import resolve
+from amalgam import evaluation_commands, ops, recipes, tasks, weight_files
 from amalgam.heap import keep_freed_memory
 from amalgam.version import describe
 
@@ -118,12 +117,10 @@ def _train(chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: b
 
 def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
     """What the first process does, which reports."""
-    from amalgam.evaluation import tables
-    from amalgam.evaluation.report import between_replicates, title
+    from amalgam.evaluation.report import between_replicates, tables_of
     from amalgam.meta import distributed
 
-    chosen = run.recipe
-    _plain(f"{name}: {chosen.description}\nrun folder: {folder}")
+    _plain(f"{name}: {run.recipe.description}\nrun folder: {folder}")
 
     with Progress(
         TextColumn("meta-training the {task.description}"),
@@ -151,11 +148,11 @@ def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
     distributed.leave()
 
     with _console.status("evaluating") as status:
-        results = run.evaluate(lambda who: status.update(escape(f"evaluating: {who}")))
-    for task_results in results:
-        _console.print(tables.terminal(title(task_results, chosen.evaluation.steps), task_results))
+        found = run.evaluate(lambda who: status.update(escape(f"evaluating: {who}")))
+    for table, results in zip(tables_of(found, wide=False), found.at(0), strict=True):
+        _console.print(table)
         if len(students) > 1:
-            _plain(between_replicates(task_results, len(students)))
+            _plain(between_replicates(results, len(students)))
     kept = "student.safetensors" if len(students) == 1 else "replicate-*/student.safetensors"
     _plain(f"student: {folder / kept}\nplots:   {folder / 'plots'}")
 
@@ -170,55 +167,8 @@ def _say(text: str, style: str = "yellow") -> None:
     Console(stderr=True).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
-def evaluate(
-    students: Annotated[
-        list[str],
-        typer.Argument(help="Learned optimizers: names of shipped ones, or paths."),
-    ],
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="Task, or the dotted path of your own; may be given several times."),
-    ] = None,
-    teacher: Annotated[
-        list[str] | None, typer.Option(help="A teacher to compare with, at the paper's rate.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 500,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
-    every: Annotated[int, typer.Option(min=1, help="Steps between readings.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 128,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for results and plots.")] = None,
-) -> None:
-    """Train tasks with students and with torch's Adam and AdamW at their tuned rates."""
-    from amalgam.evaluation import contenders, tables
-    from amalgam.evaluation import evaluate as compare
-    from amalgam.evaluation.report import record, title
-    from amalgam.policies import Pool, load_policy
-
-    pool = Pool(teacher or [])
-    loaded = [(Path(name).stem, load_policy(name)) for name in students]
-    where = resolve(device)
-    chosen = [tasks.load(name, batch_size).to(where) for name in task or ["digits-cnn"]]
-    results = []
-    with _console.status("evaluating") as status:
-
-        def report(who: str) -> None:
-            status.update(f"evaluating: {who}")
-
-        for one in chosen:
-            everybody = [
-                *(contenders.student_contender(*pair) for pair in loaded),
-                *contenders.teacher_contenders(pool),
-                *contenders.torch_contenders(one, steps=steps, report=report),
-            ]
-            results.append(
-                compare(one, everybody, steps=steps, seeds=seeds, every=every, report=report)
-            )
-    if out is not None:
-        record(results, out, steps=steps)
-    for task_results in results:
-        _console.print(tables.terminal(title(task_results, steps), task_results))
+app.command("evaluate")(evaluation_commands.evaluate_command)
+app.command("compare")(evaluation_commands.compare_command)
 
 
 @app.command()

@@ -21,13 +21,10 @@ import torch
 
 from amalgam import files
 from amalgam.device import resolve
-from amalgam.evaluation import Contender, Result, evaluate, plots
-from amalgam.evaluation.contenders import (
-    student_contender,
-    teacher_contenders,
-    torch_contenders,
-)
-from amalgam.evaluation.report import record
+from amalgam.evaluation import Contender, Evaluation, Protocol, Runner, evaluate, plots
+from amalgam.evaluation.contenders import grid, student_contender, teacher_contenders
+from amalgam.evaluation.protocol import RATES
+from amalgam.evaluation.report import record_closing
 from amalgam.meta import Trainer, distributed
 from amalgam.meta.run_folder import CHECKPOINT, METRICS, STUDENT
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
@@ -277,35 +274,39 @@ class Experiment:
                 )
         return trained
 
-    def evaluate(self, report: Callable[[str], None] = lambda what: None) -> list[list[Result]]:
+    def evaluate(self, report: Callable[[str], None] = lambda what: None) -> Evaluation:
         """Train each evaluation task with every contender; write and plot the results.
 
+        Adam and AdamW are tuned over the paper's rates. All rates are constant.
+
         Args:
-            report: Called with what is about to be done: a contender's name before each of its
-                runs, ``"tuning Adam"`` or the like before an optimizer is tuned.
+            report: Called after each run with its task and contender.
 
         Returns:
-            For each task, the contenders' results, those of the replicates first.
+            The evaluation, of one budget; of each task the replicates' results come first.
         """
         how, students = self.recipe.evaluation, self.trainer.students
-        results = []
-        for task in map(self._here, self.recipe.evaluation_tasks):
-            everybody = [
-                *self._contenders(),
-                *torch_contenders(task, steps=how.steps, report=report),
-            ]
-            results.append(
-                evaluate(
-                    task,
-                    everybody,
-                    steps=how.steps,
-                    seeds=how.seeds,
-                    every=how.every,
-                    report=report,
-                )
-            )
-        record(results, self.folder, steps=how.steps, replicates=len(students))
-        return results
+        protocol = Protocol(
+            "closing",
+            horizon=how.steps,
+            budgets=(1.0,),
+            seeds=how.seeds,
+            decays=("constant",),
+            grids={"Adam": grid(lr=RATES), "AdamW": grid(lr=RATES)},
+            one_setting=False,
+            every=how.every,
+            timed=False,
+            curve_samples=None,
+            # More would be no more exact.
+            training_samples=2**15,
+        )
+        tasks = [self._here(task) for task in self.recipe.evaluation_tasks]
+        with Runner(
+            tasks, device=self.device, report=lambda progress: report(progress.what)
+        ) as runner:
+            found = evaluate(runner, self._contenders(), protocol)
+        record_closing(found, self.folder, replicates=len(students))
+        return found
 
     def _contenders(self) -> list[Contender]:
         """The replicates, the teachers, and those that a choice chooses from."""

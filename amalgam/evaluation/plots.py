@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amalgam import files
+from amalgam.evaluation import tables
+from amalgam.evaluation.protocol import ONE_SETTING, oracle_of, reference_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from amalgam.evaluation import Result
 
-_COLOURS = ("#1b1b1b", "#d1495b", "#00798c", "#edae49", "#66a182", "#7d5ba6", "#8d96a3", "#b5651d")
+_COLOURS = ("#3b6fd4", "#d1495b", "#00998c", "#c98a1b", "#5a9a4a", "#8d63b8", "#7d8794", "#b5651d")
 
 
 def _figure(rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
@@ -96,27 +100,101 @@ def training(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
 def curves(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Plot the validation loss over steps of every contender on one task.
 
-    Lines are geometric means over seeds, bands reach from the smallest to the largest.
+    Lines are geometric means over seeds, bands reach from the smallest to the largest. Where a loss
+    is zero or negative, the axis is linear and lines are arithmetic means. A line ends where no
+    seed's loss is finite.
 
     Args:
         results: The contenders' results, at least one, all on one task.
         path: The file to write, ``.png``, ``.svg`` or ``.pdf``.
     """
-    figure, axes = _figure(1, 1, figsize=(7.5, 4.8))
-    ax = axes[0, 0]
-    for index, result in enumerate(results):
-        colour = _COLOURS[index % len(_COLOURS)]
-        losses = np.maximum([curve.losses for curve in result.curves], 1e-12)
-        steps = result.curves[0].steps
-        middle = np.exp(np.log(losses).mean(0))
-        ax.plot(steps, middle, color=colour, lw=2.2 if index == 0 else 1.3, label=result.name)
-        ax.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.12, lw=0)
-    seeds = len(results[0].curves)
-    ax.set(
-        xlabel="step",
-        ylabel="validation loss",
-        yscale="log",
-        title=f"{results[0].task}, {seeds} seed{'s' if seeds > 1 else ''}",
-    )
-    ax.legend(frameon=False, fontsize=8)
+    figure, _ = _drawn(results)
     _save(figure, path)
+
+
+def curves_svg(results: Sequence[Result]) -> str:
+    """The same as an SVG element for a web page, whose text and axes have the page's colour.
+
+    Args:
+        results: As :func:`curves` takes them.
+    """
+    import matplotlib
+
+    # Ids are hashes of what they name; with the task in them no two plots of a page share one.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": results[0].task}):
+        figure, axes = _drawn(results, ink=_INK)
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    drawn = file.getvalue()
+    return drawn[drawn.index("<svg") :].replace(_INK, "currentColor")
+
+
+# matplotlib knows no "currentColor", so a colour that nothing else has stands for it.
+_INK = "#010203"
+_GREY = "#9a9a9a"
+
+
+def _drawn(results: Sequence[Result], ink: str = "black") -> tuple[Figure, Any]:
+    """One task's curves."""
+    figure, axes = _figure(1, 1, figsize=(6.8, 4.5))
+    ax = axes[0, 0]
+    losses = [np.array([curve.losses for curve in result.curves]) for result in results]
+    known = np.concatenate([each[np.isfinite(each)] for each in losses])
+    logarithmic = bool((known > 0).all())
+    foremost = _foremost(results)
+    colours = iter(_COLOURS)
+    for result, each in zip(results, losses, strict=True):
+        stands_out = result in foremost
+        colour = next(colours) if stands_out else _GREY
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            # A step at which no seed's loss is finite has no mean; NaN is what it should be.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            finite = np.where(np.isfinite(each), each, np.nan)
+            middle = np.exp(np.nanmean(np.log(finite), 0)) if logarithmic else np.nanmean(finite, 0)
+            low, high = np.nanmin(finite, 0), np.nanmax(finite, 0)
+        steps = result.curves[0].steps
+        label = f"{result.name} ({tables.diverged(result)})" if result.diverged else result.name
+        ax.plot(
+            steps,
+            middle,
+            color=colour,
+            lw=(2 if result.kind == "student" else 1.4) if stands_out else 0.8,
+            ls="--" if result.decay == "linear" else "-",
+            label=label if stands_out else None,
+            zorder=3 if stands_out else 2,
+        )
+        if stands_out:
+            ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    if len(foremost) < len(results):
+        ax.plot([], [], color=_GREY, lw=0.8, label="other baselines")
+    seeds = len(results[0].curves)
+    title = f"{results[0].task}, {seeds} seed{'s' if seeds > 1 else ''}"
+    ax.set_title(title, color=ink)
+    ax.set_xlabel("step", color=ink)
+    ax.set_ylabel("validation loss", color=ink)
+    if logarithmic and len(known):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        # Within a decade there may be no other labels.
+        decade = known.max() / known.min() < 10
+        ax.yaxis.set_minor_formatter("{x:g}" if decade else "")
+    ax.set_xscale("symlog", linthresh=10)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.tick_params(which="both", colors=ink)
+    for spine in ax.spines.values():
+        spine.set_edgecolor(ink)
+    ax.legend(frameon=False, fontsize=8, labelcolor=ink)
+    return figure, ax
+
+
+def _foremost(results: Sequence[Result]) -> list[Result]:
+    """The results to tell apart by colour: all, or else those that an evaluation is about."""
+    if len(results) <= len(_COLOURS):
+        return list(results)
+    found = [result for result in results if result.kind == "student"]
+    found += [one for one in (reference_of(results), oracle_of(results)) if one is not None]
+    found += [result for result in results if result.name == ONE_SETTING]
+    # Without repeats, in the table's order.
+    return [result for result in results if result in found][: len(_COLOURS)]

@@ -1,110 +1,534 @@
-"""How optimizers are compared: same task, same seeds, same steps, losses on unseen data."""
+"""How optimizers are compared: same tasks, same seeds, same steps, losses on unseen data.
+
+The words used here: a *horizon* is a number of steps, and a *budget* a multiple of it that a run
+may take. A contender whose rate decays makes a run for each budget, at whose end its rate is zero;
+one at a constant rate makes one run, of the largest budget, which is read at each. A *baseline* is
+tuned on a grid, with seeds of its own: the setting with the smallest mean validation loss at the
+horizon is the one that runs, at every budget.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+import numpy as np
+from scipy.stats import rankdata
 
-from amalgam.seeding import generator_for
-from amalgam.tasks import SeededBatch, Task
+from amalgam.evaluation.contenders import BASELINES, DECAYS, Contender, Setting, baseline, grid
+from amalgam.evaluation.runner import About, Run, Runner
+from amalgam.evaluation.runs import Curve, Readings
 
-MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
-
-_TOGETHER = 5_000  # samples that are measured in one pass: of images, all may take gigabytes
-# As many samples of the training data are read at the end: more would be no more exact.
-_TRAINING_READ = 2**15
+TUNING_SEED = 10_000
+"""The first of the seeds that baselines are tuned with; those of the reported runs begin at 0."""
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+"""The paper's grid of learning rates."""
+
+REFERENCE = "Adam"
+"""The baseline that others are measured against, at the better of its decays."""
+
+ONE_SETTING = "AdamW, one setting"
+ORACLE = "oracle"
+
+_FULL_GRIDS: dict[str, tuple[Setting, ...]] = {
+    "Adam": grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)),
+    "AdamW": grid(lr=(1e-3, 3e-3, 1e-2, 3e-2), weight_decay=(0.01, 0.1, 1.0)),
+    "SGD": grid(lr=(3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), momentum=(0.9,)),
+    "RMSprop": grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "Muon": grid(lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)),
+}
+_SHORT_GRIDS: dict[str, tuple[Setting, ...]] = {
+    "Adam": grid(lr=(3e-3, 1e-2, 3e-2, 0.1)),
+    "AdamW": grid(lr=(1e-2, 3e-2), weight_decay=(0.01, 0.1)),
+    "SGD": grid(lr=(0.03, 0.1, 0.3, 1.0), momentum=(0.9,)),
+    "RMSprop": grid(lr=(1e-3, 3e-3, 1e-2)),
+    "Muon": grid(lr=(1e-2, 3e-2, 0.1)),
+}
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One training run.
+class Protocol:
+    """What is run and read in an evaluation.
 
     Attributes:
-        steps: Steps taken when the losses were read, ascending, from 0.
-        losses: Validation losses at those steps.
-        accuracies: Validation accuracies in [0, 1] at those steps; NaN where targets are not
-            classes.
-        training: Loss over the training data after the last step, of large sets over the first
-            32,768 samples.
+        name: For tables.
+        horizon: The horizon, in steps.
+        budgets: Multiples of it at which contenders are read, ascending.
+        seeds: Runs of each contender and budget.
+        tuning_seeds: Runs of each point of a grid.
+        decays: Of students and baselines; teachers' rates are constant.
+        grids: For each baseline, the settings to tune over.
+        one_setting: Whether AdamW runs also at the one setting that is best over all tasks.
+        every: Steps between two readings of a curve; ``None`` for :attr:`curve` readings, at steps
+            that are spaced evenly on a logarithmic axis.
+        curve: How many they are then.
+        timed: Whether the time of a step is told; without it an evaluation made anew is the same.
+        curve_samples: Validation samples of each reading of a curve; all where ``None``.
+        training_samples: Training samples of a reading at a budget, likewise.
+        validation_samples: Validation samples of a reading at a budget, likewise.
     """
 
-    steps: tuple[int, ...]
-    losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
-    training: float
+    name: str = "full"
+    horizon: int = 1000
+    budgets: tuple[float, ...] = (0.25, 1.0, 4.0, 10.0)
+    seeds: int = 5
+    tuning_seeds: int = 1
+    decays: tuple[str, ...] = DECAYS
+    grids: Mapping[str, tuple[Setting, ...]] = field(default_factory=lambda: dict(_FULL_GRIDS))
+    one_setting: bool = True
+    every: int | None = None
+    curve: int = 24
+    timed: bool = True
+    curve_samples: int | None = 1000
+    training_samples: int | None = 10_000
+    validation_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be run."""
+        for name in ("horizon", "seeds", "tuning_seeds", "curve"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.seeds > TUNING_SEED:
+            raise ValueError(
+                f"seeds must be at most {TUNING_SEED}, where those to tune with begin, "
+                f"not {self.seeds}"
+            )
+        if 1.0 not in self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets must ascend and have 1 among them, not {self.budgets}")
+        if self.budgets[0] * self.horizon < 1:
+            raise ValueError(
+                f"budgets must be 1 step or more, not {self.budgets[0]:g} times {self.horizon}"
+            )
+        for name in self.grids:
+            if name not in BASELINES:
+                raise ValueError(f"grids must be of some of {list(BASELINES)}, not of {name!r}")
+        for decay in self.decays:
+            if decay not in DECAYS:
+                raise ValueError(f"decays must be some of {list(DECAYS)}, not {decay!r}")
 
     @property
-    def final(self) -> float:
-        """The last validation loss."""
-        return self.losses[-1]
+    def steps(self) -> tuple[int, ...]:
+        """The budgets in steps."""
+        return tuple(round(budget * self.horizon) for budget in self.budgets)
 
-    @property
-    def best(self) -> float:
-        """The smallest validation loss."""
-        return min((x for x in self.losses if not math.isnan(x)), default=math.nan)
+    def readings(self, steps: int) -> Readings:
+        """What is read of a reported run of so many steps."""
+        spaced = (
+            np.geomspace(1, steps, self.curve)
+            if self.every is None
+            else np.arange(self.every, steps, self.every)
+        )
+        budgets = tuple(at for at in self.steps if at <= steps)
+        return Readings(
+            tuple(sorted({*(round(float(at)) for at in spaced), *budgets})),
+            budgets,
+            self.curve_samples,
+            self.training_samples,
+            self.validation_samples,
+        )
+
+    def tuning_readings(self) -> Readings:
+        """What is read of a run that tunes."""
+        return replace(self.readings(self.horizon), curve=(), full=(self.horizon,))
+
+    def about(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        content: dict[str, Any] = {"horizon_steps": self.steps, **asdict(self)}
+        content["grids"] = {
+            name: [dict(setting) for setting in settings] for name, settings in self.grids.items()
+        }
+        return content
 
 
-@dataclass(frozen=True)
-class Contender:
-    """An optimizer to evaluate.
-
-    Attributes:
-        name: For tables and plots.
-        make: Makes it for given parameters.
-    """
-
-    name: str
-    make: MakeOptimizer
+def short_protocol() -> Protocol:
+    """A protocol for a look on a CPU: shorter runs, smaller grids, two seeds, small readings."""
+    return Protocol(
+        "short",
+        horizon=100,
+        budgets=(0.25, 1.0),
+        seeds=2,
+        grids=dict(_SHORT_GRIDS),
+        curve=8,
+        curve_samples=250,
+        training_samples=500,
+        validation_samples=1000,
+    )
 
 
 @dataclass(frozen=True)
 class Result:
-    """A contender's training runs on one task.
+    """A contender's training runs on one task, within one budget.
 
     Attributes:
         name: The contender's name.
         task: The task's name.
         curves: The runs, one for each seed.
+        kind: The contender's kind.
+        decay: The contender's decay.
+        settings: What was tuned.
+        steps: The budget in steps.
     """
 
     name: str
     task: str
     curves: tuple[Curve, ...]
-
-    def summary(self, which: str) -> tuple[float, float]:
-        """Mean and standard deviation over seeds of ``"final"``, ``"best"`` or ``"training"``."""
-        values = [getattr(curve, which) for curve in self.curves]
-        return fmean(values), stdev(values) if len(values) > 1 else math.nan
+    kind: str = "baseline"
+    decay: str = "constant"
+    settings: str = ""
+    steps: int = 0
 
     @property
-    def accuracy(self) -> float:
-        """Mean over seeds of the last validation accuracy."""
-        return fmean(curve.accuracies[-1] for curve in self.curves)
+    def diverged(self) -> int:
+        """How many of the runs diverged; see :attr:`Curve.diverged`."""
+        return sum(curve.diverged for curve in self.curves)
+
+    @property
+    def label(self) -> str:
+        """Name and settings."""
+        return f"{self.name} ({self.settings})" if self.settings else self.name
+
+    def values(self, which: str) -> list[float]:
+        """Of each run ``"final"``, ``"best"``, ``"training"`` or ``"accuracy"``."""
+        return [float(getattr(curve, which)) for curve in self.curves]
+
+    def summary(self, which: str) -> tuple[float, float]:
+        """Mean and standard deviation over seeds of what :meth:`values` takes.
+
+        Both are NaN where a value is not finite; the deviation also of a single run.
+        """
+        values = self.values(which)
+        if not all(map(math.isfinite, values)):
+            return math.nan, math.nan
+        return fmean(values), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable, curves and all."""
         return {
             "name": self.name,
             "task": self.task,
-            "curves": [
-                {
-                    "steps": c.steps,
-                    "validation_losses": c.losses,
-                    "accuracies": c.accuracies,
-                    "training_loss": c.training,
-                }
-                for c in self.curves
-            ],
+            "kind": self.kind,
+            "decay": self.decay,
+            "settings": self.settings,
+            "steps": self.steps,
+            "diverged": self.diverged,
+            "curves": [curve.as_dict() for curve in self.curves],
         }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Result:
+        """What :meth:`as_dict` gave.
+
+        Raises:
+            KeyError: Something is missing.
+            TypeError: Something is of another type.
+            ValueError: Something is no number.
+        """
+        return cls(
+            content["name"],
+            content["task"],
+            tuple(Curve.from_dict(curve) for curve in content["curves"]),
+            content["kind"],
+            content["decay"],
+            content["settings"],
+            content["steps"],
+        )
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning a baseline on one task came to.
+
+    Attributes:
+        task: The task's name.
+        optimizer: The baseline's.
+        decay: Its decay.
+        settings: The grid's points, as text.
+        losses: The mean validation loss of each, infinite where a run diverged.
+        chosen: The index of the best.
+        edge: What of the chosen setting is the smallest or largest of its values in the grid.
+        runs: How many runs it took.
+        steps: Steps of each.
+    """
+
+    task: str
+    optimizer: str
+    decay: str
+    settings: tuple[str, ...]
+    losses: tuple[float, ...]
+    chosen: int
+    edge: tuple[str, ...]
+    runs: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        protocol: The protocol.
+        tasks: What is known of the tasks.
+        results: For each task, and then for each budget, the contenders' results in one order.
+        tunings: What tuning came to.
+    """
+
+    protocol: Protocol
+    tasks: tuple[About, ...]
+    results: tuple[tuple[tuple[Result, ...], ...], ...]
+    tunings: tuple[Tuning, ...] = ()
+
+    @property
+    def horizon(self) -> int:
+        """The index of the budget that is the horizon."""
+        return self.protocol.budgets.index(1.0)
+
+    def at(self, budget: int) -> tuple[tuple[Result, ...], ...]:
+        """For each task, the contenders' results within a budget.
+
+        Args:
+            budget: Its index.
+        """
+        return tuple(of_task[budget] for of_task in self.results)
+
+
+def evaluate(
+    runner: Runner,
+    contenders: Sequence[Contender],
+    protocol: Protocol,
+) -> Evaluation:
+    """Tune the baselines, then train every task with every contender over the same seeds.
+
+    Args:
+        runner: Makes the runs, of its tasks.
+        contenders: What to compare with the baselines; their names differ.
+        protocol: The protocol.
+
+    Raises:
+        ValueError: Two contenders, or two tasks, have one name.
+    """
+    tasks = range(len(runner.about))
+    everybody = [
+        each
+        for contender in contenders
+        for each in (
+            [contender]
+            if contender.kind == "teacher"
+            else [contender.decaying(decay) for decay in protocol.decays]
+        )
+    ]
+    known = [about.name for about in runner.about]
+    tuned_names = [baseline(name, (), d).name for name in protocol.grids for d in protocol.decays]
+    _check_differ("tasks", known)
+    _check_differ("contenders", [*(one.name for one in everybody), *tuned_names, ONE_SETTING])
+    one_setting = protocol.one_setting and "AdamW" in protocol.grids
+    steps = _steps_of_task([one.decay for one in everybody], protocol, one_setting)
+    runner.total += sum(runner.cost(task, steps) for task in tasks)
+
+    # What was asked for comes first: a contender that fails does so before all the tuning.
+    plans = [(task, contender) for task in tasks for contender in everybody]
+    results = _run(runner, protocol, plans)
+    tunings = _tune(runner, protocol)
+    shared = _best_over_tasks(tunings, protocol) if one_setting else None
+    tuned: list[_Plan] = []
+    for task in tasks:
+        tuned += [
+            (task, baseline(one.optimizer, protocol.grids[one.optimizer][one.chosen], one.decay))
+            for one in tunings
+            if one.task == known[task]
+        ]
+        if shared is not None:
+            tuned.append((task, shared))
+    plans += tuned
+    results += _run(runner, protocol, tuned)
+    found = tuple(
+        tuple(
+            tuple(
+                of_budgets[budget]
+                for (of, _), of_budgets in zip(plans, results, strict=True)
+                if of == task
+            )
+            for budget in range(len(protocol.budgets))
+        )
+        for task in tasks
+    )
+    return Evaluation(protocol, runner.about, found, tuple(tunings))
+
+
+_Plan = tuple[int, Contender]
+
+
+def _run(runner: Runner, protocol: Protocol, plans: Sequence[_Plan]) -> list[list[Result]]:
+    """For each task and contender the results within each budget."""
+    made = iter(
+        runner.run(
+            [
+                Run(task, contender, seed, steps, protocol.readings(steps))
+                for task, contender in plans
+                for steps in _lengths(contender.decay, protocol)
+                for seed in range(protocol.seeds)
+            ]
+        )
+    )
+    found = []
+    for task, contender in plans:
+        lengths = _lengths(contender.decay, protocol)
+        by_length = {steps: [next(made) for _ in range(protocol.seeds)] for steps in lengths}
+        found.append(
+            [
+                Result(
+                    contender.name,
+                    runner.about[task].name,
+                    tuple(
+                        curve.until(steps) if protocol.timed else curve.until(steps).untimed()
+                        for curve in by_length.get(steps, by_length[lengths[-1]])
+                    ),
+                    contender.kind,
+                    contender.decay,
+                    contender.settings,
+                    steps,
+                )
+                for steps in protocol.steps
+            ]
+        )
+    return found
+
+
+def _lengths(decay: str, protocol: Protocol) -> tuple[int, ...]:
+    """Steps of the runs that a contender makes."""
+    return protocol.steps[-1:] if decay == "constant" else protocol.steps
+
+
+def _steps_of_task(decays: Sequence[str], protocol: Protocol, one_setting: bool) -> int:
+    """Steps of all runs on one task, given the decays of the contenders that are not baselines."""
+    reported = [*decays, *(decay for _ in protocol.grids for decay in protocol.decays)]
+    if one_setting:
+        # Its decay is yet to be found; the costlier one is expected.
+        reported.append("linear")
+    points = sum(map(len, protocol.grids.values())) * len(protocol.decays)
+    return (
+        sum(sum(_lengths(decay, protocol)) for decay in reported) * protocol.seeds
+        + points * protocol.tuning_seeds * protocol.horizon
+    )
+
+
+def _check_differ(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what}' names must differ, and {name!r} is there twice")
+
+
+def _tune(runner: Runner, protocol: Protocol) -> list[Tuning]:
+    """Every grid's results, task by task."""
+    cells = [
+        (task, optimizer, decay)
+        for task in range(len(runner.about))
+        for optimizer in protocol.grids
+        for decay in protocol.decays
+    ]
+    runs = [
+        Run(
+            task,
+            baseline(optimizer, setting, decay),
+            TUNING_SEED + seed,
+            protocol.horizon,
+            protocol.tuning_readings(),
+        )
+        for task, optimizer, decay in cells
+        for setting in protocol.grids[optimizer]
+        for seed in range(protocol.tuning_seeds)
+    ]
+    made = iter(runner.run(runs))
+    tunings = []
+    for task, optimizer, decay in cells:
+        settings = protocol.grids[optimizer]
+        losses = []
+        for _ in settings:
+            curves = [next(made) for _ in range(protocol.tuning_seeds)]
+            diverged = any(curve.diverged for curve in curves)
+            losses.append(math.inf if diverged else fmean(curve.final for curve in curves))
+        chosen = min(range(len(losses)), key=losses.__getitem__)
+        tunings.append(
+            Tuning(
+                runner.about[task].name,
+                optimizer,
+                decay,
+                tuple(baseline(optimizer, setting, decay).settings for setting in settings),
+                tuple(losses),
+                chosen,
+                _at_edge(settings, settings[chosen]),
+                len(settings) * protocol.tuning_seeds,
+                protocol.horizon,
+            )
+        )
+    return tunings
+
+
+def _at_edge(settings: Sequence[Setting], chosen: Setting) -> tuple[str, ...]:
+    """Names of arguments whose chosen value is the smallest or the largest of several."""
+    found = []
+    for name, value in chosen:
+        values = sorted({dict(setting)[name] for setting in settings})
+        if len(values) > 1 and value in (values[0], values[-1]):
+            found.append(name)
+    return tuple(found)
+
+
+def _best_over_tasks(tunings: Sequence[Tuning], protocol: Protocol) -> Contender:
+    """AdamW at the setting and decay whose mean rank over the tasks, in tuning, is the smallest."""
+    of_task: dict[str, list[float]] = {}
+    for tuned in tunings:
+        if tuned.optimizer == "AdamW":
+            of_task.setdefault(tuned.task, []).extend(tuned.losses)
+    # Ranks bear losses of any sign and scale, and diverged runs.
+    ranks = np.mean([rankdata(losses) for losses in of_task.values()], axis=0)
+    points = [(setting, decay) for decay in protocol.decays for setting in protocol.grids["AdamW"]]
+    found = baseline("AdamW", *points[int(np.argmin(ranks))])
+    settings = f"{found.settings}, {found.decay}"
+    return replace(found, name=ONE_SETTING, settings=settings)
+
+
+def reference_of(results: Sequence[Result]) -> Result | None:
+    """The tuned Adam that others are measured against on a task: the better of its decays.
+
+    Args:
+        results: The task's results within one budget.
+    """
+    return _best(
+        [result for result in results if result.name in (REFERENCE, f"{REFERENCE}, linear")]
+    )
+
+
+def oracle_of(results: Sequence[Result]) -> Result | None:
+    """The best of all tuned baselines on a task, in hindsight: by the reported runs themselves.
+
+    Args:
+        results: The task's results within one budget.
+    """
+    return _best([r for r in results if r.kind == "baseline" and r.name != ONE_SETTING])
+
+
+def _best(results: Sequence[Result]) -> Result | None:
+    def key(result: Result) -> tuple[bool, float]:
+        mean, _ = result.summary("final")
+        return mean != mean, mean
+
+    return min(results, key=key, default=None)
+
+
+def leader(results: Sequence[Result]) -> Result:
+    """The result with the smallest mean final loss; one with diverged runs only if all have them.
+
+    Args:
+        results: Results of one task within one budget, at least one.
+    """
+    found = _best(results)
+    if found is None:
+        raise ValueError("results must not be empty")
+    return found
 
 
 def spread(replicates: Sequence[Result]) -> float:
@@ -113,129 +537,10 @@ def spread(replicates: Sequence[Result]) -> float:
     Args:
         replicates: Results of two or more replicates on one task.
 
-    Raises:
-        statistics.StatisticsError: There are fewer than two.
-    """
-    return stdev(fmean(math.log(c.final + 1e-10) for c in r.curves) for r in replicates)
-
-
-def train(task: Task, make: MakeOptimizer, *, steps: int, seed: int, every: int) -> Curve:
-    """Train a fresh optimizee and record its validation loss.
-
-    Args:
-        task: Optimizee and data, on the device to train on.
-        make: Makes the optimizer for its parameters.
-        steps: Steps to take.
-        seed: Seed of the initial parameters, of the batches and of what the optimizee draws on
-            them (dropout), which depend on nothing else.
-        every: Steps between two readings; the first and the last step are always read.
-    """
-    module = task.init_module(generator_for(seed, "optimizee"))
-    optimizer = make(module.parameters())
-    read_at, losses, accuracies = [], [], []
-    batches = iter(task.batches(generator_for(seed, "batches"), steps))
-    noise = generator_for(seed, "gradients")
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
-            loss, accuracy = _measure(task, module, task.validation)
-            read_at.append(step)
-            losses.append(loss)
-            accuracies.append(accuracy)
-        if step < steps:
-            optimizer.zero_grad()
-            task.backward(module, next(batches), noise)
-            optimizer.step()
-    training, _ = _measure(task, module, [tensor[:_TRAINING_READ] for tensor in task.train])
-    return Curve(tuple(read_at), tuple(losses), tuple(accuracies), training)
-
-
-@torch.no_grad()
-def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[float, float]:
-    """Loss and accuracy of a module on data; accuracy is NaN where targets are not classes.
-
-    What draws without regard to the module's mode draws alike in every call.
-    """
-    training = module.training
-    module.eval()
-    right = 0.0
-    losses: list[float] = []
-    for *inputs, target in zip(*(tensor.split(_TOGETHER) for tensor in data), strict=True):
-        with task.drawing(SeededBatch((*inputs, target), [len(losses)])):
-            output = module(*inputs)
-            losses.append(task.loss(output, target).item() * len(target))
-        if target.is_floating_point() or output.dim() != target.dim() + 1:
-            right = math.nan
-        else:
-            right += (output.argmax(1) == target).double().mean().item() * len(target)
-    module.train(training)
-    samples = len(data[-1])
-    return math.fsum(losses) / samples, right / samples
-
-
-def evaluate(
-    task: Task,
-    contenders: Sequence[Contender],
-    *,
-    steps: int,
-    seeds: int,
-    every: int = 20,
-    first_seed: int = 0,
-    report: Callable[[str], None] = lambda name: None,
-) -> list[Result]:
-    """Train a task with every contender, over the same seeds.
-
-    Args:
-        task: Optimizee and data, on the device to train on.
-        contenders: The optimizers.
-        steps: Steps of each run.
-        seeds: Runs of each.
-        every: Steps between two readings of the validation loss.
-        first_seed: The runs' seeds are this and those that follow.
-        report: Called before each run with the contender's name.
-
     Returns:
-        Each contender's result, in their order.
+        The deviation; NaN where there are fewer than two, or a loss has no logarithm.
     """
-    results = []
-    for contender in contenders:
-        curves = []
-        for seed in range(first_seed, first_seed + seeds):
-            report(contender.name)
-            curves.append(train(task, contender.make, steps=steps, seed=seed, every=every))
-        results.append(Result(contender.name, task.name, tuple(curves)))
-    return results
-
-
-def tune(
-    task: Task,
-    optimizer: type[Optimizer],
-    *,
-    steps: int,
-    seeds: int = 1,
-    first_seed: int = 10_000,
-    rates: Sequence[float] = RATES,
-) -> float:
-    """The learning rate with the smallest mean final validation loss.
-
-    Args:
-        task: Optimizee and data.
-        optimizer: Its class; called with parameters and ``lr``.
-        steps: Steps of each run.
-        seeds: Runs of each rate.
-        first_seed: The runs' seeds are this and those that follow; evaluation uses others.
-        rates: The learning rates to try; the paper's grid by default.
-    """
-
-    def score(rate: float) -> float:
-        result = evaluate(
-            task,
-            [Contender("", lambda params: optimizer(params, lr=rate))],  # type: ignore[call-arg]
-            steps=steps,
-            seeds=seeds,
-            every=steps,
-            first_seed=first_seed,
-        )
-        mean, _ = result[0].summary("final")
-        return math.inf if math.isnan(mean) else mean
-
-    return min(rates, key=score)
+    finals = np.array([replicate.values("final") for replicate in replicates])
+    if len(finals) < 2 or not np.isfinite(finals).all() or (finals < 0).any():
+        return math.nan
+    return float(np.std(np.log(finals + 1e-10).mean(1), ddof=1))

@@ -22,8 +22,8 @@ from dataclasses import replace
 
 import torch
 
-from amalgam.evaluation.protocol import MakeOptimizer
-from amalgam.evaluation.protocol import train as train_optimizee
+from amalgam.evaluation.runs import MakeOptimizer, Readings
+from amalgam.evaluation.runs import train as train_optimizee
 from amalgam.meta import distributed
 from amalgam.meta.objective import Amalgamation, check_logs
 from amalgam.meta.periods import UnrollSettings
@@ -72,7 +72,7 @@ def by_final_loss(
                 make_optimizer,
                 steps=steps,
                 seed=int(generator_for(seed, "validation", number).initial_seed()),
-                every=steps,
+                readings=Readings(),
             )
             if log_objective:
                 check_logs([curve.final], _EPS, task.name)

@@ -199,9 +199,12 @@ class Recipe(MadeOnce):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers must differ in kind or learning rate, not {list(names)}")
         try:
-            _ = self.evaluation_tasks
+            evaluated = [task.name for task in self.evaluation_tasks]
         except ValueError as error:
             raise ValueError(f"evaluation.tasks: {error}") from error
+        # Their rows and files are named after them.
+        if len(set(evaluated)) < len(evaluated):
+            raise ValueError(f"evaluation.tasks must differ in their names, not be {evaluated}")
 
     @cached_property
     def pool(self) -> Pool:

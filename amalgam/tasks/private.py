@@ -30,7 +30,7 @@ class PrivateGradient:
     def __call__(
         self, module: nn.Module, loss: Loss, batch: Batch, generator: torch.Generator
     ) -> Tensor:
-        """Set the ``grad`` of all parameters.
+        """Set the ``grad`` of all parameters that require one.
 
         Args:
             module: The optimizee.
@@ -41,7 +41,7 @@ class PrivateGradient:
         Returns:
             The mean of the examples' losses, without noise.
         """
-        params = dict(module.named_parameters())
+        params = {name: p for name, p in module.named_parameters() if p.requires_grad}
         buffers = dict(module.named_buffers())
 
         def of_one(params: dict[str, Tensor], example: Batch) -> Tensor:

@@ -1,108 +1,419 @@
 """The protocol compares like with like, and its tables say what it found."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
+import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from rich.console import Console
+from torch import Tensor, nn
 
+from amalgam import Student, StudentConfig
 from amalgam.evaluation import (
     Contender,
     Curve,
+    Evaluation,
+    Protocol,
+    Reading,
+    Readings,
     Result,
-    contenders,
+    Runner,
     evaluate,
-    protocol,
+    plots,
+    report,
+    spread,
     tables,
     train,
-    tune,
 )
+from amalgam.evaluation.contenders import (
+    baseline,
+    grid,
+    muon,
+    names_of,
+    student_contender,
+    teacher_contenders,
+)
+from amalgam.evaluation.protocol import ONE_SETTING, TUNING_SEED, oracle_of, reference_of
+from amalgam.policies import Pool, TorchTeacher
+from amalgam.seeding import generator_for
 from amalgam.tasks import Task
+
+
+def linear(name: str = "linear", loss: Any = nn.functional.cross_entropy) -> Task:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 4, generator=generator)
+    y = (x[:, 0] > 0).long()
+    data = (x[:40], y[:40]), (x[40:], y[40:])
+    return Task(name, lambda: nn.Linear(4, 2), *data, loss=loss, batch_size=8)
 
 
 @pytest.fixture
 def task() -> Task:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(60, 4, generator=generator)
-    y = (x[:, 0] > 0).long()
-    return Task("linear", lambda: nn.Linear(4, 2), (x[:40], y[:40]), (x[40:], y[40:]), batch_size=8)
+    return linear()
 
 
-SGD = Contender("sgd", partial(torch.optim.SGD, lr=0.5))
-STILL = Contender("still", partial(torch.optim.SGD, lr=0.0))
+SGD = Contender("sgd", partial(torch.optim.SGD, lr=0.5), "student")
+STILL = Contender("still", partial(torch.optim.SGD, lr=0.0), "teacher")
+EXPLODING = Contender("exploding", partial(torch.optim.SGD, lr=1e20, weight_decay=1e20), "student")
+
+SMALL = Protocol(
+    "small",
+    horizon=8,
+    budgets=(0.25, 1.0, 2.0),
+    seeds=2,
+    grids={
+        "Adam": grid(lr=(1e-4, 0.1)),
+        "AdamW": grid(lr=(0.1,), weight_decay=(0.0, 0.5)),
+        "Muon": grid(lr=(0.1,)),
+    },
+    curve=4,
+)
+
+
+def made(contenders: list[Contender], protocol: Protocol = SMALL, *of: Task) -> Evaluation:
+    with Runner(of or [linear()]) as runner:
+        return evaluate(runner, contenders, protocol)
 
 
 def test_train_reads_where_asked(task) -> None:
-    curve = train(task, SGD.make, steps=7, seed=0, every=3)
+    curve = train(task, SGD.make, steps=7, seed=0, readings=Readings((3, 6), (4,)))
     assert curve.steps == (0, 3, 6, 7)
     assert curve.losses[-1] < curve.losses[0]
-    assert curve.final == curve.losses[-1]
+    assert [reading.step for reading in curve.full] == [0, 4]
+    assert curve.full[0].loss == curve.losses[0]
     assert curve.best == min(curve.losses)
     assert all(0 <= a <= 1 for a in curve.accuracies)
+    assert curve.seconds > 0
+    assert curve.state_bytes == 0
+    with_momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    moved = train(task, with_momentum, steps=2, seed=0, readings=Readings())
+    assert moved.state_bytes == 4 * task.layout.numel
+    assert moved.final == moved.losses[-1]
 
 
-def test_measured_in_pieces_it_is_the_same(task, monkeypatch) -> None:
-    """Pieces of 7 samples, of 20 and of 40: the last ones are smaller."""
-    whole = train(task, SGD.make, steps=5, seed=0, every=5)
-    monkeypatch.setattr(protocol, "_TOGETHER", 7)
-    pieces = train(task, SGD.make, steps=5, seed=0, every=5)
-    assert pieces.losses == pytest.approx(whole.losses, rel=1e-6)
-    assert pieces.accuracies == pytest.approx(whole.accuracies)
-    assert pieces.training == pytest.approx(whole.training, rel=1e-6)
+def test_a_reading_is_of_the_same_samples_however_many(task) -> None:
+    readings = Readings(full=(2,), curve_samples=5, training_samples=7, validation_samples=9)
+    one, other = (
+        train(task, make, steps=2, seed=0, readings=readings) for make in (SGD.make, STILL.make)
+    )
+    assert one.losses[0] == other.losses[0] == other.losses[-1]
+    whole = train(task, SGD.make, steps=2, seed=0, readings=Readings(full=(2,)))
+    assert one.full[0].loss != one.losses[0] != whole.losses[0]
+    assert one.full[0].accuracy * 9 == pytest.approx(round(one.full[0].accuracy * 9))
 
 
-def test_the_seed_decides(task) -> None:
-    one, two, other = (train(task, SGD.make, steps=5, seed=s, every=1) for s in (0, 0, 1))
-    assert one == two
-    assert one.losses != other.losses
+def test_many_samples_are_read_in_pieces(task, monkeypatch) -> None:
+    whole = train(task, SGD.make, steps=3, seed=0, readings=Readings(full=(3,)))
+    monkeypatch.setattr("amalgam.evaluation.runs._CHUNK", 7)
+    pieces = train(task, SGD.make, steps=3, seed=0, readings=Readings(full=(3,)))
+    assert pieces.losses == pytest.approx(whole.losses)
+    assert pieces.full[-1] == pytest.approx(whole.full[-1])
 
 
-def test_contenders_start_alike(task) -> None:
-    results = evaluate(task, [SGD, STILL], steps=4, seeds=3, every=2, first_seed=5)
-    for ours, theirs in zip(results[0].curves, results[1].curves, strict=True):
-        assert ours.losses[0] == theirs.losses[0] == theirs.final
-        assert ours.final != theirs.final
-    assert len({curve.losses[0] for curve in results[0].curves}) == 3
+def test_the_seed_decides_and_nothing_else() -> None:
+    x = torch.randn(40, 4, generator=generator_for(1))
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    task = Task(
+        "dropout", build, (x, (x[:, 0] > 0).long()), (x, (x[:, 0] > 0).long()), batch_size=8
+    )
+    curves = []
+    for elsewhere, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(elsewhere)
+        before = torch.get_rng_state()
+        readings = Readings((1, 2, 3, 4))
+        curves.append(train(task, SGD.make, steps=5, seed=seed, readings=readings).untimed())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert curves[0].losses == curves[1].losses
+    assert curves[0].losses != curves[2].losses
 
 
-def test_tuning_finds_the_rate(task) -> None:
-    assert tune(task, torch.optim.SGD, steps=30, rates=(0.0, 1e-6, 0.5)) == 0.5
+def test_a_linear_decay_ends_at_zero(task) -> None:
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    def two_groups(params: Any) -> Watched:
+        first, *others = params
+        return Watched([{"params": [first], "lr": 0.4}, {"params": others, "lr": 0.2}])
+
+    train(task, two_groups, steps=4, seed=0, readings=Readings(), decay="linear")
+    assert torch.tensor(rates).flatten().tolist() == pytest.approx(
+        [0.4, 0.2, 0.3, 0.15, 0.2, 0.1, 0.1, 0.05]
+    )
 
 
-def test_reports_name_what_is_about_to_run(task, monkeypatch) -> None:
-    """Whoever shows the last report shows what goes on: "tuning Adam" until that is over."""
-    events = []
-    measured = train
+def test_a_run_that_is_not_finite_ends_and_counts_as_diverged(task) -> None:
+    curve = train(task, EXPLODING.make, steps=9, seed=0, readings=Readings((3, 6), (3, 9)))
+    assert curve.steps == (0, 3, 6, 9)
+    assert [reading.step for reading in curve.full] == [0, 3, 9]
+    assert math.isnan(curve.final)
+    assert curve.diverged
+    assert Curve.from_dict(curve.as_dict()).as_dict() == curve.as_dict()
+    assert not curve.until(0).diverged
+    worse = partial(torch.optim.SGD, lr=0.5, maximize=True)
+    assert train(task, worse, steps=9, seed=0, readings=Readings(full=(9,))).diverged
 
-    def watched(*arguments, **options):
-        events.append("a run")
-        return measured(*arguments, **options)
 
-    monkeypatch.setattr(protocol, "train", watched)
-    everybody = [SGD, *contenders.torch_contenders(task, steps=1, report=events.append)]
-    rates = len(protocol.RATES)
-    tuning = ["tuning Adam", *["a run"] * rates, "tuning AdamW", *["a run"] * rates]
-    assert events == tuning
-    evaluate(task, everybody, steps=1, seeds=2, report=events.append)
-    names = [contender.name for contender in everybody for _ in range(2)]
-    assert events[len(tuning) :: 2] == names
-    assert events[len(tuning) + 1 :: 2] == ["a run"] * len(names)
+def test_contenders_start_alike() -> None:
+    found = made([SGD, STILL])
+    (of_budgets,) = found.results
+    for results in of_budgets:
+        for seed in range(2):
+            assert len({result.curves[seed].losses[0] for result in results}) == 1
+        still = next(result for result in results if result.name == "still")
+        assert all(curve.final == curve.losses[0] for curve in still.curves)
+    assert len({curve.losses[0] for curve in of_budgets[0][0].curves}) == 2
+
+
+def test_constant_rates_are_read_on_the_way_and_decaying_ones_run_for_each_budget() -> None:
+    found = made([SGD])
+    quarter, horizon, twice = found.results[0]
+    for results in zip(quarter, horizon, twice, strict=True):
+        assert [result.steps for result in results] == [2, 8, 16]
+        assert [result.curves[0].steps[-1] for result in results] == [2, 8, 16]
+        prefix = results[2].curves[0].until(8)
+        assert (prefix.losses == results[1].curves[0].losses) == (results[0].decay == "constant")
+    alone = train(linear(), SGD.make, steps=8, seed=1, decay="linear", readings=SMALL.readings(8))
+    ours = next(result for result in horizon if result.name == "sgd, linear")
+    assert ours.curves[1].untimed().as_dict() == alone.untimed().as_dict()
+
+
+def test_tuning_finds_the_best_of_a_grid_on_other_seeds(monkeypatch) -> None:
+    seeds = []
+    monkeypatch.setattr(
+        "amalgam.evaluation.runner.train",
+        lambda *a, **o: seeds.append((o["seed"], o["steps"])) or train(*a, **o),
+    )
+    found = made([])
+    by = {(tuned.optimizer, tuned.decay): tuned for tuned in found.tunings}
+    adam = by["Adam", "constant"]
+    assert adam.settings == ("lr=0.0001", "lr=0.1")
+    assert adam.chosen == 1 == adam.losses.index(min(adam.losses))
+    assert adam.edge == ("lr",)
+    assert by["Muon", "linear"].edge == ()
+    tuning = [steps for seed, steps in seeds if seed >= TUNING_SEED]
+    assert tuning == [8] * 10
+    assert sum(tuned.runs * tuned.steps for tuned in found.tunings) == sum(tuning)
+    results = found.results[0][1]
+    assert next(r for r in results if r.name == "Adam").settings == "lr=0.1"
+    one = next(r for r in results if r.name == ONE_SETTING)
+    assert one.settings in {
+        f"lr=0.1, weight_decay={w}, {d}" for w in ("0", "0.5") for d in by_decay
+    }
+    oracle, reference = oracle_of(results), reference_of(results)
+    assert oracle is not None
+    assert reference is not None
+    tuned_ones = [r for r in results if r.name != ONE_SETTING]
+    assert oracle.summary("final")[0] == min(r.summary("final")[0] for r in tuned_ones)
+    assert reference.name.split(",")[0] == "Adam"
+
+
+by_decay = ("constant", "linear")
+
+
+def test_muon_steps_matrices_and_adamw_the_rest() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    twin = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    twin.load_state_dict(module.state_dict())
+    optimizer = muon(module.parameters(), lr=0.1)
+    matrix = [p for p in twin.parameters() if p.dim() == 2]
+    others = [p for p in twin.parameters() if p.dim() != 2]
+    apart = (
+        torch.optim.Muon(matrix, lr=0.05, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.05, weight_decay=0),
+    )
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    for of, step in ((module, optimizer.step), (twin, lambda: [one.step() for one in apart])):
+        of(torch.ones(2, 1, 4, 4)).square().sum().backward()
+        step()
+    assert all(map(torch.equal, module.parameters(), twin.parameters()))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in module.parameters())
+    assert set(optimizer.state) == set(module.parameters())
+    for alone in (nn.Linear(2, 2, bias=False), nn.LayerNorm(2)):
+        assert len(muon(alone.parameters(), lr=0.1).param_groups) == 1
+
+
+def test_a_diverged_contender_is_a_row_and_the_rest_stands(tmp_path) -> None:
+    found = made([EXPLODING, SGD])
+    at = found.results[0][1]
+    text = tables.of_task(found.results[0], 1).text(300)
+    assert text.count("diverged 2 of 2") >= 4
+    row = next(line for line in text.splitlines() if line.startswith("exploding "))
+    assert "nan" not in text
+    assert "never" in row
+    summary = tables.over_all_tasks(found).text(300)
+    assert "2 of 2" in next(line for line in summary.splitlines() if line.startswith("exploding "))
+    ours = next(line for line in summary.splitlines() if line.startswith("sgd "))
+    assert "0 of 2" in ours
+    assert "diverged" not in ours
+    report.record(found, tmp_path, {})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "evaluation.json", "evaluation.csv", "evaluation.md", "report.html", "plots",
+    }  # fmt: skip
+    again = report.read(tmp_path)
+    assert again.protocol == found.protocol
+    assert again.tasks == found.tasks
+    assert again.tunings == found.tunings
+    assert [one.as_dict() for one in again.results[0][1]] == [one.as_dict() for one in at]
+    alone = dataclasses.replace(found, results=((at[:1],),))
+    plots.curves(alone.results[0][0], tmp_path / "alone.png")
+    assert spread(at[:2]) != spread(at[:2])  # NaN
+
+
+def test_a_closing_evaluation_with_diverged_replicates_is_written(tmp_path) -> None:
+    protocol = dataclasses.replace(
+        SMALL, budgets=(1.0,), decays=("constant",), one_setting=False, timed=False
+    )
+    found = made([EXPLODING, SGD], protocol)
+    report.record_closing(found, tmp_path / "one", replicates=2)
+    report.record_closing(made([EXPLODING, SGD], protocol), tmp_path / "two", replicates=2)
+    one, two = (tmp_path / name / "evaluation.json" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert "one diverged" in (tmp_path / "one" / "evaluation.md").read_text()
+
+
+def negative(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target) - 5
+
+
+def test_negative_losses_have_no_ratios_and_are_otherwise_compared(tmp_path) -> None:
+    found = made([SGD], SMALL, linear(), linear("negative", negative))
+    table = tables.over_all_tasks(found)
+    assert any("no logarithm: negative." in note for note in table.notes)
+    assert table.rows[0][1] == tables.over_all_tasks(made([SGD])).rows[0][1]
+    of_negative = tables.of_task(found.results[1], 1)
+    assert all(float(row[2].split()[0]) < 0 for row in of_negative.rows)
+    assert of_negative.best == tables.of_task(found.results[0], 1).best
+    report.record(found, tmp_path, {})
+    assert (tmp_path / "plots" / "negative.png").stat().st_size > 5000
+    alone = made([SGD], SMALL, linear("negative", negative))
+    assert {row[1] for row in tables.over_all_tasks(alone).rows} == {""}
+
+
+def test_names_differ() -> None:
+    with pytest.raises(ValueError, match="contenders' names must differ, and 'Adam' is there twic"):
+        made([dataclasses.replace(SGD, name="Adam")])
+    with pytest.raises(ValueError, match="tasks' names must differ, and 'linear' is there twice"):
+        made([], SMALL, linear(), linear())
+    assert names_of(["digits", "runs/x/student.safetensors"]) == ["digits", "student"]
+    paths = ["a/x/student.safetensors", "b/x/student.safetensors", "a/y/student.safetensors"]
+    assert names_of([*paths, "digits"]) == ["a/x/student", "b/x/student", "y/student", "digits"]
+    with pytest.raises(ValueError, match="'digits' is given twice"):
+        names_of(["digits", "digits"])
+
+
+def test_teachers_do_not_collide_with_baselines() -> None:
+    pool = Pool([TorchTeacher(torch.optim.AdamW, lr=0.1), "adam"])
+    teachers = teacher_contenders(pool)
+    assert [one.name for one in teachers] == ["AdamW (teacher)", "adam"]
+    found = made(teachers)
+    names = [result.name for result in found.results[0][1]]
+    assert names[:3] == ["AdamW (teacher)", "adam", "Adam"]
+    assert len(set(names)) == len(names)
+
+
+def test_wrong_protocols_are_refused() -> None:
+    for changes, message in (
+        ({"seeds": 0}, "seeds must be 1 or more, not 0"),
+        ({"seeds": TUNING_SEED + 1}, "seeds must be at most 10000"),
+        ({"budgets": (0.5, 2.0)}, "budgets must ascend and have 1 among them"),
+        ({"budgets": (2.0, 1.0)}, "budgets must ascend"),
+        ({"budgets": (0.01, 1.0), "horizon": 10}, "budgets must be 1 step or more"),
+        ({"grids": {"Adagrad": ()}}, "grids must be of some of .*'Adagrad'"),
+        ({"decays": ("cosine",)}, "decays must be some of .*'cosine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SMALL, **changes)
+
+
+def test_identities_tell_students_apart() -> None:
+    one, other = (
+        Student(StudentConfig(layers=1, hidden=3), generator=generator_for(seed)) for seed in (0, 1)
+    )
+    longer = Student(StudentConfig(layers=1, hidden=3, warmup_steps=7), generator=generator_for(0))
+    identities = [student_contender("x", each).identity for each in (one, other, longer)]
+    assert identities[0] == student_contender("y", one).identity
+    assert identities[0] != identities[1]
+    assert identities[0] != identities[2]
+    assert (
+        baseline("Adam", (("lr", 0.1),), "linear").identity
+        == baseline("Adam", (("lr", 0.1),), "constant").identity
+    )
+
+
+def results() -> list[Result]:
+    def curve(final: float, training: float) -> Curve:
+        full = (Reading(0, 3.0, 0.1, 3.0, 0.1), Reading(2, final, 0.4, training, 0.5))
+        return Curve((0, 1, 2), (3.0, 1.0, final), (0.1, 0.5, 0.4), full, 0.002, 80)
+
+    ours = Result("ours", "task", (curve(2.0, 0.25), curve(2.5, 0.75)), "student", steps=2)
+    lost = Result("lost", "task", (curve(math.nan, 1.0), curve(1.0, 4.0)), steps=2)
+    return [lost, ours]
 
 
 def test_summaries_and_tables() -> None:
-    curves = (
-        Curve((0, 1, 2), (3.0, 1.0, 2.0), (0.1, 0.5, 0.4), 0.25),
-        Curve((0, 1, 2), (3.0, 2.0, 4.0), (0.1, 0.5, 0.6), 0.75),
-    )
-    result = Result("ours", "task", curves)
-    assert result.summary("final") == (3.0, pytest.approx(math.sqrt(2)))
-    assert result.summary("best") == (1.5, pytest.approx(math.sqrt(0.5)))
-    assert result.accuracy == 0.5
-    lone = Result("diverged", "task", (Curve((0,), (math.nan,), (0.1,), math.nan),))
-    text = tables.markdown("title", [lone, result])
-    assert (
-        "| **ours** | **3.0000 ± 1.4142** | **1.5000 ± 0.7071** | **50.0%** | **0.5000 ± 0.3536** |"
-        in text
-    )
-    assert "| diverged | nan | nan | 10.0% | nan |" in text
+    lost, ours = results()
+    assert ours.summary("final") == (2.25, pytest.approx(math.sqrt(0.125)))
+    assert ours.summary("best") == (1.0, 0.0)
+    assert ours.summary("accuracy") == (pytest.approx(0.4), 0.0)
+    assert lost.diverged == 2
+    table = tables.of_task([[lost, ours]], parameters=10)
+    assert table.headings == (
+        "optimizer", "loss after 2", "best loss", "training loss", "accuracy", "ms a step",
+        "bytes a parameter", "settings",
+    )  # fmt: skip
+    assert "| **ours** | **2.250 ± 0.354** | **1.000 ± 0.000** |" in table.markdown()
+    assert [tables.number(x) for x in (0.0, 1.0, 123456.0, 1.5e7, 2e-4, 3e-7, -0.25)] == [
+        "0.0000", "1.000", "123456", "1.500e+07", "0.0002000", "3.000e-07", "-0.2500",
+    ]  # fmt: skip
+    assert "| lost | diverged 2 of 2 |" in table.markdown()
+    assert table.rows[1][-3:] == ("2.00", "8.0", "")
+
+
+@pytest.mark.parametrize(("encoding", "sign"), [("utf-8", "±"), ("ascii", "+-")])
+def test_tables_are_readable_on_narrow_and_ascii_terminals(encoding, sign) -> None:
+    table = tables.of_task([results()])
+    for width in (40, 200):
+        console = Console(width=width, force_terminal=False, legacy_windows=False)
+        options = dataclasses.replace(console.options, encoding=encoding)
+        lines = console.render_lines(table, options, pad=False)
+        shown = ["".join(segment.text for segment in line) for line in lines]
+        assert max(map(len, shown)) <= width
+        text = "\n".join(shown)
+        assert f"2.250 {sign} 0.354" in text
+        text.encode(encoding)
+    assert "loss after 2: 2.250 +- 0.354" in table.text(40, ascii_only=True)
+
+
+def test_the_page_loads_nothing_and_marks_stand_ins(tmp_path) -> None:
+    stand_in = dataclasses.replace(linear("linear-glyphs"), stand_in=True)
+    found = made([dataclasses.replace(SGD, name="<mine>")], SMALL, linear(), stand_in)
+    report.record(found, tmp_path, {})
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(href|src)=\"(?!#)|url\((?!#)|@import", page)
+    assert "<mine>" not in page
+    assert "&lt;mine&gt;" in page
+    assert page.count("stand-in data</span>") == 1
+    ids = re.findall(r"\bid=\"([^\"]+)\"", page)
+    named = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", page))
+    assert named <= set(ids)
+    # Plots of one page share no id that anything points to.
+    assert all(ids.count(name) == 1 for name in named)
+    assert "published sets: linear-glyphs." in (tmp_path / "evaluation.md").read_text()
+    rows = (tmp_path / "evaluation.csv").read_text().splitlines()
+    results = found.results
+    assert len(rows) == 1 + sum(len(r.curves) for t in results for b in t for r in b)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from amalgam import AmalgamatedOptimizer, PolicyOptimizer, Student, StudentConfig, TeacherOptimizer
-from amalgam.evaluation import train
+from amalgam.evaluation import Readings, train
 from amalgam.policies import (
     Choice,
     ChoiceConfig,
@@ -25,6 +25,7 @@ from amalgam.policies import (
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
+READINGS = Readings((2, 4), (5,))
 SMALL: dict[str, Any] = {"layers": 1, "hidden": 3, "warmup_steps": 2}
 
 
@@ -63,18 +64,19 @@ def learned() -> dict[str, Callable[[Any], Optimizer]]:
 
 @pytest.mark.parametrize("name", learned())
 def test_a_curve_elsewhere_is_the_cpus(name) -> None:
-    here = train(task(), learned()[name], steps=5, seed=3, every=2)
+    here = train(task(), learned()[name], steps=5, seed=3, readings=READINGS)
     make = learned()[name]
     with Elsewhere():
-        there = train(task().to(ELSEWHERE), make, steps=5, seed=3, every=2)
+        there = train(task().to(ELSEWHERE), make, steps=5, seed=3, readings=READINGS)
     # A teacher is computed by the fastest backend, which is another on each device.
     assert there.losses == pytest.approx(here.losses, rel=1e-6 if name == "teacher" else 0)
     assert there.accuracies == here.accuracies
+    assert there.full[-1] == pytest.approx(here.full[-1], rel=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", learned())
 def test_a_curve_on_a_gpu_is_close_to_the_cpus(name) -> None:
-    here = train(task(), learned()[name], steps=5, seed=3, every=2)
-    there = train(task().to("cuda"), learned()[name], steps=5, seed=3, every=2)
+    here = train(task(), learned()[name], steps=5, seed=3, readings=READINGS)
+    there = train(task().to("cuda"), learned()[name], steps=5, seed=3, readings=READINGS)
     assert there.losses == pytest.approx(here.losses, rel=1e-4)

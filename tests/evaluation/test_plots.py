@@ -1,5 +1,8 @@
 """Plots are drawn without a display, whole or not at all."""
 
+import math
+import re
+
 import pytest
 
 from amalgam.evaluation import Curve, Result, plots
@@ -30,7 +33,35 @@ def test_training_without_teachers(tmp_path) -> None:
 
 
 def test_curves(tmp_path) -> None:
-    curve = Curve((0, 10), (2.0, 0.0), (0.1, 0.9), 0.1)
-    results = [Result(name, "task", (curve, curve)) for name in ("student", "adam")]
-    plots.curves(results, tmp_path / "x.png")
+    plots.curves([result("student", 2.0, 0.5), result("adam", 2.0, 0.0)], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def result(name: str, *losses: float, kind: str = "student") -> Result:
+    curve = Curve(tuple(range(len(losses))), losses, tuple(0.5 for _ in losses))
+    return Result(name, "task", (curve, curve), kind)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [(math.nan, math.nan), (2.0, math.inf), (-1.0, -2.0), (0.0, 0.0)],
+    ids=["no number", "infinite", "negative", "zero"],
+)
+def test_curves_of_losses_without_a_logarithm(tmp_path, odd) -> None:
+    plots.curves([result("odd", *odd), result("adam", 2.0, 1.0)], tmp_path / "x.png")
+    plots.curves([result("odd", *odd)], tmp_path / "alone.png")
+    drawn = plots.curves_svg([result("odd", *odd), result("adam", 2.0, 1.0)])
+    label = "odd" if math.isfinite(odd[-1]) else "odd (diverged 2 of 2)"
+    assert f">{label}</text>" in drawn
+
+
+def test_a_pages_plots_take_its_colour_and_load_nothing() -> None:
+    others = [result(f"SGD {index}", 2.0, 1.0, kind="baseline") for index in range(9)]
+    drawn = plots.curves_svg([result("student", 2.0, 0.5), *others])
+    assert drawn.startswith("<svg")
+    assert "currentColor" in drawn
+    assert ">other baselines</text>" in drawn
+    assert ">student</text>" in drawn
+    assert not re.search(r"(href|src)=\"(?!#)", drawn)
+    again = plots.curves_svg([result("student", 2.0, 0.5), *others])
+    assert drawn == again

@@ -190,7 +190,7 @@ def test_own_things_run_and_resume_to_the_same_bits(own, tmp_path) -> None:
     assert type(stored) is kind
     assert stored.config == student.config
 
-    results = resumed.evaluate()
+    results = resumed.evaluate().at(0)
     assert [of_task[0].task for of_task in results] == ["own-2", "own-4"]
     assert [result.name for result in results[0][:3]] == ["student", "sgd", "mine"]
     resolved = json.loads((tmp_path / "cut" / "recipe.json").read_text())["resolved"]
@@ -209,7 +209,7 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
     """Also the installed script does, whose own folder is first in the path and not this one."""
     script = tmp_path / "bin" / "amalgam"
     script.parent.mkdir()
-    script.write_text("from amalgam.cli import main\nmain()\n")
+    script.write_text("from amalgam.cli import main\nif __name__ == '__main__':\n    main()\n")
     train = ("train", "own.toml", "--out", "run", "--seed", "1")
 
     def run(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -224,8 +224,9 @@ def test_the_command_line_finds_modules_of_the_working_directory(own, tmp_path) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "own-4: validation after 2 steps" in done.stdout
     compared = run(
-        *("evaluate", "run/student.safetensors", "--task", "own_things.make_task"),
-        *("--steps", "1", "--seeds", "1", "--batch-size", "8"),
+        *("evaluate", "run/student.safetensors", "--tasks", "own_things.make_task:batch_size=8"),
+        *("--short", "--horizon", "1", "--budgets", "1", "--seeds", "1", "--cache", "cache"),
+        *("--jobs", "2"),
     )
     assert compared.returncode == 0, compared.stdout + compared.stderr
     assert "own-2: validation after 1 steps" in compared.stdout

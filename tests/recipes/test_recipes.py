@@ -356,6 +356,11 @@ def test_twin_teachers_are_refused(minimal) -> None:
     recipes.load(minimal, ["teachers.1.lr=0.02"])
 
 
+def test_twin_tasks_to_evaluate_are_refused(minimal) -> None:
+    with pytest.raises(RecipeError, match="evaluation.tasks must differ in their names"):
+        recipes.load(minimal, ["evaluation.tasks=['digits-mlp', 'digits-mlp']"])
+
+
 def test_not_toml(tmp_path) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(b"\xff\xfe not toml")

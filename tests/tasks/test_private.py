@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from amalgam import tasks
-from amalgam.evaluation.protocol import train
+from amalgam.evaluation.runs import Readings, train
 from amalgam.seeding import generator_for
 from amalgam.tasks import PrivateGradient, Task
 
@@ -76,11 +76,22 @@ def test_a_gradient_of_zero_stays() -> None:
     assert (module.weight.grad == 0).all()
 
 
+def test_what_is_frozen_has_no_gradient() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    module[0].weight.requires_grad_(False)
+    batch = torch.randn(4, 3), torch.randn(4, 1)
+    PrivateGradient()(module, functional.mse_loss, batch, generator_for(0))
+    assert [p.grad is None for p in module.parameters()] == [True, False, False, False]
+
+
 def test_evaluation_takes_the_tasks_gradients(task: Task) -> None:
     plain = replace(task, gradient=None)
 
     def curve(of: Task, seed: int = 0) -> tuple[float, ...]:
-        return train(of, lambda p: torch.optim.SGD(p, lr=0.1), steps=5, seed=seed, every=5).losses
+        run = train(
+            of, lambda p: torch.optim.SGD(p, lr=0.1), steps=5, seed=seed, readings=Readings()
+        )
+        return run.losses
 
     assert curve(task) == curve(task)
     assert curve(task)[0] == curve(plain)[0]

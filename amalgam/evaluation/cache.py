@@ -1,0 +1,100 @@
+"""Training runs kept as files, each under a digest of all that decides its numbers.
+
+So an evaluation that was stopped goes on where it was, and several evaluations share the runs of
+their baselines, tuning included. What decides a run: the task's data, network and batch size, the
+optimizer with its settings or weights, its decay, the seed, the steps, what is read and when, the
+device's type, PyTorch's version, and :data:`VERSION`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from amalgam import files
+from amalgam.digest import digest_of
+from amalgam.evaluation.runs import Curve
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+from amalgam.tasks import cache as data_cache
+from amalgam.version import describe
+
+VERSION = 1
+"""Of what a run is; changes where its numbers would."""
+
+
+def default_folder() -> Path:
+    """``evaluation`` in the folder of :mod:`amalgam.tasks.cache`."""
+    return data_cache.folder() / "evaluation"
+
+
+def fingerprint(task: Task) -> str:
+    """What of a task decides a run's numbers, in one line.
+
+    It takes in the data, the network as its ``repr`` tells and as it is initialised, the batch
+    size, the loss's name and the task's own gradient, if it has one.
+    """
+    module = task.init_module(generator_for(0, "fingerprint"))
+    network = f"{module!r} {digest_of([*module.parameters(), *module.buffers()])}"
+    loss, gradient = (
+        getattr(one, "__qualname__", None) or repr(one) for one in (task.loss, task.gradient)
+    )
+    told = hashlib.blake2b(network.encode(), digest_size=8).hexdigest()
+    return f"{task.describe()}, network {told}, batches of {task.batch_size}, {loss}, {gradient}"
+
+
+class RunCache:
+    """A folder of runs.
+
+    Args:
+        folder: The folder; made where missing, once there is a run to keep.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def get(self, key: Mapping[str, Any]) -> Curve | None:
+        """The run of a key; ``None`` where there is none, or its file is damaged.
+
+        Args:
+            key: All that decides the run, JSON-serialisable.
+        """
+        path = self._path(key)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            checksum = content.pop("checksum")
+            if checksum != _digest(content) or content["key"] != _canonical(key):
+                return None
+            return Curve.from_dict(content["curve"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            # Whatever is damaged is run again, and then replaced.
+            return None
+
+    def put(self, key: Mapping[str, Any], curve: Curve) -> None:
+        """Keep a run.
+
+        Args:
+            key: All that decides it.
+            curve: The run.
+        """
+        content = {"key": _canonical(key), "curve": curve.as_dict(), **describe()}
+        text = json.dumps({**content, "checksum": _digest(content)})
+        with files.whole(self._path(key)) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        name = _digest(key)
+        return self.folder / name[:2] / f"{name}.json"
+
+
+def _canonical(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,365 @@
+"""Many training runs: from the cache where they are there, else spread over processes.
+
+The processes of ``torchrun`` share the runs, and each of them may start processes of its own. A run
+takes one thread of a CPU, and so the same bits however many run side by side.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from amalgam import tasks
+from amalgam.evaluation.cache import VERSION, RunCache, fingerprint
+from amalgam.evaluation.contenders import Contender
+from amalgam.evaluation.runs import Curve, Readings, train
+from amalgam.heap import keep_freed_memory
+from amalgam.seeding import generator_for
+from amalgam.tasks import Task
+
+
+@dataclass(frozen=True)
+class NamedTask:
+    """A task by name, which any process can make.
+
+    Attributes:
+        name: As :func:`amalgam.tasks.load` takes it.
+        arguments: Arguments of the task's function, ``batch_size`` among them; what is not there is
+            as the function has it.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def load(self, device: str | torch.device) -> Task:
+        """The task on a device.
+
+        Raises:
+            ValueError: There is no such task, or it does not take the arguments.
+        """
+        return _task(self, str(device))
+
+
+# Runs come task by task, and data may be large.
+@functools.lru_cache(maxsize=1)
+def _task(named: NamedTask, device: str) -> Task:
+    return tasks.load(named.name, arguments=dict(named.arguments)).to(device)
+
+
+class Run(NamedTuple):
+    """A run to make.
+
+    Attributes:
+        task: The task's index in the runner.
+        contender: The optimizer.
+        seed: Seed of all that is random.
+        steps: Steps to take.
+        readings: What to read.
+    """
+
+    task: int
+    contender: Contender
+    seed: int
+    steps: int
+    readings: Readings
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a task without its data.
+
+    Attributes:
+        name: Its name.
+        parameters: How many its network has.
+        batch_size: Samples a step.
+        epoch: Steps of an epoch.
+        data: Sizes and digest of its data.
+        fingerprint: What decides a run's numbers.
+        stand_in: Whether its data stand in for a published set.
+        seconds: Seconds that a gradient took when it was looked at.
+    """
+
+    name: str
+    parameters: int
+    batch_size: int
+    epoch: int
+    data: str
+    fingerprint: str
+    stand_in: bool
+    seconds: float = field(compare=False)
+
+
+def look_at(task: Task) -> About:
+    """Describe a task, and take the time of a gradient.
+
+    Args:
+        task: The task, on the device to train on.
+    """
+    module = task.init_module(generator_for(0, "cost"))
+    batches = task.batches(generator_for(0, "cost"), 4)
+    times = []
+    with torch.random.fork_rng(devices=[]):
+        for index in range(4):
+            began = time.perf_counter()
+            task.backward(module, batches[index], generator_for(0, "cost"))
+            times.append(time.perf_counter() - began)
+            module.zero_grad()
+    return About(
+        task.name,
+        task.layout.numel,
+        task.batch_size,
+        len(task.train[0]) // task.batch_size,
+        task.describe(),
+        fingerprint(task),
+        task.stand_in,
+        min(times[1:]),
+    )
+
+
+class Progress(NamedTuple):
+    """How far a runner is.
+
+    Attributes:
+        done: Seconds that what is done was expected to take.
+        made: Likewise, without what was in the cache.
+        total: Likewise, of all that was announced.
+        what: What was finished last.
+        runs: How many runs are finished.
+        cached: How many of them were in the cache.
+    """
+
+    done: float
+    made: float
+    total: float
+    what: str
+    runs: int
+    cached: int
+
+
+class Runner:
+    """Makes runs; a context manager, at whose end its processes end.
+
+    Args:
+        tasks: The tasks, by name or made. Made ones are run in this process.
+        cache: Where runs are kept; ``None`` to keep none.
+        jobs: How many processes run side by side; 1 for this one alone.
+        device: Where to train, as :func:`amalgam.device.resolve` gives it.
+        report: Called after each run.
+
+    Attributes:
+        about: What is known of each task.
+        total: Seconds that all runs are expected to take, for the reports; whoever knows of runs to
+            come adds :meth:`cost` of them.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[NamedTask | Task],
+        *,
+        cache: RunCache | None = None,
+        jobs: int = 1,
+        device: torch.device | str = "cpu",
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        if jobs > 1 and any(isinstance(task, Task) for task in tasks):
+            raise ValueError(f"jobs must be 1 for tasks that are made already, not {jobs}")
+        self._tasks = tuple(tasks)
+        self._cache = cache
+        self._jobs = jobs
+        self._device = torch.device(device)
+        self._report = report
+        self._executor: ProcessPoolExecutor | None = None
+        self._others = multiprocessing.active_children()
+        self._done, self._saved, self._runs, self._cached = 0.0, 0.0, 0, 0
+        self.total = 0.0
+        self.about = tuple(look_at(_task_of(task, self._device)) for task in self._tasks)
+
+    def __enter__(self) -> Runner:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the processes, and what they run."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=not any(error), cancel_futures=True)
+            self._executor = None
+            for process in multiprocessing.active_children():
+                if process not in self._others:
+                    process.terminate()
+
+    def cost(self, task: int, steps: int) -> float:
+        """Seconds that so many steps are expected to take, optimizer and readings not counted.
+
+        Args:
+            task: The task's index.
+            steps: How many.
+        """
+        return self.about[task].seconds * steps
+
+    def run(self, runs: Sequence[Run]) -> list[Curve]:
+        """Make runs; every process of ``torchrun`` calls this with the same ones.
+
+        Args:
+            runs: What to run; those of one task together are the fastest.
+
+        Returns:
+            Each run's curve, in their order.
+        """
+        curves: dict[int, Curve] = {}
+        missing: list[tuple[int, Run]] = []
+        # Contenders may share runs, as AdamW does where its best setting is everyone's.
+        first_of = {self._name(index, run): index for index, run in reversed([*enumerate(runs)])}
+        distinct = sorted(first_of.values())
+        for index in distinct[_rank() :: _world()]:
+            found = self._kept(runs[index])
+            if found is None:
+                missing.append((index, runs[index]))
+            else:
+                curves[index] = found
+                self._finished(runs[index], cached=True)
+        for index, run, curve in self._made(missing):
+            curves[index] = curve
+            if self._cache is not None and run.contender.identity is not None:
+                self._cache.put(self._key(run), curve)
+            self._finished(run, cached=False)
+        everywhere = _from_all(curves)
+        ordered = []
+        for index, run in enumerate(runs):
+            first = first_of[self._name(index, run)]
+            ordered.append(everywhere[first])
+            if first != index and index % _world() == _rank():
+                self._finished(run, cached=False)
+        return ordered
+
+    def _made(self, runs: Sequence[tuple[int, Run]]) -> Iterator[tuple[int, Run, Curve]]:
+        """Each run with its curve, as they end."""
+        if self._jobs == 1:
+            for index, run in runs:
+                yield index, run, _run(self._tasks[run.task], run, self._device)
+            return
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(
+                self._jobs, multiprocessing.get_context("spawn"), initializer=_begin
+            )
+        waiting: dict[Future[Curve], tuple[int, Run]] = {}
+        for index, run in runs:
+            future = self._executor.submit(_run, self._tasks[run.task], run, self._device)
+            waiting[future] = (index, run)
+        for future in as_completed(waiting):
+            index, run = waiting[future]
+            yield index, run, future.result()
+
+    def _kept(self, run: Run) -> Curve | None:
+        if self._cache is None or run.contender.identity is None:
+            return None
+        return self._cache.get(self._key(run))
+
+    def _key(self, run: Run) -> Mapping[str, Any]:
+        return {
+            "version": VERSION,
+            "task": self.about[run.task].fingerprint,
+            "optimizer": run.contender.identity,
+            "decay": run.contender.decay,
+            "seed": run.seed,
+            "steps": run.steps,
+            "readings": asdict(run.readings),
+            "device": self._device.type,
+            "torch": torch.__version__,
+        }
+
+    def _name(self, index: int, run: Run) -> str:
+        """What tells a run from all others of a call."""
+        return str(index) if run.contender.identity is None else json.dumps(self._key(run))
+
+    def _finished(self, run: Run, *, cached: bool) -> None:
+        # Each process sees its own share, and knows no more of the others'.
+        cost = self.cost(run.task, run.steps) * _world()
+        self._done += cost
+        self._saved += cost if cached else 0.0
+        self._runs += 1
+        self._cached += cached
+        self._report(
+            Progress(
+                min(self._done, self.total),
+                self._done - self._saved,
+                self.total,
+                f"{self.about[run.task].name}: {run.contender.name}",
+                self._runs,
+                self._cached,
+            )
+        )
+
+
+def _task_of(task: NamedTask | Task, device: torch.device) -> Task:
+    return task if isinstance(task, Task) else task.load(device)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _from_all(curves: dict[int, Curve]) -> dict[int, Curve]:
+    """The curves of all processes of torchrun."""
+    if _world() == 1:
+        return curves
+    # Some processes may have hours more to run than others.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    found: list[Any] = [None] * _world()
+    dist.all_gather_object(found, curves, group=group)
+    dist.destroy_process_group(group)
+    return {index: curve for some in found for index, curve in some.items()}
+
+
+def _run(task: NamedTask | Task, run: Run, device: torch.device) -> Curve:
+    threads = torch.get_num_threads()
+    if threads != 1:
+        torch.set_num_threads(1)
+    try:
+        return train(
+            _task_of(task, device),
+            run.contender.make,
+            steps=run.steps,
+            seed=run.seed,
+            readings=run.readings,
+            decay=run.contender.decay,
+        )
+    except Exception as error:
+        error.add_note(f"in a run of {run.contender.name}, seed {run.seed}, {run.steps} steps")
+        raise
+    finally:
+        if threads != 1:
+            torch.set_num_threads(threads)
+
+
+def _begin() -> None:
+    """Prepare a process that makes runs."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    # Ctrl-C goes to all processes of a terminal; the one that started this one tells of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed ones included."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
