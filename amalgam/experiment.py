@@ -312,12 +312,11 @@ class Experiment:
         """The replicates, the teachers, and those that a choice chooses from."""
         students, choice = self.trainer.students, self.recipe.choice
         several = len(students) > 1
+        names = [f"student {index}" if several else "student" for index in range(len(students))]
         return [
-            *(
-                student_contender(f"student {index}" if several else "student", one)
-                for index, one in enumerate(students)
-            ),
-            *teacher_contenders(self.pool),
+            *map(student_contender, names, students),
+            # A policy that teaches is named after its file.
+            *teacher_contenders(self.pool, names),
             *(teacher_contenders(Pool(choice.policy.teachers)) if choice is not None else []),
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,17 +65,19 @@ def student_contender(name: str, student: Policy) -> Contender:
     return Contender(name, partial(optimizer_of, policy=student), "student", identity=identity)
 
 
-def teacher_contenders(pool: Pool) -> list[Contender]:
+def teacher_contenders(pool: Pool, taken: Collection[str] = ()) -> list[Contender]:
     """A pool's teachers as contenders, each on its own.
 
-    One that has a baseline's name, as PyTorch's optimizers do, has "(teacher)" behind it.
+    One that has a baseline's name, as PyTorch's optimizers do, or one that is taken, has
+    "(teacher)" behind it.
 
     Args:
         pool: The pool.
+        taken: Names of other contenders.
     """
     return [
         Contender(
-            f"{name} (teacher)" if name in BASELINES else name,
+            f"{name} (teacher)" if name in {*BASELINES, *taken} else name,
             partial(optimizer_of_teacher, teacher=teacher),
             "teacher",
             identity=None if teacher.policy is not None else {"teacher": repr(teacher)},
