@@ -36,7 +36,7 @@ def fingerprint(task: Task) -> str:
     """What of a task decides a run's numbers, in one line.
 
     It takes in the data, the network as its ``repr`` tells and as it is initialised, the batch
-    size, the loss's name and the task's own gradient, if it has one.
+    size, the loss's name, the task's own gradient, if it has one, and how it convolves.
     """
     module = task.init_module(generator_for(0, "fingerprint"))
     network = f"{module!r} {digest_of([*module.parameters(), *module.buffers()])}"
@@ -44,7 +44,10 @@ def fingerprint(task: Task) -> str:
         getattr(one, "__qualname__", None) or repr(one) for one in (task.loss, task.gradient)
     )
     told = hashlib.blake2b(network.encode(), digest_size=8).hexdigest()
-    return f"{task.describe()}, network {told}, batches of {task.batch_size}, {loss}, {gradient}"
+    return (
+        f"{task.describe()}, network {told}, batches of {task.batch_size}, {loss}, {gradient}, "
+        f"{task.fast_convolutions}"
+    )
 
 
 class RunCache:

@@ -152,9 +152,9 @@ def short_protocol() -> Protocol:
         budgets=(0.25, 1.0),
         seeds=2,
         grids=dict(_SHORT_GRIDS),
-        curve=8,
+        curve=6,
         curve_samples=250,
-        training_samples=500,
+        training_samples=250,
         validation_samples=1000,
     )
 

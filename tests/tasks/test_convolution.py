@@ -155,6 +155,17 @@ def test_bits_repeat() -> None:
         assert torch.equal(task.objective(flat, task.train), first[0])
 
 
+@pytest.mark.parametrize("fast", [None, False])
+def test_a_module_is_trained_as_an_unroll_trains_it(fast: bool | None) -> None:
+    task = paper_task(fast=fast)
+    module = task.init_module(generator_for(1))
+    task.backward(module, task.train, generator_for(2))
+    flat = task.layout.flatten(dict(module.named_parameters())).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(task.objective(flat, task.train), flat)
+    ours = task.layout.flatten({name: p.grad for name, p in module.named_parameters()})
+    assert torch.equal(ours, grad)
+
+
 @pytest.mark.parametrize(("name", "fast"), [("digits-mlp", True), ("digits-cnn", None)])
 def test_what_is_no_faster_keeps_its_bits(name: str, fast: bool | None) -> None:
     task = tasks.load(name)
