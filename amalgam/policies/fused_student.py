@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,15 @@ from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.ops import StepSettings, StudentState
 from amalgam.policies.lstm_policy import MomentConfig, MomentPolicy
+
+NormsOf = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def norms_of(params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The 2-norm of each tensor, float64 of shape ()."""
+    # In float64, as a float32 sum of millions of squares loses what it adds.
+    norms: Sequence[Tensor] = ()
+    return torch._foreach_norm(list(params), 2, dtype=torch.float64) if params else norms
 
 
 class TensorContext(NamedTuple):
@@ -89,8 +98,17 @@ class FusedStudent(MomentPolicy):
         """
         return None
 
+    @property
+    def sees_shapes(self) -> bool:
+        """Whether it is told of tensors what whoever has parts of them alone can't say."""
+        return False
+
     def context_of(
-        self, constants: ContextConstants | None, steps: Tensor, params: Sequence[Tensor]
+        self,
+        constants: ContextConstants | None,
+        steps: Tensor,
+        params: Sequence[Tensor],
+        norms: NormsOf = norms_of,
     ) -> TensorContext | None:
         """What the student is told of tensors in their next step; ``None`` if nothing.
 
@@ -98,6 +116,7 @@ class FusedStudent(MomentPolicy):
             constants: What :meth:`constants_of` made of them.
             steps: How many steps each has taken, shape (tensors,), of the weights' dtype.
             params: The tensors themselves, of any floating-point dtype; constants.
+            norms: Gives their 2-norms, where the student is told of these.
         """
         return None
 

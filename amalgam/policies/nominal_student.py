@@ -20,7 +20,9 @@ from amalgam.policies.fused_student import (
     ContextConstants,
     FusedConfig,
     FusedStudent,
+    NormsOf,
     TensorContext,
+    norms_of,
 )
 from amalgam.policies.policy import zero_head
 from amalgam.ranges import check_fields
@@ -167,8 +169,17 @@ class NominalStudent(FusedStudent):
         """See :class:`FusedStudent`."""
         return _constants(self.config, tuple(shapes), like.dtype, like.device)
 
+    @property
+    def sees_shapes(self) -> bool:
+        """See :class:`FusedStudent`."""
+        return not {"rank", "fan_in", "rms"}.isdisjoint(self.config.inputs)
+
     def context_of(
-        self, constants: ContextConstants | None, steps: Tensor, params: Sequence[Tensor]
+        self,
+        constants: ContextConstants | None,
+        steps: Tensor,
+        params: Sequence[Tensor],
+        norms: NormsOf = norms_of,
     ) -> TensorContext:
         """See :class:`FusedStudent`."""
         assert constants is not None
@@ -178,9 +189,8 @@ class NominalStudent(FusedStudent):
             if name == "time":
                 columns += [(now / scale).tanh() for scale in _TIMES]
             elif name == "rms":
-                # In float64, as a float32 sum of millions of squares loses what it adds.
-                norms = torch._foreach_norm(list(params), 2, dtype=torch.float64) if params else []
-                rms = torch.stack(list(norms)) / constants.roots if norms else constants.roots
+                found = norms(params)
+                rms = torch.stack(list(found)) / constants.roots if found else constants.roots
                 columns.append((rms.to(steps.dtype) + _FLOOR).log() / 4)
             else:
                 columns.append(constants.of_shapes[name])
