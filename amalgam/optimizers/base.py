@@ -20,7 +20,19 @@ from torch.optim import Optimizer
 from amalgam.hints import did_you_mean
 from amalgam.operations.checks import hollow
 from amalgam.operations.largest_magnitude import largest_magnitudes
-from amalgam.optimizers.identity import check_identity
+from amalgam.optimizers.identity import check_identity, identity_of
+from amalgam.optimizers.sharding import (
+    SKIP_GROUPS,
+    any_process,
+    any_sharded,
+    check_group,
+    groups_of,
+    groups_of_all,
+    local_part,
+    place_gradients,
+    sharding_of,
+)
+from amalgam.policies import Policy
 
 NONFINITE = ("skip-step", "skip-tensor", "raise")
 REMINDER = 100
@@ -41,15 +53,28 @@ class StepOptimizer(Optimizer):
         defaults: The groups' settings.
         nonfinite: What becomes of a step in which a gradient is not finite, one of
             :data:`NONFINITE`.
+        skip_group: Which processes skip a step together, as
+            :class:`amalgam.AmalgamatedOptimizer` takes it.
     """
 
     _numbers: ClassVar[tuple[str, ...]] = ("lr",)
+    _takes_shards: ClassVar[bool] = False
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], nonfinite: str = NONFINITE[0]
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        nonfinite: str = NONFINITE[0],
+        skip_group: Any = "auto",
     ) -> None:
         check_choice("nonfinite", nonfinite, NONFINITE)
+        if isinstance(skip_group, str):
+            check_choice("skip_group", skip_group, SKIP_GROUPS)
+        else:
+            check_group(skip_group)
         self.nonfinite = nonfinite
+        self.skip_group = skip_group
+        self._agreeing: list[Any] | None = None
         self._skipped: int | Tensor = 0
         self._in_a_row = 0
         super().__init__(params, defaults)
@@ -74,7 +99,7 @@ class StepOptimizer(Optimizer):
             name: value
             for name, value in self.__dict__.items()
             if "hook" not in name and not callable(getattr(of_class, name, None))
-        }
+        } | {"_agreeing": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in :meth:`torch.optim.Optimizer.add_param_group`.
@@ -100,12 +125,20 @@ class StepOptimizer(Optimizer):
             # Frozen integers, as of quantized layers, never have a gradient.
             if param.requires_grad and not param.is_floating_point():
                 raise TypeError(f"params must be floating-point tensors, not {param.dtype}")
+            if not self._takes_shards and sharding_of(param) is not None:
+                raise TypeError(
+                    f"params must be plain tensors, not DTensors: {type(self).__name__} keeps "
+                    "state of other shapes, which can't be cut as a parameter is. "
+                    "AmalgamatedOptimizer takes DTensors"
+                )
+        self._agreeing = None
 
     def _check_memory(self) -> None:
         """Raise ValueError where two parameters begin at one address."""
         seen: dict[int, Tensor] = {}
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            address = 0 if hollow(param) else param.data_ptr()
+            part = local_part(param)
+            address = 0 if hollow(part) or not part.numel() else part.data_ptr()
             if address and seen.setdefault(address, param) is not param:
                 raise ValueError(
                     f"params must not share memory, but {self._name_of(seen[address])} and "
@@ -157,12 +190,7 @@ class StepOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
-        gradients = [
-            grad
-            for group in self.param_groups
-            for grad in map(_grad, group["params"])
-            if grad is not None
-        ]
+        gradients = self._gradients()
         if any(map(_is_sparse, gradients)):
             raise RuntimeError(
                 f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
@@ -174,7 +202,7 @@ class StepOptimizer(Optimizer):
         if capturing():
             raise RuntimeError("a step in a CUDA graph needs all groups' capturable=True")
         unusable: set[int] = set()
-        if all(map(finite, largest_magnitudes(gradients))):
+        if self._all_usable(gradients):
             self._in_a_row = 0
         else:
             unusable = self._meet_unusable()
@@ -186,6 +214,72 @@ class StepOptimizer(Optimizer):
                 params = [p for p in params if id(p) not in unusable]
             self._step_group(group, params)
 
+    def _gradients(self) -> list[Tensor]:
+        """All gradients; of those of DTensors this process's parts."""
+        gradients = [
+            grad
+            for group in self.param_groups
+            for grad in map(_grad, group["params"])
+            if grad is not None
+        ]
+        if not any_sharded(gradients):
+            return gradients
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        place_gradients(params)
+        return [local_part(param.grad) for param in params]
+
+    def _groups(self) -> list[Any]:
+        """The groups of processes that take or skip a step together."""
+        if self._agreeing is None:
+            every = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            self._agreeing = groups_of_all(every, self.skip_group)
+        return self._agreeing
+
+    def _all_usable(self, gradients: list[Tensor]) -> bool:
+        largest = largest_magnitudes(gradients)
+        if not self._groups():
+            return all(map(finite, largest))
+        return not self._any_unusable([~finite(each) for each in largest])
+
+    def _any_unusable(self, flags: list[Tensor]) -> Tensor:
+        """Whether a flag is set here, or in another process that skips steps with this one.
+
+        Args:
+            flags: Bool, of shape () each, on any devices; none where there is no gradient here.
+        """
+        home = flags[0].device if flags else self._some_device()
+        on_it = [flag.to(home, non_blocking=True) for flag in flags]
+        flag = torch.stack(on_it).any() if flags else torch.zeros((), dtype=torch.bool, device=home)
+        return any_process([flag], [self._groups()])[0] if self._groups() else flag
+
+    def _some_device(self) -> torch.device:
+        every = chain.from_iterable(group["params"] for group in self.param_groups)
+        return next((param.device for param in every), torch.device("cpu"))
+
+    def _unusable_of_each(self) -> dict[Tensor, Tensor]:
+        """Whether each parameter's gradient is unusable, in a process that has a part of it.
+
+        Returns:
+            A bool of shape () a parameter that has a gradient, on its device.
+        """
+        every = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        found: dict[Tensor, Tensor] = {}
+        for param in every:
+            grads = [] if param.grad is None else [local_part(param.grad)]
+            largest = largest_magnitudes(grads)
+            found[param] = (
+                ~finite(largest[0])
+                if largest
+                else torch.zeros((), dtype=torch.bool, device=param.device)
+            )
+        groups = [groups_of(param, self.skip_group) for param in every]
+        if any(groups):
+            home = every[0].device
+            flags = [flag.to(home, non_blocking=True) for flag in found.values()]
+            agreed = zip(every, any_process(flags, groups), strict=True)
+            found = {param: flag.to(param.device, non_blocking=True) for param, flag in agreed}
+        return {param: flag for param, flag in found.items() if param.grad is not None}
+
     def _meet_unusable(self) -> set[int]:
         """Count a step with unusable gradients; raise, or warn, as is due.
 
@@ -195,9 +289,8 @@ class StepOptimizer(Optimizer):
         Raises:
             RuntimeError: ``nonfinite`` is ``"raise"``.
         """
-        with_gradients = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        found = [p for p in with_gradients if not all(map(finite, largest_magnitudes([p.grad])))]
-        named = ", ".join(map(self._name_of, found[:3]))
+        found = [param for param, flag in self._unusable_of_each().items() if flag]
+        named = ", ".join(map(self._name_of, found[:3])) or "parameters of another process"
         if more := len(found) - 3 if len(found) > 3 else 0:
             named += f" and {more} more"
         if self.nonfinite == "raise":
@@ -335,7 +428,10 @@ class LearnedOptimizer(StepOptimizer):
                 group[name] = getattr(config, name)
         super()._check_group(group)
         check_whole("warmup_steps", group["warmup_steps"])
-        if group[self._subject] != self.defaults[self._subject]:
+        own = self.defaults[self._subject]
+        if group[self._subject] != own and self._identity(group[self._subject]) == own:
+            group[self._subject] = own  # ZeRO's optimizer writes arguments of this one into groups
+        if group[self._subject] != own:
             raise ValueError(
                 f"a group's {self._subject!r} must be left out: an optimizer has one "
                 f"{self._subject} for all groups"
@@ -344,6 +440,10 @@ class LearnedOptimizer(StepOptimizer):
     def _config(self) -> Any:
         """The policy's configuration."""
         raise NotImplementedError
+
+    def _identity(self, given: Any) -> str | None:
+        """The identity of a policy, as the constructor takes it; ``None`` of what is none."""
+        return identity_of(given) if isinstance(given, Policy) else None
 
     def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
         subject = self._subject

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amalgam.ops import StudentState, StudentTensors
+from amalgam.optimizers.sharding import any_sharded, local_part, norms_of
 from amalgam.optimizers.state import NAMES, planar
 from amalgam.policies import FusedStudent
 from amalgam.policies.fused_student import ContextConstants, TensorContext
@@ -23,7 +24,7 @@ class Batch:
     """Parameters that one call steps, and how many steps they have taken.
 
     Args:
-        params: The parameters.
+        params: The parameters. Of those that are DTensors it steps this process's parts.
         entries: The optimizer's state of each.
         constants: What the student is told of them that stays.
         kept: Whether it serves later steps, too. If so, counts of steps that are all views of one
@@ -37,14 +38,19 @@ class Batch:
         constants: ContextConstants | None,
         kept: bool = True,
     ) -> None:
+        self.params = params
         self._entries = entries
         self.constants = constants
-        self._held = [[entry[name] for entry in entries] for name in NAMES]
+        self.sharded = any_sharded(params)
+        self._held = list(map(self._parts, ([entry[name] for entry in entries] for name in NAMES)))
         *moments, h, c, self.steps = self._held
         columns = (*moments, list(map(planar, h)), list(map(planar, c)))
-        self.tensors = StudentTensors(params, list(map(StudentState, *columns)))
+        self.tensors = StudentTensors(self._parts(params), list(map(StudentState, *columns)))
         self._together = _counted_together(self.steps) if kept else None
         self._addresses = self._now() if kept else []
+
+    def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(map(local_part, tensors)) if self.sharded else list(tensors)
 
     def _now(self) -> list[list[int]]:
         # m and v are in StudentTensors as they are, which looks for itself where they lie.
@@ -53,11 +59,14 @@ class Batch:
     def has_its_state(self) -> bool:
         """Whether the tensors of the batch are still those of the optimizer's state, and lie there.
 
-        Their ``data`` may have been assigned, which views of them do not see.
+        Their ``data`` may have been assigned, which views of them do not see; a DTensor, even a
+        parameter, may have got another part.
         """
         if not all(self._entries):
             return False
-        columns = zip(*map(_stored, self._entries), strict=True)
+        if self.sharded and not same(self.tensors.params, self._parts(self.params)):
+            return False
+        columns = map(self._parts, zip(*map(_stored, self._entries), strict=True))
         return all(map(same, self._held, columns)) and self._addresses == self._now()
 
     def below(self, steps: int) -> list[int]:
@@ -79,12 +88,12 @@ class Batch:
     def without(self, indices: list[int], made: ConstantsOf) -> Batch:
         """The other parameters, with constants that are made by this."""
         others = sorted(set(range(len(self.steps))) - set(indices))
-        params = [self.tensors.params[i] for i in others]
+        params = [self.params[i] for i in others]
         return Batch(params, [self._entries[i] for i in others], made(params))
 
     def gradients(self, maximize: bool) -> list[Tensor]:
         """A gradient a parameter, of what is to become smaller."""
-        grads = [grad for grad in map(_grad, self.tensors.params) if grad is not None]
+        grads = self._parts([grad for grad in map(_grad, self.params) if grad is not None])
         return list(torch._foreach_neg(grads)) if maximize and grads else grads
 
     def context(self, student: FusedStudent, like: Tensor) -> TensorContext | None:
@@ -96,7 +105,7 @@ class Batch:
         """
         if self.constants is None:
             return None
-        return student.context_of(self.constants, self._taken().to(like), self.tensors.params)
+        return student.context_of(self.constants, self._taken().to(like), self.params, norms_of)
 
     def _taken(self) -> Tensor:
         return torch.stack(self.steps) if self._together is None else self._together

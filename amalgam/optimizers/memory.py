@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amalgam.optimizers.base import computing_dtype
+from amalgam.optimizers.sharding import local_part
 from amalgam.optimizers.source import student_of
 from amalgam.optimizers.student import DEFAULT_STUDENT, check_stored
 from amalgam.policies import FusedStudent
@@ -41,6 +42,7 @@ def estimate_memory(
     Args:
         params: A module, of which the parameters that require gradients count; or tensors, of which
             all do. They may be on the meta device.
+            Of DTensors this process's parts count.
         student: As :class:`amalgam.AmalgamatedOptimizer` takes it, like the others.
         cells_dtype: Dtype of the LSTM's state.
         moments_dtype: Dtype of the moments.
@@ -68,7 +70,8 @@ def estimate_memory(
         moments = (narrow and moments_dtype) or wide
         cells = (narrow and cells_dtype) or wide
         each = 2 * moments.itemsize + 2 * config.layers * config.hidden * cells.itemsize
-        numel += param.numel()
-        of_numbers += each * param.numel()
+        here = local_part(param).numel()
+        numel += here
+        of_numbers += each * here
     counts = torch.float32.itemsize * len(tensors)
     return MemoryEstimate(numel, of_numbers + counts, of_numbers / max(1, numel))

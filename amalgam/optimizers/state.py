@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from amalgam.ops import StudentState
+from amalgam.optimizers.sharding import Sharding, sharding_of
 
 NAMES = (*StudentState._fields, "step")
 _CELLS = ("h", "c")
@@ -23,12 +24,14 @@ class StateFormat(NamedTuple):
     """What the tensors of a parameter's state are to be.
 
     Attributes:
-        shape: The parameter's.
+        shape: The parameter's; of a DTensor, the whole one's.
         device: Of all but the count of steps.
         architecture: The student's layers and hidden units.
         moments: Dtype of m and v.
         cells: Dtype of h and c.
         home: The device on which steps are counted.
+        sharding: How the parameter lies on processes, and so all but the count of steps; ``None``
+            where it is here as a whole.
     """
 
     shape: torch.Size
@@ -37,21 +40,35 @@ class StateFormat(NamedTuple):
     moments: torch.dtype
     cells: torch.dtype
     home: torch.device
+    sharding: Sharding | None = None
 
     def initial(self) -> dict[str, Tensor]:
         """The state before the first step: zeros."""
+        here = self.shape if self.sharding is None else self.sharding.part_shape(self.shape)
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        planar = (*self.architecture, *self.shape)
+        def cells() -> Tensor:
+            return self._whole("h", shape_first(zeros((*self.architecture, *here), self.cells)))
+
         return {
             "step": torch.zeros((), dtype=torch.float32, device=self.home),
-            "m": zeros(self.shape, self.moments),
-            "v": zeros(self.shape, self.moments),
-            "h": shape_first(zeros(planar, self.cells)),
-            "c": shape_first(zeros(planar, self.cells)),
+            "m": self._whole("m", zeros(here, self.moments)),
+            "v": self._whole("v", zeros(here, self.moments)),
+            "h": cells(),
+            "c": cells(),
         }
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """A tensor of the state, of which this process has this part."""
+        if self.sharding is None:
+            return part
+        like = torch.empty(
+            (*(self.architecture if name in _CELLS else ()), *self.shape), device="meta"
+        )
+        like = shape_first(like) if name in _CELLS else like
+        return self.sharding.whole(part, like.shape, like.stride())
 
     def fitted(self, entry: Mapping[str, Any], of: Callable[[], str]) -> dict[str, Any]:
         """A parameter's state as it is to be: its own tensors, where they are so already.
@@ -61,7 +78,8 @@ class StateFormat(NamedTuple):
             of: Says what messages call the parameter.
 
         Raises:
-            ValueError: A tensor is missing, is none, or has another shape.
+            ValueError: A tensor is missing, is none, has another shape, or lies on processes
+                otherwise than a parameter can.
         """
         if missing := [name for name in NAMES if name not in entry]:
             raise ValueError(f"state of {of()} must hold {list(NAMES)}, but lacks {missing}")
@@ -78,11 +96,30 @@ class StateFormat(NamedTuple):
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"state.{name} of {of()} must have shape {shape}, not {found}")
         value = value.detach() if value.requires_grad else value
-        value = value.to(self.device, self.cells if name in _CELLS else self.moments)
+        part = self._part(name, value, of)
+        placed = part.to(self.device, self.cells if name in _CELLS else self.moments)
         if name not in _CELLS:
-            return value.contiguous()
-        seen = planar(value)
-        return value if seen.is_contiguous() else shape_first(seen.contiguous())
+            placed = placed.contiguous()
+        elif not (seen := planar(placed)).is_contiguous():
+            placed = shape_first(seen.contiguous())
+        if placed is part and sharding_of(value) == self.sharding:
+            return value
+        return self._whole(name, placed)
+
+    def _part(self, name: str, value: Tensor, of: Callable[[], str]) -> Tensor:
+        """What this process has of a tensor of the state."""
+        if self.sharding is None:
+            if sharding_of(value) is not None:
+                raise ValueError(
+                    f"state.{name} of {of()} must be a plain tensor, as the parameter is, and not "
+                    "a DTensor; torch.distributed.checkpoint, or its get_optimizer_state_dict with "
+                    "full_state_dict=True, saves what loads on any number of processes"
+                )
+            return value
+        try:
+            return self.sharding.part_of(value)
+        except ValueError as error:
+            raise ValueError(f"state.{name} of {of()} {error}") from error
 
 
 def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,7 +26,13 @@ class StepStats(NamedTuple):
 
 
 def stats_of(
-    param: Tensor, step: Tensor, m: Tensor, v: Tensor, taken: float, betas: tuple[float, float]
+    param: Tensor,
+    step: Tensor,
+    m: Tensor,
+    v: Tensor,
+    taken: float,
+    betas: tuple[float, float],
+    total: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple,
 ) -> StepStats:
     """What a step is, beside Adam's.
 
@@ -36,16 +43,18 @@ def stats_of(
         v: The second moment after the step, shape (N,).
         taken: How many steps that makes.
         betas: Decays of the moments.
+        total: Adds up sums over parts of the parameter, where these are parts.
     """
     beta1, beta2 = betas
     root = (v.double() / (1 - beta2**taken)).sqrt()
     adam = (m.double() / (1 - beta1**taken) / root).nan_to_num(0.0)
     own, before = step.double(), param.double()
-    size, of_adam, of_param = (float(part.norm()) for part in (own, adam, before))
+    *squares, product = map(float, total([own @ own, adam @ adam, before @ before, own @ adam]))
+    size, of_adam, of_param = map(math.sqrt, squares)
     return StepStats(
         _ratio(size, of_param),
         _ratio(size, of_adam),
-        _ratio(float(own @ adam), size * of_adam),
+        _ratio(product, size * of_adam),
     )
 
 

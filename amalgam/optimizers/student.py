@@ -18,7 +18,7 @@ from amalgam import ops
 from amalgam.operations.checks import hollow
 from amalgam.operations.kept import Kept
 from amalgam.operations.largest_magnitude import largest_magnitudes
-from amalgam.operations.rounding import ROW
+from amalgam.operations.rounding import PLACE_HIGH, ROW
 from amalgam.operations.student_step_in_place import control_of
 from amalgam.ops import StudentState
 from amalgam.optimizers.base import (
@@ -33,6 +33,16 @@ from amalgam.optimizers.base import (
 )
 from amalgam.optimizers.batch import Batch, same
 from amalgam.optimizers.identity import identity_of, is_identity
+from amalgam.optimizers.sharding import (
+    any_sharded,
+    groups_of,
+    in_flat_vector,
+    local_part,
+    norms_of,
+    place_gradients,
+    sharding_of,
+    summed,
+)
 from amalgam.optimizers.source import EXTRA, described, student_of, undisturbed
 from amalgam.optimizers.state import StateFormat, joined_units, planar, shape_first
 from amalgam.optimizers.stats import StepStats, stats_of
@@ -81,6 +91,12 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             ``"raise"``. What is skipped keeps its parameters and state, and is counted in
             ``skipped_steps``; a warning names the gradients, the first time and after every 100
             such steps in a row.
+        skip_group: Which processes take or skip a step together. ``"auto"``: those that have parts
+            of one DTensor; all processes, where FSDP1 has flattened parameters; none otherwise, for
+            in data parallelism all have the same gradients. ``"world"`` for all, or a
+            ``torch.distributed.ProcessGroup``, where other means shard parameters, as
+            ``ZeroRedundancyOptimizer`` does; ``None`` for each process on its own. All processes of
+            a group must then call ``step`` equally often.
         include_student: Whether ``state_dict`` holds the student's weights and configuration.
         capturable: As PyTorch's optimizers have it: a step waits for no GPU, so that a CUDA graph
             can hold it. ``lr`` and ``weight_decay`` may be tensors on the device and count when the
@@ -103,6 +119,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
     """
 
     _subject = "student"
+    _takes_shards = True
 
     def __init__(
         self,
@@ -119,6 +136,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
         nonfinite: str = NONFINITE[0],
+        skip_group: Any = "auto",
         include_student: bool = True,
         capturable: bool = False,
         maximize: bool = False,
@@ -167,12 +185,20 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             "fused": fused,
             "betas": (config.beta1, config.beta2),
         }
-        super().__init__(params, defaults, nonfinite)
+        super().__init__(params, defaults, nonfinite, skip_group)
         warn_of_adamws_numbers(self)
         self._add_to_state_dicts()
 
     def _config(self) -> Any:
         return self.config
+
+    def _identity(self, given: Any) -> str | None:
+        if is_identity(given):
+            return str(given)
+        try:
+            return identity_of(student_of(given))
+        except (TypeError, ValueError, FileNotFoundError):
+            return None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -213,6 +239,12 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 "reads nothing; take 'skip-step' or 'skip-tensor'"
             )
         _check_constants(self._student, group["betas"])
+        if self._student.sees_shapes and any(map(in_flat_vector, group["params"])):
+            raise ValueError(
+                "student must not be told of tensors' shapes or RMS where FSDP1 has made parts of "
+                f"flat vectors of them, but its inputs are {self._student.config.inputs}; "  # type: ignore[attr-defined]
+                "fully_shard keeps tensors, in parts"
+            )
 
     def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
         super()._check_loaded(group, theirs)
@@ -292,9 +324,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         flags = [~finite(largest) for largest in largest_magnitudes(gradients)]
         flags += [] if found is None else [found.reshape(()) != 0]
         skip: dict[torch.device, Tensor] = {}
-        if flags:
-            home = flags[0].device
-            flag = torch.stack([each.to(home, non_blocking=True) for each in flags]).any()
+        if flags or self._groups():
+            flag = self._any_unusable(flags)
             self._count_skip(flag)
             for device in {grad.device for grad in gradients}:
                 skip[device] = flag.to(device, torch.float32, non_blocking=True)
@@ -304,21 +335,14 @@ class AmalgamatedOptimizer(LearnedOptimizer):
 
     def _step_each_on_device(self) -> None:
         """A call for each tensor, which is skipped by a flag of its own, and not by a scaler's."""
-        flags = []
+        flags = self._unusable_of_each()
         for group in self.param_groups:
             for index, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                of_it = [~finite(largest) for largest in largest_magnitudes([param.grad])]
-                flag = torch.stack(of_it).any() if of_it else None
-                skip = {}
-                if flag is not None:
-                    flags.append(flag)
-                    skip[param.device] = flag.to(torch.float32)
-                self._step_with_steps(group, [param], skip, index)
-        if flags:
-            home = flags[0].device
-            self._count_skip(torch.stack([f.to(home, non_blocking=True) for f in flags]).any())
+                if param.grad is not None:
+                    skip = {param.device: flags[param].to(torch.float32)}
+                    self._step_with_steps(group, [param], skip, index)
+        if flags or self._groups():
+            self._count_skip(self._any_unusable(list(flags.values())))
 
     def _count_skip(self, flag: Tensor) -> None:
         counted = self._counted_on(flag.device)
@@ -342,10 +366,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         seeds = None
         if group["rounding"] == "stochastic":
             every = chain.from_iterable(g["params"] for g in self.param_groups)
-            seeds = {p: _seed_of(group["seed"], number) for number, p in enumerate(every)}
+            seeds = {p: _seed_of(group["seed"], number, p) for number, p in enumerate(every)}
         for batch in self._batches_of(group, params, unit):
-            written = batch.tensors.params
-            device = written[0].device
+            device = batch.params[0].device
             self._run(
                 batch,
                 batch.gradients(group["maximize"]),
@@ -355,7 +378,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 warmup_steps=group["warmup_steps"],
                 warmup_lr=float(group["warmup_lr"]),
                 skip=skip.get(device),
-                seeds=None if seeds is None else [seeds[param] for param in written],
+                seeds=None if seeds is None else [seeds[param] for param in batch.params],
             )
             batch.count(1 - skip[device] if device in skip else 1)
 
@@ -375,6 +398,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 backend=self.backend,
                 **how,
             )
+        if batch.sharded:
+            torch.autograd.graph.increment_version(batch.params)
 
     def _compiled_step(self) -> None:
         """A step as torch.compile traces it: one operator a group, which reads nothing back.
@@ -416,7 +441,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """What the next step will do, for gradients as they are: ask between backward and step.
 
         It computes that step, of one parameter after another, and keeps nothing; it waits for the
-        device.
+        device. Where parameters are DTensors, all processes have to ask; of those that FSDP1 has
+        flattened it says what this process's part does.
 
         Returns:
             A :class:`StepStats` for every parameter that has a gradient and elements, by its name,
@@ -435,13 +461,14 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         kept = self._format(group, param)
         entry = self.state.get(param) or kept._replace(home=param.device).initial()
         dtype = computing_dtype(param.dtype)
-        grad = param.grad.to(dtype).reshape(-1)  # type: ignore[union-attr]
+        place_gradients([param])
+        grad = local_part(param.grad).to(dtype).reshape(-1)  # type: ignore[arg-type]
         grad = -grad if group["maximize"] else grad
-        m, v, h, c = (entry[name].to(dtype) for name in StudentState._fields)
+        m, v, h, c = (local_part(entry[name]).to(dtype) for name in StudentState._fields)
         layers, hidden = kept.architecture
         flat = StudentState(
             *(moment.reshape(-1) for moment in (m, v)),
-            *(planar(cells).reshape(layers, hidden, -1) for cells in (h, c)),
+            *(planar(cells).reshape(layers, hidden, grad.numel()) for cells in (h, c)),
         )
         taken, settings = float(entry["step"]), self.config.settings
         if taken < group["warmup_steps"]:
@@ -452,13 +479,19 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             constants = self._constants_of([param])
             context = None
             if constants is not None:
-                context = self._student.context_of(constants, steps.to(weights.own[0]), [param])
+                context = self._student.context_of(
+                    constants, steps.to(weights.own[0]), [param], norms_of
+                )
             folded, settings = self._student.with_context(weights.operation, weights.own, context)
+            if context is not None:
+                settings = settings._replace(sizes=(grad.numel(),))
             update, new = ops.student_step(grad, flat, folded, settings, backend=self.backend)
             update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
+        before, groups = local_part(param).to(dtype).reshape(-1), groups_of(param, "auto")
         return stats_of(
-            *(param.to(dtype).reshape(-1), float(group["lr"]) * update, m, v, taken + 1),
+            *(before, float(group["lr"]) * update, m, v, taken + 1),
             betas=self.defaults["betas"],
+            total=lambda sums: summed(sums, groups),
         )
 
     def _init_group(
@@ -481,10 +514,13 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             RuntimeError: What a compiled step does not do is asked of it.
         """
         kinds = {(p.device, computing_dtype(p.dtype)) for p in group["params"]}
-        if len(kinds) > 1 or group["rounding"] == "stochastic" or self.nonfinite != "skip-step":
+        apart = any_sharded(group["params"]) or bool(self._groups())
+        otherwise = group["rounding"] == "stochastic" or self.nonfinite != "skip-step"
+        if len(kinds) > 1 or otherwise or apart:
             raise RuntimeError(
                 "a compiled step takes groups of one device and computing dtype, "
-                "rounding='nearest' and nonfinite='skip-step'; call step() outside torch.compile"
+                "rounding='nearest' and nonfinite='skip-step', and parameters that are whole in "
+                "every process; call step() outside torch.compile"
             )
         params += [param for param in group["params"] if param.grad is not None]
         if not params:
@@ -534,7 +570,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """
         if not params:
             return []
-        if hollow(params[0]):
+        if hollow(local_part(params[0])):
             return self._new_batches(group, params, kept=False)
         key = id(group), unit
         made = self._batches.get(key)
@@ -602,6 +638,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             moments=(narrow and self.moments_dtype) or wide,
             cells=(narrow and self.cells_dtype) or wide,
             home=_home(group, param),
+            sharding=sharding_of(param),
         )
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -725,6 +762,8 @@ class _Made(NamedTuple):
     batches: list[Batch]
 
 
-def _seed_of(seed: int, number: int) -> int:
-    """A parameter's own seed; of neighbours, far apart."""
-    return (seed + number * ROW) % 2**32
+def _seed_of(seed: int, number: int, param: Tensor) -> int:
+    """A parameter's own seed, and of each part of a DTensor; of neighbours, far apart."""
+    sharding = sharding_of(param)
+    part = 0 if sharding is None else sharding.number()
+    return (seed + number * ROW + part * PLACE_HIGH) % 2**32
