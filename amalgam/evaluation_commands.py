@@ -130,7 +130,8 @@ def evaluate_command(
         _console.print(paper.table(of_task, chosen.epochs))
     if folder is not None:
         report.record_papers(papers, folder, asked, chosen.epochs)
-        _console.print(f"tables: {folder / 'evaluation.md'}", highlight=False, markup=False)
+        for what, name in (("tables: ", "evaluation.md"), ("numbers:", "evaluation.csv")):
+            _console.print(f"{what} {folder / name}", highlight=False, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)
