@@ -41,7 +41,7 @@ _EVERY = 30.0  # seconds between two lines of progress where there is no termina
 def evaluate_command(
     students: Annotated[
         list[str],
-        typer.Argument(help="Learned optimizers: names of shipped ones, or paths."),
+        typer.Argument(help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME."),
     ],
     tasks: Annotated[
         list[str] | None,

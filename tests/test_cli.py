@@ -505,6 +505,12 @@ def test_info() -> None:
     for backend in backends.values():
         assert backend["works"] == (backend["reason"] is None)
     assert "digits" in report["recipes"]
+    students = {student["name"]: student for student in report["students"]}
+    assert (students["standard"]["layers"], students["standard"]["units"]) == (1, 8)
+    assert students["standard"]["bytes_a_parameter"] == 72
+    assert students["digits"]["bytes_a_parameter"] == 328
+    assert students["digits"]["description"].startswith("Adam and RMSProp into one student")
     text = run("info").stdout
     assert "reference" in text
     assert "student_step" in text
+    assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student by its", text)
