@@ -75,6 +75,10 @@ def train(
             help="Let a recipe from outside the working directory run the modules it names.",
         ),
     ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Write the metrics to OUT/tensorboard, too."),
+    ] = False,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
     from amalgam.meta import distributed
@@ -88,7 +92,7 @@ def train(
         chosen = distributed.by_first(
             lambda: recipes.load(recipe, overrides, own_code=own_code or None)
         )
-        _train(chosen, Path(recipe).stem, folder, seed, resume)
+        _train(chosen, Path(recipe).stem, folder, seed, resume, tensorboard)
 
 
 @contextmanager
@@ -106,11 +110,13 @@ def _told_how_to_resume(folder: Path) -> Iterator[None]:
         sys.exit(stopped.code if isinstance(stopped, _Terminated) else INTERRUPTED)
 
 
-def _train(chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: bool) -> None:
+def _train(
+    chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: bool, tensorboard: bool
+) -> None:
     from amalgam.experiment import Experiment
     from amalgam.meta import distributed
 
-    run = Experiment(chosen, folder, name=name, seed=seed, resume=resume)
+    run = Experiment(chosen, folder, name=name, seed=seed, resume=resume, tensorboard=tensorboard)
     if distributed.rank():
         run.train()
         distributed.leave()

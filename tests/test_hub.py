@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, hub, load_policy
+from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, cli, hub, load_policy
 from amalgam.evaluation.contenders import names_of
 from amalgam.extras import MissingExtra
 from amalgam.policies import DM, DMConfig, Policy
@@ -198,3 +198,16 @@ def test_without_the_client_the_call_says_what_to_install(
 def test_contenders_are_named_after_their_repositories() -> None:
     addresses = ["hf://me/mine-0.1", "hf://me/mine-0.2", "runs/a/student.safetensors", "standard"]
     assert names_of(addresses) == ["mine-0.1", "mine-0.2", "student", "standard"]
+
+
+def test_the_command_pushes_what_loads(
+    there: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student().save(tmp_path / "mine.safetensors")
+    cli.push(str(tmp_path / "mine.safetensors"), "me/mine")
+    assert capsys.readouterr().out == "https://hub/me/mine/commit/1\n"
+    assert same(load_policy("hf://me/mine"), student())
+    (tmp_path / "mine.safetensors").write_bytes(b"no student")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        cli.push(str(tmp_path / "mine.safetensors"), "me/mine")
+    assert len(there.commits) == 1

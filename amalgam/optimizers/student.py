@@ -457,7 +457,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             update, new = ops.student_step(grad, flat, folded, settings, backend=self.backend)
             update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
         return stats_of(
-            *(param.to(dtype).reshape(-1), float(group["lr"]) * update, m, v, taken + 1),
+            *(param.to(dtype).reshape(-1), float(group["lr"]) * update, grad, m, v, taken + 1),
             betas=self.defaults["betas"],
         )
 
