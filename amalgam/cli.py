@@ -1,4 +1,4 @@
-"""The command line: ``amalgam train | evaluate | compare | convert | info``.
+"""The command line: ``amalgam train | evaluate | compare | convert | push | info``.
 
 Exit codes: 0, done; 1, it failed while it ran; 2, what was asked for can't be done; 3, a run is
 over and nothing was learned; 130 and 143, interrupted by Ctrl-C and by SIGTERM; 141, nobody reads
@@ -29,7 +29,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from amalgam import evaluation_commands, ops, recipes, tasks, weight_files
+from amalgam.extras import MissingExtra
 from amalgam.heap import keep_freed_memory
+from amalgam.optimizers import estimate_memory
+from amalgam.optimizers.source import student_of
+from amalgam.policies import load_policy
 from amalgam.version import describe
 
 if TYPE_CHECKING:
@@ -71,6 +75,10 @@ def train(
             help="Let a recipe from outside the working directory run the modules it names.",
         ),
     ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Write the metrics to OUT/tensorboard, too."),
+    ] = False,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
     from amalgam.meta import distributed
@@ -84,7 +92,7 @@ def train(
         chosen = distributed.by_first(
             lambda: recipes.load(recipe, overrides, own_code=own_code or None)
         )
-        _train(chosen, Path(recipe).stem, folder, seed, resume)
+        _train(chosen, Path(recipe).stem, folder, seed, resume, tensorboard)
 
 
 @contextmanager
@@ -102,11 +110,13 @@ def _told_how_to_resume(folder: Path) -> Iterator[None]:
         sys.exit(stopped.code if isinstance(stopped, _Terminated) else INTERRUPTED)
 
 
-def _train(chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: bool) -> None:
+def _train(
+    chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: bool, tensorboard: bool
+) -> None:
     from amalgam.experiment import Experiment
     from amalgam.meta import distributed
 
-    run = Experiment(chosen, folder, name=name, seed=seed, resume=resume)
+    run = Experiment(chosen, folder, name=name, seed=seed, resume=resume, tensorboard=tensorboard)
     if distributed.rank():
         run.train()
         distributed.leave()
@@ -188,6 +198,20 @@ def convert(
 
 
 @app.command()
+def push(
+    student: Annotated[str, typer.Argument(help="A shipped student's name, or a path.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is made.")
+    ] = False,
+) -> None:
+    """Upload a student to the Hugging Face hub; hf://OWNER/NAME then is its name."""
+    from amalgam import hub
+
+    _plain(hub.push(load_policy(student), repo, private=private))
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
@@ -203,7 +227,7 @@ def info(
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "core": build_info(),
         "backends": [dataclasses.asdict(status) for status in ops.backends().values()],
-        "students": list(weight_files.shipped()),
+        "students": [_about(name) for name in weight_files.shipped()],
         "recipes": list(recipes.shipped()),
         "tasks": list(tasks.TASKS),
         "task families": list(tasks.FAMILIES),
@@ -212,9 +236,17 @@ def info(
         typer.echo(json.dumps(report, indent=2))
         return
     for key, value in report.items():
-        if key != "backends":
+        if key not in ("backends", "students"):
             shown = ", ".join(value) if isinstance(value, list) else value
             _console.print(f"{key}: {shown}", highlight=False)
+    students = Table("student", "kind", "layers x units", "bytes a parameter", "what it is")
+    for student in report["students"]:
+        size = f"{student['layers']} x {student['units']}"
+        state = f"{student['bytes_a_parameter']:g}"
+        students.add_row(
+            student["name"], student["kind"], size, state, escape(student["description"])
+        )
+    _console.print(students)
     table = Table("backend", "works", "operations", "why not")
     for status in report["backends"]:
         forward = [name for name in status["operations"] if not name.endswith("_backward")]
@@ -225,6 +257,19 @@ def info(
             status["reason"] or "",
         )
     _console.print(table)
+
+
+def _about(name: str) -> dict[str, Any]:
+    """What a shipped student is, and what the optimizer's state takes with it."""
+    student = student_of(name)
+    return {
+        "name": name,
+        "kind": student.kind,
+        "description": student.description,
+        "layers": student.config.layers,
+        "units": student.config.hidden,
+        "bytes_a_parameter": estimate_memory([torch.empty(1)], student).bytes_a_parameter,
+    }
 
 
 def _number(value: float | None) -> float:
@@ -290,7 +335,7 @@ def _run() -> None:
             f"out of memory: {str(error) or 'the system gave none'}; set memory.budget, or fewer "
             f"training.optimizees; what was trained so far is kept (--resume)",
         )
-    except (ValueError, OSError, BackendError) as error:
+    except (ValueError, OSError, BackendError, MissingExtra) as error:
         _fail(error, 1 if getattr(error, "errno", None) in DISK_FAULTS else 2)
 
 

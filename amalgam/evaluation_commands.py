@@ -41,7 +41,7 @@ _EVERY = 30.0  # seconds between two lines of progress where there is no termina
 def evaluate_command(
     students: Annotated[
         list[str],
-        typer.Argument(help="Learned optimizers: names of shipped ones, or paths."),
+        typer.Argument(help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME."),
     ],
     tasks: Annotated[
         list[str] | None,
@@ -130,7 +130,8 @@ def evaluate_command(
         _console.print(paper.table(of_task, chosen.epochs))
     if folder is not None:
         report.record_papers(papers, folder, asked, chosen.epochs)
-        _console.print(f"tables: {folder / 'evaluation.md'}", highlight=False, markup=False)
+        for what, name in (("tables: ", "evaluation.md"), ("numbers:", "evaluation.csv")):
+            _console.print(f"{what} {folder / name}", highlight=False, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A run's folder holds ``recipe.json`` (with every key spelled out), ``metrics.jsonl``,
 ``checkpoint.safetensors``, ``student.safetensors`` (several replicates have one each, in
-``replicate-0/`` and so on), ``evaluation.json``, ``evaluation.md`` and ``plots/``. Where a choice
-is trained first, ``choice/`` holds the same of it.
+``replicate-0/`` and so on), ``evaluation.json``, ``evaluation.md``, ``plots/`` and, where it was
+asked for, ``tensorboard/``. Where a choice is trained first, ``choice/`` holds the same of it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task, TaskFamily
+from amalgam.tensorboard import MetricsWriter, summary_writer
 from amalgam.version import describe
 
 RECIPE = "recipe.json"
@@ -50,6 +51,8 @@ class Experiment:
         seed: Decides everything random.
         resume: Whether to go on where the folder's run stopped, if it holds one. It may have been
             on another device.
+        tensorboard: Whether to write the metrics for TensorBoard, too; see
+            :class:`amalgam.tensorboard.MetricsWriter`.
 
     Attributes:
         tasks: The tasks and families to meta-train on; tasks are on the run's device.
@@ -59,6 +62,7 @@ class Experiment:
         BlockingIOError: Another process has the folder.
         FileExistsError: The folder holds a run, and ``resume`` was not given; or it holds a
             student, and no run.
+        MissingExtra: TensorBoard is asked for and not installed.
         RecipeError: The folder holds a run of another recipe or seed, or of an earlier version.
         ValueError: The recipe can't be computed on this device, or by this backend.
     """
@@ -71,12 +75,16 @@ class Experiment:
         name: str = "",
         seed: int = 0,
         resume: bool = False,
+        tensorboard: bool = False,
     ) -> None:
+        if tensorboard:
+            summary_writer()
         self.recipe = recipe
         self.folder = Path(folder)
         self.seed = seed
         self.resume = resume
         self._name = name
+        self._tensorboard = tensorboard
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.device = resolve(recipe.device)
@@ -261,7 +269,18 @@ class Experiment:
         )
 
     def _train(self, trainer: Trainer, report: Callable[[dict[str, Any]], None] | None) -> Policy:
-        trained = trainer.run(resume=self.resume, report=report)
+        if self._tensorboard and distributed.rank() == 0:
+            with MetricsWriter(trainer.folder) as writer:
+
+                def follow_and_report(row: dict[str, Any]) -> None:
+                    writer.follow()
+                    if report is not None:
+                        report(row)
+
+                trained = trainer.run(resume=self.resume, report=follow_and_report)
+                writer.follow()  # where the run was over already
+        else:
+            trained = trainer.run(resume=self.resume, report=report)
         self.meta_steps.append(trainer.meta_step)
         if distributed.rank() == 0:
             rows = [row for row in trainer.metrics() if not row.get("replicate")]

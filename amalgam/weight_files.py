@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam import files
+from amalgam import files, hub
 
 SHIPPED = Path(__file__).parent / "weights"
 _SUFFIX = ".safetensors"
@@ -30,16 +30,21 @@ def shipped() -> tuple[str, ...]:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of a shipped student's name, or of a path.
+    """The file of a shipped student's name, of a path, or of an address on the Hugging Face hub.
 
     A shipped name is never a path: ``"./digits"`` is the file of that name.
 
     Args:
-        name_or_path: A name from :func:`shipped`, or a path to a ``.safetensors`` file.
+        name_or_path: A name from :func:`shipped`, a path to a ``.safetensors`` file, or an address
+            that :func:`amalgam.hub.fetch` takes, which begins with ``hf://``.
 
     Raises:
-        FileNotFoundError: It is neither.
+        FileNotFoundError: There is no such file.
+        MissingExtra: It is on the hub, and huggingface_hub is not installed.
+        ValueError: It begins as an address, and is none.
     """
+    if str(name_or_path).startswith(hub.SCHEME):
+        return hub.fetch(str(name_or_path))
     if str(name_or_path) in shipped():
         return SHIPPED / f"{name_or_path}{_SUFFIX}"
     path = Path(name_or_path)

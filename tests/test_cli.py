@@ -487,6 +487,47 @@ def test_nobody_reads_the_output() -> None:
     assert done.stderr == ""
 
 
+def test_tensorboard_shows_the_metrics_of_a_run_that_was_killed(
+    here, tiny, tmp_path, monkeypatch
+) -> None:
+    """The part before the option was given, too, and after the run is over nothing twice."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard, which is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, stages = tmp_path / "run", "strategy.stages=[{episodes=2, windows=4}]"
+    train = ("train", tiny, "--out", out, "--set", stages, "--set", "evaluation.tasks=[]")
+
+    def interrupt(self, row: dict) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "_close", interrupt)
+        assert here(*train)[0] == 130
+    assert not (out / "tensorboard").exists()
+    for _ in range(2):
+        assert here(*train, "--resume", "--tensorboard")[0] == 0
+        events = EventAccumulator(str(out / "tensorboard"))
+        events.Reload()
+        rows = metrics(out)
+        assert [row["meta_step"] for row in rows] == [*range(1, 9)]
+        for tag, of in (
+            ("meta_loss", lambda row: row["meta_loss"]),
+            ("loss/adam", lambda row: row["loss"]["adam"]),
+        ):
+            found = [(event.step, event.value) for event in events.Scalars(tag)]
+            assert found == [(row["meta_step"], pytest.approx(of(row))) for row in rows]
+
+
+def test_a_missing_extra_is_one_line_before_anything_is_made(
+    here, tiny, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    found = here("train", tiny, "--out", tmp_path / "run", "--tensorboard", *SHORT)
+    assert_one_line(found, 2, r"pip install 'amalgam-optim\[tensorboard\]'")
+    assert not (tmp_path / "run").exists()
+
+
 def test_convert_writes_over_nothing(here, tmp_path) -> None:
     source = tmp_path / "x.npz"
     np.savez(source, a=np.zeros(1))
@@ -505,6 +546,12 @@ def test_info() -> None:
     for backend in backends.values():
         assert backend["works"] == (backend["reason"] is None)
     assert "digits" in report["recipes"]
+    students = {student["name"]: student for student in report["students"]}
+    assert (students["standard"]["layers"], students["standard"]["units"]) == (1, 8)
+    assert students["standard"]["bytes_a_parameter"] == 72
+    assert students["digits"]["bytes_a_parameter"] == 328
+    assert students["digits"]["description"].startswith("Adam and RMSProp into one student")
     text = run("info").stdout
     assert "reference" in text
     assert "student_step" in text
+    assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student by its", text)

@@ -99,12 +99,12 @@ def names_of(students: Sequence[str]) -> list[str]:
     """A name for each student's file: its stem, and as many of its folders as tell it apart.
 
     Args:
-        students: Names of shipped students, or paths.
+        students: Names of shipped students, paths, or addresses on the hub.
 
     Raises:
         ValueError: One is given twice.
     """
-    parts = [Path(student).with_suffix("").parts for student in students]
+    parts = [Path(student.removesuffix(".safetensors")).parts for student in students]
     for index, path in enumerate(parts):
         if path in parts[:index]:
             raise ValueError(f"student {students[index]!r} is given twice")

@@ -8,6 +8,8 @@ replicates.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,10 +188,7 @@ def table(results: Sequence[PaperResult], epochs: int) -> Table:
     """
     rows = []
     for one in results:
-        accuracy = max(
-            (reading.accuracy for curve in one.result.curves for reading in curve.full[1:]),
-            default=math.nan,
-        )
+        accuracy = _best_accuracy(one.result.curves)
         rows.append(
             (
                 one.result.name,
@@ -229,6 +228,41 @@ def table(results: Sequence[PaperResult], epochs: int) -> Table:
         frozenset(() if best is None else {results.index(best)}),
         tuple(notes),
     )
+
+
+def comma_separated(results: Sequence[Sequence[PaperResult]], epochs: int) -> str:
+    """Every run, one a line, as CSV.
+
+    Args:
+        results: For each task, the contenders' results.
+        epochs: Epochs of each run.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(
+        (
+            *("task", "optimizer", "kind", "settings", "epochs", "seed"),
+            *("best_log_validation_loss", "optimization_stability", "best_accuracy"),
+            *("diverged", "seconds_a_step", "state_bytes"),
+        )
+    )
+    for one in (one for of_task in results for one in of_task):
+        runs = zip(one.result.curves, one.best, one.stability, strict=True)
+        for seed, (curve, best, stability) in enumerate(runs):
+            writer.writerow(
+                (
+                    *(one.result.task, one.result.name, one.result.kind, one.result.settings),
+                    *(epochs, seed, best, stability, _best_accuracy([curve])),
+                    *(int(curve.diverged), curve.seconds, curve.state_bytes),
+                )
+            )
+    return file.getvalue()
+
+
+def _best_accuracy(curves: Sequence[Curve]) -> float:
+    """The largest validation accuracy after any epoch; NaN where there is none."""
+    read = [reading.accuracy for curve in curves for reading in curve.full[1:]]
+    return max(read, default=math.nan)
 
 
 def _shown(value: float) -> str:

@@ -22,6 +22,7 @@ from amalgam.evaluation.runner import About
 from amalgam.version import describe
 
 JSON = "evaluation.json"
+_PAPER = "paper"
 
 
 def between_replicates(results: Sequence[Result], replicates: int) -> str:
@@ -105,7 +106,7 @@ def record_papers(
     about: dict[str, Any],
     epochs: int,
 ) -> None:
-    """Write an evaluation by the paper's protocol: JSON, Markdown and a plot for each task.
+    """Write an evaluation by the paper's protocol: JSON, CSV, Markdown and a plot for each task.
 
     Args:
         results: For each task, the contenders' results.
@@ -116,6 +117,7 @@ def record_papers(
     content = {
         "asked": about,
         **describe(),
+        "protocol": {"name": _PAPER, "epochs": epochs},
         "results": [
             {
                 **one.result.as_dict(),
@@ -128,6 +130,7 @@ def record_papers(
     }
     shown = [paper.table(of_task, epochs).markdown() for of_task in results]
     _write(folder / JSON, json.dumps(content) + "\n")
+    _write(folder / "evaluation.csv", paper.comma_separated(results, epochs))
     _write(folder / "evaluation.md", "\n".join(shown))
     for of_task in results:
         plots.curves(
@@ -169,49 +172,60 @@ def read(folder: Path) -> Evaluation:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: The file is damaged, or an earlier version's.
+        ValueError: The file is damaged, an earlier version's, or of the paper's protocol.
     """
     path = folder / JSON
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {JSON}: it is no evaluation's folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        told = dict(content["protocol"])
-        del told["horizon_steps"]
-        told["grids"] = {
-            name: tuple(tuple(setting.items()) for setting in settings)
-            for name, settings in told["grids"].items()
-        }
-        for name in ("budgets", "decays"):
-            told[name] = tuple(told[name])
-        protocol = Protocol(**told)
-        tasks = tuple(About(**about, seconds=math.nan) for about in content["tasks"])
-        results = tuple(
-            tuple(
-                tuple(
-                    Result.from_dict(result)
-                    for result in content["results"]
-                    if result["task"] == task.name and result["steps"] == steps
-                )
-                for steps in protocol.steps
-            )
-            for task in tasks
-        )
-        tunings = tuple(
-            Tuning(
-                **{
-                    **tuned,
-                    "settings": tuple(tuned["settings"]),
-                    "losses": tuple(map(float, tuned["losses"])),
-                    "edge": tuple(tuned["edge"]),
-                }
-            )
-            for tuned in content["tunings"]
-        )
+        if content["protocol"]["name"] != _PAPER:
+            return _evaluation(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{str(path)!r} is no evaluation of this version of amalgam ({error}); evaluate anew"
         ) from error
+    raise ValueError(
+        f"{str(folder)!r} holds an evaluation by the paper's protocol, and only those by the "
+        f"protocol 'tuned' are compared; its tables are in evaluation.md, its runs in "
+        f"evaluation.csv"
+    )
+
+
+def _evaluation(content: dict[str, Any]) -> Evaluation:
+    """The evaluation that a file's content is of; any of several errors where it is damaged."""
+    told = dict(content["protocol"])
+    del told["horizon_steps"]
+    told["grids"] = {
+        name: tuple(tuple(setting.items()) for setting in settings)
+        for name, settings in told["grids"].items()
+    }
+    for name in ("budgets", "decays"):
+        told[name] = tuple(told[name])
+    protocol = Protocol(**told)
+    tasks = tuple(About(**about, seconds=math.nan) for about in content["tasks"])
+    results = tuple(
+        tuple(
+            tuple(
+                Result.from_dict(result)
+                for result in content["results"]
+                if result["task"] == task.name and result["steps"] == steps
+            )
+            for steps in protocol.steps
+        )
+        for task in tasks
+    )
+    tunings = tuple(
+        Tuning(
+            **{
+                **tuned,
+                "settings": tuple(tuned["settings"]),
+                "losses": tuple(map(float, tuned["losses"])),
+                "edge": tuple(tuned["edge"]),
+            }
+        )
+        for tuned in content["tunings"]
+    )
     return Evaluation(protocol, tasks, results, tunings)
 
 

@@ -489,7 +489,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
         before, groups = local_part(param).to(dtype).reshape(-1), groups_of(param, "auto")
         return stats_of(
-            *(before, float(group["lr"]) * update, m, v, taken + 1),
+            *(before, float(group["lr"]) * update, grad, m, v, taken + 1),
             betas=self.defaults["betas"],
             total=lambda sums: summed(sums, groups),
         )

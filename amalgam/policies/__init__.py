@@ -45,10 +45,12 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
     imported: open such files only if they come from someone you trust.
 
     Args:
-        name_or_path: A shipped policy's name, or a path.
+        name_or_path: A shipped policy's name, a path, or the address of a file on the Hugging Face
+            hub, such as ``"hf://owner/name"``; see :func:`amalgam.hub.fetch`.
 
     Raises:
-        FileNotFoundError: It is neither.
+        FileNotFoundError: There is no such file.
+        MissingExtra: It is on the hub, and huggingface_hub is not installed.
         ValueError: The file is cut short, foreign, holds no learned policy, its weights do not
             fit its configuration, or its policy's class can't be imported.
     """

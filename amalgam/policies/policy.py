@@ -201,6 +201,12 @@ class Policy(nn.Module, ABC):
         """The weights, in the order in which :meth:`step` takes others."""
         return list(self.parameters())
 
+    @property
+    def description(self) -> str:
+        """What its recipe says in a sentence; empty where no recipe is known."""
+        resolved = self.provenance.get("resolved")
+        return str(resolved.get("description") or "") if isinstance(resolved, dict) else ""
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a safetensors file that :func:`amalgam.policies.load_policy` reads.
 
@@ -229,10 +235,11 @@ class Policy(nn.Module, ABC):
         """Read a policy of this kind that :meth:`save` wrote.
 
         Args:
-            name_or_path: A shipped policy's name, or a path.
+            name_or_path: As :func:`amalgam.weight_files.locate` takes it.
 
         Raises:
-            FileNotFoundError: It is neither.
+            FileNotFoundError: There is no such file.
+            MissingExtra: It is on the hub, and huggingface_hub is not installed.
             ValueError: The file is cut short, foreign, or its weights do not fit its
                 configuration.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -195,6 +196,34 @@ def test_tables_are_shown_when_writing_fails(student, tmp_path, monkeypatch, cap
                 **protocol,
             )
         assert "mine" in capsys.readouterr().out
+
+
+def test_the_papers_protocol_writes_its_runs_and_is_not_compared(
+    student, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr(commands, "_Paper", lambda *given, **more: Papers(1, 2))
+    out = tmp_path / "out"
+    asked = {"tasks": ["digits-mlp:batch_size=1000"], "protocol": "paper", "teacher": ["adam"]}
+    evaluated(student, tmp_path, horizon=None, budgets=None, **asked)
+    assert str(out / "evaluation.csv") in capsys.readouterr().out
+    rows = list(csv.DictReader((out / "evaluation.csv").open()))
+    assert [(row["optimizer"], row["seed"]) for row in rows] == [
+        *(("mine", "0"), ("mine", "1"), ("adam", "0"), ("adam", "1"))
+    ]
+    results = json.loads((out / "evaluation.json").read_text())["results"]
+    best = [loss for result in results for loss in result["best_log_losses"]]
+    assert [float(row["best_log_validation_loss"]) for row in rows] == best
+    read = [curve["full"][1] for result in results for curve in result["curves"]]
+    assert [float(row["best_accuracy"]) for row in rows] == [
+        pytest.approx(reading["accuracy"]) for reading in read
+    ]
+    assert {(row["task"], row["epochs"], row["diverged"]) for row in rows} == {
+        ("digits-mlp", "1", "0")
+    }
+    with pytest.raises(ValueError, match="by the paper's protocol, and only those by"):
+        commands.compare_command([out])
+    evaluated(student, tmp_path, horizon=None, budgets=None, **asked)  # the same may go on
 
 
 Papers = commands._Paper
