@@ -15,7 +15,7 @@ import pytest
 import torch.distributed
 
 from amalgam import Student, StudentConfig
-from amalgam import evaluation_commands as commands
+from amalgam.evaluation import commands
 from amalgam.evaluation.runner import NamedTask
 from amalgam.seeding import generator_for
 
@@ -113,6 +113,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(student, whole, tmp
     files = {path.name: path.stat().st_mtime_ns for path in cache.rglob("[!.]*.json")}
     assert {name: files[name] for name in kept} == kept
     assert set(files) == {path.name for path in (whole / "cache").rglob("*.json")}
+
+
+def test_the_report_s_path_stays_in_one_line(student, whole, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(commands, "_console", commands.Console(width=30))
+    evaluated(student, whole)
+    assert f"report: {whole / 'out' / 'report.html'}\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(
