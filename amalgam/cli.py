@@ -112,7 +112,7 @@ def _train(chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: b
         run.train()
         distributed.leave()
         return
-    with run.locked():
+    with distributed.locked(folder):
         _train_and_evaluate(run, name, folder)
 
 
