@@ -198,8 +198,8 @@ class StepOptimizer(Optimizer):
         with_gradients = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         found = [p for p in with_gradients if not all(map(finite, largest_magnitudes([p.grad])))]
         named = ", ".join(map(self._name_of, found[:3]))
-        if more := len(found) - 3 if len(found) > 3 else 0:
-            named += f" and {more} more"
+        if len(found) > 3:
+            named += f" and {len(found) - 3} more"
         if self.nonfinite == "raise":
             raise RuntimeError(
                 f"gradients of {named} are not finite; parameters and state are as they were. "
