@@ -28,7 +28,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from amalgam import evaluation_commands, ops, recipes, tasks, weight_files
+from amalgam import ops, recipes, tasks, weight_files
+from amalgam.evaluation import commands
 from amalgam.extras import MissingExtra
 from amalgam.heap import keep_freed_memory
 from amalgam.optimizers import estimate_memory
@@ -121,7 +122,7 @@ def _train(
         run.train()
         distributed.leave()
         return
-    with run.locked():
+    with distributed.locked(folder):
         _train_and_evaluate(run, name, folder)
 
 
@@ -177,8 +178,8 @@ def _say(text: str, style: str = "yellow") -> None:
     Console(stderr=True).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-app.command("evaluate")(evaluation_commands.evaluate_command)
-app.command("compare")(evaluation_commands.compare_command)
+app.command("evaluate")(commands.evaluate_command)
+app.command("compare")(commands.compare_command)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A short fingerprint of tensors, the same for the same bytes."""
+"""Short fingerprints of tensors and of texts, the same for the same bytes."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
         # NumPy has no bfloat16 and no float8, but every tensor has bytes.
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def digest_of_text(text: str, size: int = 8) -> str:
+    """The hexadecimal BLAKE2b digest, of so many bytes, of a text."""
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()

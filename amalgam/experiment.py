@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -233,26 +232,13 @@ class Experiment:
         Returns:
             The student, or all replicates.
         """
-        with self.locked():
+        with distributed.locked(self.folder):
             if self.recipe.choice is not None:
                 begin("choice", self._choice_trainer.meta_steps)
                 self._choice = self._train(self._choice_trainer, report)
             begin("student", self.trainer.meta_steps)
             self._train(self.trainer, report)
         return self.trainer.students
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes' runs from the folder within the block; the run's own are one.
-
-        Raises:
-            BlockingIOError: Another run has the folder.
-        """
-        if distributed.rank():
-            yield
-            return
-        with files.locked(self.folder):
-            yield
 
     @cached_property
     def _choice_trainer(self) -> Trainer:

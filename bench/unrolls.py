@@ -33,7 +33,7 @@ from amalgam.meta.reference import window as eager_window
 from amalgam.policies import Pool, Student
 from amalgam.seeding import generator_for
 from amalgam.tasks import Batch, Task, load
-from amalgam.tasks.digits import glorot
+from amalgam.tasks.networks import glorot
 from amalgam.version import describe
 
 POOL = Pool(["adam", "rmsprop"])

@@ -8,7 +8,6 @@ device's type, PyTorch's version, and :data:`VERSION`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from amalgam import files
-from amalgam.digest import digest_of
+from amalgam.digest import digest_of, digest_of_text
 from amalgam.evaluation.runs import Curve
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
@@ -43,10 +42,9 @@ def fingerprint(task: Task) -> str:
     loss, gradient = (
         getattr(one, "__qualname__", None) or repr(one) for one in (task.loss, task.gradient)
     )
-    told = hashlib.blake2b(network.encode(), digest_size=8).hexdigest()
     return (
-        f"{task.describe()}, network {told}, batches of {task.batch_size}, {loss}, {gradient}, "
-        f"{task.fast_convolutions}"
+        f"{task.describe()}, network {digest_of_text(network)}, batches of {task.batch_size}, "
+        f"{loss}, {gradient}, {task.fast_convolutions}"
     )
 
 
@@ -99,5 +97,4 @@ def _canonical(value: Any) -> Any:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest_of_text(json.dumps(value, sort_keys=True), 16)

@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 from amalgam.evaluation.contenders import BASELINES, DECAYS, Contender, Setting, baseline, grid
 from amalgam.evaluation.runner import About, Run, Runner
 from amalgam.evaluation.runs import Curve, Readings
+from amalgam.ranges import check_fields
 
 TUNING_SEED = 10_000
 """The first of the seeds that baselines are tuned with; those of the reported runs begin at 0."""
@@ -89,9 +90,15 @@ class Protocol:
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        for name in ("horizon", "seeds", "tuning_seeds", "curve"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        samples = ("curve_samples", "training_samples", "validation_samples")
+        check_fields(
+            self,
+            counts=(
+                *("horizon", "seeds", "tuning_seeds", "curve", "every"),
+                *(name for name in samples if getattr(self, name) is not None),
+            ),
+            positive=("budgets",),
+        )
         if self.seeds > TUNING_SEED:
             raise ValueError(
                 f"seeds must be at most {TUNING_SEED}, where those to tune with begin, "

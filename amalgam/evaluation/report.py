@@ -19,6 +19,7 @@ from amalgam import files
 from amalgam.evaluation import paper, plots, tables
 from amalgam.evaluation.protocol import Evaluation, Protocol, Result, Tuning, spread
 from amalgam.evaluation.runner import About
+from amalgam.evaluation.runs import to_json
 from amalgam.version import describe
 
 JSON = "evaluation.json"
@@ -121,8 +122,8 @@ def record_papers(
         "results": [
             {
                 **one.result.as_dict(),
-                "best_log_losses": [_plain(x) for x in one.best],
-                "optimization_stability": [_plain(x) for x in one.stability],
+                "best_log_losses": [to_json(x) for x in one.best],
+                "optimization_stability": [to_json(x) for x in one.stability],
             }
             for of_task in results
             for one in of_task
@@ -137,10 +138,6 @@ def record_papers(
             [one.result for one in of_task],
             folder / "plots" / f"{of_task[0].result.task}.png",
         )
-
-
-def _plain(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)
 
 
 def _content(evaluation: Evaluation) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
             for result in of_budget
         ],
         "tunings": [
-            {**asdict(tuned), "losses": [_plain(x) for x in tuned.losses]}
+            {**asdict(tuned), "losses": [to_json(x) for x in tuned.losses]}
             for tuned in evaluation.tunings
         ],
     }

@@ -141,13 +141,13 @@ class Curve:
         """JSON-serialisable; numbers that JSON does not know become strings, such as ``"nan"``."""
         return {
             "steps": list(self.steps),
-            "validation_losses": [_to_json(x) for x in self.losses],
-            "accuracies": [_to_json(x) for x in self.accuracies],
+            "validation_losses": [to_json(x) for x in self.losses],
+            "accuracies": [to_json(x) for x in self.accuracies],
             "full": [
-                {name: _to_json(value) for name, value in reading._asdict().items()}
+                {name: to_json(value) for name, value in reading._asdict().items()}
                 for reading in self.full
             ],
-            "seconds_a_step": _to_json(self.seconds),
+            "seconds_a_step": to_json(self.seconds),
             "state_bytes": self.state_bytes,
         }
 
@@ -173,7 +173,8 @@ class Curve:
         )
 
 
-def _to_json(number: float) -> float | str:
+def to_json(number: float) -> float | str:
+    """A number, or, where JSON does not know it, its name, such as ``"nan"``."""
     return number if math.isfinite(number) else str(number)
 
 

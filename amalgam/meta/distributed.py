@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from amalgam import files
+
 T = TypeVar("T")
 
 _apart = False
@@ -70,6 +72,15 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+
+
+def locked(folder: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+    """Keep other runs from a folder within the block; all processes of one run are one.
+
+    Raises:
+        BlockingIOError: Another run has the folder.
+    """
+    return contextlib.nullcontext() if rank() else files.locked(folder)
 
 
 def total(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -51,19 +51,6 @@ class RunFolder:
         self._checkpoint = path / CHECKPOINT
         self._log: IO[str] | None = None
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs from the folder; all processes of one run are one.
-
-        Raises:
-            BlockingIOError: Another run has it.
-        """
-        if distributed.rank():
-            yield
-            return
-        with files.locked(self.path):
-            yield
-
     def open(self, *, resume: bool) -> bool:
         """Make the folder, remove what interrupted writes left in it, and look for a checkpoint.
 

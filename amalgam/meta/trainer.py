@@ -245,7 +245,7 @@ class Trainer:
         """
         distributed.by_first(self.check)
         state = self._state
-        with self._files.locked():
+        with distributed.locked(self.folder):
             if self._files.open(resume=resume):
                 self._files.load_checkpoint(state, self._engine_of, self.device)
             self._check_can_be_saved()

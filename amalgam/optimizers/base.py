@@ -291,8 +291,8 @@ class StepOptimizer(Optimizer):
         """
         found = [param for param, flag in self._unusable_of_each().items() if flag]
         named = ", ".join(map(self._name_of, found[:3])) or "parameters of another process"
-        if more := len(found) - 3 if len(found) > 3 else 0:
-            named += f" and {more} more"
+        if len(found) > 3:
+            named += f" and {len(found) - 3} more"
         if self.nonfinite == "raise":
             raise RuntimeError(
                 f"gradients of {named} are not finite; parameters and state are as they were. "

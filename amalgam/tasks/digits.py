@@ -7,30 +7,32 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from amalgam.tasks.networks import glorot
 from amalgam.tasks.task import Task
 
 _VALIDATION = 360
 
 
-@functools.cache
-def _data() -> tuple[Tensor, Tensor]:
-    """Images (1797, 64) in [0, 1] and labels, in one fixed shuffled order."""
+def shuffled(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (1797, 64) in [0, 1] and labels (1797,), in an order that a generator draws."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=generator)
     return (torch.from_numpy(images).float() / 16)[order], torch.from_numpy(labels).long()[order]
 
 
-def glorot(module: nn.Module) -> nn.Module:
-    """Initialise as the paper's optimizees are: Glorot-uniform kernels, zero biases."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
-        else:
-            nn.init.zeros_(parameter)
-    return module
+def halved(images: Tensor) -> Tensor:
+    """Images (samples, 64) -> images (samples, 16), each pixel the mean of four."""
+    return functional.avg_pool2d(images.view(-1, 1, 8, 8), 2).flatten(1)
+
+
+@functools.cache
+def _data() -> tuple[Tensor, Tensor]:
+    """All images and labels, in one fixed order."""
+    return shuffled(torch.Generator().manual_seed(0))
 
 
 def _mlp() -> nn.Module:

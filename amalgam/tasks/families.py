@@ -95,7 +95,7 @@ class MLPs(_ActivatedFamily):
         return Design(
             lambda width: mlp(
                 [inputs, *[width] * depth, classes], activation, normed=norm != "none"
-            )(),
+            ),
             train,
             validation,
             functional.cross_entropy,
@@ -206,7 +206,7 @@ class Autoencoders(_ActivatedFamily):
             return [x.shape[1], *side, width // 2, *side, x.shape[1]]
 
         return Design(
-            lambda width: mlp(widths(width), activation, normed=norm != "none")(),
+            lambda width: mlp(widths(width), activation, normed=norm != "none"),
             (x, x),
             (held_out, held_out),
             functional.mse_loss,
@@ -248,7 +248,7 @@ class Regressions(_ActivatedFamily):
         return Design(
             lambda width: mlp(
                 [inputs, *[width] * depth, outputs], activation, normed=norm != "none"
-            )(),
+            ),
             train,
             validation,
             functional.mse_loss,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amalgam.tasks import family_data
-from amalgam.tasks.networks import glorot_layers
+from amalgam.tasks.networks import glorot
 from amalgam.tasks.task import Batch, Task
 
 _T = TypeVar("_T")
@@ -196,12 +196,12 @@ class NetworkFamily(ABC):
         draws = Draws(generator)
         batch_size = draws.integer((self.smallest_batch, self.batch_size))
         wanted = draws.log_uniform(self.parameters)
-        glorot, scale = draws.choice((True, False)), 10 ** draws.uniform(self.initial_scale)
+        by_glorot, scale = draws.choice((True, False)), 10 ** draws.uniform(self.initial_scale)
         network, train, validation, loss, label, narrowest = self.design(draws)
         width = nearest_width(network, wanted, narrowest)
 
         def build() -> nn.Module:
-            module = glorot_layers(network(width)) if glorot else network(width)
+            module = glorot(network(width)) if by_glorot else network(width)
             with torch.no_grad():
                 for parameter in module.parameters():
                     if parameter.dim() > 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amalgam.digest import digest_of
+from amalgam.tasks import digits
 
 SAMPLES = 2**18
 VALIDATION = 2_048
@@ -47,20 +48,16 @@ def images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Those held out show other originals than those to train on.
     """
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    pixels, labels = torch.from_numpy(x).float() / 16, torch.from_numpy(y).long()
     generator = torch.Generator().manual_seed(17)
-    order = torch.randperm(len(labels), generator=generator)
-    train, held_out = order[:_TRAINED], order[_TRAINED:]
+    pixels, labels = digits.shuffled(generator)
 
-    def drawn(originals: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        chosen = originals[torch.randint(len(originals), (count,), generator=generator)]
-        parts = [_moved(pixels[part], generator) for part in chosen.split(_CHUNK)]
-        return torch.cat(parts), labels[chosen]
+    def drawn(originals: slice, count: int) -> tuple[Tensor, Tensor]:
+        shown, its_labels = pixels[originals], labels[originals]
+        chosen = torch.randint(len(shown), (count,), generator=generator)
+        parts = [_moved(shown[part], generator) for part in chosen.split(_CHUNK)]
+        return torch.cat(parts), its_labels[chosen]
 
-    return *drawn(train, SAMPLES), *drawn(held_out, VALIDATION)
+    return *drawn(slice(_TRAINED), SAMPLES), *drawn(slice(_TRAINED, None), VALIDATION)
 
 
 def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,11 +79,7 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def halved_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`images`, each pixel the mean of four: images (samples, 16)."""
     x, labels, held_out, its_labels = images()
-
-    def halved(pixels: Tensor) -> Tensor:
-        return functional.avg_pool2d(pixels.view(-1, 1, 8, 8), 2).flatten(1)
-
-    return halved(x), labels, halved(held_out), its_labels
+    return digits.halved(x), labels, digits.halved(held_out), its_labels
 
 
 @functools.cache

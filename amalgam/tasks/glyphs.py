@@ -9,7 +9,6 @@ stand-in is drawn once, on the CPU in float64, and kept in the cache folder.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.ft2font import FT2Font, LoadFlags
 from torch import Tensor
 from torch.nn import functional
 
+from amalgam.digest import digest_of_text
 from amalgam.tasks import cache
 from amalgam.tasks.task import Batch
 
@@ -109,9 +109,8 @@ def load(name: str) -> tuple[Batch, Batch]:
 # Tasks of one data set share it; another takes its place, for hundreds of megabytes.
 @functools.lru_cache(maxsize=1)
 def _load(of: _StandIn, name: str) -> tuple[Batch, Batch]:
-    drawing = repr((_VERSION, of, matplotlib.__version__)).encode()
-    digest = hashlib.blake2b(drawing, digest_size=8).hexdigest()
-    kept = cache.tensors(f"glyphs-{name}-{digest}", lambda: _drawn(of))
+    drawing = digest_of_text(repr((_VERSION, of, matplotlib.__version__)))
+    kept = cache.tensors(f"glyphs-{name}-{drawing}", lambda: _drawn(of))
     train, validation = (
         (kept[f"{part}-images"], kept[f"{part}-labels"].long()) for part in ("train", "validation")
     )

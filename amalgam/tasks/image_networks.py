@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amalgam.tasks.digits import glorot
+from amalgam.tasks.networks import glorot
 
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""
@@ -154,11 +154,7 @@ def _resnet(shape: Shape, classes: int, *, depth: int, width: int) -> nn.Module:
         if stage < 2:
             layers.append(nn.MaxPool2d(2))
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
-    module = glorot(nn.Sequential(*layers))
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.ones_(part.weight)
-    return module
+    return glorot(nn.Sequential(*layers))
 
 
 def resnet(depth: int, width: int = 1) -> Network:

@@ -1,4 +1,7 @@
-"""Small networks, of which task families draw the sizes and small tasks are made."""
+"""Small networks, of which task families draw the sizes and small tasks are made.
+
+And the rule by which the paper's optimizees are initialised.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-
-from amalgam.tasks.digits import glorot
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -19,29 +20,31 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def mlp(
-    widths: Sequence[int], activation: str, *, initialised: bool = False, normed: bool = False
-) -> Callable[[], nn.Module]:
-    """What builds a network of these widths.
+def glorot(module: nn.Module) -> nn.Module:
+    """Initialise linear and convolutional layers by Glorot's rule, their biases to zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return module
+
+
+def mlp(widths: Sequence[int], activation: str, *, normed: bool = False) -> nn.Module:
+    """A perceptron.
 
     Args:
         widths: Of the input, the hidden layers and the output.
         activation: Between layers.
-        initialised: Whether weights are Glorot's and biases zero; torch's otherwise.
         normed: Whether a layer norm comes before each activation.
     """
-
-    def build() -> nn.Module:
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths[:-1]):
-            layers.append(nn.Linear(inputs, outputs))
-            if normed:
-                layers.append(nn.LayerNorm(outputs))
-            layers.append(ACTIVATIONS[activation]())
-        module = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
-        return glorot(module) if initialised else module
-
-    return build
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths[:-1]):
+        layers.append(nn.Linear(inputs, outputs))
+        if normed:
+            layers.append(nn.LayerNorm(outputs))
+        layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 POOLINGS: dict[str, Callable[[], nn.Module]] = {
@@ -145,9 +148,7 @@ class Attention(nn.Module):
         self.embedding = nn.Embedding(symbols, width)
         self.places = nn.Parameter(0.1 * torch.randn(context, width))
         self.attentions = nn.ModuleList(_CausalAttention(width, heads) for _ in range(blocks))
-        self.mlps = nn.ModuleList(
-            mlp([width, 2 * width, width], activation)() for _ in range(blocks)
-        )
+        self.mlps = nn.ModuleList(mlp([width, 2 * width, width], activation) for _ in range(blocks))
         self.norms = nn.ModuleList(
             nn.LayerNorm(width) if normed else nn.Identity() for _ in range(2 * blocks)
         )
@@ -239,13 +240,3 @@ class Factors(nn.Module):
             x = factor(x)
         value: Tensor = (x * self.right(z)).sum(-1)
         return value
-
-
-def glorot_layers(module: nn.Module) -> nn.Module:
-    """Initialise linear and convolutional layers by Glorot's rule, their biases to zero."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    return module

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amalgam.hints import did_you_mean
-from amalgam.tasks.networks import mlp
+from amalgam.tasks import digits
+from amalgam.tasks.networks import convolutions, glorot, mlp
 from amalgam.tasks.task import Batch, Task
 
 _SHIFTS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1)]
@@ -35,16 +36,11 @@ Data = tuple[Batch, Batch]
 @functools.cache
 def _images() -> Data:
     """Training and validation: images (samples, 64) and labels (samples,)."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    pixels, labels = torch.from_numpy(x).float() / 16, torch.from_numpy(y).long()
     generator = torch.Generator().manual_seed(11)
-    order = torch.randperm(len(labels), generator=generator)
-    train, validation = order[:_TRAINED], order[_TRAINED:]
+    pixels, labels = digits.shuffled(generator)
     return (
-        (_augmented(pixels[train], _COPIES, generator), labels[train].repeat(_COPIES)),
-        (_augmented(pixels[validation], 1, generator), labels[validation]),
+        (_augmented(pixels[:_TRAINED], _COPIES, generator), labels[:_TRAINED].repeat(_COPIES)),
+        (_augmented(pixels[_TRAINED:], 1, generator), labels[_TRAINED:]),
     )
 
 
@@ -62,11 +58,7 @@ def _augmented(pixels: Tensor, copies: int, generator: torch.Generator) -> Tenso
 def _small_images() -> Data:
     """The images (samples, 16), each pixel the mean of four; and labels."""
     (x, y), (held_out, labels) = _images()
-
-    def halved(pixels: Tensor) -> Tensor:
-        return functional.avg_pool2d(pixels.view(-1, 1, 8, 8), 2).view(-1, 16)
-
-    return (halved(x), y), (halved(held_out), labels)
+    return (digits.halved(x), y), (digits.halved(held_out), labels)
 
 
 def _pictures(data: Data) -> Data:
@@ -101,20 +93,6 @@ def _text() -> Data:
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(5))
     x, y = pieces[order, :-1], pieces[order, 1:]
     return (x[300:], y[300:]), (x[:300], y[:300])
-
-
-def _cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 4, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(4, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
 
 
 class _Attention(nn.Module):
@@ -160,8 +138,12 @@ def _squares(
     return _Optimizee(build, data, batch_size, functional.mse_loss)
 
 
+def _mlp(*widths: int, activation: str, normed: bool = False) -> Callable[[], nn.Module]:
+    return functools.partial(mlp, widths, activation, normed=normed)
+
+
 def _initialised(*widths: int, activation: str) -> Callable[[], nn.Module]:
-    return mlp(widths, activation, initialised=True)
+    return lambda: glorot(mlp(widths, activation))
 
 
 def _pictures_of(data: Callable[[], Data]) -> Callable[[], Data]:
@@ -170,21 +152,25 @@ def _pictures_of(data: Callable[[], Data]) -> Callable[[], Data]:
 
 _OPTIMIZEES = {
     "mlp-sigmoid": _Optimizee(_initialised(16, 20, 10, activation="sigmoid"), _small_images, 64),
-    "mlp-relu-2": _Optimizee(mlp([16, 16, 16, 10], "relu"), _small_images, 64),
-    "mlp-tanh": _Optimizee(mlp([64, 10, 10], "tanh"), _images, 16),
+    "mlp-relu-2": _Optimizee(_mlp(16, 16, 16, 10, activation="relu"), _small_images, 64),
+    "mlp-tanh": _Optimizee(_mlp(64, 10, 10, activation="tanh"), _images, 16),
     "mlp-relu-3": _Optimizee(
         _initialised(16, 12, 12, 12, 10, activation="relu"), _small_images, 64
     ),
-    "mlp-normed": _Optimizee(mlp([64, 10, 10], "gelu", normed=True), _images, 32),
-    "cnn": _Optimizee(_cnn, _images, 16),
-    "autoencoder": _squares(mlp([64, 8, 64], "tanh"), _pictures_of(_images), 32),
-    "autoencoder-3": _squares(mlp([16, 12, 4, 12, 16], "elu"), _pictures_of(_small_images), 64),
-    "regression": _squares(mlp([12, 24, 1], "relu"), lambda: _regression(1), 64),
-    "regression-2": _squares(mlp([12, 16, 16, 1], "tanh"), lambda: _regression(2), 32),
+    "mlp-normed": _Optimizee(_mlp(64, 10, 10, activation="gelu", normed=True), _images, 32),
+    "cnn": _Optimizee(
+        functools.partial(convolutions, 4, 2, "relu", pooling="max", normed=False), _images, 16
+    ),
+    "autoencoder": _squares(_mlp(64, 8, 64, activation="tanh"), _pictures_of(_images), 32),
+    "autoencoder-3": _squares(
+        _mlp(16, 12, 4, 12, 16, activation="elu"), _pictures_of(_small_images), 64
+    ),
+    "regression": _squares(_mlp(12, 24, 1, activation="relu"), lambda: _regression(1), 64),
+    "regression-2": _squares(_mlp(12, 16, 16, 1, activation="tanh"), lambda: _regression(2), 32),
     "attention": _Optimizee(functools.partial(_Attention, 8, False), _text, 16),
     "attention-normed": _Optimizee(functools.partial(_Attention, 10, True), _text, 8),
-    "deep": _Optimizee(mlp([16, *[12] * 6, 10], "relu"), _small_images, 64),
-    "wide": _Optimizee(mlp([64, 96, 10], "relu"), _images, 64),
+    "deep": _Optimizee(_mlp(16, *[12] * 6, 10, activation="relu"), _small_images, 64),
+    "wide": _Optimizee(_mlp(64, 96, 10, activation="relu"), _images, 64),
 }
 
 HELD_OUT = ("deep", "wide")

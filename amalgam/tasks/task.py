@@ -157,13 +157,13 @@ class Task:
             any.
         draws: Whether module or loss draw random numbers while they run. Where ``None``, what they
             do on the first samples; say so where they draw in some steps only.
-
-    Raises:
-        ValueError: Data, module or loss can't be trained as they are; the message says why.
         gradient: How the gradients of a training run are taken, such as
             :class:`amalgam.tasks.PrivateGradient`; where ``None``, by back-propagation.
             Meta-training has no other way: a task with its own is for evaluation.
         stand_in: Whether the data stand in for published ones; the name is to say so, too.
+
+    Raises:
+        ValueError: Data, module or loss can't be trained as they are; the message says why.
     """
 
     name: str

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed
 
 from amalgam import Student, StudentConfig
-from amalgam import evaluation_commands as commands
+from amalgam.evaluation import commands
 from amalgam.evaluation.runner import NamedTask
 from amalgam.seeding import generator_for
 
@@ -132,13 +132,18 @@ def test_the_processes_of_torchrun_share_the_runs(student, whole, tmp_path) -> N
     assert numbers(tmp_path / "out") == numbers(whole / "out")
 
 
-def test_a_folder_holds_one_evaluation_and_no_run(student, whole, tmp_path) -> None:
+def test_a_folder_holds_one_evaluation_and_no_run(
+    student, whole, tmp_path, monkeypatch, capsys
+) -> None:
     out = whole / "out"
     before = (out / "evaluation.json").read_bytes()
     with pytest.raises(ValueError, match="an evaluation of other students, tasks or settings"):
         evaluated(student, whole, seeds=3)
-    # What is all in the cache is not run again, times of steps included.
+    # What is all in the cache is not run again, times of steps included. And no terminal is so
+    # narrow that it breaks a path.
+    monkeypatch.setattr(commands, "_console", commands.Console(width=30))
     evaluated(student, whole)
+    assert f"report: {out / 'report.html'}\n" in capsys.readouterr().out
     assert (out / "evaluation.json").read_bytes() == before
     assert (out / "report.html").stat().st_size > 10_000
 

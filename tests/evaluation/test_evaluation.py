@@ -329,6 +329,9 @@ def test_teachers_do_not_collide_with_baselines() -> None:
 def test_wrong_protocols_are_refused() -> None:
     for changes, message in (
         ({"seeds": 0}, "seeds must be 1 or more, not 0"),
+        ({"every": 0}, "every must be 1 or more, not 0"),
+        ({"training_samples": 0}, "training_samples must be 1 or more, not 0"),
+        ({"budgets": (1.0, math.inf)}, "budgets must be positive and finite, not inf"),
         ({"seeds": TUNING_SEED + 1}, "seeds must be at most 10000"),
         ({"budgets": (0.5, 2.0)}, "budgets must ascend and have 1 among them"),
         ({"budgets": (2.0, 1.0)}, "budgets must ascend"),

@@ -137,7 +137,7 @@ def test_draws_are_in_their_ranges_and_log_uniform() -> None:
 @pytest.mark.parametrize("wanted", [30, 343, 5_000])
 def test_the_width_is_the_nearest(wanted: int) -> None:
     def network(width: int) -> torch.nn.Module:
-        return mlp([3, width, width, 2], "relu")()
+        return mlp([3, width, width, 2], "relu")
 
     def error(width: int) -> float:
         return abs(sum(p.numel() for p in network(width).parameters()) - wanted)

@@ -124,14 +124,14 @@ def evaluate_command(
         _show(found)
         if folder is not None:
             report.record(found, folder, asked)
-            _console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
+            _print_path("report", folder / "report.html")
         return
     for of_task in papers:
         _console.print(paper.table(of_task, chosen.epochs))
     if folder is not None:
         report.record_papers(papers, folder, asked, chosen.epochs)
-        for what, name in (("tables: ", "evaluation.md"), ("numbers:", "evaluation.csv")):
-            _console.print(f"{what} {folder / name}", highlight=False, markup=False)
+        for what, name in (("tables", "evaluation.md"), ("numbers", "evaluation.csv")):
+            _print_path(what, folder / name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +188,11 @@ def _known(name: str | None, everybody: Sequence[str] | dict[str, Any], what: st
             f"{what} must be one of {list(everybody)}, not {name!r}{did_you_mean(name, everybody)}"
         )
     return name
+
+
+def _print_path(what: str, path: Path) -> None:
+    """Print where something is, in one line however narrow the terminal is."""
+    _console.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(found: Evaluation) -> None:
