@@ -1,0 +1,172 @@
+"""``step()`` on the parameters of ResNet-50 and of GPT-2 small, beside AdamW's.
+
+python -m pytest bench/bench_optimizer_models.py [--benchmark-json=rows.json]
+
+The optimizers step the same parameters with the same random gradients, in turn, so that noise hits
+all. On GPT-2 small all but the paper's student take 17 GB together, and that one 41 GB more: an
+optimizer whose state does not fit into what is free is left out, and the row says what it would
+have taken. With ``AMALGAM_BENCH_QUICK=1`` each dimension is a sixteenth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import QUICK, memory, need, seconds, temporary_bytes, threads_of_each
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from amalgam import (
+    AmalgamatedOptimizer,
+    NominalConfig,
+    NominalStudent,
+    Student,
+    StudentConfig,
+    estimate_memory,
+)
+from amalgam.meta.memory import free_bytes
+from amalgam.policies import FusedStudent
+
+Shapes = list[tuple[int, ...]]
+ROUNDS = 3 if QUICK else 10
+SPARE_BYTES = 1 << 30  # left to everything else on the machine
+
+
+def resnet50() -> Shapes:
+    """The parameters of torchvision's ResNet-50, 25,557,032 numbers in 161 tensors."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inputs, 1, 1))
+            for convolution in convolutions:
+                shapes += [convolution, (convolution[0],), (convolution[0],)]
+            inputs = 4 * width
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def gpt2() -> Shapes:
+    """The parameters of GPT-2 small, 124,439,808 numbers in 148 tensors; its head is tied."""
+    width = 768
+    norm: Shapes = [(width,), (width,)]
+    block: Shapes = [
+        *norm,
+        (width, 3 * width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        *norm,
+        (width, 4 * width),
+        (4 * width,),
+        (4 * width, width),
+        (width,),
+    ]
+    return [(50257, width), (1024, width), *block * 12, *norm]
+
+
+MODELS: dict[str, tuple[Callable[[], Shapes], int, int]] = {
+    "ResNet-50": (resnet50, 25_557_032, 161),
+    "GPT-2 small": (gpt2, 124_439_808, 148),
+}
+
+
+def shrunk(shapes: Shapes) -> Shapes:
+    return [tuple(-(-size // 16) for size in shape) for shape in shapes]
+
+
+def students() -> dict[str, FusedStudent | str]:
+    """The default one, and two of random weights, which cost what trained ones do."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "the default student": "standard",
+        "nominal 1x4": NominalStudent(NominalConfig(hidden=4), generator=generator),
+        "the paper's 2x20": Student(StudentConfig(), generator=generator),
+    }
+
+
+def parameters_of(shapes: Shapes) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+    return params
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """What the tensors of an optimizer's state take."""
+    tensors = [value for entry in optimizer.state.values() for value in entry.values()]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def check_steps(shapes: Shapes) -> None:
+    """Raise unless, on small shapes, steps are the reference's."""
+    for student in students().values():
+        ours, theirs = parameters_of(shrunk(shapes)), parameters_of(shrunk(shapes))
+        for backend, params in (("cpu", ours), ("reference", theirs)):
+            optimizer = AmalgamatedOptimizer(
+                params, student=student, backend=backend, warmup_steps=0
+            )
+            for _ in range(2):
+                optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(3600)  # GPT-2 by the paper's student takes longer than tests may
+@pytest.mark.parametrize("model", MODELS)
+@threads_of_each
+def test_models_alternating(benchmark: Any, threads: int, model: str) -> None:
+    """The least time of some steps in turn, the state's bytes, and those a step takes besides."""
+    need("cpu", "student_step_")
+    make, numbers, tensors = MODELS[model]
+    shapes = make()
+    assert (sum(map(math.prod, shapes)), len(shapes)) == (numbers, tensors)
+    params = parameters_of(shrunk(shapes) if QUICK else shapes)
+    check_steps(shapes)
+
+    makers: dict[str, Callable[[], Optimizer]] = {
+        "AdamW(foreach)": lambda: AdamW(params, foreach=True),
+        "AdamW(fused)": lambda: AdamW(params, fused=True),
+    }
+    takes = dict.fromkeys(makers, 8 * sum(param.numel() for param in params))
+    for name, student in students().items():
+        makers[name] = lambda student=student: AmalgamatedOptimizer(  # type: ignore[misc]
+            params, student=student, backend="cpu", warmup_steps=0
+        )
+        takes[name] = estimate_memory(params, student).state_bytes
+    steps, left_out = {}, {}
+    facts: dict[str, dict[str, int]] = {}
+    for name, maker in makers.items():
+        if takes[name] + SPARE_BYTES > free_bytes(torch.device("cpu")):
+            left_out[name] = takes[name]
+            continue
+        optimizer = maker()
+        optimizer.step()
+        held = temporary_bytes(optimizer.step)
+        facts[name] = {"state_bytes": state_bytes(optimizer)}
+        if held is not None:
+            facts[name]["temporary_bytes"] = held
+        steps[name] = optimizer.step
+    least = dict.fromkeys(steps, float("inf"))
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            least[name] = min(least[name], seconds(step, repeats=1))
+    benchmark.pedantic(steps["AdamW(foreach)"], rounds=3)
+    foreach = least["AdamW(foreach)"]
+    benchmark.extra_info |= {
+        "threads": threads,
+        "model": model,
+        "parameters": sum(param.numel() for param in params),
+        "tensors": len(params),
+        "quick": QUICK,
+        "least_ms": {name: round(1e3 * t, 3) for name, t in least.items()},
+        "over_adamw_foreach": {name: round(t / foreach, 3) for name, t in least.items()},
+        "memory": facts,
+        "left_out_for_state_bytes": left_out,
+        "resident_bytes_at_the_end": memory("VmRSS"),
+    }
