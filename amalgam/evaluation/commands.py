@@ -147,7 +147,7 @@ def compare_command(
         list[Path], typer.Argument(help="Folders that `amalgam evaluate --out` wrote.")
     ],
     reference: Annotated[
-        str | None, typer.Option(help="Whom to compare with [default: the first student]")
+        str | None, typer.Option(help="Whom to compare with [default: the first other student]")
     ] = None,
     contender: Annotated[
         list[str] | None, typer.Option(help="Whom to compare [default: the other students]")
@@ -167,13 +167,17 @@ def compare_command(
         raise ValueError(f"steps must be one of {sorted(known)}, not {at}")
     everybody = comparing.contenders_of(evaluations)
     students = [name for name, results in everybody.items() if results[0].kind == "student"]
-    against = _known(reference, everybody, "reference") or next(iter(students), None)
+    others = [_known(name, everybody, "contender") for name in contender or []]
+    left = (name for name in students if name not in others)
+    against = next(left, None) if reference is None else _known(reference, everybody, "reference")
     if against is None:
-        raise ValueError(f"reference must be given, one of {list(everybody)}: there is no student")
-    given = [_known(name, everybody, "contender") for name in contender or []]
-    others = [name for name in given if name is not None] or [
-        name for name in students if name != against
-    ]
+        raise ValueError(
+            f"reference must be given, one of {list(everybody)}: there is no other student"
+        )
+    if against in others:
+        raise ValueError(f"contender must be another than the reference, not {against!r}, too")
+    if not others:
+        others = [name for name in students if name != against]
     if not others:
         others = [name for name in everybody if name != against]
     for name in others:
@@ -181,9 +185,9 @@ def compare_command(
         _console.print(comparing.table(found))
 
 
-def _known(name: str | None, everybody: Sequence[str] | dict[str, Any], what: str) -> str | None:
+def _known(name: str, everybody: Sequence[str] | dict[str, Any], what: str) -> str:
     """A contender's name, or an error that lists them."""
-    if name is not None and name not in everybody:
+    if name not in everybody:
         raise ValueError(
             f"{what} must be one of {list(everybody)}, not {name!r}{did_you_mean(name, everybody)}"
         )

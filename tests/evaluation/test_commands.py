@@ -172,6 +172,13 @@ def test_compare(whole, capsys, monkeypatch) -> None:
     assert "small-regression" in shown
     with pytest.raises(ValueError, match="contender must be one of .* did you mean 'mine'"):
         commands.compare_command([out], contender=["min"])
+    # Nobody is compared with himself.
+    commands.compare_command([out], contender=["mine"], steps=2)
+    assert "mine over mine, linear" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="contender must be another than the reference"):
+        commands.compare_command([out], contender=["mine"], reference="mine")
+    with pytest.raises(ValueError, match="reference must be given.*no other student"):
+        commands.compare_command([out], contender=["mine", "mine, linear"])
     with pytest.raises(ValueError, match=r"steps must be one of \[2, 4\], not 3"):
         commands.compare_command([out], steps=3)
     with pytest.raises(FileNotFoundError, match="it is no evaluation's folder"):
