@@ -189,7 +189,7 @@ def test_pointers_are_only_taken_of_what_was_promised() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = "triton typer matplotlib sklearn pydantic rich torchvision"
+    heavy = "triton typer matplotlib scipy sklearn pydantic rich torchvision"
     code = f"import torch, sys; before = set(sys.modules); import amalgam; print([m for m in \
 '{heavy}'.split() if m in set(sys.modules) - before])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

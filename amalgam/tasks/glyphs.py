@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.ft2font import FT2Font, LoadFlags
 from torch import Tensor
 from torch.nn import functional
 
@@ -109,7 +108,7 @@ def load(name: str) -> tuple[Batch, Batch]:
 # Tasks of one data set share it; another takes its place, for hundreds of megabytes.
 @functools.lru_cache(maxsize=1)
 def _load(of: _StandIn, name: str) -> tuple[Batch, Batch]:
-    drawing = digest_of_text(repr((_VERSION, of, matplotlib.__version__)))
+    drawing = digest_of_text(repr((_VERSION, of, version("matplotlib"))))
     kept = cache.tensors(f"glyphs-{name}-{drawing}", lambda: _drawn(of))
     train, validation = (
         (kept[f"{part}-images"], kept[f"{part}-labels"].long()) for part in ("train", "validation")
@@ -133,6 +132,9 @@ def _drawn(of: _StandIn) -> dict[str, Tensor]:
 
 def _rendered(face: str, characters: str) -> Tensor:
     """Characters centred on canvases, each pixel's ink in [0, 1]: (characters, side, side)."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font, LoadFlags
+
     font = FT2Font(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"))
     font.set_size(_EM, 72)
     canvases = np.zeros((len(characters), _SIDE, _SIDE))
