@@ -240,7 +240,7 @@ def digits(folder: Path, device: str, **settings: Any) -> Trainer:
     student = settings.pop("student", None) or Student(generator=generator_for(0, "student"))
     return Trainer(
         student,
-        tasks.load("digits-mlp"),
+        settings.pop("tasks", None) or tasks.load("digits-mlp"),
         settings.pop("pool", None) or Pool(["adam", "rmsprop"]),
         folder=folder,
         amalgamation=settings.pop("amalgamation", None) or Amalgamation(backend="reference"),
