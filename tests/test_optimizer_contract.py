@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from students import nominal
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler as schedulers
@@ -52,15 +53,6 @@ on_cpu = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 everywhere = pytest.mark.parametrize(
     "backend", ["reference", "cpu", "triton interpreted"], indirect=True
 )
-
-
-def nominal(**config: Any) -> NominalStudent:
-    student = NominalStudent(
-        NominalConfig(hidden=4, **config), generator=torch.Generator().manual_seed(1)
-    )
-    with torch.no_grad():
-        student.head.weight.copy_(torch.linspace(-1, 1, 8).view(2, 4))
-    return student
 
 
 def paper(**config: Any) -> Student:

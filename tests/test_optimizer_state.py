@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from students import nominal
 from torch import Tensor, nn
 
 from amalgam import (
     AmalgamatedOptimizer,
-    NominalConfig,
-    NominalStudent,
     PolicyOptimizer,
     Student,
     StudentConfig,
@@ -26,15 +25,6 @@ from amalgam.policies import FusedStudent
 
 SHAPES = [(6, 4), (), (5,), (4, 3, 2, 2), (0, 3)]
 NAMES = ["step", "m", "v", "h", "c"]
-
-
-def nominal(**config: Any) -> NominalStudent:
-    student = NominalStudent(
-        NominalConfig(hidden=4, **config), generator=torch.Generator().manual_seed(1)
-    )
-    with torch.no_grad():
-        student.head.weight.copy_(torch.linspace(-1, 1, 8).view(2, 4))
-    return student
 
 
 def paper(**config: Any) -> Student:

@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from students import nominal
 from torch import nn
 
-from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, Student, StudentConfig
+from amalgam import AmalgamatedOptimizer, NominalStudent, Student, StudentConfig
 from amalgam.policies import FusedStudent
 
 SHAPES = [(3, 4), (), (5,), (0, 2)]
-
-
-def nominal(**config: Any) -> NominalStudent:
-    generator = torch.Generator().manual_seed(1)
-    student = NominalStudent(NominalConfig(hidden=4, **config), generator=generator)
-    with torch.no_grad():
-        student.head.weight.copy_(torch.linspace(-1, 1, 8).view(2, 4))
-    return student
 
 
 def paper(**config: Any) -> Student:
