@@ -65,6 +65,9 @@ def evaluate_command(
         str | None, typer.Option(help="Multiples of the horizon to read at: 0.25,1,4")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each contender.")] = None,
+    decays: Annotated[
+        str | None, typer.Option(help="How rates go on: constant,linear or one of them")
+    ] = None,
     teacher: Annotated[
         list[str] | None, typer.Option(help="A teacher to compare with, at the paper's rate.")
     ] = None,
@@ -82,7 +85,7 @@ def evaluate_command(
 
     distributed.join()
     named = _tasks(tasks or ["short" if short else "paper"])
-    chosen = _protocol(protocol, short, horizon, budgets, seeds)
+    chosen = _protocol(protocol, short, horizon, budgets, seeds, decays)
     if protocol == "paper" and not teacher:
         teacher = list(dict.fromkeys(one.kind for one in POOLS["large"]))
     contenders = [
@@ -211,14 +214,21 @@ def _show(found: Evaluation) -> None:
 
 
 def _protocol(
-    name: str, short: bool, horizon: int | None, budgets: str | None, seeds: int | None
+    name: str,
+    short: bool,
+    horizon: int | None,
+    budgets: str | None,
+    seeds: int | None,
+    decays: str | None,
 ) -> Protocol | _Paper:
     """The protocol that the options ask for."""
     if name not in ("tuned", "paper"):
         raise ValueError(f"protocol must be 'tuned' or 'paper', not {name!r}")
     if name == "paper":
-        if horizon is not None or budgets is not None:
-            raise ValueError("horizon and budgets are of the protocol 'tuned'; leave them out")
+        if (horizon, budgets, decays) != (None, None, None):
+            raise ValueError(
+                "horizon, budgets and decays are of the protocol 'tuned'; leave them out"
+            )
         papers = _Paper(3, 2) if short else _Paper()
         return papers if seeds is None else dataclasses.replace(papers, runs=seeds)
     chosen = short_protocol() if short else Protocol()
@@ -235,6 +245,8 @@ def _protocol(
                 f"budgets must be numbers with commas between them, such as 0.25,1,4, "
                 f"not {budgets!r}"
             ) from None
+    if decays is not None:
+        changes["decays"] = tuple(decays.split(","))
     return dataclasses.replace(chosen, **changes)
 
 

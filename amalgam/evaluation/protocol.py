@@ -113,9 +113,9 @@ class Protocol:
         for name in self.grids:
             if name not in BASELINES:
                 raise ValueError(f"grids must be of some of {list(BASELINES)}, not of {name!r}")
-        for decay in self.decays:
-            if decay not in DECAYS:
-                raise ValueError(f"decays must be some of {list(DECAYS)}, not {decay!r}")
+        distinct = set(self.decays)
+        if not self.decays or not distinct <= set(DECAYS) or len(distinct) < len(self.decays):
+            raise ValueError(f"decays must be some of {list(DECAYS)}, not {list(self.decays)}")
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -259,7 +259,9 @@ def test_tasks_by_name() -> None:
 def test_wrong_options_are_refused_before_any_work(student, tmp_path) -> None:
     for wrong, message in (
         ({"protocol": "papers"}, "protocol must be 'tuned' or 'paper', not 'papers'"),
-        ({"protocol": "paper", "horizon": 3}, "horizon and budgets are of the protocol 'tuned'"),
+        ({"protocol": "paper", "horizon": 3}, "horizon, budgets and decays are of the protocol"),
+        ({"protocol": "paper", "decays": "linear"}, "horizon, budgets and decays are of the"),
+        ({"decays": "linear,cosine"}, "decays must be some of .*'cosine'"),
         ({"budgets": "1,x"}, "budgets must be numbers .* not '1,x'"),
         ({"budgets": "2"}, "budgets must ascend and have 1 among them"),
         ({"out": ""}, "out must be the path of a folder, not ''"),

@@ -338,6 +338,8 @@ def test_wrong_protocols_are_refused() -> None:
         ({"budgets": (0.01, 1.0), "horizon": 10}, "budgets must be 1 step or more"),
         ({"grids": {"Adagrad": ()}}, "grids must be of some of .*'Adagrad'"),
         ({"decays": ("cosine",)}, "decays must be some of .*'cosine'"),
+        ({"decays": ()}, "decays must be some of .*not \\[\\]"),
+        ({"decays": ("linear", "linear")}, "decays must be some of .*'linear', 'linear'"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SMALL, **changes)
