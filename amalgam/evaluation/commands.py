@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 from amalgam import tasks
 from amalgam.device import resolve
 from amalgam.evaluation import compare as comparing
-from amalgam.evaluation import paper, report, tables
+from amalgam.evaluation import page, paper, report, tables
 from amalgam.evaluation.cache import RunCache, default_folder
 from amalgam.evaluation.contenders import (
     names_of,
@@ -125,16 +125,19 @@ def evaluate_command(
         return
     if isinstance(chosen, Protocol):
         _show(found)
-        if folder is not None:
-            report.record(found, folder, asked)
-            _print_path("report", folder / "report.html")
+    else:
+        for of_task in papers:
+            _console.print(paper.table(of_task, chosen.epochs))
+    stand_ins = page.stand_ins(runner.about)
+    if stand_ins:
+        _console.print(stand_ins, highlight=False, markup=False)
+    if folder is None:
         return
-    for of_task in papers:
-        _console.print(paper.table(of_task, chosen.epochs))
-    if folder is not None:
-        report.record_papers(papers, folder, asked, chosen.epochs)
-        for what, name in (("tables", "evaluation.md"), ("numbers", "evaluation.csv")):
-            _print_path(what, folder / name)
+    if isinstance(chosen, Protocol):
+        report.record(found, folder, asked)
+    else:
+        report.record_papers(papers, folder, asked, chosen.epochs, runner.about)
+    _print_path("report", folder / report.PAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,9 +211,6 @@ def _show(found: Evaluation) -> None:
     for table in report.tables_of(found, wide=wide):
         _console.print(table)
     _console.print(tables.over_all_tasks(found, wide=_console.width >= _WIDE_SUMMARY))
-    stand_ins = report.stand_ins(found)
-    if stand_ins:
-        _console.print(stand_ins, highlight=False, markup=False)
 
 
 def _protocol(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,7 +220,12 @@ def test_the_papers_protocol_writes_its_runs_and_is_not_compared(
     out = tmp_path / "out"
     asked = {"tasks": ["digits-mlp:batch_size=1000"], "protocol": "paper", "teacher": ["adam"]}
     evaluated(student, tmp_path, horizon=None, budgets=None, **asked)
-    assert str(out / "evaluation.csv") in capsys.readouterr().out
+    assert str(out / "report.html") in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "by the paper's protocol: 1 epoch, 2 runs each" in html.unescape(page)
+    assert page.count("<svg") == 1
+    assert "optimization stability" in page
+    assert not re.search(r"(src|href)=.?http", page)
     rows = list(csv.DictReader((out / "evaluation.csv").open()))
     assert [(row["optimizer"], row["seed"]) for row in rows] == [
         *(("mine", "0"), ("mine", "1"), ("adam", "0"), ("adam", "1"))
