@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, trim_mean
-from scipy.stats import t as student_t
 
 Scores = NDArray[np.float64]
 
@@ -77,6 +75,8 @@ def over_tasks(scores: Sequence[Scores]) -> Interval:
     Returns:
         The mean; NaN where there are no scores. The interval is NaN where a task has a single run.
     """
+    from scipy.stats import bootstrap, trim_mean
+
     if not scores:
         return Interval(*[math.nan] * 3)
 
@@ -112,6 +112,8 @@ def over_seeds(differences: Scores) -> Interval:
     Returns:
         The mean. The interval is NaN where there is a single seed or an infinite difference.
     """
+    from scipy.stats import t as student_t
+
     with np.errstate(invalid="ignore"):
         value = float(np.mean(differences))
     if len(differences) < 2 or not np.isfinite(differences).all():

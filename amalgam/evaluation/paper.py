@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
 
 from amalgam.evaluation.contenders import Contender
 from amalgam.evaluation.protocol import Result
@@ -65,6 +64,8 @@ def optimization_stability(losses: Sequence[float]) -> float:
     Returns:
         The deviation; NaN where a loss is not finite or has no logarithm.
     """
+    from scipy.ndimage import gaussian_filter1d
+
     values = np.asarray(losses, float)
     if not np.isfinite(values).all() or (values <= 0).any():
         return math.nan

@@ -16,7 +16,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from amalgam.evaluation.contenders import BASELINES, DECAYS, Contender, Setting, baseline, grid
 from amalgam.evaluation.runner import About, Run, Runner
@@ -486,6 +485,8 @@ def _at_edge(settings: Sequence[Setting], chosen: Setting) -> tuple[str, ...]:
 
 def _best_over_tasks(tunings: Sequence[Tuning], protocol: Protocol) -> Contender:
     """AdamW at the setting and decay whose mean rank over the tasks, in tuning, is the smallest."""
+    from scipy.stats import rankdata
+
     of_task: dict[str, list[float]] = {}
     for tuned in tunings:
         if tuned.optimizer == "AdamW":
