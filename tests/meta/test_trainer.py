@@ -1,12 +1,13 @@
 """The trainer: learning, skipping, checkpoints, resuming to the same bits."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import Killed, metrics, trainer
+from runs import Killed, killer, metrics, trainer
 from torch import Tensor
 
 from amalgam import weight_files
@@ -57,24 +58,31 @@ def test_run_folder(tmp_path) -> None:
     assert loaded.provenance["kept_meta_step"] == best["meta_step"]
 
 
-def test_same_seed_same_bits(tmp_path) -> None:
-    one, two, other = (
-        trainer(tmp_path / name, seed=seed).run().weights()
-        for name, seed in (("a", 7), ("b", 7), ("c", 8))
-    )
+def test_same_seed_same_bits(whole, tmp_path) -> None:
+    one = Student.load(whole / STUDENT).weights()
+    two, other = (trainer(tmp_path / str(seed), seed=seed).run().weights() for seed in (7, 8))
     assert all(map(torch.equal, one, two))
     assert not all(map(torch.equal, one, other))
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert metrics(whole) == metrics(tmp_path / "7")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that is over, which tests share."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer(folder).run()
+    return folder
+
+
+@pytest.fixture
+def over(whole, tmp_path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "over")
 
 
 @pytest.mark.parametrize("at", range(1, 8))
-def test_resumed_run_ends_in_the_same_bits(tmp_path, at) -> None:
-    whole = trainer(tmp_path / "whole").run().weights()
-
-    def kill(row: dict) -> None:
-        if row["meta_step"] == at:
-            raise Killed
-
+def test_resumed_run_ends_in_the_same_bits(whole, tmp_path, at) -> None:
+    kill = killer(at)
     with pytest.raises(Killed):
         trainer(tmp_path / "cut").run(report=kill)
     with (tmp_path / "cut" / METRICS).open("a") as log:
@@ -82,19 +90,19 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, at) -> None:
     with pytest.raises(FileExistsError) if at > 1 else pytest.raises(Killed):
         trainer(tmp_path / "cut").run(report=kill)
     resumed = trainer(tmp_path / "cut").run(resume=True).weights()
-    assert all(map(torch.equal, whole, resumed))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert all(map(torch.equal, Student.load(whole / STUDENT).weights(), resumed))
+    assert metrics(whole) == metrics(tmp_path / "cut")
     assert not list((tmp_path / "cut").glob(".*"))
 
 
 def test_random_state_outside_does_not_matter(tmp_path) -> None:
-    torch.manual_seed(0)
-    one = trainer(tmp_path / "a").run().weights()
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    two = trainer(tmp_path / "b").run().weights()
-    assert all(map(torch.equal, one, two))
-    assert torch.equal(torch.get_rng_state(), state)
+    runs = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        runs.append(trainer(tmp_path / str(seed)).run().weights())
+        assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, *runs))
 
 
 @pytest.mark.parametrize(
@@ -106,27 +114,24 @@ def test_random_state_outside_does_not_matter(tmp_path) -> None:
         ({"amalgamation": Amalgamation(mechanism="mean")}, "mechanism"),
     ],
 )
-def test_a_foreign_checkpoint_is_refused(tmp_path, changes, named) -> None:
-    trainer(tmp_path).run()
+def test_a_foreign_checkpoint_is_refused(over, changes, named) -> None:
     with pytest.raises(ValueError, match=named):
-        trainer(tmp_path, **changes).run(resume=True)
+        trainer(over, **changes).run(resume=True)
 
 
-def test_a_checkpoint_from_before_formats_were_numbered_is_refused(tmp_path) -> None:
-    trainer(tmp_path).run()
-    tensors, about = weight_files.read(tmp_path / CHECKPOINT, "checkpoint")
+def test_a_checkpoint_from_before_formats_were_numbered_is_refused(over) -> None:
+    tensors, about = weight_files.read(over / CHECKPOINT, "checkpoint")
     assert about.pop("format") == FORMAT
-    weight_files.write(tmp_path / CHECKPOINT, "checkpoint", tensors, about)
+    weight_files.write(over / CHECKPOINT, "checkpoint", tensors, about)
     with pytest.raises(ValueError, match=f"format 1, .* format {FORMAT} alone; finish that"):
-        trainer(tmp_path).run(resume=True)
+        trainer(over).run(resume=True)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path) -> None:
-    trainer(tmp_path).run()
-    content = (tmp_path / CHECKPOINT).read_bytes()
-    (tmp_path / CHECKPOINT).write_bytes(content[: len(content) // 2])
+def test_a_damaged_checkpoint_is_refused(over) -> None:
+    content = (over / CHECKPOINT).read_bytes()
+    (over / CHECKPOINT).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cut short"):
-        trainer(tmp_path).run(resume=True)
+        trainer(over).run(resume=True)
 
 
 def test_non_finite_meta_gradients_are_skipped_and_counted(tmp_path) -> None:
@@ -177,9 +182,9 @@ def test_a_window_without_a_usable_step_is_skipped(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("byte", range(0, 400, 7))
-def test_a_flipped_bit_of_a_checkpoint_is_refused(whole_run, byte, tmp_path) -> None:
+def test_a_flipped_bit_of_a_checkpoint_is_refused(whole, byte, tmp_path) -> None:
     """In the length, the names and the facts that come first; and in the tensors behind them."""
-    content = bytearray(whole_run)
+    content = bytearray((whole / CHECKPOINT).read_bytes())
     place = byte * len(content) // 400
     content[place] ^= 1 << (byte % 8)
     (tmp_path / CHECKPOINT).write_bytes(content)
@@ -188,24 +193,10 @@ def test_a_flipped_bit_of_a_checkpoint_is_refused(whole_run, byte, tmp_path) -> 
     assert not (tmp_path / STUDENT).exists()
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> bytes:
-    """The checkpoint of a run that is over."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer(folder).run()
-    return (folder / CHECKPOINT).read_bytes()
-
-
 @pytest.mark.parametrize("left", ["", "cut", "none"])
-def test_lost_metrics_stop_no_run(tmp_path, left) -> None:
-    whole = trainer(tmp_path / "whole").run().weights()
-
-    def kill(row: dict) -> None:
-        if row["meta_step"] == 5:
-            raise Killed
-
+def test_lost_metrics_stop_no_run(whole, tmp_path, left) -> None:
     with pytest.raises(Killed):
-        trainer(tmp_path / "cut").run(report=kill)
+        trainer(tmp_path / "cut").run(report=killer(5))
     log = tmp_path / "cut" / METRICS
     if left == "none":
         log.unlink()
@@ -213,9 +204,9 @@ def test_lost_metrics_stop_no_run(tmp_path, left) -> None:
         log.write_bytes(log.read_bytes().splitlines(keepends=True)[0] + b'{"meta_st')
     with pytest.warns(UserWarning, match=r"metrics.jsonl' lacks [34] of the 4 lines before the"):
         resumed = trainer(tmp_path / "cut").run(resume=True).weights()
-    assert all(map(torch.equal, whole, resumed))
+    assert all(map(torch.equal, Student.load(whole / STUDENT).weights(), resumed))
     kept = 0 if left == "none" else 1
-    rows = metrics(tmp_path / "whole")
+    rows = metrics(whole)
     assert metrics(tmp_path / "cut") == rows[:kept] + rows[4:]
 
 
