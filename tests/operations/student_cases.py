@@ -265,15 +265,13 @@ def moved(value: Any, device: str) -> Any:
     return [moved(each, device) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-of_dtypes = pytest.mark.parametrize(
-    ("dtype", "grad_dtype"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.bfloat16),
-    ],
-)
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+of_dtypes = pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES)
 
 
 def errors_of_ten_steps(backend: str, device: str, size: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from accuracy import assert_as_accurate, flat
 from places import by_cuda, by_triton, needs_gpu
 from student_cases import (
+    DTYPES,
     SETTINGS,
     check_control,
     check_in_place,
@@ -53,9 +54,15 @@ def test_triton_step(device: str, size: int, layers: int, hidden: int) -> None:
     assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, "triton")
 
 
-@by_triton
-@pytest.mark.parametrize("cells", [torch.float32, torch.bfloat16])
-@of_dtypes
+CELLS = [torch.float32, torch.bfloat16]
+IN_PLACE = [
+    *(pytest.param("cuda", *of, cells, marks=needs_gpu) for of in DTYPES for cells in CELLS),
+    # Cells are read and written apart from parameters: interpreted, each meet half the dtypes.
+    *(pytest.param("cpu", *of, cells) for of, cells in zip(DTYPES, 2 * CELLS, strict=True)),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "grad_dtype", "cells"), IN_PLACE, indirect=["device"])
 def test_triton_in_place_is_the_references(
     device: str, dtype: torch.dtype, grad_dtype: torch.dtype, cells: torch.dtype
 ) -> None:
