@@ -26,6 +26,9 @@ CPU = [pytest.param(f"cpu {name}", id=f"cpu_{name}") for name in INSTRUCTION_SET
 needs_gpu = pytest.mark.gpu
 compiled = pytest.mark.parametrize("backend", CPU, indirect=True)
 of_each = pytest.mark.parametrize("backend", ["reference", *CPU], indirect=True)
+# Operators' contracts and numerical gradients are the same for every instruction set.
+compiled_once = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+of_each_once = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 by_triton = pytest.mark.parametrize(
     "device",
     [pytest.param("cuda", id="on_cuda", marks=needs_gpu), pytest.param("cpu", id="interpreted")],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, flat
 from machine_code import assert_within, costs_of
-from places import by_triton, compiled
+from places import by_triton, compiled, compiled_once
 from student_cases import moved
 from torch import Tensor
 
@@ -382,7 +382,7 @@ def test_compiled_mixture_for_any_logits(backend: str, shift: float, dtype: torc
     assert all(t.isfinite().all() for t in found)
 
 
-@compiled
+@compiled_once
 @pytest.mark.parametrize(("layers", "size", "k"), [(1, 3, 1), (2, 2, 2), (1, 2, 6), (2, 1, 8)])
 def test_compiled_gradcheck(backend: str, layers: int, size: int, k: int) -> None:
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -392,7 +392,7 @@ def test_compiled_gradcheck(backend: str, layers: int, size: int, k: int) -> Non
     assert torch.autograd.gradcheck(step, wanting(*make_inputs(size, layers, 2, k)))
 
 
-@compiled
+@compiled_once
 @pytest.mark.parametrize("size", [0, 3])
 def test_compiled_opcheck(backend: str, size: int) -> None:
     inputs = make_inputs(size, 1, 2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accuracy import flat
 from nominal_cases import corrections_of, nominal_settings, nominal_weights, skewed_nominal
-from places import compiled, of_each
+from places import compiled, of_each, of_each_once
 from student_cases import copied, draw, make_state, make_weights, wanting
 from torch import Tensor
 
@@ -276,7 +276,7 @@ def test_the_losss_scale_changes_no_random_rounding(
     assert all(map(torch.equal, *runs))
 
 
-@of_each
+@of_each_once
 def test_opcheck_of_narrow_moments(backend: str) -> None:
     params, grads, states = tensors_of([(3, 2), (), (0,)], 1, 4, moments=BF16)
     columns = [list(column) for column in zip(*states, strict=True)]

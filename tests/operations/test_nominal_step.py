@@ -20,7 +20,7 @@ from nominal_cases import (
     nominal_weights,
     skewed_nominal,
 )
-from places import compiled, of_each
+from places import compiled, compiled_once, of_each, of_each_once
 from student_cases import copied, draw, make_state, wanting
 from torch import Tensor
 
@@ -215,7 +215,7 @@ def test_compiled_step_in_place_errs_as_little(backend: str, hidden: int) -> Non
     assert_as_accurate(step, draws, backend)
 
 
-@compiled
+@compiled_once
 def test_compiled_gradcheck(backend: str) -> None:
     grad, state, weights, settings = skewed_nominal(5, 1, 3, F64)
     # At zero gradients, and where a or b change their signs, there is no derivative.
@@ -228,7 +228,7 @@ def test_compiled_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(step, inputs)
 
 
-@of_each
+@of_each_once
 def test_opcheck(backend: str) -> None:
     grad, state, weights, settings = skewed_nominal(5, 1, 2, F64)
     tensors, leaves = wanting(grad, *state), wanting(*weights)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, flat
-from places import compiled
+from places import compiled, compiled_once
 from student_cases import (
     SETTINGS,
     SIZES,
@@ -216,7 +216,7 @@ SHAPES = [(2, 20), (1, 20), (1, 8), (1, 4), (3, 5), (1, 1), (2, 33), (1, 64)]
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("layers", "hidden"), SHAPES)
-@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 63, 64, 65, 1000, 1027])
+@pytest.mark.parametrize("size", [0, 1, 31, 64, 65, 1027])  # of tiles of 64
 def test_compiled_step(
     backend: str, size: int, layers: int, hidden: int, dtype: torch.dtype
 ) -> None:
@@ -232,7 +232,7 @@ def test_compiled_step(
     assert_as_accurate(torch.ops.amalgam.student_step_backward, backward, backend)
 
 
-@compiled
+@compiled_once
 def test_compiled_opcheck(backend: str) -> None:
     *arguments, _ = op_arguments(5, True)
     torch.library.opcheck(torch.ops.amalgam.student_step.default, (*arguments, backend))

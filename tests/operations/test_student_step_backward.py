@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate, flat
-from places import compiled
+from places import compiled, compiled_once
 from student_cases import (
     SETTINGS,
     SIZES,
@@ -134,7 +134,7 @@ def test_compiled_weight_gradients_of_many_coordinates(backend: str) -> None:
     assert_as_accurate(torch.ops.amalgam.student_step_backward, draws, backend)
 
 
-@compiled
+@compiled_once
 @pytest.mark.parametrize(("layers", "hidden"), [(1, 3), (2, 2)])
 def test_compiled_gradcheck(backend: str, layers: int, hidden: int) -> None:
     state = make_state(3, layers=layers, hidden=hidden)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from places import by_triton, compiled, of_each
+from places import by_triton, compiled, of_each, of_each_once
 from student_cases import draw, make_state, make_weights, moved, wanting
 from torch import Tensor
 
@@ -155,7 +155,7 @@ def test_reference_holds_no_more_states_than_it_says(monkeypatch: pytest.MonkeyP
     assert max(peaks) <= 20
 
 
-@of_each
+@of_each_once
 def test_is_the_numerical_gradient(backend: str) -> None:
     grads, adjoints, state, weights = inputs_of(5, 3, 2, 4, torch.float64)
 
@@ -302,7 +302,7 @@ def test_a_call_leaves_no_trace_in_the_next(backend: str) -> None:
 # --- The operator's contract ---
 
 
-@of_each
+@of_each_once
 @pytest.mark.parametrize(("steps", "size"), [(0, 3), (2, 0), (3, 5)])
 def test_opcheck(backend: str, steps: int, size: int) -> None:
     arguments = arguments_of(inputs_of(steps, size, 2, 4, torch.float64))
