@@ -9,7 +9,7 @@ rule says ``ours <= 2 * plain + unit``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amalgam.digest import digest_of
+
+T = TypeVar("T")
 Truth = Tensor | NDArray[np.longdouble]
 Together = Callable[[Tensor], Tensor]
 
@@ -120,9 +123,8 @@ def assert_as_accurate(operation: Any, draws: Sequence[tuple[Any, ...]], backend
         backend: Whose errors.
     """
     errors: list[list[Errors]] = []
-    for arguments in draws:
-        truth = flat(operation(*doubled(arguments), "reference"))
-        plain = flat(operation(*arguments, "reference"))
+    yardsticks = kept(_yardsticks, operation, draws)
+    for arguments, (truth, plain) in zip(draws, yardsticks, strict=True):
         ours = flat(operation(*arguments, backend))
         for one, other in zip(ours, truth, strict=True):
             if one.dtype == torch.float64:
@@ -131,6 +133,36 @@ def assert_as_accurate(operation: Any, draws: Sequence[tuple[Any, ...]], backend
     for index, column in enumerate(zip(*errors, strict=True)):
         if ours[index].dtype != torch.float64:
             assert_at_most_twice(f"result {index}", column)
+
+
+def _yardsticks(operation: Any, draws: Sequence[tuple[Any, ...]]) -> list[list[list[Tensor]]]:
+    """Of each draw the truth and plain PyTorch's results."""
+    return [[flat(operation(*each, "reference")) for each in (doubled(d), d)] for d in draws]
+
+
+_kept: dict[Any, Any] = {}
+
+
+def kept(compute: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns of arguments; results of the last two calls are kept.
+
+    The truth and plain PyTorch take most of a test's time, and instruction sets are tested with the
+    same draws one after another.
+    """
+    key = compute, _fingerprint(arguments)
+    if key not in _kept:
+        if len(_kept) == 2:
+            del _kept[next(iter(_kept))]
+        _kept[key] = compute(*arguments)
+    result: T = _kept[key]
+    return result
+
+
+def _fingerprint(values: Any) -> Any:
+    """Equal for nests of the same numbers on the same device."""
+    if isinstance(values, Tensor):
+        return values.dtype, values.shape, values.device, digest_of([values])
+    return tuple(map(_fingerprint, values)) if isinstance(values, (list, tuple)) else values
 
 
 class RandomRounding(TorchDispatchMode):
