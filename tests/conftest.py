@@ -42,6 +42,14 @@ PACKAGE_FOLDERS = tuple(
 )
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process a stretch of tests: neighbours share fixtures, and the truth of draws."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest tests, which start whole processes, come first: at the end a core would wait.
     items.sort(key=lambda item: (compiling.asks(item), item.path.name != "test_cli.py"))
