@@ -8,6 +8,7 @@ arguments and chooses the backend.
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.registry import BackendStatus, backends, check_backend
+from amalgam.operations.sign_agreement import sign_agreements
 from amalgam.operations.student_forms import StepSettings
 from amalgam.operations.student_step import (
     StudentState,
@@ -39,6 +40,7 @@ __all__ = [
     "choice_step",
     "initial_state",
     "largest_magnitudes",
+    "sign_agreements",
     "step_tensors_",
     "student_step",
     "student_step_",

@@ -1,0 +1,80 @@
+#include "sign_agreement.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../binding.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace amalgam::cpu {
+namespace {
+
+// How many elements a block has; so many are also worth waking a thread for.
+constexpr int64_t kBlock = 1 << 16;
+
+Numbers from(const Numbers& numbers, int64_t start) {
+  const auto* at = static_cast<const char*>(numbers.at) + start * numbers.format.bytes;
+  return {at, numbers.format};
+}
+
+}  // namespace
+
+void sign_agreements(const Numbers* first, const Numbers* second, const int64_t* numels,
+                     int64_t count, double* sums, int threads) {
+  const SignAgreement agreement = AMALGAM_DISPATCH(sign_agreement);
+  struct Part {
+    int64_t tensor, start, count;
+  };
+  std::vector<Part> parts;
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    total += numels[i];
+    for (int64_t at = 0; at < numels[i]; at += kBlock) {
+      parts.push_back({i, at, std::min(kBlock, numels[i] - at)});
+    }
+  }
+  const int64_t size = static_cast<int64_t>(parts.size());
+  std::vector<int64_t> found(parts.size());
+  for_each_block(size, worthwhile_threads(total, kBlock, threads), [&](int64_t i) {
+    const auto& [tensor, start, length] = parts[i];
+    found[i] = agreement(from(first[tensor], start), from(second[tensor], start), length);
+  });
+  std::fill_n(sums, count, 0.0);
+  for (int64_t i = 0; i < size; ++i) sums[parts[i].tensor] += static_cast<double>(found[i]);
+}
+
+namespace {
+
+// The number's bytes and the bits of infinity, in the order of the dtypes of
+// amalgam/backends/sign_agreement.py.
+constexpr NumberFormat kFormats[] = {
+    {8, 0x7ff0000000000000}, {4, 0x7f800000}, {2, 0x7f80}, {2, 0x7c00}};
+
+std::vector<Numbers> numbers_at(const std::vector<Address>& addresses,
+                                const std::vector<int>& formats) {
+  std::vector<Numbers> found;
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    found.push_back({at<const void>(addresses[i]), kFormats[formats[i]]});
+  }
+  return found;
+}
+
+const Binding binding("cpu", [](py::module_& module) {
+  using namespace py::literals;
+  module.def(
+      "sign_agreements",
+      [](const std::vector<Address>& first, const std::vector<int>& first_formats,
+         const std::vector<Address>& second, const std::vector<int>& second_formats,
+         const std::vector<int64_t>& numels, Address sums, int threads) {
+        const auto ones = numbers_at(first, first_formats);
+        const auto others = numbers_at(second, second_formats);
+        cpu::sign_agreements(ones.data(), others.data(), numels.data(),
+                             static_cast<int64_t>(ones.size()), at<double>(sums), threads);
+      },
+      "first"_a, "first_formats"_a, "second"_a, "second_formats"_a, "numels"_a, "sums"_a,
+      py::kw_only(), "threads"_a, WithoutGil());
+});
+
+}  // namespace
+}  // namespace amalgam::cpu
