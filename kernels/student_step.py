@@ -85,12 +85,13 @@ def _place_of(
             first = tl.multiple_of(first, 16)
         at = first + number * BLOCK + tl.arange(0, BLOCK)
         bias = biases + tensor.to(tl.int64) * (4 * HIDDEN)
-        correction1 = tl.load(corrections + 2 * tensor)
-        correction2 = tl.load(corrections + 2 * tensor + 1)
-        return at, at < tl.load(ends + 1), bias, correction1, correction2, tensor, number
+        correction1 = tl.load(corrections + 3 * tensor)
+        correction2 = tl.load(corrections + 3 * tensor + 1)
+        pace = tl.load(corrections + 3 * tensor + 2)
+        return at, at < tl.load(ends + 1), bias, correction1, correction2, pace, tensor, number
     else:
         at = block * BLOCK + tl.arange(0, BLOCK)
-        return at, at < n, biases, 1.0, 1.0, 0, block
+        return at, at < n, biases, 1.0, 1.0, 1.0, 0, block
 
 
 @triton.jit(
@@ -112,7 +113,7 @@ def forward(
     new_c,  # (LAYERS, HIDDEN, N) out
     bounds,  # of NOMINAL, as _bounds has them
     biases,  # of NOMINAL: (count, 4 HIDDEN)
-    corrections,  # of NOMINAL: (count, 2)
+    corrections,  # of NOMINAL: (count, 3)
     count,
     depth,
     n,
@@ -137,14 +138,14 @@ def forward(
 ):
     """The functional step: program p takes the p-th block of coordinates."""
     block = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
-    at, inside, bias, correction1, correction2, _tensor, _number = _place_of(
+    at, inside, bias, correction1, correction2, pace, _tensor, _number = _place_of(
         bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
     )
     g = tl.load(grad + at, mask=inside, other=0.0)
     result, _fresh_v = step_of_block(
         packed, other, g, inside, at, n, m, v, h, c, new_m, new_v, new_h, new_c, 0,
         bias, correction1, correction2,
-        alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
+        alpha * pace, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL, BLOCK, PRECISION, PTX, APPROXIMATE, False,
     )  # fmt: skip
     tl.store(update + at, result, mask=inside)
@@ -265,7 +266,7 @@ def backward(
     outputs,  # (P, LAYERS, UNITS, BLOCK) scratch: the layers' new h
     bounds,  # of NOMINAL, as _bounds has them
     biases,  # of NOMINAL: (count, 4 HIDDEN)
-    corrections,  # of NOMINAL: (count, 2)
+    corrections,  # of NOMINAL: (count, 3)
     d_biases,  # of NOMINAL: (rows, 4, UNITS) float64 out, each program's sums of each tensor
     count,
     depth,
@@ -304,7 +305,7 @@ def backward(
     for turn in range(tl.cdiv(blocks - program, programs)):
         later = turn > 0
         block = program.to(tl.int64 if WIDE else tl.int32) + turn * programs
-        at, inside, bias, correction1, correction2, tensor, number = _place_of(
+        at, inside, bias, correction1, correction2, pace, tensor, number = _place_of(
             bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
         )
         d_bias = d_biases
@@ -352,7 +353,8 @@ def backward(
                 top_h = o * squashed
                 top = with_biases(head_sums(head, top_h, OUTPUTS), head_bias, OUTPUTS)
                 d_top, d_a_direction, d_b_direction = output_gradients(
-                    d_update + at, inside, top, a_direction, b_direction, alpha, NOMINAL, PTX,
+                    d_update + at, inside, top, a_direction, b_direction, alpha * pace,
+                    NOMINAL, PTX,
                 )  # fmt: skip
                 for output in tl.static_range(OUTPUTS):
                     row = HEAD + output * UNITS + unit

@@ -54,7 +54,7 @@ def in_place(
     first_block,  # (count,) int64: the first block of each tensor
     places,  # of NOMINAL: (count,) int64: each tensor's place among biases and corrections
     biases,  # of NOMINAL: (tensors, 4 HIDDEN)
-    corrections,  # of NOMINAL: (tensors, 2)
+    corrections,  # of NOMINAL: (tensors, 3)
     count,
     depth,  # ceil(log2(count)): steps of the search
     control,  # (4,) float64: keep, lr, the learning rate of warm-up, and whether to skip the step
@@ -139,15 +139,17 @@ def in_place(
     bias = biases
     correction1 = 1.0
     correction2 = 1.0
+    pace = 1.0
     if NOMINAL:
         place = tl.load(places + tensor)
         bias += place * (4 * HIDDEN)
-        correction1 = tl.load(corrections + 2 * place)
-        correction2 = tl.load(corrections + 2 * place + 1)
+        correction1 = tl.load(corrections + 3 * place)
+        correction2 = tl.load(corrections + 3 * place + 1)
+        pace = tl.load(corrections + 3 * place + 2)
     update, fresh_v = step_of_block(
         packed, other, g, inside, at, n, m, v, h, c, m, v, h, c, key,
         bias, correction1, correction2,
-        alpha, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
+        alpha * pace, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
         LAYERS, HIDDEN, FEATURES, UNITS, FOLDED, NOMINAL,
         BLOCK, PRECISION, PTX, APPROXIMATE, STOCHASTIC,
     )  # fmt: skip

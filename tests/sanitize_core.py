@@ -121,7 +121,7 @@ def of_form(
     weights = weights_of(layers, hidden, dtype, features=3, outputs=2)
     several = (*steps, len(sizes))
     weights[2] = tensor(*several, 4 * hidden, dtype=dtype)
-    corrections = 1 + tensor(*several, 2, dtype=dtype).square()
+    corrections = 1 + tensor(*several, 3, dtype=dtype).square()
     return weights, SETTINGS._replace(corrections=corrections, sizes=list(sizes))
 
 

@@ -52,7 +52,7 @@ class PolicySteps(Protocol):
             moved: Which rows take the step, shape (B,).
         """
 
-    def context(self, params: Tensor, state: Any) -> Any:
+    def context(self, params: Tensor, state: Any, grads: Tensor) -> Any:
         """What the policy is told of whole tensors in the step after a state; ``None`` if nothing.
 
         Where ``by_coordinates``, the backward pass by coordinates asks for it again.
@@ -60,6 +60,7 @@ class PolicySteps(Protocol):
         Args:
             params: The parameters before the step, shape (B, N).
             state: The state before it.
+            grads: The gradients, shape (B, N).
         """
 
     def forward(
@@ -161,9 +162,9 @@ class FusedSteps:
         """See :class:`PolicySteps`."""
         return keep(self._student.warm_up(grads.reshape(-1), state), state, moved)
 
-    def context(self, params: Tensor, state: Any) -> TensorContext | None:
+    def context(self, params: Tensor, state: Any, grads: Tensor) -> TensorContext | None:
         """See :class:`PolicySteps`."""
-        return self._student.context(state, params.reshape(-1), self._layout)
+        return self._student.context(state, params.reshape(-1), self._layout, grads.reshape(-1))
 
     def forward(
         self,
@@ -185,9 +186,10 @@ class FusedSteps:
                 to.copy_(value)
             source = into
         update = torch.empty_like(flat)
-        folded = self._student.folded(weights, self.context(params, state))
+        context = self.context(params, state, grads)
+        folded = self._student.folded(weights, context)
         step_into(update, into, flat, source, *folded, self._backend)
-        new = self._student.carried(into, state)
+        new = self._student.carried(into, state, context)
         return update.view(grads.shape), keep(new, state, moved)
 
     def backward(
@@ -207,7 +209,7 @@ class FusedSteps:
             d_updates = torch.where(moved[:, None], d_updates, 0)
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
-        context = self.context(params, state)
+        context = self.context(params, state, grads)
         folded = self._student.folded(weights, context)
         d_grads, d_folded = backward_into(
             d_updates.reshape(-1),
@@ -288,7 +290,7 @@ class AutogradSteps:
             for grad, old, ok in zip(grads, state, moved, strict=True)
         )
 
-    def context(self, params: Tensor, state: tuple[Any, ...]) -> None:
+    def context(self, params: Tensor, state: tuple[Any, ...], grads: Tensor) -> None:
         """See :class:`PolicySteps`; nothing, as it is not asked for."""
 
     def forward(

@@ -197,7 +197,7 @@ class _Run:
             if self.recorded:
                 tape.grads[t] = grads
                 if not tape.by_steps:
-                    self._note_context(point)
+                    self._note_context(point, tape.steps.scaled(grads))
             point, moved = self._step(t, point, grads, ok)
             tape.moved[t] = moved
             skipped[:, 0] += ~moved
@@ -265,11 +265,12 @@ class _Run:
             after, _ = tape.steps.forward(t, point, grads, moved, reuse)
         return after, moved
 
-    def _note_context(self, point: Point) -> None:
+    def _note_context(self, point: Point, grads: Tensor) -> None:
         """Put on the tape what the students are told of tensors in the step from a point."""
-        steps, rows = self._episodes.steps, self._episodes.by_student(point.params)
-        for student, (params, state) in enumerate(zip(rows, point.states, strict=True)):
-            context = steps.context(params, state)
+        steps, of = self._episodes.steps, self._episodes.by_student
+        rows = zip(of(point.params), point.states, of(grads), strict=True)
+        for student, (params, state, seen) in enumerate(rows):
+            context = steps.context(params, state, seen)
             if context is not None:
                 self.tape.contexts.extend([] for _ in range(student + 1 - len(self.tape.contexts)))
                 self.tape.contexts[student].append(context)

@@ -10,13 +10,13 @@ correction that depends on time) is the paper's student::
     update = alpha tanh(o)
 
 *Nominal* scales and corrects Adam's step and does not replace it (a nominal term: Harrison et al.
-2022, "A closer look at learned optimization and its generalization"). With c1 = 1 / (1 - beta1^t)
-and c2 = 1 / (1 - beta2^t) of the tensor's t steps::
+2022, "A closer look at learned optimization and its generalization"). With c1 = 1 / (1 - beta1^t),
+c2 = 1 / (1 - beta2^t) of the tensor's t steps, and the tensor's pace::
 
     r = 1 / (sqrt(c2 v) + eps), but 0 where v is 0
     a = c1 m r               b = g r
     x = [ |a|,  tanh(a b),  tanh |b| ]
-    update = alpha exp(clamp(o1, -7, 4)) (a + o2 b / (1 + |b| / 3))
+    update = alpha pace exp(clamp(o1, -7, 4)) (a + o2 b / (1 + |b| / 3))
 
 Every input is even in the gradient's sign and every output multiplies something odd in it. So the
 mirrored gradients give the mirrored updates, no gradient gives no update, and, but for eps, the
@@ -49,8 +49,9 @@ class StepSettings(NamedTuple):
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
         eps: RNNProp: added to the second moment inside the root. Nominal: added to the root.
-        corrections: Makes it the nominal form: 1 / (1 - beta1^t) and 1 / (1 - beta2^t) of each
-            tensor in this step, its t-th, shape (tensors, 2), of the weights' dtype and device.
+        corrections: Makes it the nominal form: 1 / (1 - beta1^t), 1 / (1 - beta2^t) and the pace
+            of each tensor in this step, its t-th, shape (tensors, 3), of the weights' dtype and
+            device.
         sizes: How many coordinates each of them has, in the nominal form: in all, N.
     """
 
@@ -136,7 +137,7 @@ class _RNNProp:
 
 
 class _Step(NamedTuple):
-    """Of the nominal form: the root, r, a, b, and c1 and c2, (N,) each."""
+    """Of the nominal form: the root, r, a, b, and c1, c2 and the pace, (N,) each."""
 
     root: Tensor
     r: Tensor
@@ -144,6 +145,7 @@ class _Step(NamedTuple):
     b: Tensor
     c1: Tensor
     c2: Tensor
+    pace: Tensor
 
 
 class _Nominal:
@@ -153,23 +155,25 @@ class _Nominal:
         self, grad: Tensor, m: Tensor, v: Tensor, settings: StepSettings
     ) -> tuple[Tensor, _Step]:
         assert settings.corrections is not None
-        c1, c2 = by_coordinate(settings.corrections, settings.sizes)
+        c1, c2, pace = by_coordinate(settings.corrections, settings.sizes)
         some = v > 0
         # Where v is 0 the root has no slope; nothing may be multiplied by that.
         root = torch.where(some, v * c2, 1).sqrt()
         r = torch.where(some, 1 / (root + settings.eps), 0)
         a, b = m * c1 * r, grad * r
-        return torch.stack((a.abs(), (a * b).tanh(), b.abs().tanh())), _Step(root, r, a, b, c1, c2)
+        return torch.stack((a.abs(), (a * b).tanh(), b.abs().tanh())), _Step(
+            root, r, a, b, c1, c2, pace
+        )
 
     def update(self, o: Tensor, kept: _Step, settings: StepSettings) -> Tensor:
-        factor = settings.alpha * o[0].clamp(LEAST_LOG, MOST_LOG).exp()
+        factor = settings.alpha * kept.pace * o[0].clamp(LEAST_LOG, MOST_LOG).exp()
         return factor * (kept.a + o[1] * (kept.b / (1 + kept.b.abs() / SOFT)))
 
     def back_to_outputs(
         self, d_update: Tensor, o: Tensor, kept: _Step, settings: StepSettings
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         inside = (o[0] >= LEAST_LOG) & (o[0] <= MOST_LOG)
-        factor = settings.alpha * o[0].clamp(LEAST_LOG, MOST_LOG).exp()
+        factor = settings.alpha * kept.pace * o[0].clamp(LEAST_LOG, MOST_LOG).exp()
         below = 1 + kept.b.abs() / SOFT
         soft = kept.b / below
         d_scaled = d_update * factor
@@ -181,7 +185,7 @@ class _Nominal:
         self, d_x: Tensor, beside: tuple[Tensor, Tensor], grad: Tensor, m: Tensor, v: Tensor,
         kept: _Step, settings: StepSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        root, r, a, b, c1, c2 = kept
+        root, r, a, b, c1, c2, _ = kept
         d_a, d_b = beside
         d_product = d_x[1] * (1 - (a * b).tanh().square())
         d_a = d_a + d_x[0] * a.sign() + d_product * b
@@ -194,16 +198,14 @@ class _Nominal:
 RNNPROP, NOMINAL = _RNNProp(), _Nominal()
 
 
-def by_coordinate(corrections: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """c1 and c2 of each coordinate, (N,) each, of those of each tensor (tensors, 2).
+def by_coordinate(corrections: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """c1, c2 and pace of each coordinate, (N,) each, of those of each tensor (tensors, 3).
 
-    Of one tensor alone, two numbers.
+    Of one tensor alone, three numbers.
     """
-    if len(sizes) == 1:
-        c1, c2 = corrections[0]
-        return c1, c2
-    c1, c2 = _repeated(corrections, sizes).unbind(1)
-    return c1, c2
+    found = corrections[0] if len(sizes) == 1 else _repeated(corrections, sizes).T
+    c1, c2, pace = found
+    return c1, c2, pace
 
 
 def bias_by_coordinate(bias: Tensor, settings: StepSettings) -> Tensor:
@@ -262,7 +264,7 @@ def check_tensors(settings: StepSettings, bias: Tensor, n: int | None, like: Ten
         if len(settings.sizes):
             raise ValueError(f"sizes must be empty without corrections, not {settings.sizes}")
         return
-    check_like("corrections", settings.corrections, (*bias.shape[:-1], 2), like)
+    check_like("corrections", settings.corrections, (*bias.shape[:-1], 3), like)
     if n is None:
         return
     sizes, tensors = settings.sizes, bias.shape[-2]

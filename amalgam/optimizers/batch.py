@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -10,13 +11,12 @@ import torch
 from torch import Tensor
 
 from amalgam.ops import StudentState, StudentTensors
-from amalgam.optimizers.sharding import any_sharded, local_part, norms_of
-from amalgam.optimizers.state import NAMES, planar
+from amalgam.optimizers.sharding import agreements_of, any_sharded, local_part, norms_of
+from amalgam.optimizers.state import names_of, planar
 from amalgam.policies import FusedStudent
 from amalgam.policies.fused_student import ContextConstants, TensorContext
 
 ConstantsOf = Callable[[list[Tensor]], ContextConstants | None]
-_stored = itemgetter(*NAMES)
 _grad = attrgetter("grad")
 
 
@@ -27,8 +27,9 @@ class Batch:
         params: The parameters. Of those that are DTensors it steps this process's parts.
         entries: The optimizer's state of each.
         constants: What the student is told of them that stays.
+        paced: Whether the student has a pace.
         kept: Whether it serves later steps, too. If so, counts of steps that are all views of one
-            tensor are counted in that.
+            tensor are counted in that; likewise paces.
     """
 
     def __init__(
@@ -36,17 +37,21 @@ class Batch:
         params: list[Tensor],
         entries: list[dict[str, Any]],
         constants: ContextConstants | None,
+        paced: bool = False,
         kept: bool = True,
     ) -> None:
         self.params = params
         self._entries = entries
         self.constants = constants
         self.sharded = any_sharded(params)
-        self._held = list(map(self._parts, ([entry[name] for entry in entries] for name in NAMES)))
-        *moments, h, c, self.steps = self._held
-        columns = (*moments, list(map(planar, h)), list(map(planar, c)))
+        names = names_of(paced)
+        self._stored = itemgetter(*names)
+        self._held = list(map(self._parts, ([entry[name] for entry in entries] for name in names)))
+        m, v, h, c, self.steps, *self._paces = self._held
+        columns = (m, v, list(map(planar, h)), list(map(planar, c)))
         self.tensors = StudentTensors(self._parts(params), list(map(StudentState, *columns)))
-        self._together = _counted_together(self.steps) if kept else None
+        self._together = _one_tensor(self.steps) if kept else None
+        self._paces_together = [_one_tensor(paces) if kept else None for paces in self._paces]
         self._addresses = self._now() if kept else []
 
     def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -66,7 +71,7 @@ class Batch:
             return False
         if self.sharded and not same(self.tensors.params, self._parts(self.params)):
             return False
-        columns = map(self._parts, zip(*map(_stored, self._entries), strict=True))
+        columns = map(self._parts, zip(*map(self._stored, self._entries), strict=True))
         return all(map(same, self._held, columns)) and self._addresses == self._now()
 
     def below(self, steps: int) -> list[int]:
@@ -89,29 +94,63 @@ class Batch:
         """The other parameters, with constants that are made by this."""
         others = sorted(set(range(len(self.steps))) - set(indices))
         params = [self.params[i] for i in others]
-        return Batch(params, [self._entries[i] for i in others], made(params))
+        return Batch(params, [self._entries[i] for i in others], made(params), bool(self._paces))
 
     def gradients(self, maximize: bool) -> list[Tensor]:
         """A gradient a parameter, of what is to become smaller."""
         grads = self._parts([grad for grad in map(_grad, self.params) if grad is not None])
         return list(torch._foreach_neg(grads)) if maximize and grads else grads
 
-    def context(self, student: FusedStudent, like: Tensor) -> TensorContext | None:
+    def context(
+        self, student: FusedStudent, like: Tensor, grads: list[Tensor]
+    ) -> TensorContext | None:
         """What a student is told of the parameters in their next step.
 
         Args:
             student: The student.
             like: A tensor of the dtype and device to say it in.
+            grads: What :meth:`gradients` gave.
         """
         if self.constants is None:
             return None
-        return student.context_of(self.constants, self._taken().to(like), self.params, norms_of)
+        pace, agreements = None, None
+        for paces, together in zip(self._paces, self._paces_together, strict=True):
+            pace = (torch.stack(paces) if together is None else together).to(like)
+            agreements = partial(agreements_of, self.params, grads, self.tensors.m)
+        return student.context_of(
+            *(self.constants, self._taken().to(like), self.params, norms_of),
+            pace=pace,
+            agreements=agreements,
+        )
+
+    def keep_pace(
+        self, context: TensorContext | None, skip: Tensor | None = None, warmup_steps: int = 0
+    ) -> None:
+        """Keep the paces of a step that was taken, before it is counted.
+
+        Args:
+            context: What :meth:`context` said of it.
+            skip: Not 0 where the device decided to skip it, shape ().
+            warmup_steps: Of those parameters that have taken fewer steps it was a warm-up.
+        """
+        if context is None or context.pace is None:
+            return
+        for paces, together in zip(self._paces, self._paces_together, strict=True):
+            new = context.pace.to(paces[0])
+            if skip is not None or warmup_steps:
+                old = torch.stack(paces) if together is None else together
+                stays = self._taken().to(new.device) < warmup_steps
+                new = torch.where(stays if skip is None else stays | (skip != 0), old, new)
+            if together is None:
+                torch._foreach_copy_(paces, list(new.unbind()))
+            else:
+                together.copy_(new)
 
     def _taken(self) -> Tensor:
         return torch.stack(self.steps) if self._together is None else self._together
 
 
-def _counted_together(steps: Sequence[Tensor]) -> Tensor | None:
+def _one_tensor(steps: Sequence[Tensor]) -> Tensor | None:
     """The tensor (len(steps),) that these are all the elements of, in order, if there is one."""
     base = steps[0]._base if steps else None
     if base is None or base.shape != (len(steps),):

@@ -21,7 +21,7 @@ class MemoryEstimate(NamedTuple):
 
     Attributes:
         parameters: How many parameters there are, elements of tensors.
-        state_bytes: Bytes of moments, cells and counts of steps.
+        state_bytes: Bytes of moments, cells, counts of steps and paces.
         bytes_a_parameter: Of moments and cells alone, what one parameter takes.
     """
 
@@ -57,10 +57,11 @@ def estimate_memory(
     """
     check_stored("cells_dtype", cells_dtype)
     check_stored("moments_dtype", moments_dtype)
-    config = student_of(student).config
+    made = student_of(student)
+    config = made.config
     if isinstance(params, nn.Module):
         params = [param for param in params.parameters() if param.requires_grad]
-    numel = of_numbers = 0
+    numel = of_numbers = of_tensors = 0
     tensors = list(params)
     for param in tensors:
         if not param.is_floating_point():
@@ -73,5 +74,5 @@ def estimate_memory(
         here = local_part(param).numel()
         numel += here
         of_numbers += each * here
-    counts = torch.float32.itemsize * len(tensors)
-    return MemoryEstimate(numel, of_numbers + counts, of_numbers / max(1, numel))
+        of_tensors += torch.float32.itemsize + made.paced * wide.itemsize
+    return MemoryEstimate(numel, of_numbers + of_tensors, of_numbers / max(1, numel))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amalgam.operations.sign_agreement import sign_agreements
 from amalgam.policies.fused_student import norms_of as norms_of_whole
 
 if TYPE_CHECKING:
@@ -257,6 +258,23 @@ def summed(values: Sequence[Tensor], groups: Sequence[ProcessGroup]) -> list[Ten
         groups: The processes' groups, those of all values.
     """
     return reduced(values, [groups] * len(values), dist.ReduceOp.SUM) if groups else list(values)
+
+
+def agreements_of(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor]) -> Tensor:
+    """What :func:`amalgam.ops.sign_agreements` says of gradients and first moments.
+
+    Of DTensors all processes' parts count together, of FSDP1's flat vectors this process's part.
+
+    Args:
+        params: The parameters. All processes have to call this.
+        grads: This process's parts of their gradients.
+        m: Likewise of their first moments.
+    """
+    sums = sign_agreements(grads, m)
+    groups = [groups_of(p, "auto") if sharding_of(p) is not None else [] for p in params]
+    if not any(groups):
+        return sums
+    return torch.stack(reduced(list(sums.unbind()), groups, dist.ReduceOp.SUM))
 
 
 def norms_of(params: Sequence[Tensor]) -> list[Tensor]:

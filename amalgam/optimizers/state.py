@@ -16,8 +16,13 @@ from torch import Tensor
 from amalgam.ops import StudentState
 from amalgam.optimizers.sharding import Sharding, sharding_of
 
-NAMES = (*StudentState._fields, "step")
+NUMBERS = ("step", "pace")
 _CELLS = ("h", "c")
+
+
+def names_of(paced: bool) -> tuple[str, ...]:
+    """What is kept of a parameter, by a student with or without a pace."""
+    return (*StudentState._fields, *(NUMBERS if paced else NUMBERS[:1]))
 
 
 class StateFormat(NamedTuple):
@@ -30,8 +35,9 @@ class StateFormat(NamedTuple):
         moments: Dtype of m and v.
         cells: Dtype of h and c.
         home: The device on which steps are counted.
-        sharding: How the parameter lies on processes, and so all but the count of steps; ``None``
-            where it is here as a whole.
+        sharding: How the parameter lies on processes, and so all that is no number; ``None`` where
+            it is here as a whole.
+        paced: Whether the student has a pace, whose logarithm is kept.
     """
 
     shape: torch.Size
@@ -41,6 +47,21 @@ class StateFormat(NamedTuple):
     cells: torch.dtype
     home: torch.device
     sharding: Sharding | None = None
+    paced: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is kept."""
+        return names_of(self.paced)
+
+    @property
+    def numbers(self) -> dict[str, tuple[torch.device, torch.dtype]]:
+        """What of it is one number, where, and of which dtype."""
+        found = {"step": (self.home, torch.float32)}
+        if self.paced:
+            wide = torch.float64 if self.moments == torch.float64 else torch.float32
+            found["pace"] = (self.device, wide)
+        return found
 
     def initial(self) -> dict[str, Tensor]:
         """The state before the first step: zeros."""
@@ -53,7 +74,10 @@ class StateFormat(NamedTuple):
             return self._whole("h", shape_first(zeros((*self.architecture, *here), self.cells)))
 
         return {
-            "step": torch.zeros((), dtype=torch.float32, device=self.home),
+            **{
+                name: torch.zeros((), dtype=dtype, device=where)
+                for name, (where, dtype) in self.numbers.items()
+            },
             "m": self._whole("m", zeros(here, self.moments)),
             "v": self._whole("v", zeros(here, self.moments)),
             "h": cells(),
@@ -81,16 +105,17 @@ class StateFormat(NamedTuple):
             ValueError: A tensor is missing, is none, has another shape, or lies on processes
                 otherwise than a parameter can.
         """
-        if missing := [name for name in NAMES if name not in entry]:
-            raise ValueError(f"state of {of()} must hold {list(NAMES)}, but lacks {missing}")
+        if missing := [name for name in self.names if name not in entry]:
+            raise ValueError(f"state of {of()} must hold {list(self.names)}, but lacks {missing}")
         return {name: self._fitted(name, value, of) for name, value in entry.items()}
 
     def _fitted(self, name: str, value: Any, of: Callable[[], str]) -> Any:
-        if name not in NAMES:
+        if name not in self.names:
             return value
-        if name == "step":
-            count = torch.as_tensor(value, dtype=torch.float32, device=self.home)
-            return count if count.dim() == 0 else count.reshape(())
+        if name in self.numbers:
+            where, dtype = self.numbers[name]
+            number = torch.as_tensor(value, dtype=dtype, device=where)
+            return number if number.dim() == 0 else number.reshape(())
         shape = (*self.shape, *self.architecture) if name in _CELLS else tuple(self.shape)
         if not isinstance(value, Tensor) or tuple(value.shape) != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

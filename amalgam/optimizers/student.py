@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from amalgam.operations.checks import hollow
 from amalgam.operations.kept import Kept
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.rounding import PLACE_HIGH, ROW
+from amalgam.operations.sign_agreement import sign_agreements
 from amalgam.operations.student_step_in_place import control_of
 from amalgam.ops import StudentState
 from amalgam.optimizers.base import (
@@ -34,6 +36,7 @@ from amalgam.optimizers.base import (
 from amalgam.optimizers.batch import Batch, same
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.sharding import (
+    agreements_of,
     any_sharded,
     groups_of,
     in_flat_vector,
@@ -44,7 +47,14 @@ from amalgam.optimizers.sharding import (
     summed,
 )
 from amalgam.optimizers.source import EXTRA, described, student_of, undisturbed
-from amalgam.optimizers.state import StateFormat, joined_units, planar, shape_first
+from amalgam.optimizers.state import (
+    NUMBERS,
+    StateFormat,
+    joined_units,
+    names_of,
+    planar,
+    shape_first,
+)
 from amalgam.optimizers.stats import StepStats, stats_of
 from amalgam.policies import FusedStudent, NominalStudent
 from amalgam.policies.fused_student import ContextConstants
@@ -387,7 +397,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if not params:
             return
         weights = self._weights_for(params[0])
-        context = batch.context(self._student, weights.own[0])
+        context = batch.context(self._student, weights.own[0], grads)
         operation, settings = self._student.with_context(weights.operation, weights.own, context)
         with self._kept:
             ops.step_tensors_(
@@ -398,6 +408,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 backend=self.backend,
                 **how,
             )
+        batch.keep_pace(context, how.get("skip"), how.get("warmup_steps", 0))
         if batch.sharded:
             torch.autograd.graph.increment_version(batch.params)
 
@@ -408,22 +419,29 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """
         groups = []
         for group in self.param_groups:
-            tensors: list[list[Tensor]] = [[] for _ in range(10)]
-            params, grads, m, v, h, c, steps, own, operation, skipped = tensors
-            self._init_group(group, params, grads, m, v, h, c, steps, own, operation, skipped)
+            tensors: list[list[Tensor]] = [[] for _ in range(11)]
+            self._init_group(group, *tensors)
+            params = tensors[0]
             if params:
                 groups.append((group, tensors))
         largest = [norm for _, (_, grads, *_) in groups for norm in _norms(grads)]
         skip = ~finite(torch.stack([norm.float() for norm in largest]).max()) if largest else None
-        for group, (params, grads, m, v, h, c, steps, own, operation, skipped) in groups:
+        for group, tensors in groups:
+            params, grads, m, v, h, c, steps, paces, own, operation, skipped = tensors
             flag = None if skip is None else skip.to(params[0].device)
             shapes = [param.shape for param in params]
             constants = self._student.constants_of(shapes, own[0])
             taken = torch.stack(steps)
-            context = self._student.context_of(constants, taken.to(own[0]), params)
-            weights, settings = self._student.with_context(operation, own, context)
             if group["maximize"]:
                 grads = [-grad for grad in grads]
+            context = self._student.context_of(
+                *(constants, taken.to(own[0]), params),
+                pace=torch.stack(paces).to(own[0]) if paces else None,
+                agreements=partial(sign_agreements, grads, m, backend="reference")
+                if paces
+                else None,
+            )
+            weights, settings = self._student.with_context(operation, own, context)
             control = control_of(
                 group["lr"], group["weight_decay"], group["warmup_lr"], flag, params[0].device
             )
@@ -432,6 +450,12 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 *settings._replace(sizes=()),
                 *(0.0, 0.0, control, steps, group["warmup_steps"], [], self.backend),
             )
+            if paces and context is not None and context.pace is not None:
+                new = context.pace.to(paces[0])
+                stays = taken.to(new.device) < group["warmup_steps"]
+                stays = stays if flag is None else stays | flag
+                new = torch.where(stays, torch.stack(paces), new)
+                torch._foreach_copy_(paces, list(new.unbind()))
             torch._foreach_add_(steps, 1.0 if flag is None else 1.0 - flag.to(steps[0]))
             if flag is not None and group is groups[0][0]:
                 skipped[0] += flag.to(skipped[0].device)
@@ -479,8 +503,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             constants = self._constants_of([param])
             context = None
             if constants is not None:
+                like, paced = weights.own[0], self._student.paced
                 context = self._student.context_of(
-                    constants, steps.to(weights.own[0]), [param], norms_of
+                    *(constants, steps.to(like), [param], norms_of),
+                    pace=entry["pace"].reshape(1).to(like) if paced else None,
+                    agreements=partial(agreements_of, [param], [grad], [flat.m]) if paced else None,
                 )
             folded, settings = self._student.with_context(weights.operation, weights.own, context)
             if context is not None:
@@ -504,6 +531,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         h: list[Tensor],
         c: list[Tensor],
         steps: list[Tensor],
+        paces: list[Tensor],
         own: list[Tensor],
         operation: list[Tensor],
         skipped: list[Tensor],
@@ -527,7 +555,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             return
         grads += [param.grad for param in params if param.grad is not None]
         self._new_batches(group, params)
-        for name, column in {"m": m, "v": v, "h": h, "c": c, "step": steps}.items():
+        columns = (m, v, h, c, steps, paces)
+        for name, column in zip(names_of(self._student.paced), columns, strict=False):
             column += [self.state[param][name] for param in params]
         weights = self._weights_for(params[0])
         own += weights.own
@@ -596,7 +625,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for param in params:
             kinds.setdefault((param.device, computing_dtype(param.dtype)), []).append(param)
         return [
-            Batch(alike, [self.state[p] for p in alike], self._constants_of(alike), kept)
+            Batch(
+                *(alike, [self.state[p] for p in alike], self._constants_of(alike)),
+                paced=self._student.paced,
+                kept=kept,
+            )
             for alike in kinds.values()
         ]
 
@@ -639,6 +672,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             cells=(narrow and self.cells_dtype) or wide,
             home=_home(group, param),
             sharding=sharding_of(param),
+            paced=self._student.paced,
         )
 
     def _make_state(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -654,14 +688,16 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             self._format(group, p).fitted(self.state[p], lambda p=p: self._name_of(p))  # type: ignore[misc]
             for p in params
         ]
-        counts_moved = False
+        numbers_moved = False
         for param, found in zip(params, fitted, strict=True):
             entry = self.state[param]
-            counts_moved = counts_moved or found["step"] is not entry["step"]
+            numbers_moved = numbers_moved or any(
+                name in found and found[name] is not entry[name] for name in NUMBERS
+            )
             if any(found[name] is not value for name, value in entry.items()):
                 check_before_capture()
                 entry.update(found)
-        if counts_moved:
+        if numbers_moved:
             self._count_together(group, params)
 
     def _count_all_together(self) -> None:
@@ -669,18 +705,19 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             self._count_together(group, [p for p in group["params"] if self.state.get(p)])
 
     def _count_together(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Make the parameters' counts of steps views of one tensor a device.
+        """Make the parameters' counts of steps views of one tensor a device; likewise their paces.
 
-        One operation then counts a step of them all. It is done when counts are made, loaded,
+        One operation then counts a step of them all. It is done when numbers are made, loaded,
         copied or moved, and never later: a CUDA graph reads them where they are.
         """
-        homes: dict[torch.device, list[dict[str, Any]]] = {}
+        kinds: dict[tuple[str, torch.device, torch.dtype], list[dict[str, Any]]] = {}
         for param in params:
-            homes.setdefault(_home(group, param), []).append(self.state[param])
-        for home, entries in homes.items():
-            counts = torch.stack([entry["step"].to(home, torch.float32) for entry in entries])
-            for entry, count in zip(entries, counts.unbind(), strict=True):
-                entry["step"] = count
+            for name, kind in self._format(group, param).numbers.items():
+                kinds.setdefault((name, *kind), []).append(self.state[param])
+        for (name, where, dtype), entries in kinds.items():
+            numbers = torch.stack([entry[name].to(where, dtype) for entry in entries])
+            for entry, number in zip(entries, numbers.unbind(), strict=True):
+                entry[name] = number
 
     def _weights_for(self, param: Tensor) -> _Weights:
         device, dtype = param.device, computing_dtype(param.dtype)

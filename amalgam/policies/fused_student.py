@@ -30,13 +30,15 @@ class TensorContext(NamedTuple):
 
     Attributes:
         inputs: What enters the first layer, shape (tensors, inputs).
-        corrections: Those of Adam's moments, shape (tensors, 2).
+        corrections: Those of Adam's moments, and the pace, shape (tensors, 3).
         sizes: How many coordinates each tensor has.
+        pace: The logarithm of the pace, which the next step begins from, shape (tensors,).
     """
 
     inputs: Tensor
     corrections: Tensor
     sizes: Sequence[int]
+    pace: Tensor | None = None
 
 
 class ContextConstants(NamedTuple):
@@ -74,7 +76,7 @@ class FusedStudent(MomentPolicy):
     config: FusedConfig
 
     def context(
-        self, state: Any, params: Tensor | None, layout: Layout | None
+        self, state: Any, params: Tensor | None, layout: Layout | None, grad: Tensor
     ) -> TensorContext | None:
         """What the student is told in the step after a state; ``None`` if nothing.
 
@@ -83,6 +85,7 @@ class FusedStudent(MomentPolicy):
                 coordinates after another's.
             params: Their parameters, shape (N,); outside any graph.
             layout: Which tensors an optimizee's coordinates are; where absent, one vector.
+            grad: Their gradients, shape (N,); outside any graph.
 
         Raises:
             ValueError: ``params`` or ``layout`` does not fit the state, or is absent and needed.
@@ -99,6 +102,11 @@ class FusedStudent(MomentPolicy):
         return None
 
     @property
+    def paced(self) -> bool:
+        """Whether it has a pace for each tensor, a factor on its steps that adapts."""
+        return False
+
+    @property
     def sees_shapes(self) -> bool:
         """Whether it is told of tensors what whoever has parts of them alone can't say."""
         return False
@@ -109,6 +117,8 @@ class FusedStudent(MomentPolicy):
         steps: Tensor,
         params: Sequence[Tensor],
         norms: NormsOf = norms_of,
+        pace: Tensor | None = None,
+        agreements: Callable[[], Tensor] | None = None,
     ) -> TensorContext | None:
         """What the student is told of tensors in their next step; ``None`` if nothing.
 
@@ -117,6 +127,10 @@ class FusedStudent(MomentPolicy):
             steps: How many steps each has taken, shape (tensors,), of the weights' dtype.
             params: The tensors themselves, of any floating-point dtype; constants.
             norms: Gives their 2-norms, where the student is told of these.
+            pace: The logarithms of the paces that they have had so far, shape (tensors,), where the
+                student has a pace.
+            agreements: Gives what :func:`amalgam.ops.sign_agreements` says of their gradients and
+                first moments, likewise.
         """
         return None
 
@@ -150,8 +164,8 @@ class FusedStudent(MomentPolicy):
         """Gradients in the policy's weights, of those in the operation's."""
 
     @abstractmethod
-    def carried(self, new: StudentState, before: Any) -> Any:
-        """The state after a step, of what the operation gave and the state before it."""
+    def carried(self, new: StudentState, before: Any, context: TensorContext | None) -> Any:
+        """The state after a step, of what the operation gave, the state before, and the context."""
 
     def step(
         self,
@@ -184,8 +198,8 @@ class FusedStudent(MomentPolicy):
             RuntimeError: The backend asked for can't compute this here.
         """
         given = None if params is None else params.detach()
-        context = self.context(state, given, layout)
+        context = self.context(state, given, layout, grad.detach())
         folded, settings = self.folded(self.weights() if weights is None else weights, context)
         before = StudentState(*state[:4])
         update, new = ops.student_step(grad, before, folded, settings, backend=backend)
-        return update, self.carried(new, state)
+        return update, self.carried(new, state, context)

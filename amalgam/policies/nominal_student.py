@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations.checks import check_like
+from amalgam.operations.sign_agreement import sign_agreements
 from amalgam.operations.student_forms import NOMINAL
 from amalgam.ops import StepSettings, StudentState
 from amalgam.policies.fused_student import (
@@ -28,6 +29,7 @@ from amalgam.policies.policy import zero_head
 from amalgam.ranges import check_fields
 
 _TIMES = (10.0, 100.0, 1000.0)  # steps after which a time input has risen to tanh(1)
+MOST_PACE = 4.0  # of the logarithm of a pace, either way
 _FLOOR = 1e-3  # added to a tensor's RMS before its logarithm is taken
 
 INPUTS = {"time": len(_TIMES), "rank": 1, "fan_in": 1, "rms": 1}
@@ -43,6 +45,9 @@ class NominalConfig(FusedConfig):
         hidden: Units in each.
         lr: The learning rate of Adam that it begins from.
         gain: Factor on the head's first output, the logarithm of the factor on Adam's step.
+        pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
+            grows by this times the agreement of the gradient with the first moment: the share of
+            coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
         inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
@@ -59,6 +64,7 @@ class NominalConfig(FusedConfig):
     hidden: int = 8
     lr: float = 0.005
     gain: float = 2.0
+    pacing: float = 0.0
     inputs: tuple[str, ...] = ()
     eps: float = 1e-15
     warmup_steps: int = 0
@@ -66,7 +72,7 @@ class NominalConfig(FusedConfig):
     def __post_init__(self) -> None:
         """Make inputs a tuple, and refuse what can't be computed."""
         super().__post_init__()
-        check_fields(self, positive=("lr", "gain"))
+        check_fields(self, positive=("lr", "gain"), not_negative=("pacing",))
         object.__setattr__(self, "inputs", tuple(self.inputs))
         for name in self.inputs:
             if name not in INPUTS:
@@ -91,6 +97,7 @@ class NominalState(NamedTuple):
         h: Outputs of the LSTM layers, shape (layers, hidden, N).
         c: Their cells, shape (layers, hidden, N).
         t: How many steps each tensor that is not empty has taken, shape (tensors,).
+        pace: The logarithm of each one's pace, shape (tensors,).
     """
 
     m: Tensor
@@ -98,6 +105,7 @@ class NominalState(NamedTuple):
     h: Tensor
     c: Tensor
     t: Tensor
+    pace: Tensor
 
 
 class NominalStudent(FusedStudent):
@@ -118,7 +126,7 @@ class NominalStudent(FusedStudent):
     kind = "nominal"
     config_type = NominalConfig
     config: NominalConfig
-    per_tensor = ("t",)
+    per_tensor = ("t", "pace")
     sees_params = True
 
     def build(self, generator: torch.Generator | None) -> None:
@@ -132,13 +140,15 @@ class NominalStudent(FusedStudent):
         shapes, _ = _filled(like, layout)
         t = torch.zeros(len(shapes), dtype=self.head.weight.dtype, device=like.device)
         begin: StudentState = super().initial_state(like, layout)
-        return NominalState(*begin, t)
+        return NominalState(*begin, t, torch.zeros_like(t))
 
     def warm_up(self, grad: Tensor, state: Any, *, layout: Layout | None = None) -> Any:
         """The state after a warm-up step's gradient: moments and steps move, the LSTM does not."""
         return super().warm_up(grad, state, layout=layout)._replace(t=state.t + 1)
 
-    def context(self, state: Any, params: Tensor | None, layout: Layout | None) -> TensorContext:
+    def context(
+        self, state: Any, params: Tensor | None, layout: Layout | None, grad: Tensor
+    ) -> TensorContext:
         """See :class:`FusedStudent`."""
         shapes, sizes = _filled(state.m, layout)
         repeats = len(state.t) // max(1, len(sizes))
@@ -159,7 +169,11 @@ class NominalStudent(FusedStudent):
         # What a mode has made, of fake tensors say, is not for those who come after it.
         made = _constants if torch._C._len_torch_dispatch_stack() else _cached_constants
         constants = made(self.config, shapes * repeats, state.t.dtype, state.t.device)
-        return self.context_of(constants, state.t, parts)
+        agreements: Callable[[], Tensor] | None = None
+        if self.paced and repeats * len(sizes):
+            of_each = (tensor.split(sizes * repeats) for tensor in (grad, state.m))
+            agreements = functools.partial(sign_agreements, *of_each)
+        return self.context_of(constants, state.t, parts, pace=state.pace, agreements=agreements)
 
     @property
     def _sees_rms(self) -> bool:
@@ -168,6 +182,11 @@ class NominalStudent(FusedStudent):
     def constants_of(self, shapes: Sequence[torch.Size], like: Tensor) -> ContextConstants:
         """See :class:`FusedStudent`."""
         return _constants(self.config, tuple(shapes), like.dtype, like.device)
+
+    @property
+    def paced(self) -> bool:
+        """See :class:`FusedStudent`."""
+        return self.config.pacing > 0
 
     @property
     def sees_shapes(self) -> bool:
@@ -180,6 +199,8 @@ class NominalStudent(FusedStudent):
         steps: Tensor,
         params: Sequence[Tensor],
         norms: NormsOf = norms_of,
+        pace: Tensor | None = None,
+        agreements: Callable[[], Tensor] | None = None,
     ) -> TensorContext:
         """See :class:`FusedStudent`."""
         assert constants is not None
@@ -197,8 +218,15 @@ class NominalStudent(FusedStudent):
         inputs = torch.stack(columns, 1) if columns else steps.new_empty((len(steps), 0))
         # In float64, as float32 would lose half of its bits in 1 - beta^t.
         exact = now.double()
-        corrections = [1 / (1 - beta**exact) for beta in (config.beta1, config.beta2)]
-        return TensorContext(inputs, torch.stack(corrections, 1).to(steps.dtype), constants.sizes)
+        columns = [1 / (1 - beta**exact) for beta in (config.beta1, config.beta2)]
+        if agreements is None or pace is None:
+            columns.append(torch.ones_like(exact))
+        else:
+            shares = agreements() / constants.roots.double().square()
+            pace = (pace + config.pacing * shares).clamp(-MOST_PACE, MOST_PACE).to(pace.dtype)
+            columns.append(pace.double().exp())
+        corrections = torch.stack(columns, 1).to(steps.dtype)
+        return TensorContext(inputs, corrections, constants.sizes, pace)
 
     def operation_weights(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """See :class:`FusedStudent`; the first bias is still without inputs."""
@@ -234,9 +262,13 @@ class NominalStudent(FusedStudent):
         gain = self.config.gain
         return [torch.stack((gain * part[0], part[1])) for part in (head, bias)]
 
-    def carried(self, new: StudentState, before: Any) -> NominalState:
+    def carried(
+        self, new: StudentState, before: Any, context: TensorContext | None
+    ) -> NominalState:
         """See :class:`FusedStudent`."""
-        return NominalState(*new, before.t + 1)
+        assert context is not None
+        pace = before.pace if context.pace is None else context.pace
+        return NominalState(*new, before.t + 1, pace)
 
 
 def _filled(like: Tensor, layout: Layout | None) -> tuple[tuple[torch.Size, ...], tuple[int, ...]]:

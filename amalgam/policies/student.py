@@ -69,6 +69,8 @@ class Student(FusedStudent):
         """See :class:`FusedStudent`."""
         return list(found)
 
-    def carried(self, new: StudentState, before: StudentState) -> StudentState:
+    def carried(
+        self, new: StudentState, before: StudentState, context: TensorContext | None
+    ) -> StudentState:
         """See :class:`FusedStudent`."""
         return new

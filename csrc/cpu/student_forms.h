@@ -111,12 +111,12 @@ struct Nominal {
     return step<T>(net, tile, {load(tile.grad + at), load(tile.m + at), load(tile.v + at)});
   }
 
-  // alpha exp(o), o clamped; NaN passes.
+  // alpha pace exp(o), o clamped; NaN passes.
   template <typename T>
-  static Vector<T> factor(const StudentNetwork<T>& net, Vector<T> o) {
+  static Vector<T> factor(const StudentNetwork<T>& net, const StudentTile<T>& tile, Vector<T> o) {
     o = o < T(kLeastLog) ? splat(T(kLeastLog)) : o;
     o = o > T(kMostLog) ? splat(T(kMostLog)) : o;
-    return net.alpha * exp(o);
+    return net.alpha * tile.corrections[2] * exp(o);
   }
 
   template <typename T>
@@ -133,7 +133,7 @@ struct Nominal {
                           const Vector<T>* o) {
     const Step<T> s = step_at(net, tile, at);
     const Vector<T> soft = s.b / (T(1) + absolute<T>(s.b) / T(kSoft));
-    return factor<T>(net, o[0]) * (s.a + o[1] * soft);
+    return factor<T>(net, tile, o[0]) * (s.a + o[1] * soft);
   }
 
   // In o1 and o2, and in a and b where the head's outputs multiply them.
@@ -142,7 +142,7 @@ struct Nominal {
                      const Vector<T>* o, Vector<T>* slopes) {
     const Step<T> s = step_at(net, tile, at);
     const Vector<T> below = T(1) + absolute<T>(s.b) / T(kSoft), soft = s.b / below;
-    const Vector<T> by = factor<T>(net, o[0]), none = splat(T(0));
+    const Vector<T> by = factor<T>(net, tile, o[0]), none = splat(T(0));
     const Vector<T> inside = o[0] >= T(kLeastLog) ? by * (s.a + o[1] * soft) : none;
     slopes[0] = o[0] <= T(kMostLog) ? inside : none;
     slopes[1] = by * soft;

@@ -49,7 +49,7 @@ class PackedStudent {
   void of_tensor(int64_t row, StudentTile<T>& tile) const {
     if (!student_.nominal) return;
     tile.lstm.bias = student_.weights[2] + row * 4 * student_.hidden;
-    tile.corrections = student_.corrections + row * 2;
+    tile.corrections = student_.corrections + row * 3;
   }
 
   // How many sums the weights' gradients are: the layers', then the head's and its bias's.

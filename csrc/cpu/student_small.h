@@ -29,7 +29,7 @@ struct SmallStudent {
 struct SmallPiece {
   int64_t place, count;       // the first one's in its tensor, and how many they are
   const float* bias;          // (4 hidden) as PyTorch has it
-  const float* corrections;   // c1 and c2
+  const float* corrections;   // c1, c2 and the pace
   int64_t stride;             // from row to row of h and c
   const void *grad, *m, *v, *h, *c;
   void *new_m, *new_v, *new_h, *new_c, *out;

@@ -186,7 +186,7 @@ struct Place {
 template <int hidden>
 struct OfPiece {
   float bias[hidden][4];
-  float c1, c2;
+  float c1, c2, alpha;  // alpha times the tensor's pace
   uint32_t keys[hidden + 2];  // of rows of random bits: h and c, the parameter, moments
 };
 
@@ -333,7 +333,7 @@ inline void move(const Small<hidden>& small, Bits places, const Place& at, const
   constexpr float kLeast = float(Nominal::kLeastLog * kOfExp);
   constexpr float kMost = float(Nominal::kMostLog * kOfExp);
   const Floats log2 = at_least(splat(kLeast), at_most(kMost, step.o1));
-  const Floats factor = student.alpha * power(log2);
+  const Floats factor = of.alpha * power(log2);
   const Floats below = 1.0f + absolute(step.b) * float(1 / Nominal::kSoft);
   Floats out = factor * (step.a + step.o2 * (step.b / below));
   if (how.in_place) out = how.keep * load_numbers(how.narrow_out, at.out) - how.lr * out;
@@ -356,6 +356,7 @@ void steps(const SmallStudent& student, const SmallStep& how, const SmallPiece& 
   }
   of.c1 = piece.corrections[0];
   of.c2 = piece.corrections[1];
+  of.alpha = student.alpha * piece.corrections[2];
   for (int row = 0; row < hidden + 2; ++row) of.keys[row] = mix(piece.key + row * 0x9e3779b1u);
   const Small<hidden> small{student, how, of};
 

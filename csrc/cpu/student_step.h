@@ -33,7 +33,7 @@ struct Student {
   StudentConstants constants;
   const T* const* weights;  // three arrays a layer (W_ih, W_hh, b) and two of the head
   bool nominal;             // the form; then the first b is (tensors, 4 hidden)
-  const T* corrections;     // (tensors, 2) c1 and c2, of the nominal form
+  const T* corrections;     // (tensors, 3) c1, c2 and the pace, of the nominal form
   int64_t tensors;          // 1 of the form RNNProp
 
   AMALGAM_INLINE FormSizes form() const { return nominal ? kNominal : kRNNProp; }
@@ -109,7 +109,7 @@ template <typename T>
 struct StudentTile {
   T *grad, *m, *v;                // m, v get the new moments
   T* update;                      // in the backward pass the form's slopes instead
-  const T* corrections;           // c1 and c2 of its tensor
+  const T* corrections;           // c1, c2 and the pace of its tensor
   LstmTile<T> lstm;
   // The backward pass alone:
   T *d_update, *d_m, *d_v;        // of the new values, get those of the old ones

@@ -88,7 +88,7 @@ def policies() -> dict[str, Policy]:
     return {
         "student": tiny_student(7),
         "nominal": NominalStudent(
-            NominalConfig(inputs=("time", "rank", "fan_in", "rms"), **SMALL),
+            NominalConfig(inputs=("time", "rank", "fan_in", "rms"), pacing=0.2, **SMALL),
             generator=generator_for(0),
         ),
         "choice": Choice(ChoiceConfig("small", **SMALL), generator=generator),

@@ -85,7 +85,7 @@ class Calls:
             return {"weights": weights, **constants, "corrections": None, "sizes": []}
         sizes = [n // 3, 0, n - n // 3]
         weights = self.weights(layers, hidden, 3, 2, *steps, 3)
-        corrections = 1 + self.tensor(*steps, 3, 2)
+        corrections = 1 + self.tensor(*steps, 3, 3)
         return {"weights": weights, **constants, "corrections": corrections, "sizes": sizes}
 
     def pool(self, k: int) -> Arguments:

@@ -43,7 +43,7 @@ for sizes in ([5, 3], [4], [1] * 17, [16, 32, 7], [0, 49]):
     n, count = sum(sizes), len(sizes)
     own = [torch.zeros(*s) for s in ((16, 3), (16, 4), (count, 16), (2, 4), (2,))]
     grad, state = torch.zeros(n), initial_state(torch.zeros(n), own)
-    settings = StepSettings(corrections=torch.ones(count, 2), sizes=sizes)
+    settings = StepSettings(corrections=torch.ones(count, 3), sizes=sizes)
     op("student_step_backward", [grad, *state], grad, *state, own, *settings)
 for k in (1, 2, 3, 16, 17):
     student, teachers = torch.zeros(100 * k + 1), torch.zeros(k, 100 * k + 1)

@@ -319,7 +319,7 @@ def of_form(
     weights = lstm_weights(draws, layers, hidden, features=3, outputs=2)
     several = (*steps, len(sizes))
     weights[2] = draws.normal(*several, 4 * hidden).to(draws.dtype)
-    corrections = 1 + draws.normal(*several, 2).square()
+    corrections = 1 + draws.normal(*several, 3).square()
     return weights, [corrections.to(draws.dtype), list(sizes)]
 
 

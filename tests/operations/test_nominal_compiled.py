@@ -333,6 +333,6 @@ def test_errors_name_the_argument() -> None:
 
     _, state, weights, settings = skewed_nominal(5, 1, 4, F64)
     weights[2] = draw(3, 3, 16)
-    settings = settings._replace(corrections=corrections_of([1, 2, 3]).expand(2, 3, 2))
-    with pytest.raises(ValueError, match=re.escape("corrections must have shape (3, 3, 2)")):
+    settings = settings._replace(corrections=corrections_of([1, 2, 3]).expand(2, 3, 3))
+    with pytest.raises(ValueError, match=re.escape("corrections must have shape (3, 3, 3)")):
         student_unroll_backward(draw(3, 5), draw(3, 5), state, weights, settings)

@@ -59,7 +59,7 @@ def by_coordinate(
     sigmoid = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
     updates = []
     for n, tensor in enumerate(tensors):
-        c1, c2 = settings.corrections[tensor].tolist()
+        c1, c2, pace = settings.corrections[tensor].tolist()
         g = grad[n].item()
         m = settings.beta1 * state.m[n].item() + (1 - settings.beta1) * g
         v = settings.beta2 * state.v[n].item() + (1 - settings.beta2) * g * g
@@ -80,7 +80,7 @@ def by_coordinate(
         o1, o2 = (
             sum(p * q for p, q in zip(head[k], out, strict=True)) + head_bias[k] for k in range(2)
         )
-        factor = settings.alpha * math.exp(min(4.0, max(-7.0, o1)))
+        factor = settings.alpha * pace * math.exp(min(4.0, max(-7.0, o1)))
         updates.append(factor * (a + o2 * b / (1 + abs(b) / 3)))
     return updates
 
@@ -156,7 +156,7 @@ def test_one_bias_for_all_tensors_is_any_number_of_equal_ones() -> None:
     ({"sizes": [5, 0, 5]}, "sizes must be those of 3 tensors"),
     ({"sizes": [-1, 0, 10]}, "sizes must be those of 3 tensors"),
     ({"corrections": corrections_of([1, 2, 3]).float()}, "corrections must be torch.float64"),
-    ({"corrections": corrections_of([1, 2, 3])[:, :1]}, "corrections must have shape (3, 2)"),
+    ({"corrections": corrections_of([1, 2, 3])[:, :1]}, "corrections must have shape (3, 3)"),
     ({"corrections": None}, "weights[0] must have shape (16, 2)"),
 ])  # fmt: skip
 def test_errors_name_the_argument(settings: dict[str, Any], why: str) -> None:
@@ -500,6 +500,8 @@ def test_with_a_head_of_zeros_it_is_adam(backend: str, layers: int, hidden: int)
         settings = StepSettings(ALPHA, BETA1, BETA2, EPS, corrections_of([index + 1], F32), [])
         student_step_([ours], [grad], [state], weights, settings, backend=backend)
         param.grad = grad
+        assert settings.corrections is not None
+        adam.param_groups[0]["lr"] = ALPHA * settings.corrections[0, 2].item()
         adam.step()
     torch.testing.assert_close(ours, param.detach(), rtol=1e-6, atol=1e-7)
 

@@ -63,9 +63,8 @@ def test_triton_nominal_step_errs_as_float32_does(
     layers: int,
     hidden: int,
 ) -> None:
-    # Of four units one coordinate's update may outweigh all others'.
-    count = 8 if hidden == 4 else 3
-    draws = [drawn(arithmetic, layers, hidden, size, seed) for seed in range(count)]
+    # One coordinate's update may outweigh all others', and plain PyTorch be exact by chance.
+    draws = [drawn(arithmetic, layers, hidden, size, seed) for seed in range(8)]
     steps, backward = zip(*draws, strict=True)
     assert_as_accurate(FORWARD, steps, "triton:3xtf32")
     assert_as_accurate(BACKWARD, backward, "triton:3xtf32")
@@ -352,7 +351,7 @@ ADAMW = 28  # bytes a coordinate, all in float32: p, g, m, v read, and p, m, v w
 
 BUDGETS = {
     "in_place sm_90 nominal:1x4 bfloat16+bfloat16 3xtf32": {
-        **{"registers": 168, "stack": 0, "instructions": 390, "special": 48},
+        **{"registers": 168, "stack": 0, "instructions": 391, "special": 48},
         **{"tensor": 0, "wide": 60},
     },
     "in_place sm_90 nominal:1x8 bfloat16+bfloat16 3xtf32": {
@@ -360,7 +359,7 @@ BUDGETS = {
         **{"tensor": 0, "wide": 142},
     },
     "in_place sm_90 nominal:1x8 bfloat16+bfloat16 bf16,approximate,stochastic": {
-        **{"registers": 255, "stack": 0, "instructions": 800, "special": 46},
+        **{"registers": 255, "stack": 0, "instructions": 801, "special": 46},
         **{"tensor": 0, "wide": 148},
     },
 }

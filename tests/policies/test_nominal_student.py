@@ -11,7 +11,7 @@ import torch
 
 from amalgam.layout import Layout
 from amalgam.policies import NominalConfig, NominalStudent, load_policy
-from amalgam.policies.nominal_student import INPUTS
+from amalgam.policies.nominal_student import INPUTS, MOST_PACE
 
 LAYOUT = Layout({"w": (3, 4), "b": (4,), "none": (0, 2), "k": (2, 3, 2, 2), "s": ()})
 FILLED = [size for size in LAYOUT.sizes if size]
@@ -36,7 +36,7 @@ def test_it_is_told_of_tensors() -> None:
     student, values = made(), params()
     state = student.initial_state(values, LAYOUT)
     assert state.t.tolist() == [0.0] * 4
-    context = student.context(state._replace(t=state.t + 6), values, LAYOUT)
+    context = student.context(state._replace(t=state.t + 6), values, LAYOUT, values)
     assert list(context.sizes) == FILLED
     fan_ins, ranks = [4, 1, 12, 1], [2, 1, 4, 0]
     for tensor, part in enumerate(values.split(FILLED)):
@@ -48,23 +48,23 @@ def test_it_is_told_of_tensors() -> None:
             math.log(rms + 1e-3) / 4,
         ]
         assert context.inputs[tensor].tolist() == pytest.approx(expected, rel=1e-12)
-        corrections = [1 / (1 - 0.9**7), 1 / (1 - 0.999**7)]
+        corrections = [1 / (1 - 0.9**7), 1 / (1 - 0.999**7), 1.0]
         assert context.corrections[tensor].tolist() == pytest.approx(corrections, rel=1e-12)
 
 
 def test_corrections_keep_float32_whole_at_the_first_step() -> None:
     student = NominalStudent()
     state = student.initial_state(torch.zeros(2))
-    context = student.context(state, torch.zeros(2), None)
+    context = student.context(state, torch.zeros(2), None, torch.zeros(2))
     assert context.corrections.dtype == torch.float32
-    assert context.corrections[0].tolist() == pytest.approx([10.0, 1000.0], rel=1e-7)
+    assert context.corrections[0].tolist() == pytest.approx([10.0, 1000.0, 1.0], rel=1e-7)
 
 
 def test_what_it_is_told_enters_as_further_inputs_would() -> None:
     """A bias a tensor is the first layer's kernel times inputs that are one for all coordinates."""
     student, values = made(), params()
     state = student.initial_state(values, LAYOUT)
-    context = student.context(state, values, LAYOUT)
+    context = student.context(state, values, LAYOUT, values)
     folded, settings = student.folded(student.weights(), context)
     kernel, bias = student.cells[0].weight_ih, student.cells[0].bias
     for tensor in range(len(context.inputs)):
@@ -80,7 +80,7 @@ def test_what_it_is_told_enters_as_further_inputs_would() -> None:
 
 def test_unfolding_is_foldings_gradient() -> None:
     student, values = made(), params()
-    context = student.context(student.initial_state(values, LAYOUT), values, LAYOUT)
+    context = student.context(student.initial_state(values, LAYOUT), values, LAYOUT, values)
     weights = student.weights()
     folded, _ = student.folded(weights, context)
     upstream = [torch.randn_like(each) for each in folded]
@@ -104,11 +104,57 @@ def test_several_optimizees_lie_one_after_another() -> None:
     state = student.initial_state(values, LAYOUT)
     both = type(state)(*(torch.cat((t, t), -1) for t in state))
     both = both._replace(t=torch.tensor([0.0, 0, 0, 0, 5, 5, 5, 5], dtype=torch.float64))
-    context = student.context(both, torch.cat((values, 2 * values)), LAYOUT)
-    first = student.context(state, values, LAYOUT)
-    second = student.context(state._replace(t=state.t + 5), 2 * values, LAYOUT)
+    context = student.context(both, torch.cat((values, 2 * values)), LAYOUT, values.repeat(2))
+    first = student.context(state, values, LAYOUT, values)
+    second = student.context(state._replace(t=state.t + 5), 2 * values, LAYOUT, values)
     assert torch.allclose(context.inputs, torch.cat((first.inputs, second.inputs)), rtol=1e-12)
     assert torch.equal(context.corrections, torch.cat((first.corrections, second.corrections)))
+
+
+def test_the_pace_grows_by_the_agreement_of_signs() -> None:
+    """Three of four signs agree, one does not; zeros and the first step say nothing."""
+    student = made(pacing=0.5, inputs=())
+    values = torch.zeros(LAYOUT.numel, dtype=torch.float64)
+    state = student.initial_state(values, LAYOUT)
+    assert state.pace.tolist() == [0.0] * 4
+    grad = values.clone()
+    grad[12:16] = torch.tensor([1.0, -2.0, 3.0, -4.0])
+    first = student.context(state, None, LAYOUT, grad)
+    assert first.corrections[:, 2].tolist() == [1.0] * 4
+    _, state = student.step(grad, state, layout=LAYOUT)
+    grad[12] = -1e-30
+    second = student.context(state, None, LAYOUT, grad)
+    assert second.corrections[:, 2].tolist() == pytest.approx([1.0, math.exp(0.25), 1.0, 1.0])
+    update, after = student.step(grad, state, layout=LAYOUT)
+    assert after.pace.tolist() == pytest.approx([0.0, 0.25, 0.0, 0.0])
+    unpaced, _ = student.step(grad, state._replace(pace=state.pace - 0.25), layout=LAYOUT)
+    assert torch.allclose(update[12:16], unpaced[12:16] * math.exp(0.25), rtol=1e-12)
+    state = state._replace(pace=torch.full_like(state.pace, MOST_PACE))
+    assert student.context(state, None, LAYOUT, grad).pace.max() == MOST_PACE
+
+
+def test_a_pace_keeps_what_the_student_promises() -> None:
+    """No step without gradients, the mirrored run, and no dependence on the loss's scale."""
+    student = made(pacing=0.2, inputs=())
+    generator = torch.Generator().manual_seed(3)
+    grads = torch.randn((9, LAYOUT.numel), generator=generator, dtype=torch.float64) + 0.7
+    grads[:, 20:] = 0
+
+    def run(scale: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+        state, updates = student.initial_state(grads[0], LAYOUT), []
+        for grad in grads:
+            update, state = student.step(scale * grad, state, layout=LAYOUT)
+            updates.append(update.detach())
+        return updates, state.pace
+
+    updates, pace = run(1.0)
+    assert pace[:3].abs().min() > 0
+    assert not torch.stack(updates)[:, 20:].any()
+    for scale in (-1.0, 2.0**30, -(2.0**-30)):
+        others, others_pace = run(scale)
+        assert torch.equal(pace, others_pace)
+        for ours, theirs in zip(updates, others, strict=True):
+            assert torch.allclose(theirs, ours * math.copysign(1, scale), rtol=1e-9, atol=0)
 
 
 def test_warm_up_counts_a_step() -> None:

@@ -1,0 +1,183 @@
+"""A student with a pace as an optimizer: every tensor's steps grow and shrink by its agreements."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, estimate_memory
+from amalgam.layout import Layout
+
+SHAPES = [(5, 3), (7,), (), (0, 2), (2, 3, 2)]
+
+
+def student(pacing: float = 0.3, **config: Any) -> NominalStudent:
+    made = NominalStudent(
+        NominalConfig(hidden=4, pacing=pacing, **config), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        made.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in SHAPES
+    ]
+
+
+def give_gradients(params: list[nn.Parameter], step: int, sign: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = (sign * (drawn + 0.5)).to(param.dtype)
+
+
+def paces(optimizer: AmalgamatedOptimizer) -> list[float]:
+    return [float(entry["pace"]) for entry in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_it_steps_as_the_policy_does(backend: str, dtype: torch.dtype) -> None:
+    of = student()
+    params = parameters(dtype)
+    optimizer = AmalgamatedOptimizer(params, student=of, backend=backend, lr=0.7)
+    policy = copy.deepcopy(of).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    layout = Layout({str(n): tuple(p.shape) for n, p in enumerate(params)})
+    values = torch.cat([p.detach().reshape(-1) for p in params])
+    state = policy.initial_state(values.to(policy.head.weight.dtype), layout)
+    for step in range(6):
+        give_gradients(params, step)
+        grad = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
+        optimizer.step()
+        update, state = policy.step(grad.to(state.m.dtype), state, layout=layout)
+        values = (values.to(update.dtype) - 0.7 * update.detach()).to(dtype)
+    filled = [n for n, p in enumerate(params) if p.numel()]
+    assert [paces(optimizer)[n] for n in filled] == pytest.approx(state.pace.tolist(), abs=1e-6)
+    assert max(map(abs, paces(optimizer))) > 0.2
+    ours = torch.cat([p.detach().reshape(-1) for p in params])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(ours, values, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("nonfinite", ["skip-step", "skip-tensor"])
+def test_a_skipped_step_leaves_paces(capturable: bool, nonfinite: str) -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(
+        params, student=student(), capturable=capturable, nonfinite=nonfinite
+    )
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    before = paces(optimizer)
+    give_gradients(params, 3)
+    assert params[1].grad is not None
+    params[1].grad[2] = math.nan
+    optimizer.step()
+    moved = [one != other for one, other in zip(paces(optimizer), before, strict=True)]
+    assert moved == [nonfinite == "skip-tensor" and n in (0, 2, 4) for n in range(5)]
+    assert all(map(math.isfinite, paces(optimizer)))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_warm_up_has_no_pace(capturable: bool) -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(
+        params, student=student(), warmup_steps=2, warmup_lr=0.1, capturable=capturable
+    )
+    for step in range(2):
+        give_gradients(params, step)
+        optimizer.step()
+        assert not any(paces(optimizer))
+    give_gradients(params, 2)
+    optimizer.step()
+    assert paces(optimizer)[0]
+
+
+def test_gradients_of_what_is_maximised_count_mirrored() -> None:
+    runs = []
+    for sign in (1.0, -1.0):
+        params = parameters()
+        optimizer = AmalgamatedOptimizer(params, student=student(), maximize=sign < 0)
+        for step in range(4):
+            give_gradients(params, step, sign)
+            optimizer.step()
+        runs.append([*params, *(torch.tensor(pace) for pace in paces(optimizer))])
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_run_goes_on_from_its_state() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    again = [nn.Parameter(p.detach().clone()) for p in params]
+    other = AmalgamatedOptimizer(again, student=student())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(3, 6):
+        for each, run in ((params, optimizer), (again, other)):
+            give_gradients(each, step)
+            run.step()
+    assert all(map(torch.equal, params, again))
+    assert paces(optimizer) == paces(other)
+    state = optimizer.state_dict()
+    del state["state"][1]["pace"]
+    with pytest.raises(ValueError, match="must hold .*'pace'.*, but lacks \\['pace'\\]"):
+        other.load_state_dict(state)
+
+
+def test_estimated_memory_is_exact() -> None:
+    params = parameters()
+    for pacing in (0.0, 0.3):
+        optimizer = AmalgamatedOptimizer(params, student=student(pacing))
+        give_gradients(params, 0)
+        optimizer.step()
+        taken = sum(
+            tensor.nbytes
+            for entry in optimizer.state.values()
+            for tensor in entry.values()
+            if isinstance(tensor, Tensor)
+        )
+        assert estimate_memory(params, student(pacing)).state_bytes == taken
+        assert ("pace" in optimizer.state[params[0]]) == (pacing > 0)
+
+
+def test_stats_tell_the_step_with_its_pace() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    for step in range(4):
+        give_gradients(params, step)
+        optimizer.step()
+    give_gradients(params, 4)
+    told, before = optimizer.stats(), [p.detach().clone() for p in params]
+    optimizer.step()
+    for number in (0, 1, 4):
+        moved = (params[number].detach() - before[number]).norm() / before[number].norm()
+        assert told[f"0.{number}"].update_over_parameter == pytest.approx(moved.item(), rel=1e-4)
+
+
+def test_a_compiled_step_is_the_same() -> None:
+    runs = []
+    for compiled in (False, True):
+        params = parameters()
+        optimizer = AmalgamatedOptimizer(params, student=student(), warmup_steps=1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for number in range(4):
+            give_gradients(params, number)
+            if number == 2:
+                assert params[0].grad is not None
+                params[0].grad[0, 0] = math.inf
+            step()
+        runs.append([*(p.detach() for p in params), *map(torch.tensor, paces(optimizer))])
+    for eager, traced in zip(*runs, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
