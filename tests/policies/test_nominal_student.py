@@ -150,7 +150,7 @@ def test_a_pace_keeps_what_the_student_promises() -> None:
     updates, pace = run(1.0)
     assert pace[:3].abs().min() > 0
     assert not torch.stack(updates)[:, 20:].any()
-    for scale in (-1.0, 2.0**30, -(2.0**-30)):
+    for scale in (-1.0, 2.0**30, -(2.0**-10)):
         others, others_pace = run(scale)
         assert torch.equal(pace, others_pace)
         for ours, theirs in zip(updates, others, strict=True):
