@@ -93,6 +93,7 @@ class Estimator(Protocol):
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        held_out: Sequence[Batch] | None = None,
     ) -> Estimate:
         """Run one window and estimate its meta-gradient.
 
@@ -107,6 +108,8 @@ class Estimator(Protocol):
                 section 4).
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps.
+            held_out: One batch per step of samples that no step trains on, on which the meta-loss
+                is taken; where ``None``, on the steps' own batches.
         """
         ...
 
@@ -142,6 +145,7 @@ class Truncation:
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        held_out: Sequence[Batch] | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [list(student.weights()) for student in unroll.students]
@@ -163,6 +167,7 @@ class Truncation:
                 draws=draws,
                 input_noise=input_noise,
                 conditions=conditions,
+                held_out=held_out,
             )
             return window, meta * window.meta_loss + imitation * window.imitation_loss
 
@@ -250,6 +255,7 @@ class PersistentEvolution:
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        held_out: Sequence[Batch] | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [w.detach() for w in unroll.students[0].weights()]
@@ -262,7 +268,9 @@ class PersistentEvolution:
             for sign in (1, -1)
         ]
         with torch.no_grad():
-            window = unroll.window(begin, batches, particles, conditions=conditions)
+            window = unroll.window(
+                begin, batches, particles, conditions=conditions, held_out=held_out
+            )
         losses = coefficients[0] * window.meta_loss + coefficients[1] * window.imitation_loss
         slopes = (losses[::2] - losses[1::2]) / (2 * self.pairs * self.std**2)
         grads = [torch.tensordot(slopes, xi, 1) for xi in total]

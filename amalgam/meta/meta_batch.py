@@ -16,8 +16,8 @@ class MetaBatch(RuleByRecords):
 
     Each of ``slots`` slots runs an episode of its own. When an episode ends, a new one begins in
     its slot. An episode ends early, and is counted, when it fails: a row of the student took no
-    step of a window, or a window's loss or meta-gradient was not finite. It ends for all replicates
-    then. What failed adds nothing to the meta-gradient.
+    step of a window, or had no finite loss in it, or a window's loss or meta-gradient was not
+    finite. It ends for all replicates then. What failed adds nothing to the meta-gradient.
 
     A new episode draws its task by the tasks' weights, among those that no other slot runs; among
     all of them if there are more slots than tasks. It draws its length, its *horizon*, log-uniform

@@ -18,7 +18,7 @@ from amalgam.meta.objective import Amalgamation, loss_weights
 from amalgam.meta.periods import INITIAL, Period, Slots, UnrollSettings
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.run_state import EpisodeAt, RunState, Slot
-from amalgam.meta.sampling import Sampler, StackedBatches, begin_episode
+from amalgam.meta.sampling import Sampler, Split, StackedBatches, begin_episode, split
 from amalgam.meta.slot_means import SlotMeans
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
@@ -165,8 +165,10 @@ class MetaSteps:
                     self._estimate(unroll, begun, episode, period)
                 except BackendError as error:
                     raise ValueError(f"amalgamation.{error}") from error
-                batches = self._sampler.batches(unroll.task, steps, "window", 0, 0)
-                check_budget(unroll, begun.trajectories, batches)
+                longer = replace(period, training=replace(once, unroll=steps))
+                batches = self._batches(unroll, episode, longer, 0)
+                held_out = self._held_out(unroll, episode, longer)
+                check_budget(unroll, begun.trajectories, batches, held_out)
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
@@ -281,7 +283,9 @@ class MetaSteps:
         where = begin_episode(
             unroll,
             self._sampler.generators("episode", number),
-            self._sampler.batches(unroll.task, steps, "warm-up", number),
+            self._sampler.batches(
+                unroll.task, steps, "warm-up", number, among=self._split(unroll, episode).trained
+            ),
             lr,
             None if drawn is None else loss_scales(drawn, self._students[0].weights()[0]),
         )
@@ -289,17 +293,31 @@ class MetaSteps:
             with torch.no_grad():
                 where = unroll.window(
                     where,
-                    self._batches(unroll.task, episode, period, window),
+                    self._batches(unroll, episode, period, window),
                     conditions=self._of_window(episode, period, window),
                 ).end
         return Slot(where, [])
 
+    def _split(self, unroll: Unroll, episode: EpisodeAt) -> Split:
+        """The training samples of an episode, and those that it leaves out."""
+        generators = self._sampler.generators("split", episode.number)
+        return split(unroll.task, unroll.amalgamation.held_out, generators)
+
     def _batches(
-        self, task: Task, episode: EpisodeAt, period: Period, window: int
+        self, unroll: Unroll, episode: EpisodeAt, period: Period, window: int
     ) -> StackedBatches:
         """The batches of one of an episode's windows."""
-        steps = period.training.unroll
-        return self._sampler.batches(task, steps, "window", episode.number, window)
+        draw = period.training.unroll, "window", episode.number, window
+        among = self._split(unroll, episode).trained
+        return self._sampler.batches(unroll.task, *draw, among=among)
+
+    def _held_out(
+        self, unroll: Unroll, episode: EpisodeAt, period: Period
+    ) -> StackedBatches | None:
+        """The batches of held-out samples in an episode's next window; ``None`` without any."""
+        draw = period.training.unroll, "held-out", episode.number, episode.window
+        among = self._split(unroll, episode).held_out
+        return None if among is None else self._sampler.batches(unroll.task, *draw, among=among)
 
     def _drawn(self, episode: EpisodeAt) -> list[Drawn] | None:
         """What an episode has drawn for each row; ``None`` where there is nothing to draw."""
@@ -336,7 +354,7 @@ class MetaSteps:
         return self._estimator.estimate(
             unroll,
             slot.trajectories,
-            self._batches(unroll.task, episode, period, episode.window),
+            self._batches(unroll, episode, period, episode.window),
             loss_weights(
                 self._training.il_mode,
                 period.imitation_weight,
@@ -347,6 +365,7 @@ class MetaSteps:
             perturbation=self._perturbation,
             input_noise=self._training.input_noise,
             conditions=self._of_window(episode, period, episode.window),
+            held_out=self._held_out(unroll, episode, period),
         )
 
     def _grads(self, index: int, estimate: Estimate) -> list[Tensor]:
@@ -356,17 +375,18 @@ class MetaSteps:
         return [torch.zeros_like(w) for w in self._students[index].weights()]
 
     def _moved(self, index: int, window: Window) -> bool:
-        """Whether a student took any step of a window.
-
-        If not, the window's losses do not depend on its weights.
-        """
-        skipped = window.skipped[self.rows_of(index), 0]
-        return bool((skipped < len(window.losses)).any())
+        """Whether a window says anything of a student: whether any of its rows did not fail."""
+        return not self._failed(index, window).all()
 
     def _stuck(self, index: int, window: Window) -> bool:
-        """Whether any of a student's rows took no step of a window."""
-        skipped = window.skipped[self.rows_of(index), 0]
-        return bool((skipped == len(window.losses)).any())
+        """Whether any of a student's rows failed in a window."""
+        return bool(self._failed(index, window).any())
+
+    def _failed(self, index: int, window: Window) -> Tensor:
+        """Which of a student's rows took no step of a window, or had no finite loss in it."""
+        rows = self.rows_of(index)
+        stood_still = window.skipped[rows, 0] == len(window.losses)
+        return stood_still | ~window.counted[:, rows].any(0)
 
     def _update(self, index: int, grads: Sequence[Tensor], loss: float, moved: bool) -> float:
         """Update a replicate, and return the norm of its meta-gradient."""

@@ -4,6 +4,16 @@ The meta-loss depends on the optimizee's losses along the student's trajectory. 
 depends on the distances between the student's trajectory and the teachers'. Both are means over a
 window's steps. This module computes the terms of these means and the terms' derivatives.
 Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in the form of the authors' code.
+
+The meta-loss's term of step t is a loss at p_t, the parameters before the step. Taken on the step's
+own batch, it is already a loss of samples that none of the differentiated steps saw, as long as the
+window is within an epoch: p_t depends on the student's weights through the batches before t alone,
+and an epoch repeats no sample. Taking the term on the next batch would change nothing. What is
+biased is all beyond one epoch. A window that is longer sees samples again. A later window, which
+shuffles anew, begins from parameters that the windows before it have fitted to these very samples;
+so does the first one, after a warm-up. Where data are few, the student is then rewarded for fitting
+the training samples, whatever that does to the loss of others. With ``Amalgamation.held_out`` the
+term is the loss at p_t of samples that the whole episode leaves out.
 """
 
 from __future__ import annotations
@@ -39,6 +49,13 @@ class Amalgamation:
             for each coordinate and episode. 0 means no scaling.
         scale_teachers: Whether teachers, too, work on scaled parameters. If not, they see unscaled
             parameters and gradients.
+        held_out: The share of a task's training samples that each optimizee leaves out in an
+            episode, drawn anew for each. The meta-loss is then taken on batches of these samples,
+            and shows whether the student generalises, not how fast it fits what it sees. It costs
+            one more forward and backward pass of the students' optimizees per step, and as much
+            tape as their gradients. Training samples, because a task's validation data judge:
+            students are compared, and the weights to keep chosen, on data that did not make them.
+            0 means that the term of a step is the loss of its own batch.
         log_objective: Whether the terms of both losses are logs. If true, the meta-loss's terms are
             log(loss) - log(normaliser), and the imitation loss's are log distances. If false, they
             are loss / abs(normaliser), and exp(log distance). Losses that become negative need
@@ -46,9 +63,9 @@ class Amalgamation:
         normaliser: What each step's loss is divided by: the loss of the window's first parameters,
             on the window's first batch (``"first-batch"``), which is computed anyway, or on the
             step's own batch (``"every-batch"``, as in the authors' code), which costs one more
-            forward pass per step. A first batch whose loss or gradient is not finite does not
-            count as the first. With ``log_objective`` it only adds a constant, and the
-            meta-gradient does not depend on it.
+            forward pass per step. Where samples are held out, the batches are theirs. A first batch
+            whose loss or gradient is not finite does not count as the first. With
+            ``log_objective`` it only adds a constant, and the meta-gradient does not depend on it.
         huber_delta: Where given, differences of parameters beyond it count linearly in distances.
         eps: Added to losses and distances inside logs, and to divisors.
         stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
@@ -60,6 +77,7 @@ class Amalgamation:
     second_order: bool = True
     scale_spread: float = 3.0
     scale_teachers: bool = False
+    held_out: float = 0.0
     log_objective: bool = True
     normaliser: Literal["first-batch", "every-batch"] = "first-batch"
     huber_delta: float | None = None
@@ -72,7 +90,12 @@ class Amalgamation:
         for name, known in (("mechanism", MECHANISMS), ("normaliser", NORMALISERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        check_fields(self, positive=("huber_delta", "eps"), not_negative=("scale_spread",))
+        check_fields(
+            self,
+            positive=("huber_delta", "eps"),
+            not_negative=("scale_spread",),
+            decays=("held_out",),
+        )
         if self.scale_spread > MOST_SPREAD:
             raise ValueError(
                 f"scale_spread must be at most {MOST_SPREAD}, beyond which float32 does not hold "
@@ -118,7 +141,7 @@ def meta_terms(how: Amalgamation, losses: Tensor, start: Tensor) -> tuple[Tensor
 
     Args:
         how: The settings.
-        losses: The losses of the students' optimizees, shape (T, R).
+        losses: The losses that the meta-loss takes of the students' optimizees, shape (T, R).
         start: The normaliser, shape (R,) or (T, R).
 
     Returns:

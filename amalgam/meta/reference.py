@@ -30,6 +30,7 @@ def window(
     weights: Sequence[Sequence[Tensor]],
     row: int = 0,
     conditions: StepConditions | None = None,
+    held_out: Sequence[Batch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The meta-loss, the imitation loss and the final parameters of one row.
 
@@ -43,6 +44,7 @@ def window(
         weights: The student's weights at each step.
         row: The row's number.
         conditions: Learning rates, weight decay and loss scales of the student's steps.
+        held_out: One batch per step, for the meta-loss; where ``None``, those of the steps.
 
     Returns:
         The two losses, scalars in the weights' graph, and the scaled parameters, shape (N,).
@@ -70,8 +72,12 @@ def window(
         (grad,) = torch.autograd.grad(loss, params, create_graph=True)
         if not how.second_order:
             grad = grad.detach()
+        taken = batch
+        if held_out is not None:
+            taken = row_of(held_out[t], row)
+            loss = task.objective(params * scale, taken)
         if start is None or how.normaliser == "every-batch":
-            start = task.objective(begin.params[row] * scale, batch).detach()
+            start = task.objective(begin.params[row] * scale, taken).detach()
         if how.log_objective:
             meta = meta + ((loss + how.eps).log() - (start + how.eps).log()) / len(batches)
         else:

@@ -47,12 +47,12 @@ class Replicate:
         """Clip a meta-gradient, and step the meta-optimizer.
 
         The step is skipped if the gradient or the loss is not finite, or if the student took no
-        step of any window.
+        step of any window, or had no finite loss in any.
 
         Args:
             grads: The meta-gradient, averaged over the processes or the slots.
             loss: The student's loss, averaged alike.
-            moved: Whether the student took any step of a window.
+            moved: Whether the student took any step of a window, and had any finite loss in it.
             rate: The meta-optimizer's learning rate.
 
         Returns:

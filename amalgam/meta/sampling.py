@@ -8,7 +8,7 @@ how the run was cut and resumed.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,55 @@ class StackedBatches(Sequence[Batch]):
         if isinstance(index, slice):
             return StackedBatches([batches[index] for batches in self._by_row])
         return stacked([batches[index] for batches in self._by_row])
+
+
+class Split(NamedTuple):
+    """The training samples of an episode, in two parts; each row has parts of its own.
+
+    Attributes:
+        trained: The numbers of the samples that a row trains on; ``None`` where that is all.
+        held_out: The numbers of those that it leaves out; ``None`` where it leaves out none.
+    """
+
+    trained: list[Tensor] | None
+    held_out: list[Tensor] | None
+
+
+def split(task: Task, share: float, generators: Sequence[torch.Generator]) -> Split:
+    """Draw which training samples the rows of an episode leave out.
+
+    Args:
+        task: The episode's task.
+        share: The share of the samples that a row leaves out; 0 means none.
+        generators: One per row.
+    """
+    if not share:
+        return Split(None, None)
+    parts = [task.split(generator, share) for generator in generators]
+    return Split([trained for trained, _ in parts], [held_out for _, held_out in parts])
+
+
+def stacked_batches(
+    task: Task,
+    generators: Sequence[torch.Generator],
+    steps: int,
+    among: Sequence[Tensor] | None = None,
+) -> StackedBatches:
+    """Batches of a task for all rows.
+
+    Args:
+        task: The task.
+        generators: One per row.
+        steps: How many steps: the sequence has one batch per step.
+        among: The numbers of the training samples that each row draws from; all where ``None``.
+    """
+    parts = among or [None] * len(generators)
+    return StackedBatches(
+        [
+            task.batches(generator, steps, part)
+            for generator, part in zip(generators, parts, strict=True)
+        ]
+    )
 
 
 def begin_episode(
@@ -140,14 +189,19 @@ class Sampler:
                 found.append(generator_for(self._seed + replicate, *purpose, *own))
         return found
 
-    def batches(self, task: Task, steps: int, *purpose: str | int) -> StackedBatches:
+    def batches(
+        self,
+        task: Task,
+        steps: int,
+        *purpose: str | int,
+        among: Sequence[Tensor] | None = None,
+    ) -> StackedBatches:
         """Batches of a task for all rows.
 
         Args:
             task: The task.
             steps: How many steps: the sequence has one batch per step.
             *purpose: Names the draw, as in :meth:`generators`.
+            among: The numbers of the training samples that each row draws from; all where ``None``.
         """
-        return StackedBatches(
-            [task.batches(generator, steps) for generator in self.generators(*purpose)]
-        )
+        return stacked_batches(task, self.generators(*purpose), steps, among)

@@ -46,8 +46,8 @@ class SlotMeans:
             student: The student's number.
             grads: The slot's meta-gradient.
             losses: Its meta-loss and its imitation loss, shape (2,).
-            moved: Whether the student took any step of the window.
-            stuck: Whether a row of the student took none.
+            moved: Whether a row of the student took any step of the window and had a finite loss.
+            stuck: Whether a row of the student took no step, or had no finite loss.
             clip: The largest norm that the meta-gradient may have.
 
         Returns:

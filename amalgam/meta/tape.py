@@ -19,6 +19,9 @@ The backward pass knows a_p and a_s after step t, and computes them before it (`
     a_g, a_s, share of a_w = student_step_backward(a_u, a_s)
     a_p = a_p + d(meta-loss)/d(l_t) * g_t + H_t @ a_g
 
+Where the meta-loss is taken on held-out samples, the gradient of their loss at p_t stands in the
+place of g_t in the last line.
+
 With :class:`amalgam.meta.conditions.StepConditions` the student sees c g_t, where c is the loss's
 scale, and p_{t+1} = k_t p_t - lr_t u_t. Then a_u = -lr_t a_p, a_g gets the factor c, and a_p gets
 the factor k_t before the last line.
@@ -68,11 +71,13 @@ class Tape:
             the input, and for policies without ``PolicySteps.by_coordinates``. Otherwise it goes
             coordinate by coordinate and needs no points.
         grads: The students' gradients, shape (T, R, N). Empty where no meta-gradient is wanted.
+        loss_grads: The gradients of the losses that the meta-loss takes, shape (T, R, N): ``grads``
+            itself unless these are losses of held-out samples.
         slopes: The gradient of each imitation term with respect to the parameters after the step,
             shape (T, R, N). Empty without teachers, and where no meta-gradient is wanted.
         moved: Which rows took each step, shape (T, R).
-        loss_slopes: The derivatives of the meta-losses with respect to the students' losses, shape
-            (T, R).
+        loss_slopes: The derivatives of the meta-losses with respect to the losses that they take,
+            shape (T, R).
         contexts: What each student was told of tensors in each step, a list of T a student; empty
             where the backward pass goes by steps.
         graphs: For some steps, what :meth:`amalgam.meta.episode.Episodes.gradients` returns for
@@ -86,6 +91,7 @@ class Tape:
     points: KeptPoints
     by_steps: bool
     grads: Tensor
+    loss_grads: Tensor
     slopes: Tensor
     moved: Tensor
     loss_slopes: Tensor
@@ -116,7 +122,7 @@ class Tape:
 
         Args:
             d_slopes: The factor on ``slopes`` in the adjoints, shape (R,).
-            d_grads: The factor on ``grads`` in the adjoints, shape (T, R).
+            d_grads: The factor on the gradients of the meta-loss's losses, shape (T, R).
         """
         each, (_, n) = self.episodes.optimizees, self.begin.params.shape
         chunk = min(max(n // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
@@ -177,12 +183,11 @@ class Tape:
 
     def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
         """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""
-        grads = self.grads[:, row, part]
         if len(self.slopes):
             sums = -d_slopes * self.slopes[:, row, part]
         else:
-            sums = torch.zeros_like(grads)
-        sums[:-1].addcmul_(d_grads[1:, None], grads[1:], value=-1)
+            sums = torch.zeros_like(self.grads[:, row, part])
+        sums[:-1].addcmul_(d_grads[1:, None], self.loss_grads[1:, row, part], value=-1)
         conditions = self.steps.conditions
         if conditions is None:
             for t in range(len(sums) - 2, -1, -1):
@@ -217,7 +222,7 @@ class Tape:
         if len(self.slopes):
             adjoint.params += d_slopes[:, None] * self.slopes[step]
         d_seen = self.steps.backward(step, point, grads, moved, adjoint)
-        adjoint.params += d_grads[:, None] * grads
+        adjoint.params += d_grads[:, None] * self.loss_grads[step]
         if self.episodes.amalgamation.second_order:
             curved = self._hessian_product(step, point, torch.where(moved[:, None], d_seen, 0))
             adjoint.params += torch.where(moved[:, None], curved, 0)

@@ -34,6 +34,7 @@ class Unroll(Episodes):
         draws: Draws | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        held_out: Sequence[Batch] | None = None,
     ) -> Window:
         """Run a window: all students and teachers take one step on each batch.
 
@@ -41,7 +42,7 @@ class Unroll(Episodes):
 
         A trajectory skips a step whose loss, gradient or update is not finite: its parameters and
         state stay as they were, and ``Window.skipped`` counts the step. Where it is the student's
-        loss or gradient, the step adds nothing to the meta-loss.
+        loss or gradient, and no samples are held out, the step adds nothing to the meta-loss.
 
         Args:
             begin: Where students and teachers stand; not changed.
@@ -56,6 +57,15 @@ class Unroll(Episodes):
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps; where
                 ``None``, a step is the student's update. Teachers do not see them.
+            held_out: One batch per step of samples that no step trains on, on which the meta-loss
+                is taken; where ``None``, on the steps' own batches. The settings' ``held_out`` is
+                for who draws the batches, and has no effect here.
+
+        Raises:
+            ValueError: ``held_out`` has another length than ``batches``, the budget of memory is
+                too small, or a log is wanted of a negative loss.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
-        return run_window(self, begin, batches, chosen, noise, draws, input_noise, conditions)
+        return run_window(
+            self, begin, batches, chosen, noise, draws, input_noise, conditions, held_out
+        )

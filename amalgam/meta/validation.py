@@ -27,7 +27,7 @@ from amalgam.evaluation.runs import train as train_optimizee
 from amalgam.meta import distributed
 from amalgam.meta.objective import Amalgamation, check_logs
 from amalgam.meta.periods import UnrollSettings
-from amalgam.meta.sampling import StackedBatches, begin_episode
+from amalgam.meta.sampling import begin_episode, split, stacked_batches
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.policies import Policy, Pool
@@ -93,14 +93,15 @@ def by_meta_loss(
 ) -> float:
     """The mean meta-loss of a student in unrolls without teachers.
 
-    The optimizees and their batches depend on the seed alone, so any two calls compare students on
-    the same ones.
+    The optimizees, their batches and what they hold out depend on the seed alone, so any two calls
+    compare students on the same ones.
 
     Args:
         student: The student.
         tasks: The tasks and families; optimizees of each are unrolled.
         unrolls: How many optimizees per task, and how long.
-        amalgamation: Settings of the meta-loss.
+        amalgamation: Settings of the meta-loss; the samples to hold out are of the data that is
+            validated on.
         training: Of it ``validation_data`` is read.
         seed: The run's seed.
     """
@@ -115,21 +116,27 @@ def by_meta_loss(
         for episode in range(unrolls.episodes):
             unroll = of_task or engine(_drawn(task, episode, device))
 
-            def batches(
-                steps: int, *purpose: str | int, task: Task = unroll.task
-            ) -> StackedBatches:
-                generator = generator_for(seed, "validation", *purpose)
-                return StackedBatches([task.batches(generator, steps)])
+            def generators(*purpose: str | int, episode: int = episode) -> list[torch.Generator]:
+                return [generator_for(seed, "validation", episode, *purpose)]
 
+            data = unroll.task
+            parts = split(data, amalgamation.held_out, generators("split"))
+            warmup = unrolls.warmup_windows * unrolls.unroll
             where = begin_episode(
                 unroll,
-                [generator_for(seed, "validation", episode)],
-                batches(unrolls.warmup_windows * unrolls.unroll, episode, "warm-up"),
+                generators(),
+                stacked_batches(data, generators("warm-up"), warmup, parts.trained),
                 unrolls.warmup_lr,
             )
             for number in range(unrolls.windows):
+                drawn = generators(number), unrolls.unroll
+                batches = stacked_batches(data, *drawn, parts.trained)
+                held_out = None
+                if parts.held_out is not None:
+                    drawn = generators("held-out", number), unrolls.unroll
+                    held_out = stacked_batches(data, *drawn, parts.held_out)
                 with torch.no_grad():
-                    window = unroll.window(where, batches(unrolls.unroll, episode, number))
+                    window = unroll.window(where, batches, held_out=held_out)
                 where = window.end
                 losses.append(window.meta_loss.mean().item())
     return _mean_of_first(losses)

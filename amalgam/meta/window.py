@@ -8,7 +8,7 @@ function of the two for autograd.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -41,8 +41,8 @@ class Window:
     Attributes:
         meta_loss: How large each student's losses are relative to those of the parameters that the
             window began with, shape (S,). The mean of log(loss) - log(loss at the start), or of
-            loss / abs(loss at the start) where ``Amalgamation.log_objective`` is false. A step
-            whose loss or gradient is not finite counts as 0 in the mean.
+            loss / abs(loss at the start) where ``Amalgamation.log_objective`` is false. A step that
+            is not among ``counted`` counts as 0 in the mean.
         imitation_loss: How far each student is from its teachers, shape (S,); 0 without teachers.
             ``Amalgamation.mechanism`` makes one log distance of those to the K teachers: their mean
             or the largest. This is its mean, or the mean of its exp where ``log_objective`` is
@@ -53,6 +53,8 @@ class Window:
         distances: The student's log distances to the teachers after each step, shape (T, R, K).
         skipped: How many steps each trajectory skipped because of values that were not finite,
             shape (R, 1 + K): the student's first, then the teachers'.
+        counted: Which of a student's losses the meta-loss may take, shape (T, R): where loss and
+            gradient of the step's batch are finite, or where the loss of held-out samples is.
     """
 
     meta_loss: Tensor
@@ -61,6 +63,7 @@ class Window:
     losses: Tensor
     distances: Tensor
     skipped: Tensor
+    counted: Tensor
 
 
 def run_window(
@@ -72,24 +75,28 @@ def run_window(
     draws: Draws | None,
     input_noise: float,
     conditions: StepConditions | None = None,
+    held_out: Sequence[Batch] | None = None,
 ) -> Window:
     """Run a window whose losses autograd can differentiate with respect to the weights.
 
     The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
     """
-    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions)
+    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions, held_out)
     with torch.no_grad():
         window = run()
     if not run.recorded:
         return window
     flat = chain.from_iterable(weights)
     meta_loss, imitation_loss = _Differentiable.apply(run.tape, window, *flat)
-    return Window(
-        meta_loss, imitation_loss, window.end, window.losses, window.distances, window.skipped
-    )
+    return replace(window, meta_loss=meta_loss, imitation_loss=imitation_loss)
 
 
-def check_budget(episodes: Episodes, begin: Trajectories, batches: Sequence[Batch]) -> None:
+def check_budget(
+    episodes: Episodes,
+    begin: Trajectories,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch] | None = None,
+) -> None:
     """Raise ValueError unless the budget of memory suffices for such a window.
 
     Only a budget that was set is looked at. Noise that is drawn at every step may need one where
@@ -97,7 +104,7 @@ def check_budget(episodes: Episodes, begin: Trajectories, batches: Sequence[Batc
     """
     if episodes.memory.budget is not None:
         weights = [student.weights() for student in episodes.students]
-        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None)
+        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None, held_out)
         if run.tape.by_steps:
             run.plan()
 
@@ -145,10 +152,16 @@ class _Run:
         draws: Draws | None,
         input_noise: float,
         conditions: StepConditions | None,
+        held_out: Sequence[Batch] | None,
     ) -> None:
+        if held_out is not None and len(held_out) != len(batches):
+            raise ValueError(
+                f"held_out must hold {len(batches)} batches, one for each step, not {len(held_out)}"
+            )
         self._episodes = episodes
         self._begin = begin
         self._batches = batches
+        self._held_out = held_out
         self._how = how = episodes.amalgamation
         self.recorded = torch.is_grad_enabled() and any(
             w.requires_grad for w in chain.from_iterable(weights)
@@ -157,6 +170,7 @@ class _Run:
         steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions)
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
+        grads = like.new_empty((t if self.recorded else 0, *like.shape))
         self.tape = Tape(
             episodes,
             begin,
@@ -165,7 +179,8 @@ class _Run:
             KeptPoints(episodes.steps, point, episodes.memory.cells),
             by_steps=self.recorded
             and (how.second_order or steps.noisy or not episodes.steps.by_coordinates),
-            grads=like.new_empty((t if self.recorded else 0, *like.shape)),
+            grads=grads,
+            loss_grads=grads if held_out is None else torch.empty_like(grads),
             slopes=like.new_empty((t if self.recorded and k else 0, *like.shape)),
             moved=torch.zeros((t, len(like)), dtype=torch.bool, device=like.device),
             loss_slopes=like.new_empty((0, len(like))),
@@ -174,6 +189,8 @@ class _Run:
         self._losses = like.new_empty((t, len(like), 1 + k))
         self._distances = like.new_empty((t, len(like), k))
         self._terms = like.new_empty((t, len(like)))
+        # The losses that the meta-loss takes.
+        self._taken = self._losses[..., 0] if held_out is None else like.new_empty((t, len(like)))
         self._counted = torch.zeros_like(self.tape.moved)
         self._graphs = 0
 
@@ -192,7 +209,7 @@ class _Run:
                 t, point, teachers, batch
             )
             ok = losses.isfinite() & usable(tape.steps.scaled(grads)) & usable(grads)
-            self._counted[t] = ok
+            self._counted[t] = ok if self._held_out is None else self._look_at_held_out(t, point)
             grads = torch.where(ok[:, None], grads, 0)
             if self.recorded:
                 tape.grads[t] = grads
@@ -217,7 +234,8 @@ class _Run:
                 self._terms[t] = 0
         tape.points.hold(point.states)
         end = Trajectories(begin.scale, point.params, point.states, teachers, state)
-        return Window(*self._mean_losses(), end, self._losses, self._distances, skipped)
+        means = self._mean_losses()
+        return Window(*means, end, self._losses, self._distances, skipped, self._counted)
 
     def _gradients(self, t: int, point: Point, teachers: Tensor, batch: Batch) -> _Gradients:
         """Losses and gradients of students and teachers before step t."""
@@ -247,6 +265,24 @@ class _Run:
         else:
             teacher_losses, teacher_grads = losses[:, :0], grads[:, :0]
         return _Gradients(losses[:, 0], grads[:, 0], teacher_losses, teacher_grads.transpose(0, 1))
+
+    def _look_at_held_out(self, t: int, point: Point) -> Tensor:
+        """Take the loss before step t on held-out samples; its gradient goes on the tape.
+
+        Returns:
+            Whether each row's loss is finite, shape (R,).
+        """
+        assert self._held_out is not None
+        episodes, scale, batch = self._episodes, self._begin.scale, self._held_out[t]
+        if self.recorded:
+            losses, grads, _ = episodes.gradients(point.params[:, None], scale, batch)
+            grads = grads[:, 0]
+            self.tape.loss_grads[t] = torch.where(usable(grads)[:, None], grads, 0)
+        else:
+            params = (point.params * scale)[:, None]
+            losses = episodes.task.objectives(params, batch, self._how.stack)
+        self._taken[t] = losses[:, 0]
+        return self._taken[t].isfinite()
 
     def _step(self, t: int, point: Point, grads: Tensor, ok: Tensor) -> tuple[Point, Tensor]:
         """The students' point after step t, and which rows took the step, shape (R,)."""
@@ -284,7 +320,10 @@ class _Run:
             for state in stored.states:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
-        fixed = nests.bytes_of((self.tape.grads, self.tape.slopes)) + 3 * point_bytes
+        taped = (self.tape.grads, self.tape.slopes)
+        if self._held_out is not None:
+            taped = (*taped, self.tape.loss_grads)
+        fixed = nests.bytes_of(taped) + 3 * point_bytes
         budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0
         if self._how.second_order and episodes.memory.segment is None:  # segments keep no graph
@@ -318,7 +357,7 @@ class _Run:
         if not steps:
             nothing = self._begin.params.new_zeros(students)
             return nothing, nothing
-        losses, counted = self._losses[..., 0], self._counted
+        losses, counted = self._taken, self._counted
         start = self._start_losses(losses)
         if self._how.log_objective:
             for each in (losses, start):
@@ -333,11 +372,15 @@ class _Run:
         return per_student(torch.where(counted, terms, 0)), per_student(self._terms)
 
     def _start_losses(self, losses: Tensor) -> Tensor:
-        """Losses of the window's first parameters: on its first batch (R,), or on each (T, R)."""
+        """Losses of the window's first parameters: on its first batch (R,), or on each (T, R).
+
+        The batches are those of held-out samples where there are any.
+        """
         if self._how.normaliser == "first-batch":
             first = self._counted.int().argmax(0, keepdim=True)
             return losses.gather(0, first)[0]
         task, begin = self._episodes.task, self._begin
         params = (begin.params * begin.scale)[:, None]
-        every = [task.objectives(params, batch, self._how.stack) for batch in self._batches]
+        batches = self._batches if self._held_out is None else self._held_out
+        every = [task.objectives(params, batch, self._how.stack) for batch in batches]
         return torch.stack(every)[..., 0]

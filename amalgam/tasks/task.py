@@ -308,17 +308,50 @@ class Task:
         self._shares_constants = not constants[0].isdisjoint(constants[1])
         return copy.deepcopy(module) if self._shares_constants else module
 
-    def batches(self, generator: torch.Generator, steps: int) -> Batches:
+    def split(self, generator: torch.Generator, share: float) -> tuple[Tensor, Tensor]:
+        """Draw which training samples are held out.
+
+        Args:
+            generator: Decides.
+            share: The share of them, in (0, 1); in any case at least one sample, and not all.
+
+        Returns:
+            The numbers of the samples to train on, and of those that are held out, on the CPU.
+
+        Raises:
+            ValueError: There is only one training sample.
+        """
+        samples = len(self.train[0])
+        if samples < 2:
+            raise ValueError(
+                f"held_out must be 0 for task {self.name!r}, which has one training sample, not "
+                f"{share:g}"
+            )
+        held_out = min(max(round(share * samples), 1), samples - 1)
+        order = torch.randperm(samples, generator=generator)
+        return order[held_out:], order[:held_out]
+
+    def batches(
+        self, generator: torch.Generator, steps: int, among: Tensor | None = None
+    ) -> Batches:
         """Batches for so many steps: shuffled epochs, whole batches only.
 
         Each has a seed by which an optimizee draws on it, which ``generator`` decides, too.
+
+        Args:
+            generator: Decides.
+            steps: How many.
+            among: The numbers of the training samples to draw from, shape (samples,), on the CPU;
+                all where ``None``. Batches hold all of them where they are fewer than a batch.
         """
-        samples = len(self.train[0])
-        per_epoch = samples // self.batch_size
+        samples = len(self.train[0]) if among is None else len(among)
+        size = min(self.batch_size, samples)
+        per_epoch = samples // size
         chosen: list[Tensor] = []
         while len(chosen) < steps:
-            order = torch.randperm(samples, generator=generator).to(self.device)
-            whole = order[: per_epoch * self.batch_size].split(self.batch_size)
+            order = torch.randperm(samples, generator=generator)
+            order = (order if among is None else among[order]).to(self.device)
+            whole = order[: per_epoch * size].split(size)
             chosen += whole[: steps - len(chosen)]
         first = int(torch.randint(2**62, (), generator=generator))
         return Batches(self.train, chosen, range(first, first + steps))
