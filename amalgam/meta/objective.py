@@ -2,7 +2,8 @@
 
 The meta-loss depends on the optimizee's losses along the student's trajectory. The imitation loss
 depends on the distances between the student's trajectory and the teachers'. Both are means over a
-window's steps. This module computes the terms of these means and the terms' derivatives.
+window's steps; the meta-loss may be the last step's term instead. This module computes the terms
+and their derivatives.
 Source: Optimizer Amalgamation (ICLR 2022), sections 3.2 and 3.3, in the form of the authors' code.
 
 The meta-loss's term of step t is a loss at p_t, the parameters before the step. Taken on the step's
@@ -31,6 +32,7 @@ from amalgam.hints import did_you_mean
 from amalgam.ranges import check_fields
 
 MECHANISMS = ("mean", "min-max")
+OBJECTIVES = ("mean", "final")
 NORMALISERS = ("first-batch", "every-batch")
 MODES = ("sum", "switch", "imitation", "meta")
 MOST_SPREAD = 40
@@ -49,13 +51,19 @@ class Amalgamation:
             for each coordinate and episode. 0 means no scaling.
         scale_teachers: Whether teachers, too, work on scaled parameters. If not, they see unscaled
             parameters and gradients.
+        objective: What a window's meta-loss is: the mean of the terms over its steps (``"mean"``),
+            or the last step's term alone (``"final"``), which does not mind how the loss gets
+            there. A final loss that is not finite gives its place to the last one that is. The
+            imitation loss is a mean over the steps in any case. Source of ``"final"``: VeLO (Metz
+            et al., 2022), there of whole episodes; here of each window.
         held_out: The share of a task's training samples that each optimizee leaves out in an
             episode, drawn anew for each. The meta-loss is then taken on batches of these samples,
             and shows whether the student generalises, not how fast it fits what it sees. It costs
             one more forward and backward pass of the students' optimizees per step, and as much
-            tape as their gradients. Training samples, because a task's validation data judge:
-            students are compared, and the weights to keep chosen, on data that did not make them.
-            0 means that the term of a step is the loss of its own batch.
+            tape as their gradients. With ``objective="final"`` only the first and the last step's
+            losses are looked at, so it costs next to nothing. Training samples, because a task's
+            validation data judge: students are compared, and the weights to keep chosen, on data
+            that did not make them. 0 means that the term of a step is the loss of its own batch.
         log_objective: Whether the terms of both losses are logs. If true, the meta-loss's terms are
             log(loss) - log(normaliser), and the imitation loss's are log distances. If false, they
             are loss / abs(normaliser), and exp(log distance). Losses that become negative need
@@ -77,6 +85,7 @@ class Amalgamation:
     second_order: bool = True
     scale_spread: float = 3.0
     scale_teachers: bool = False
+    objective: Literal["mean", "final"] = "mean"
     held_out: float = 0.0
     log_objective: bool = True
     normaliser: Literal["first-batch", "every-batch"] = "first-batch"
@@ -87,7 +96,11 @@ class Amalgamation:
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
-        for name, known in (("mechanism", MECHANISMS), ("normaliser", NORMALISERS)):
+        for name, known in (
+            ("mechanism", MECHANISMS),
+            ("objective", OBJECTIVES),
+            ("normaliser", NORMALISERS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         check_fields(
@@ -152,6 +165,19 @@ def meta_terms(how: Amalgamation, losses: Tensor, start: Tensor) -> tuple[Tensor
     # A loss below zero is to fall further, too.
     scale = start.abs() + how.eps
     return losses / scale, (1 / scale).expand_as(losses)
+
+
+def last_of(counted: Tensor) -> Tensor:
+    """The last of the steps that count, for each row.
+
+    Args:
+        counted: Which steps count, shape (T, R).
+
+    Returns:
+        Whether each step is a row's last that counts, shape (T, R).
+    """
+    from_here_on = counted.int().flip(0).cumsum(0).flip(0)
+    return counted & (from_here_on == 1)
 
 
 def check_logs(losses: Iterable[float], eps: float, task: str) -> None:

@@ -64,7 +64,8 @@ def window(
     (teacher_state,) = begin.teacher_state
     m, v = (moment[..., in_pool] for moment in (teacher_state.m, teacher_state.v))
     teacher_state = teacher_state._replace(m=m, v=v)
-    meta = imitation = params.new_zeros(())
+    imitation = params.new_zeros(())
+    terms: list[Tensor] = []
     start = None
     for t, stacked in enumerate(batches):
         batch = row_of(stacked, row)
@@ -79,9 +80,9 @@ def window(
         if start is None or how.normaliser == "every-batch":
             start = task.objective(begin.params[row] * scale, taken).detach()
         if how.log_objective:
-            meta = meta + ((loss + how.eps).log() - (start + how.eps).log()) / len(batches)
+            terms.append((loss + how.eps).log() - (start + how.eps).log())
         else:
-            meta = meta + loss / (start.abs() + how.eps) / len(batches)
+            terms.append(loss / (start.abs() + how.eps))
         lr, kept, loss_scale = 1.0, 1.0, 1.0
         if conditions is not None:
             lr, kept = (numbers[t, row].item() for numbers in conditions[:2])
@@ -107,4 +108,5 @@ def window(
         )
         reduced = distance.mean() if how.mechanism == "mean" else distance.max()
         imitation = imitation + (reduced if how.log_objective else reduced.exp()) / len(batches)
+    meta = terms[-1] if how.objective == "final" else torch.stack(terms).mean()
     return meta, imitation, params

@@ -72,7 +72,8 @@ class Tape:
             coordinate by coordinate and needs no points.
         grads: The students' gradients, shape (T, R, N). Empty where no meta-gradient is wanted.
         loss_grads: The gradients of the losses that the meta-loss takes, shape (T, R, N): ``grads``
-            itself unless these are losses of held-out samples.
+            itself unless these are losses of held-out samples. Where it takes the final one of
+            those alone, they are the last step's, shape (1, R, N).
         slopes: The gradient of each imitation term with respect to the parameters after the step,
             shape (T, R, N). Empty without teachers, and where no meta-gradient is wanted.
         moved: Which rows took each step, shape (T, R).
@@ -187,7 +188,10 @@ class Tape:
             sums = -d_slopes * self.slopes[:, row, part]
         else:
             sums = torch.zeros_like(self.grads[:, row, part])
-        sums[:-1].addcmul_(d_grads[1:, None], self.loss_grads[1:, row, part], value=-1)
+        # What step 0 begins from is constant.
+        losses = self.loss_grads[max(1 + len(self.loss_grads) - len(sums), 0) :, row, part]
+        first = len(sums) - len(losses)
+        sums[first - 1 : -1].addcmul_(d_grads[first:, None], losses, value=-1)
         conditions = self.steps.conditions
         if conditions is None:
             for t in range(len(sums) - 2, -1, -1):
@@ -222,7 +226,9 @@ class Tape:
         if len(self.slopes):
             adjoint.params += d_slopes[:, None] * self.slopes[step]
         d_seen = self.steps.backward(step, point, grads, moved, adjoint)
-        adjoint.params += d_grads[:, None] * self.loss_grads[step]
+        of_loss = step - len(self.batches) + len(self.loss_grads)
+        if of_loss >= 0:
+            adjoint.params += d_grads[:, None] * self.loss_grads[of_loss]
         if self.episodes.amalgamation.second_order:
             curved = self._hessian_product(step, point, torch.where(moved[:, None], d_seen, 0))
             adjoint.params += torch.where(moved[:, None], curved, 0)

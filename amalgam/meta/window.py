@@ -7,6 +7,7 @@ function of the two for autograd.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,13 @@ from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Plan, plan
-from amalgam.meta.objective import check_logs, imitation_slopes, imitation_terms, meta_terms
+from amalgam.meta.objective import (
+    check_logs,
+    imitation_slopes,
+    imitation_terms,
+    last_of,
+    meta_terms,
+)
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise
 from amalgam.meta.tape import Tape
@@ -42,7 +49,8 @@ class Window:
         meta_loss: How large each student's losses are relative to those of the parameters that the
             window began with, shape (S,). The mean of log(loss) - log(loss at the start), or of
             loss / abs(loss at the start) where ``Amalgamation.log_objective`` is false. A step that
-            is not among ``counted`` counts as 0 in the mean.
+            is not among ``counted`` counts as 0 in the mean. With ``Amalgamation.objective =
+            "final"`` it is the term of the last step among them.
         imitation_loss: How far each student is from its teachers, shape (S,); 0 without teachers.
             ``Amalgamation.mechanism`` makes one log distance of those to the K teachers: their mean
             or the largest. This is its mean, or the mean of its exp where ``log_objective`` is
@@ -54,7 +62,8 @@ class Window:
         skipped: How many steps each trajectory skipped because of values that were not finite,
             shape (R, 1 + K): the student's first, then the teachers'.
         counted: Which of a student's losses the meta-loss may take, shape (T, R): where loss and
-            gradient of the step's batch are finite, or where the loss of held-out samples is.
+            gradient of the step's batch are finite, or where the loss of held-out samples is, and
+            was looked at.
     """
 
     meta_loss: Tensor
@@ -171,6 +180,7 @@ class _Run:
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
         grads = like.new_empty((t if self.recorded else 0, *like.shape))
+        judged = len(grads) if how.objective == "mean" else min(len(grads), 1)
         self.tape = Tape(
             episodes,
             begin,
@@ -180,7 +190,7 @@ class _Run:
             by_steps=self.recorded
             and (how.second_order or steps.noisy or not episodes.steps.by_coordinates),
             grads=grads,
-            loss_grads=grads if held_out is None else torch.empty_like(grads),
+            loss_grads=grads if held_out is None else like.new_empty((judged, *like.shape)),
             slopes=like.new_empty((t if self.recorded and k else 0, *like.shape)),
             moved=torch.zeros((t, len(like)), dtype=torch.bool, device=like.device),
             loss_slopes=like.new_empty((0, len(like))),
@@ -267,17 +277,24 @@ class _Run:
         return _Gradients(losses[:, 0], grads[:, 0], teacher_losses, teacher_grads.transpose(0, 1))
 
     def _look_at_held_out(self, t: int, point: Point) -> Tensor:
-        """Take the loss before step t on held-out samples; its gradient goes on the tape.
+        """Look at the loss before step t on held-out samples; its gradient goes on the tape.
+
+        Where the meta-loss is the final loss alone, only the first and the last one are looked at.
 
         Returns:
-            Whether each row's loss is finite, shape (R,).
+            Whether each row's loss was looked at and is finite, shape (R,).
         """
         assert self._held_out is not None
+        steps = len(self._batches)
+        if self._how.objective == "final" and t not in (0, steps - 1):
+            self._taken[t] = math.nan
+            return torch.zeros_like(self._counted[t])
         episodes, scale, batch = self._episodes, self._begin.scale, self._held_out[t]
-        if self.recorded:
+        on_tape = t - steps + len(self.tape.loss_grads)
+        if on_tape >= 0:
             losses, grads, _ = episodes.gradients(point.params[:, None], scale, batch)
             grads = grads[:, 0]
-            self.tape.loss_grads[t] = torch.where(usable(grads)[:, None], grads, 0)
+            self.tape.loss_grads[on_tape] = torch.where(usable(grads)[:, None], grads, 0)
         else:
             params = (point.params * scale)[:, None]
             losses = episodes.task.objectives(params, batch, self._how.stack)
@@ -363,13 +380,19 @@ class _Run:
             for each in (losses, start):
                 check_logs(each.flatten().tolist(), self._how.eps, self._episodes.task.name)
         terms, slopes = meta_terms(self._how, losses, start)
-        share = steps * self._episodes.optimizees
+        of_steps = steps
+        if self._how.objective == "final":
+            counted, of_steps = last_of(counted), 1
+        share = of_steps * self._episodes.optimizees
         self.tape.loss_slopes = torch.where(counted, slopes, 0) / share
 
-        def per_student(terms: Tensor) -> Tensor:
+        def per_student(terms: Tensor, share: int) -> Tensor:
             return (terms.sum(0) / share).view(students, -1).sum(1)
 
-        return per_student(torch.where(counted, terms, 0)), per_student(self._terms)
+        return (
+            per_student(torch.where(counted, terms, 0), share),
+            per_student(self._terms, steps * self._episodes.optimizees),
+        )
 
     def _start_losses(self, losses: Tensor) -> Tensor:
         """Losses of the window's first parameters: on its first batch (R,), or on each (T, R).

@@ -1,4 +1,4 @@
-"""What the meta-loss is taken on: the steps' own batches, or samples that are held out."""
+"""The meta-loss: of all steps or of the last, on their own batches or on held-out samples."""
 
 import math
 from dataclasses import replace
@@ -73,9 +73,10 @@ def held_out_episode(unroll: Unroll) -> tuple[Any, Any, Any]:
     return end, drawn("trained", STEPS), drawn("held_out", STEPS)
 
 
-def assert_is_autograds(unroll: Unroll, **how: Any) -> None:
+def assert_is_autograds(unroll: Unroll, on_held_out: bool = True, **how: Any) -> None:
     """Both losses and the meta-gradient of a window against plain autograd's."""
-    begin, batches, held_out = held_out_episode(unroll)
+    begin, batches, others = held_out_episode(unroll)
+    held_out = others if on_held_out else None
     conditions = how.get("conditions")
     weights = [student.weights() for student in unroll.students]
     window = unroll.window(begin, batches, held_out=held_out, **how)
@@ -94,36 +95,54 @@ def assert_is_autograds(unroll: Unroll, **how: Any) -> None:
     with torch.no_grad():
         again = unroll.window(begin, batches, held_out=held_out, **how)
     assert torch.allclose(again.meta_loss, window.meta_loss, rtol=1e-12)
-    own = unroll.window(begin, batches, **how)
-    assert not torch.allclose(own.meta_loss, window.meta_loss)
-    assert torch.equal(own.losses, window.losses)
-    assert torch.equal(own.end.params, window.end.params)
+    if on_held_out:
+        with torch.no_grad():
+            own = unroll.window(begin, batches, **how)
+        assert not torch.allclose(own.meta_loss, window.meta_loss)
+        assert torch.equal(own.losses, again.losses)
+        assert torch.equal(own.end.params, again.end.params)
 
 
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize(
-    ("variant", "memory", "of_students", "optimizees"),
+    ("objective", "on_held_out", "variant", "of_students", "optimizees"),
     [
-        ({}, Memory(), 1, 1),
-        ({"mechanism": "mean"}, Memory(segment=3), 2, 2),
-        ({"log_objective": False, "normaliser": "every-batch"}, Memory(segment=3), 1, 2),
+        ("mean", True, {}, 1, 1),
+        ("mean", True, {"mechanism": "mean"}, 2, 2),
+        ("mean", True, {"log_objective": False, "normaliser": "every-batch"}, 1, 2),
+        ("final", True, {}, 1, 1),
+        ("final", True, {"log_objective": False, "normaliser": "every-batch"}, 2, 2),
+        ("final", False, {}, 2, 2),
+        ("final", False, {"log_objective": False, "normaliser": "every-batch"}, 1, 1),
     ],
-    ids=["free", "replicates", "every-batch"],
+    ids=str,
 )
-def test_losses_of_held_out_samples_are_differentiated(
-    second_order: bool, variant: Any, memory: Memory, of_students: int, optimizees: int
+def test_every_objective_is_differentiated(
+    second_order: bool,
+    objective: Any,
+    on_held_out: bool,
+    variant: Any,
+    of_students: int,
+    optimizees: int,
 ) -> None:
-    how = Amalgamation(second_order=second_order, scale_spread=1.0, **variant)
-    learners = students(of_students)
-    unroll = Unroll(task_of(Net), learners, POOL, how, memory=memory, optimizees=optimizees)
-    assert_is_autograds(unroll, conditions=conditions_of(unroll.rows))
+    how = Amalgamation(second_order=second_order, scale_spread=1.0, objective=objective, **variant)
+    memory = Memory(segment=3) if optimizees > 1 else Memory()
+    unroll = Unroll(
+        task_of(Net), students(of_students), POOL, how, memory=memory, optimizees=optimizees
+    )
+    assert_is_autograds(unroll, on_held_out, conditions=conditions_of(unroll.rows))
 
 
 @pytest.mark.parametrize("second_order", [True, False])
-@pytest.mark.parametrize("kind", ["nominal", "dropout", "noise"])
-def test_losses_of_held_out_samples_are_differentiated_for(kind: str, second_order: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [("nominal", "mean"), ("dropout", "mean"), ("dropout", "final"), ("noise", "final")],
+)
+def test_every_objective_is_differentiated_for(
+    kind: str, objective: Any, second_order: bool
+) -> None:
     """A student that is told of tensors, an optimizee that draws, steps with noise."""
-    how = Amalgamation(second_order=second_order, scale_spread=1.0)
+    how = Amalgamation(second_order=second_order, scale_spread=1.0, objective=objective)
     task = dropping_task() if kind == "dropout" else task_of(Net)
     learners = nominal_students(1) if kind == "nominal" else students(1)
     unroll = Unroll(task, learners, POOL, how, memory=Memory(segment=3), optimizees=2)
@@ -131,12 +150,15 @@ def test_losses_of_held_out_samples_are_differentiated_for(kind: str, second_ord
     assert_is_autograds(unroll, **({"noise": lambda t: nothing} if kind == "noise" else {}))
 
 
-def test_the_budget_counts_the_gradients_of_held_out_samples() -> None:
-    point, taped = (3 + 4 * 5) * ROW_BYTES[Net], 3 * STEPS * ROW_BYTES[Net]
+@pytest.mark.parametrize("objective", ["mean", "final"])
+def test_the_budget_counts_the_gradients_of_held_out_samples(objective: Any) -> None:
+    point = (3 + 4 * 5) * ROW_BYTES[Net]
+    taped = (2 * STEPS + (STEPS if objective == "mean" else 1)) * ROW_BYTES[Net]
+    how = Amalgamation(objective=objective)
     found = []
     for more in (point, 4 * point, -1):
         memory = Memory(budget=taped + 3 * point + more)
-        unroll = Unroll(task_of(Net), students(1), POOL, Amalgamation(), memory=memory)
+        unroll = Unroll(task_of(Net), students(1), POOL, how, memory=memory)
         begin, batches, held_out = held_out_episode(unroll)
         if more < 0:
             with pytest.raises(ValueError, match="budget must be"):
@@ -178,6 +200,42 @@ def test_a_held_out_loss_that_is_not_finite_counts_as_zero(second_order: bool) -
     assert not nothing.counted.any()
     assert nothing.meta_loss.item() == 0
     assert not any(grad.any() for grad in gradients_of(nothing.meta_loss.sum(), weights))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_the_final_loss_is_the_last_that_is_finite(second_order: bool) -> None:
+    (learner,) = students(1)
+    how = Amalgamation(second_order=second_order, scale_spread=1.0, objective="final")
+    unroll = Unroll(task_of(Net), learner, POOL, how, memory=Memory(segment=3))
+    begin, batches, held_out = held_out_episode(unroll)
+    weights = [learner.weights()]
+    broken = [(x * math.nan if t > 5 else x, y) for t, (x, y) in enumerate(batches)]
+    cut = unroll.window(begin, batches[:6])
+    window = unroll.window(begin, broken)
+    assert window.skipped[0, 0] == 2
+    assert window.meta_loss.item() == pytest.approx(cut.meta_loss.item(), rel=1e-12)
+    ours, theirs = (gradients_of(one.meta_loss.sum(), weights) for one in (window, cut))
+    assert_same(ours, theirs, 1e-9)
+    # Between the first and the last step nobody looks at held-out samples.
+    unseen = [(x * math.nan if 0 < t < 7 else x, y) for t, (x, y) in enumerate(held_out)]
+    whole, window = (unroll.window(begin, batches, held_out=one) for one in (held_out, unseen))
+    assert torch.equal(whole.meta_loss, window.meta_loss)
+    assert window.counted[:, 0].nonzero().flatten().tolist() == [0, 7]
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_window_of_one_step_has_a_constant_meta_loss(second_order: bool) -> None:
+    """Its one loss comes before its one step, which only the imitation loss looks at."""
+    for objective in ("mean", "final"):
+        how = Amalgamation(second_order=second_order, objective=objective)
+        unroll = Unroll(task_of(Net), students(1), POOL, how)
+        begin, batches, held_out = held_out_episode(unroll)
+        window = unroll.window(begin, batches[:1], held_out=held_out[:1])
+        weights = [unroll.students[0].weights()]
+        assert window.meta_loss.item() == 0
+        whole = gradients_of((window.meta_loss + window.imitation_loss).sum(), weights)
+        assert any(grad.any() for grad in whole)
+        assert not any(grad.any() for grad in gradients_of(window.meta_loss.sum(), weights))
 
 
 def test_held_out_batches_are_one_for_each_step() -> None:
@@ -286,6 +344,7 @@ BATCH = MetaBatch(2, slots=2, unroll=2, shortest=2, longest=6, imitation_weight=
 SHORT = Stages((Stage(1, 2, 0.1),), 3)
 RUNS: dict[str, dict[str, Any]] = {
     "meta-batch": {"strategy": BATCH},
+    "final": {"strategy": BATCH, "amalgamation": replace(HELD_OUT, objective="final")},
     "pes": {"strategy": SHORT, "estimator": PersistentEvolution(pairs=1)},
     "choice": {"strategy": SHORT, "students": lambda: policies()["choice"], "pool": ()},
     "replicates": {
@@ -298,16 +357,18 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_resume(name, tmp_path) -> None:
-    how = {"training": EVERY_STEP, "conditions": CONDITIONS} | RUNS[name]
+    how = {"training": EVERY_STEP, "conditions": CONDITIONS, "amalgamation": HELD_OUT} | RUNS[name]
     make = how.pop("students", lambda: tiny_student(7))
 
-    def run(folder, amalgamation=HELD_OUT):
-        return trainer(folder, make(), amalgamation=amalgamation, **how)
+    def run(folder, **changes):
+        return trainer(folder, make(), **how | changes)
 
     rows = resumes_to_the_same_bits(run, tmp_path)
     assert {row["skipped_meta_steps"] for row in rows} == {0}
-    run(tmp_path / "own", replace(HELD_OUT, held_out=0.0)).run()
-    assert rows[0]["meta_loss"] != metrics(tmp_path / "own")[0]["meta_loss"]
+    own = replace(how["amalgamation"], held_out=0.0)
+    for number, changes in enumerate(({"amalgamation": own}, {"conditions": None})):
+        run(tmp_path / str(number), **changes).run()
+        assert rows[0]["meta_loss"] != metrics(tmp_path / str(number))[0]["meta_loss"]
 
 
 def test_replicates_hold_out_their_own_samples(tmp_path) -> None:
