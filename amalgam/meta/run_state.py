@@ -112,7 +112,7 @@ class RunState:
         self.slots: dict[int, Slot] = {}
 
     def learned(self) -> dict[str, Tensor]:
-        """Weights, best weights and meta-optimizers of all replicates, by name."""
+        """Weights, best and averaged ones, and meta-optimizers of all replicates, by name."""
         first, *others = self.replicates
         named = first.tensors()
         for index, replicate in enumerate(others, 1):

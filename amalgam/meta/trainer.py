@@ -225,7 +225,8 @@ class Trainer:
 
         If the strategy goes back to earlier weights, they are those of the period that it names at
         the end. Otherwise they are, for each replicate, those of its best meta-validation, or its
-        last ones if no meta-validation had a finite score.
+        last ones if no meta-validation had a finite score. With ``Training.average`` they are
+        averaged ones in any case.
 
         Args:
             resume: Whether to go on from the folder's checkpoint if there is one.
@@ -324,7 +325,7 @@ class Trainer:
         progress, metrics, score = self._state.progress, {}, math.nan
         if period.validation is not None:
             score = validation.by_meta_loss(
-                self.student,
+                self._state.replicates[0].judged,
                 self.validation or self.tasks,
                 period.validation,
                 self.amalgamation,
@@ -411,7 +412,7 @@ class Trainer:
     def _validate(self, index: int) -> float:
         """Score a replicate, and remember its weights if the score is its best so far."""
         replicate = self._state.replicates[index]
-        student, backend = replicate.student, self.amalgamation.backend
+        student, backend = replicate.judged, self.amalgamation.backend
         score = validation.by_final_loss(
             lambda params: optimizer_of(params, student, backend),
             self.validation or self.tasks,
@@ -444,9 +445,12 @@ class Trainer:
             kept: int | str = self.meta_step
             if self.strategy.goes_back:
                 kept = end.checkpoint
+                replicate.take_average()
             elif math.isfinite(replicate.best_score):
-                replicate.take_best()
                 kept = replicate.best_meta_step
+                replicate.take_best()
+            else:
+                replicate.take_average()
             replicate.student.provenance = self._provenance(index, kept)
             name = f"replicate {index}" if len(state.replicates) > 1 else "the student"
             if replicate.skipped_meta_steps == self.meta_step:

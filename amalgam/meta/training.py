@@ -35,6 +35,9 @@ class Training:
         meta_schedule_steps: The meta-step at which the cosine ends; later ones stay there. Where
             absent, the strategy's last meta-step; strategies whose length depends on their results
             need it.
+        average: The decay of an exponential moving average of the student's weights over the
+            meta-steps, with bias correction. Meta-training goes on with the weights themselves;
+            meta-validations look at the averaged ones, and the run keeps these. 0 means none.
         clip_ratio: The meta-gradient of each tensor of weights is shortened to at most this times
             the tensor's norm (adaptive gradient clipping). Infinity means no clipping.
         clip_floor: A tensor whose norm is smaller counts as having this norm, for ``clip_ratio``.
@@ -57,6 +60,7 @@ class Training:
     meta_warmup: int = 0
     meta_lr_end: float = 0.0
     meta_schedule_steps: int | None = None
+    average: float = 0.0
     clip_ratio: float = 0.1
     clip_floor: float = 1e-3
     checkpoint_every: int = 10
@@ -77,7 +81,7 @@ class Training:
                 "meta_schedule_steps",
             ),
             whole=("validate_every", "meta_warmup"),
-            decays=("meta_betas",),
+            decays=("meta_betas", "average"),
             positive=("meta_lr", "clip_ratio", "clip_floor"),
             not_negative=("input_noise", "meta_lr_end"),
             or_infinite=("clip_ratio",),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runs import Killed, LinearFamily, killer, linear_task, trainer
 
-from amalgam.meta import Curriculum, MetaBatch, Stage, Stages, Training, distributed
+from amalgam.meta import Amalgamation, Curriculum, MetaBatch, Stage, Stages, Training, distributed
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 
 
@@ -31,10 +31,11 @@ def curriculum(folder: Path, optimizees: int, cut: int | None = None) -> None:
         num_stages=2, num_periods=1, num_chances=1, unroll=3, windows=(1, 2), episodes=1,
         imitation_weight=0.1,
     )  # fmt: skip
-    training = Training(optimizees=optimizees, checkpoint_every=2)
+    training = Training(optimizees=optimizees, checkpoint_every=2, average=0.8)
+    amalgamation = Amalgamation(held_out=0.3, scale_spread=1.0, backend="reference")
 
     def make():
-        return trainer(folder, training=training, strategy=strategy)
+        return trainer(folder, training=training, strategy=strategy, amalgamation=amalgamation)
 
     if cut is not None:
         with contextlib.suppress(Killed):
@@ -45,15 +46,20 @@ def curriculum(folder: Path, optimizees: int, cut: int | None = None) -> None:
 def meta_batch(folder: Path, cut: int | None = None) -> None:
     """Three slots, of which two processes have two and one; the noise is each slot's own."""
     training = Training(
-        optimizees=2, input_noise=0.05, validate_every=2, validation_steps=3, checkpoint_every=1
+        optimizees=2, input_noise=0.05, validate_every=2, validation_steps=3, checkpoint_every=1,
+        average=0.8,
+    )  # fmt: skip
+    amalgamation = Amalgamation(
+        held_out=0.3, objective="final", scale_spread=1.0, backend="reference"
     )
     strategy = MetaBatch(5, slots=3, unroll=2, shortest=2, longest=6, imitation_weight=0.1)
     tasks = [linear_task(3 + index, f"task-{index}") for index in range(4)]
 
     def make():
         return trainer(
-            folder, tasks=tasks, training=training, strategy=strategy, perturbation=Gaussian(0.01)
-        )
+            folder, tasks=tasks, training=training, strategy=strategy, perturbation=Gaussian(0.01),
+            amalgamation=amalgamation,
+        )  # fmt: skip
 
     if cut is not None:
         with contextlib.suppress(Killed):
