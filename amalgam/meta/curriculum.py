@@ -57,8 +57,8 @@ def _exploded(loss: float, reference: float, threshold: float) -> bool:
 
 
 def _best(records: Sequence[Record]) -> Record | None:
-    """The record with the lowest validation, the first of equals; NaN does not count."""
-    known = [record for record in records if not math.isnan(record.validation)]
+    """The record with the lowest validation, the first of equals; only finite ones count."""
+    known = [record for record in records if math.isfinite(record.validation)]
     return min(known, key=lambda record: record.validation) if known else None
 
 
@@ -105,9 +105,10 @@ class Curriculum(RuleByRecords):
     3. The next stage begins from the checkpoint of the stage's best validation. After the last
        stage the run keeps that checkpoint.
 
-    A NaN is never best, is never r, and never counts as exploded. Without any r nothing is
-    repeated. If all of a stage is NaN, the stage ends after ``num_periods + 1`` periods, and the
-    best checkpoint of the stage before (or the initial weights) stands for its best.
+    A validation that is not finite is never best and never r. Infinity, which says that an episode
+    failed, counts as exploded, NaN never does. Without any r nothing is repeated. If no validation
+    of a stage is finite, the stage ends after ``num_periods + 1`` periods, and the best checkpoint
+    of the stage before (or the initial weights) stands for its best.
 
     Attributes:
         num_stages: Number of stages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -180,34 +181,46 @@ class MetaSteps:
 
         ``None`` where the next meta-step begins an episode there.
         """
+        running = self._state.progress.running
         if period.slots is not None:
-            return self.engines.of(slot, self._state.progress.running[slot])
-        episode = self._episode_of_all(period)
-        return self.engines.of(slot, episode) if episode.window else None
+            return self.engines.of(slot, running[slot])
+        return self.engines.of(slot, running[0]) if running and running[0].window else None
 
-    def _episode_of_all(self, period: Period) -> EpisodeAt:
-        """The episode that all processes run, in a period without slots."""
-        progress, windows = self._state.progress, period.training.windows
-        number = progress.episodes + progress.done // windows
-        return EpisodeAt(number, self._sampler.task_of(number), windows, progress.done % windows)
+    def _episode_of_all(self, period: Period, number: int, done: int) -> EpisodeAt:
+        """An episode that all processes run, after so many of a period's meta-steps.
+
+        In the place of one that failed it has the windows that were left of that one.
+        """
+        windows = period.training.windows
+        return EpisodeAt(number, self._sampler.task_of(number), windows - done % windows, 0)
 
     def _of_processes(self, period: Period) -> MetaStep:
         """A meta-step of the one episode that all processes run, each with its own optimizees."""
-        state, episode, rank = self._state, self._episode_of_all(period), distributed.rank()
+        state, progress, rank = self._state, self._state.progress, distributed.rank()
+        if not progress.running:
+            progress.running = [self._episode_of_all(period, progress.episodes, progress.done)]
+        (episode,) = progress.running
         unroll = self.engines.of(rank, episode)
         if episode.window == 0:
             state.slots[rank] = self._begin_episode(unroll, episode, period)
         estimate = self._estimate(unroll, state.slots[rank], episode, period)
         window = estimate.window
-        norms = []
+        norms, failed = [], False
         for index in range(len(self._students)):
-            loss, moved = estimate.loss[index], self._moved(index, window)
-            loss_and_moved = torch.stack((loss, torch.full_like(loss, float(moved))))
-            *grads, loss_and_moved = distributed.average(
-                [*self._grads(index, estimate), loss_and_moved]
+            loss = estimate.loss[index]
+            of_rows = loss.new_tensor([self._moved(index, window), self._stuck(index, window)])
+            *grads, means = distributed.average(
+                [*self._grads(index, estimate), torch.cat((loss[None], of_rows))]
             )
-            mean_loss, share_moved = loss_and_moved.tolist()
-            norms.append(self._update(index, grads, mean_loss, bool(share_moved)))
+            mean_loss, share_moved, share_stuck = means.tolist()
+            norm = self._update(index, grads, mean_loss, bool(share_moved))
+            failed |= share_stuck > 0 or not (math.isfinite(norm) and math.isfinite(mean_loss))
+            norms.append(norm)
+        following = replace(episode, window=episode.window + 1)
+        if failed or following.window == following.windows:
+            following = self._episode_of_all(period, episode.number + 1, progress.done + 1)
+        progress.running = [following]
+        progress.failed_episodes += failed
         state.slots[rank] = Slot(window.end, estimate.carried)
         (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
         part = SlotWindow(rank, episode, unroll.task, window, norms)
@@ -376,17 +389,11 @@ class MetaSteps:
 
     def _moved(self, index: int, window: Window) -> bool:
         """Whether a window says anything of a student: whether any of its rows did not fail."""
-        return not self._failed(index, window).all()
+        return not window.failed[self.rows_of(index)].all()
 
     def _stuck(self, index: int, window: Window) -> bool:
         """Whether any of a student's rows failed in a window."""
-        return bool(self._failed(index, window).any())
-
-    def _failed(self, index: int, window: Window) -> Tensor:
-        """Which of a student's rows took no step of a window, or had no finite loss in it."""
-        rows = self.rows_of(index)
-        stood_still = window.skipped[rows, 0] == len(window.losses)
-        return stood_still | ~window.counted[:, rows].any(0)
+        return bool(window.failed[self.rows_of(index)].any())
 
     def _update(self, index: int, grads: Sequence[Tensor], loss: float, moved: bool) -> float:
         """Update a replicate, and return the norm of its meta-gradient."""

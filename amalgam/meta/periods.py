@@ -26,7 +26,8 @@ class UnrollSettings:
 
     Attributes:
         unroll: Steps per window.
-        windows: Windows per episode.
+        windows: Windows per episode. In the place of an episode that fails (see
+            :class:`amalgam.meta.MetaBatch`) another one takes the windows that are left of it.
         episodes: Number of episodes.
         warmup_windows: Length of the SGD before an episode's first window, in windows: it takes
             ``warmup_windows * unroll`` steps.

@@ -52,7 +52,8 @@ class Replicate:
         """The policy to meta-validate and keep: the student, or one with its averaged weights."""
         if self._average is None:
             return self.student
-        averaged: Policy = self._average.module
+        averaged = self._average.module
+        assert isinstance(averaged, Policy)
         return averaged
 
     def update(self, grads: Sequence[Tensor], loss: float, moved: bool, rate: float) -> float:

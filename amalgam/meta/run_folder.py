@@ -33,7 +33,7 @@ METRICS = "metrics.jsonl"
 STUDENT = "student.safetensors"
 PERIODS = "periods"
 
-FORMAT = 4
+FORMAT = 5
 """The format of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
 
 

@@ -62,8 +62,10 @@ class Progress:
             current period began with. It does not refer to ``checkpoint.safetensors``.
         meta_losses: The mean meta-loss of each meta-step of the current period, for its record.
         records: The records of the periods that are over.
-        running: The episode in each slot, in a period that has slots.
-        failed_episodes: How many episodes in slots ended early, in the whole run.
+        running: The episode in each slot; in a period without slots, the one that all processes
+            run. Empty before a period's first meta-step.
+        failed_episodes: How many episodes failed, in the whole run; see
+            :class:`amalgam.meta.MetaBatch`.
     """
 
     meta_step: int = 0

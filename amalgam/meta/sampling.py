@@ -79,7 +79,7 @@ def stacked_batches(
         steps: How many steps: the sequence has one batch per step.
         among: The numbers of the training samples that each row draws from; all where ``None``.
     """
-    parts = among or [None] * len(generators)
+    parts: Sequence[Tensor | None] = among or [None] * len(generators)
     return StackedBatches(
         [
             task.batches(generator, steps, part)

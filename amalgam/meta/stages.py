@@ -16,7 +16,9 @@ class Stage:
 
     Attributes:
         episodes: Number of episodes, each with new optimizees.
-        windows: Number of windows per episode; a meta-step follows each window.
+        windows: Number of windows per episode; a meta-step follows each window. In the place of an
+            episode that fails (see :class:`amalgam.meta.MetaBatch`) another one takes the windows
+            that are left of it.
         imitation_weight: Weight of the imitation loss beside the meta-loss.
     """
 

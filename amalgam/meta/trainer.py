@@ -335,12 +335,11 @@ class Trainer:
             metrics = finite_json({"meta_validation": score, "period": period.name})
         mean = math.fsum(progress.meta_losses) / len(progress.meta_losses)
         progress.records.append(Record.of(period, meta_loss=mean, validation=score))
-        if period.slots is None:
-            progress.episodes += period.training.episodes
-        else:
-            progress.episodes = 1 + max(episode.number for episode in progress.running)
-            progress.running = []
-            self._state.slots.clear()
+        following = max(episode.number for episode in progress.running)
+        # The episodes in slots have begun, the one that would follow without slots has not.
+        progress.episodes = following if period.slots is None else following + 1
+        progress.running = []
+        self._state.slots.clear()
         progress.done, progress.checkpoint, progress.meta_losses = 0, period.name, []
         if self.strategy.goes_back:
             self._files.save_period(period.name, self._state)
@@ -359,6 +358,7 @@ class Trainer:
                 "imitation_loss": step.losses[1, index].item(),
                 "grad_norm": step.norms[index],
                 "skipped_meta_steps": replicate.skipped_meta_steps,
+                "failed_episodes": self._state.progress.failed_episodes,
                 **self._window_metrics(period, step, index),
             }
             if len(self.students) > 1:
@@ -398,7 +398,6 @@ class Trainer:
             return {}
         everywhere.sort(key=lambda pair: pair[0]["slot"])
         return {
-            "failed_episodes": self._state.progress.failed_episodes,
             **over_slots([ours for _, ours in everywhere]),
             "slots": [slot | ours for slot, ours in everywhere],
         }

@@ -91,7 +91,9 @@ def by_meta_loss(
     *,
     seed: int,
 ) -> float:
-    """The mean meta-loss of a student in unrolls without teachers.
+    """The mean meta-loss of a student in unrolls without teachers; infinite if an episode fails.
+
+    An episode fails if the student takes no step of a window, or has no finite loss in one.
 
     The optimizees, their batches and what they hold out depend on the seed alone, so any two calls
     compare students on the same ones.
@@ -138,6 +140,9 @@ def by_meta_loss(
                 with torch.no_grad():
                     window = unroll.window(where, batches, held_out=held_out)
                 where = window.end
+                if window.failed.any():
+                    losses.append(math.inf)
+                    break
                 losses.append(window.meta_loss.mean().item())
     return _mean_of_first(losses)
 

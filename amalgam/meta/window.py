@@ -74,6 +74,11 @@ class Window:
     skipped: Tensor
     counted: Tensor
 
+    @property
+    def failed(self) -> Tensor:
+        """Which of the students' rows took no step, or had no finite loss, shape (R,)."""
+        return (self.skipped[:, 0] == len(self.losses)) | ~self.counted.any(0)
+
 
 def run_window(
     episodes: Episodes,
@@ -337,9 +342,8 @@ class _Run:
             for state in stored.states:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
-        taped = (self.tape.grads, self.tape.slopes)
-        if self._held_out is not None:
-            taped = (*taped, self.tape.loss_grads)
+        of_losses = () if self._held_out is None else (self.tape.loss_grads,)
+        taped = (self.tape.grads, self.tape.slopes, *of_losses)
         fixed = nests.bytes_of(taped) + 3 * point_bytes
         budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0

@@ -103,6 +103,7 @@ def test_of_equals_the_first_is_best() -> None:
         (-1.0, INF, True),
         (-1.0, NAN, False),
         (NAN, 5.0, False),
+        (INF, 5.0, False),
         (-1.0, -3.0, False),
     ],
 )
@@ -110,6 +111,16 @@ def test_a_period_that_exploded_is_done_again(before: float, now: float, repeats
     action = after(Curriculum(), (0, 0, 0, 9.0, before), (0, 1, 0, -9.0, now))
     expected = (0, 1, 1, "stage_0.0.0") if repeats else (0, 2, 0, "stage_0.1.0")
     assert place(action) == expected
+
+
+@pytest.mark.parametrize("validation", [INF, NAN])
+def test_what_is_not_finite_is_never_best(validation: float) -> None:
+    strategy = Curriculum(num_stages=1, num_periods=1, num_chances=1)
+    rows = [(0, 0, 0, 0.0, validation), (0, 1, 0, 0.0, validation)]
+    assert after(strategy, *rows) == Finish(INITIAL)
+    rows[0] = (0, 0, 0, 0.0, 3.0)
+    strategy = Curriculum(num_stages=1, num_periods=1, num_chances=1, repeat_threshold=INF)
+    assert after(strategy, *rows) == Finish("stage_0.0.0")
 
 
 def test_the_first_period_of_all_is_never_repeated() -> None:

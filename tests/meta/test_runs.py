@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 import torch
 from runs import (
+    Killed,
+    killer,
     linear_task,
     metrics,
     perturbation_of,
@@ -167,6 +169,59 @@ def test_meta_validation_is_on_the_data_asked_for(tmp_path) -> None:
     assert score(task, "train") != score(task, "validation")
     same = replace(task, validation=task.train)
     assert score(same, "train") == score(same, "validation") == score(task, "train")
+
+
+def broken_task():
+    """A third of its batches hold a sample that is not finite."""
+    task = linear_task()
+    task.train[0][0] = math.nan
+    return task
+
+
+FAILING = {
+    "stages": Stages((Stage(2, 4, 0.1),), 1),
+    "simple": simple(unroll=1, episodes=1, num_periods=2, windows=4, validation=ONE),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_an_episode_that_fails_makes_room_for_another(name, tmp_path) -> None:
+    """A window of one step fails if its batch does; the next episode has the windows left."""
+
+    training = Training(validate_every=0, checkpoint_every=1)
+
+    def run(folder):
+        return trainer(folder, tasks=broken_task(), training=training, strategy=FAILING[name])
+
+    run(tmp_path / "whole").run()
+    rows = metrics(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "cut").run(report=killer(3))
+    run(tmp_path / "cut").run(resume=True)
+    assert metrics(tmp_path / "cut") == rows
+    assert len(rows) == 8
+    failed = [0, *(row["failed_episodes"] for row in rows)]
+    assert 0 < failed[-1] < 8
+    assert [row["skipped_meta_steps"] for row in rows] == failed[1:]
+    for number, (row, following) in enumerate(pairwise(rows), 1):
+        fails = failed[number] > failed[number - 1]
+        assert fails == (row["skipped_steps"]["student"] == 1)
+        over = fails or number == 4
+        expected = (row["episode"] + over, 0 if over else row["window"] + 1)
+        assert (following["episode"], following["window"]) == expected
+
+
+def test_a_meta_validation_in_which_an_episode_fails_is_infinite(tmp_path) -> None:
+    unrolls = UnrollSettings(1, 6, 1, 0, 0.0)
+    how = Amalgamation(scale_spread=1.0, backend="reference")
+
+    def score(task, data):
+        training = Training(validation_data=data)
+        return validation.by_meta_loss(tiny_student(7), [task], unrolls, how, training, seed=7)
+
+    assert score(broken_task(), "train") == math.inf
+    assert math.isfinite(score(broken_task(), "validation"))
+    assert math.isfinite(score(linear_task(), "train"))
 
 
 # ---- replicates

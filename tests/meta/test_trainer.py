@@ -238,13 +238,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path) -> None:
 
 
 def test_checkpoint_is_not_a_student(tmp_path) -> None:
-    trainer(tmp_path).run()
+    with pytest.raises(Killed):
+        trainer(tmp_path).run(report=killer(6))
     with pytest.raises(
         ValueError, match="must be an amalgam student, but is an amalgam checkpoint"
     ):
         Student.load(tmp_path / CHECKPOINT)
     tensors, about = weight_files.read(tmp_path / CHECKPOINT, "checkpoint")
-    assert about["progress"]["meta_step"] == 7
+    assert about["progress"]["meta_step"] == 6
     assert "trajectories.0.params" in tensors
 
 
