@@ -21,6 +21,7 @@ from test_window import (
 )
 from torch import Tensor, nn
 
+from amalgam import recipes
 from amalgam.meta import (
     Amalgamation,
     Conditions,
@@ -38,6 +39,7 @@ from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.reference import window as naive_window
 from amalgam.meta.sampling import split, stacked_batches
 from amalgam.policies import NominalConfig, NominalStudent
+from amalgam.recipes import RecipeError
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
@@ -434,3 +436,17 @@ def test_an_episode_without_a_finite_held_out_loss_fails(tmp_path) -> None:
 def test_a_share_that_leaves_nothing_is_named(share: Any) -> None:
     with pytest.raises(ValueError, match=r"held_out must be"):
         Amalgamation(held_out=share)
+
+
+def test_a_recipe_says_what_the_meta_loss_is() -> None:
+    task = {"name": "digits-mlp", "batch_size": 16}
+    how = {"held_out": 0.25, "objective": "final"}
+    recipe = recipes.from_dict({"task": task, "teachers": [], "amalgamation": how})
+    assert (recipe.amalgamation.held_out, recipe.amalgamation.objective) == (0.25, "final")
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+    with pytest.raises(RecipeError, match="amalgamation.objective: .*'mean' or 'final', not 'las"):
+        recipes.from_dict(
+            {"task": task, "teachers": [], "amalgamation": how | {"objective": "last"}}
+        )
+    with pytest.raises(ValueError, match="objective must be one of .* not 'last'"):
+        Amalgamation(objective="last")  # type: ignore[arg-type]
