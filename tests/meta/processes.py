@@ -14,10 +14,15 @@ from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 
 def plain(folder: Path, optimizees: int) -> None:
     training = Training(
-        optimizees=optimizees, input_noise=0.05, validate_every=2, validation_steps=3
+        optimizees=optimizees, input_noise=0.05, validate_every=2, validation_steps=3, average=0.8
     )
-    strategy = Stages((Stage(2, 2, 0.1),), 3)
-    trainer(folder, training=training, strategy=strategy, perturbation=Gaussian(0.01)).run()
+    trainer(
+        folder,
+        training=training,
+        strategy=Stages((Stage(2, 2, 0.1),), 3),
+        perturbation=Gaussian(0.01),
+        amalgamation=Amalgamation(held_out=0.3, scale_spread=1.0, backend="reference"),
+    ).run()
 
 
 def adversarial(folder: Path, optimizees: int) -> None:
@@ -31,11 +36,10 @@ def curriculum(folder: Path, optimizees: int, cut: int | None = None) -> None:
         num_stages=2, num_periods=1, num_chances=1, unroll=3, windows=(1, 2), episodes=1,
         imitation_weight=0.1,
     )  # fmt: skip
-    training = Training(optimizees=optimizees, checkpoint_every=2, average=0.8)
-    amalgamation = Amalgamation(held_out=0.3, scale_spread=1.0, backend="reference")
+    training = Training(optimizees=optimizees, checkpoint_every=2)
 
     def make():
-        return trainer(folder, training=training, strategy=strategy, amalgamation=amalgamation)
+        return trainer(folder, training=training, strategy=strategy)
 
     if cut is not None:
         with contextlib.suppress(Killed):

@@ -7,8 +7,6 @@ from itertools import count, pairwise
 import pytest
 import torch
 from runs import (
-    Killed,
-    killer,
     linear_task,
     metrics,
     perturbation_of,
@@ -193,12 +191,7 @@ def test_an_episode_that_fails_makes_room_for_another(name, tmp_path) -> None:
     def run(folder):
         return trainer(folder, tasks=broken_task(), training=training, strategy=FAILING[name])
 
-    run(tmp_path / "whole").run()
-    rows = metrics(tmp_path / "whole")
-    with pytest.raises(Killed):
-        run(tmp_path / "cut").run(report=killer(3))
-    run(tmp_path / "cut").run(resume=True)
-    assert metrics(tmp_path / "cut") == rows
+    rows = resumes_to_the_same_bits(run, tmp_path)
     assert len(rows) == 8
     failed = [0, *(row["failed_episodes"] for row in rows)]
     assert 0 < failed[-1] < 8
