@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from amalgam.backends import core, cuda, student_step_in_place, triton
+from amalgam.backends import core, cuda, nominal_on_cuda, student_step_in_place, triton
 from amalgam.operations import registry
 from amalgam.ops import backends
 
@@ -93,17 +93,21 @@ def put_cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_on_host.library()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    module = SimpleNamespace(cpu=core.core().cpu, cuda=cuda_on_host.CudaOnHost())
+    on_host = SimpleNamespace(cpu=core.core().cpu, cuda=cuda_on_host.CudaOnHost())
     here = dataclasses.replace(
         cuda.backend, rank=-20, devices=frozenset({"cpu"}), probe=lambda: None
     )
     monkeypatch.setitem(registry._backends, "cuda", here)
-    monkeypatch.setattr(core, "load", lambda: (module, None))
+    monkeypatch.setattr(core, "load", lambda: (on_host, None))
     monkeypatch.setattr(cuda, "place_of", lambda _tensor: {"device": 0, "stream": 0})
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
-    for name in ("_blocks", "_words"):  # what the core that is built knows, they may have kept
-        function = getattr(student_step_in_place, name).__wrapped__
-        monkeypatch.setattr(student_step_in_place, name, functools.cache(function))
+    for module, names in (
+        (student_step_in_place, ("_blocks", "_words")),
+        (nominal_on_cuda, ("_units",)),
+    ):
+        for name in names:  # what the core that is built knows, they may have kept
+            function = getattr(module, name).__wrapped__
+            monkeypatch.setattr(module, name, functools.cache(function))
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amalgam.backends import core, cpu, cuda, triton
+from amalgam.backends.cuda_weights import pack, pack_nominal
 from amalgam.backends.memory import (
     contiguous,
     dense_in_place,
@@ -246,47 +246,25 @@ def _packed(weights: Sequence[Tensor], nominal: bool, hidden: int, how: Numerics
     key = "student_step_", weights[0].device, *how
     if nominal:  # whose first bias, a tensor's own, is another in every step
         shared = [*weights[:2], *weights[3:]]
-        return kept(key, shared, lambda: (_pack_nominal(shared, how),))[0]
+        return kept(key, shared, lambda: (pack_nominal(shared, how.approximate),))[0]
     layers = len(weights) // 3
     words = _words(nominal, layers, hidden, how.precision)
-    pack = _pack_for_tensor_cores if words else _pack
-    return kept(key, weights, lambda: (pack(weights, hidden, how),))[0]
+    if not words:
+        return kept(key, weights, lambda: (pack(weights, how.approximate),))[0]
+    return kept(key, weights, lambda: (_pack_for_tensor_cores(weights, words, how),))[0]
 
 
-def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
-    layers = len(weights) // 3
-    words = _words(False, layers, hidden, how.precision)
+def _pack_for_tensor_cores(weights: Sequence[Tensor], words: int, how: Numerics) -> Tensor:
     packed = weights[0].new_empty(words, dtype=torch.int32)
     core.core().cuda.pack_student(
         addresses(weights),
         packed.data_ptr(),
-        layers=layers,
+        layers=len(weights) // 3,
         products=how.precision,
         approximate=how.approximate,
         **cuda.place_of(weights[0]),
     )
     return packed
-
-
-def _pack_nominal(shared: Sequence[Tensor], how: Numerics) -> Tensor:
-    """All weights but the first bias, in whose place are zeros."""
-    w_ih, w_hh, *rest = shared
-    return _pack([w_ih, w_hh, w_ih.new_zeros(len(w_ih)), *rest], w_hh.shape[1], how)
-
-
-def _pack(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
-    # What activations would multiply their sums by: see csrc/cuda/activations.cuh.
-    of_sigmoid, of_tanh = -math.log2(math.e), 2 * math.log2(math.e)
-    if how.approximate:
-        of_sigmoid, of_tanh = 0.5, 1.0
-    parts = []
-    for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True):
-        gates = torch.cat((b[:, None], w_ih, w_hh), 1).double().chunk(4)
-        scales = (of_sigmoid, of_sigmoid, of_tanh, of_sigmoid)
-        scaled = [scale * gate for scale, gate in zip(scales, gates, strict=True)]
-        parts.append(torch.stack(scaled, -1).flatten())  # (hidden, 1 + inputs + hidden, 4)
-    flat = torch.cat([*parts, *(part.double().flatten() for part in weights[-2:])])
-    return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
 
 
 @triton.backend.kernel("student_step_", dtypes=triton.SINGLE, takes_numerics=True)

@@ -1,4 +1,5 @@
 // The CUDA operations as Python functions; nvcc can't compile pybind11's headers everywhere.
+#include <array>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -8,6 +9,7 @@
 #include "../binding.h"
 #include "runtime.h"
 #include "student_step.h"
+#include "student_unroll.h"
 #include "teacher_distance.h"
 #include "teacher_step.h"
 
@@ -113,6 +115,81 @@ void bind_cuda_student_step(py::module_& module) {
       "stream"_a);
 }
 
+cuda::UnrollState unroll_state(const StateAddresses& state) {
+  return {at<float>(state[0]), at<float>(state[1]), at<float>(state[2]), at<float>(state[3])};
+}
+
+cuda::UnrollSums unroll_sums(const std::array<Address, 3>& sums, int64_t warps) {
+  return {at<double>(sums[0]), at<double>(sums[1]), at<float>(sums[2]), warps};
+}
+
+void bind_cuda_unroll(py::module_& module) {
+  using namespace py::literals;
+  using Found = std::array<Address, 2>;  // gradients in the weights, and in biases
+  module.def("unroll_sizes", &cuda::unroll_sizes);
+  module.def("unroll_sums", &cuda::unroll_sums, "hidden"_a);
+  module.def("unroll_warps", &cuda::unroll_warps, "hidden"_a, "tiles"_a, "device"_a);
+  py::class_<cuda::UnrollCall>(module, "UnrollCall")
+      .def(py::init([](Address weights, Address biases, Address corrections, Address bounds,
+                       Address grads, Address adjoints, int64_t grads_stride,
+                       int64_t adjoints_stride, const StateAddresses& state, int64_t n,
+                       int64_t tiles, int tensors, int steps, const Constants& constants) {
+             cuda::UnrollCall call{};
+             call.weights = at<const float>(weights);
+             call.biases = at<const float>(biases);
+             call.corrections = at<const float>(corrections);
+             call.bounds = at<const int64_t>(bounds);
+             call.grads = at<const float>(grads);
+             call.adjoints = at<const float>(adjoints);
+             call.grads_stride = grads_stride;
+             call.adjoints_stride = adjoints_stride;
+             call.m = at<const float>(state[0]);
+             call.v = at<const float>(state[1]);
+             call.h = at<const float>(state[2]);
+             call.c = at<const float>(state[3]);
+             call.n = n;
+             call.tiles = tiles;
+             call.tensors = tensors;
+             call.steps = steps;
+             const auto [alpha, beta1, beta2, eps] = constants;
+             cuda::set_constants(call, alpha, beta1, beta2, eps);
+             return call;
+           }),
+           py::kw_only(), "weights"_a, "biases"_a, "corrections"_a, "bounds"_a, "grads"_a,
+           "adjoints"_a, "grads_stride"_a, "adjoints_stride"_a, "state"_a, "n"_a, "tiles"_a,
+           "tensors"_a, "steps"_a, "constants"_a);
+  module.def(
+      "nominal_step",
+      [](const cuda::UnrollCall& call, int hidden, Address update, const StateAddresses& to,
+         int device, Address stream) {
+        cuda::nominal_step(call, hidden, at<float>(update), unroll_state(to), device,
+                           at<void>(stream));
+      },
+      "call"_a, "hidden"_a, py::kw_only(), "update"_a, "new"_a, "device"_a, "stream"_a,
+      WithoutGil());
+  module.def(
+      "nominal_step_backward",
+      [](const cuda::UnrollCall& call, int hidden, const StateAddresses& d_new, Address d_grad,
+         const StateAddresses& d_state, const std::array<Address, 3>& sums, int64_t warps,
+         const Found& found, int device, Address stream) {
+        cuda::nominal_step_backward(call, hidden, unroll_state(d_new), at<float>(d_grad),
+                                    unroll_state(d_state), unroll_sums(sums, warps),
+                                    at<float>(found[0]), at<float>(found[1]), device,
+                                    at<void>(stream));
+      },
+      "call"_a, "hidden"_a, py::kw_only(), "d_new"_a, "d_grad"_a, "d_state"_a, "sums"_a, "warps"_a,
+      "found"_a, "device"_a, "stream"_a, WithoutGil());
+  module.def(
+      "nominal_unroll_backward",
+      [](const cuda::UnrollCall& call, int hidden, const std::array<Address, 3>& sums,
+         int64_t warps, const Found& found, int device, Address stream) {
+        cuda::nominal_unroll_backward(call, hidden, unroll_sums(sums, warps), at<float>(found[0]),
+                                      at<float>(found[1]), device, at<void>(stream));
+      },
+      "call"_a, "hidden"_a, py::kw_only(), "sums"_a, "warps"_a, "found"_a, "device"_a, "stream"_a,
+      WithoutGil());
+}
+
 template <typename T>
 void bind_teacher_step(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
@@ -185,6 +262,7 @@ const Binding binding("cuda", [](py::module_& module) {
   bind_teacher_step<float>(module, "float32");
   bind_teacher_step<double>(module, "float64");
   bind_cuda_student_step(module);
+  bind_cuda_unroll(module);
 });
 
 }  // namespace

@@ -157,6 +157,7 @@ __device__ inline StudentTensor with_global(StudentTensor tensor) {
 // Which tensor a block belongs to.
 __device__ inline int index_of(const StudentCall& call, int64_t block) {
   int index = 0;
+#pragma unroll 1
   for (int after = call.count; after - index > 1;) {
     const int middle = (index + after) / 2;
     if (call.first_block[middle] <= block) {

@@ -227,19 +227,21 @@ __device__ void put_bias(const StudentCall& call, const StudentTensor& tensor, f
                   __fmul_rn(of_tanh, bias[2 * hidden]), __fmul_rn(of_sigmoid, bias[3 * hidden]));
 }
 
+// A thread takes `groups` of `count` coordinates, for which it finds its tensor once.
 template <template <bool, int> typename FormOf, int layers, int hidden, typename Moments,
-          typename Cells, bool stochastic, bool approximate, int count, int threads, int blocks,
-          int unroll>
+          typename Cells, bool stochastic, bool approximate, int count, int groups, int threads,
+          int blocks, int unroll>
 __global__ void __launch_bounds__(threads, blocks) student_threads(const StudentCall call) {
   using Form = FormOf<approximate, count>;
   using Layout = ThreadWeights<Form, layers, hidden>;
   alignas(16) __shared__ float weights[Layout::kFloats];
   __shared__ StudentTensor shared_tensor;
   if (call.control && call.control[3] != 0.0) return;
+#pragma unroll 1
   for (int at = threadIdx.x; at < Layout::kFloats / 4; at += threads) {
     reinterpret_cast<float4*>(weights)[at] = reinterpret_cast<const float4*>(call.weights)[at];
   }
-  if (threadIdx.x < 32) find_tensor(call, threads * count, &shared_tensor);
+  if (threadIdx.x < 32) find_tensor(call, threads * count * groups, &shared_tensor);
   __syncthreads();
   Corrections corrections{};
   if constexpr (Form::kOwnBias) {
@@ -251,14 +253,18 @@ __global__ void __launch_bounds__(threads, blocks) student_threads(const Student
   const StudentTensor tensor = with_global(shared_tensor);
   const Rates rates = rates_of(call, tensor);
   if (is_wide(tensor, count)) {
-    const int64_t at = tensor.first + int64_t{threadIdx.x} * count;
-    if (at >= tensor.numel) return;
-    step_coordinates<FormOf, layers, hidden, Moments, Cells, stochastic, approximate, count,
-                     unroll>(call, tensor, rates, corrections, weights, at);
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      const int64_t at = tensor.first + (group * threads + int64_t{threadIdx.x}) * count;
+      if (at >= tensor.numel) return;
+      if constexpr (groups > 1) forget_memory();
+      step_coordinates<FormOf, layers, hidden, Moments, Cells, stochastic, approximate, count,
+                       unroll>(call, tensor, rates, corrections, weights, at);
+    }
     return;
   }
 #pragma unroll 1
-  for (int k = 0; k < count; ++k) {
+  for (int k = 0; k < count * groups; ++k) {
     const int64_t at = tensor.first + k * threads + threadIdx.x;
     if (at >= tensor.numel) return;
     // Or all weights would be read before the loop, and wait for it in memory of the thread.

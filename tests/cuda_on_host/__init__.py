@@ -8,11 +8,12 @@ the special functions' last bits make of it.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import itertools
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ FLAGS = ["-std=c++17", "-O0", "-w", "-ffp-contract=off", "-shared", "-fPIC"]
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels of kernels.cpp, compiled once a process.
+    """The kernels of kernels.cpp, compiled once a session of tests.
 
     Raises:
         FileNotFoundError: There is no C++ compiler: ``CXX``, or ``g++`` on ``PATH``.
@@ -33,17 +34,23 @@ def library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise FileNotFoundError("no C++ compiler: CXX, or g++ on PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, '-DAMALGAM_CUDA_ARCHS=""', f"-I{FOLDER}"]
-        command += ["-include", "cuda_runtime.h", str(FOLDER / "kernels.cpp"), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
-        found = ctypes.CDLL(str(built))
-    for name in ("teacher_step_of", "student_step_in_place"):
+    built = Path(os.environ["AMALGAM_CACHE"]) / "cuda_on_host.so"  # conftest.py's, of all processes
+    with built.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            command = [compiler, *FLAGS, '-DAMALGAM_CUDA_ARCHS=""', f"-I{FOLDER}"]
+            command += ["-include", "cuda_runtime.h", str(FOLDER / "kernels.cpp"), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}:\n{done.stderr}")
+    found = ctypes.CDLL(str(built))
+    of_nominal = ("step", "step_backward", "unroll_backward")
+    problems = (f"nominal_{name}_of" for name in of_nominal)
+    for name in ("teacher_step_of", "student_step_in_place", *problems):
         getattr(found, name).restype = ctypes.c_char_p
-    found.student_block.restype = ctypes.c_int64
+    for name in ("student_block", "unroll_size", "unroll_sums_of", "unroll_warps_of"):
+        getattr(found, name).restype = ctypes.c_int64
+    found.unroll_call.restype = ctypes.c_void_p
     return found
 
 
@@ -59,6 +66,11 @@ def _argument(value: Any) -> Any:
 
 def _array(kind: Any, values: Sequence[Any]) -> Any:
     return (kind * len(values))(*values)
+
+
+def _number(name: str, *arguments: int) -> int:
+    number: int = getattr(library(), name)(*map(_argument, arguments))
+    return number
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -97,11 +109,68 @@ class CudaOnHost:
         )
 
     def student_step_blocks(self, *, nominal: bool) -> dict[tuple[int, int], int]:
-        sizes = [(layers, hidden) for layers in (1, 2) for hidden in (4, 8, 16)]
-        blocks = {
-            (i, j): library().student_block(*map(_argument, (nominal, i, j))) for i, j in sizes
-        }
-        return {size: block for size, block in blocks.items() if block}
+        blocks = {}
+        for size in itertools.product((1, 2), (4, 8, 16)):
+            if block := _number("student_block", nominal, *size):
+                blocks[size] = block
+        return blocks
+
+    def unroll_sizes(self) -> list[int]:
+        sizes = (_number("unroll_size", index) for index in itertools.count())
+        return list(itertools.takewhile(bool, sizes))
+
+    def unroll_sums(self, hidden: int) -> int:
+        return _number("unroll_sums_of", hidden)
+
+    def unroll_warps(self, hidden: int, tiles: int, device: int) -> int:
+        return _number("unroll_warps_of", hidden, tiles)
+
+    def UnrollCall(self, **given: Any) -> ctypes.c_void_p:
+        order = (
+            *("weights", "biases", "corrections", "bounds", "grads", "adjoints", "grads_stride"),
+            *("adjoints_stride", "state", "n", "tiles", "tensors", "steps", "constants"),
+        )
+        assert set(given) == set(order)
+        given["state"] = _array(ctypes.c_int64, given["state"])
+        given["constants"] = _array(ctypes.c_double, given["constants"])
+        made = library().unroll_call(*(_argument(given[name]) for name in order))
+        return ctypes.c_void_p(made)
+
+    def nominal_step(
+        self, call: Any, hidden: int, *, update: int, new: Sequence[int], **_: int
+    ) -> None:
+        _call("nominal_step_of", call, hidden, update, _array(ctypes.c_int64, new))
+
+    def nominal_step_backward(
+        self,
+        call: Any,
+        hidden: int,
+        *,
+        d_new: Sequence[int],
+        d_grad: int,
+        d_state: Sequence[int],
+        sums: Sequence[int],
+        warps: int,
+        found: Sequence[int],
+        **_: int,
+    ) -> None:
+        lists = (_array(ctypes.c_int64, each) for each in (d_new, d_state, sums, found))
+        d_news, d_states, of_sums, of_found = lists
+        of_state = d_news, d_grad, d_states
+        _call("nominal_step_backward_of", call, hidden, *of_state, of_sums, warps, of_found)
+
+    def nominal_unroll_backward(
+        self,
+        call: Any,
+        hidden: int,
+        *,
+        sums: Sequence[int],
+        warps: int,
+        found: Sequence[int],
+        **_: int,
+    ) -> None:
+        of_sums, of_found = _array(ctypes.c_int64, sums), _array(ctypes.c_int64, found)
+        _call("nominal_unroll_backward_of", call, hidden, of_sums, warps, of_found)
 
     def packed_student_words(self, layers: int, hidden: int, products: str) -> int:
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from student_cases import SETTINGS, draw, make_state, make_weights, moved, skewed_inputs
@@ -74,6 +75,17 @@ def skewed_nominal(
         [w.to(dtype) for w in weights],
         nominal_settings(cut(size), dtype),
     )
+
+
+def drawn(
+    device: str, layers: int, hidden: int, size: int, seed: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of a step, and of its backward."""
+    grad, state, weights, settings = skewed_nominal(size, layers, hidden, F32, seed)
+    upstream = [draw(*t.shape, seed=seed + 9, dtype=F32) for t in (grad, *state)]
+    settings = settings._replace(corrections=moved(settings.corrections, device))
+    step = (*moved((grad, *state, weights), device), *settings)
+    return step, (moved(upstream, device), *step)
 
 
 def many_tensors(
@@ -214,6 +226,7 @@ __all__ = [
     "check_symmetries",
     "corrections_of",
     "cut",
+    "drawn",
     "make_state",
     "many_tensors",
     "nominal_settings",

@@ -1,7 +1,6 @@
 """The nominal form of ``student_step`` by Triton's kernels: what is their own."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from nominal_cases import (
     check_symmetries,
     corrections_of,
     cut,
+    drawn,
     many_tensors,
     nominal_settings,
     nominal_weights,
@@ -30,17 +30,6 @@ from amalgam.operations.kept import Kept
 from amalgam.ops import student_step_
 
 FORWARD, BACKWARD = torch.ops.amalgam.student_step, torch.ops.amalgam.student_step_backward
-
-
-def drawn(
-    device: str, layers: int, hidden: int, size: int, seed: int
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of a step, and of its backward."""
-    grad, state, weights, settings = skewed_nominal(size, layers, hidden, F32, seed)
-    upstream = [draw(*t.shape, seed=seed + 9, dtype=F32) for t in (grad, *state)]
-    settings = settings._replace(corrections=moved(settings.corrections, device))
-    step = (*moved((grad, *state, weights), device), *settings)
-    return step, (moved(upstream, device), *step)
 
 
 @by_triton

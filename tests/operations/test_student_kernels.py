@@ -47,6 +47,15 @@ def test_cuda_kernels_keep_to_registers() -> None:
         assert stack <= (0 if name in nominal else 24), (name, stack)
 
 
+def test_cuda_gradients_keep_to_registers() -> None:
+    """Of the nominal form: a thread holds a step's gates and its gradients."""
+    archs, kernels = cuda_kernels("nominal_")
+    assert len(kernels) == 2 * 4 * archs
+    for name, (registers, stack) in kernels.items():
+        assert registers <= 255, (name, registers)
+        assert stack <= 8, (name, stack)
+
+
 def test_cuda_teachers_keep_to_registers() -> None:
     archs, kernels = cuda_kernels("teachers_")
     assert len(kernels) == 4 * archs
