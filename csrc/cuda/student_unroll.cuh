@@ -286,28 +286,35 @@ struct CoordinateStep {
   }
 };
 
+// The tensor that a tile is of.
+__device__ inline int tensor_of(const UnrollCall& call, int64_t tile) {
+  int tensor = 0;
+#pragma unroll 1
+  for (int after = call.tensors; after - tensor > 1;) {
+    const int middle = (tensor + after) / 2;
+    if (call.bounds[middle] <= tile) {
+      tensor = middle;
+    } else {
+      after = middle;
+    }
+  }
+  return tensor;
+}
+
 // Where a tile's coordinates are, which a warp knows alike in all lanes.
 struct TilePlace {
   int tensor;
   int64_t at;   // this lane's coordinate, or the tile's first
   bool inside;  // whether it is this lane's
 
-  __device__ TilePlace(const UnrollCall& call, int64_t tile) {
-    int first = 0;
+  // `before`: the tile's tensor, or one before it.
+  __device__ TilePlace(const UnrollCall& call, int64_t tile, int before) : tensor(before) {
 #pragma unroll 1
-    for (int after = call.tensors; after - first > 1;) {
-      const int middle = (first + after) / 2;
-      if (call.bounds[middle] <= tile) {
-        first = middle;
-      } else {
-        after = middle;
-      }
-    }
-    tensor = first;
+    while (call.bounds[tensor + 1] <= tile) ++tensor;
     const int64_t* begins = call.bounds + call.tensors + 1;
-    const int64_t begin = begins[first] + (tile - call.bounds[first]) * kLaneCount;
+    const int64_t begin = begins[tensor] + (tile - call.bounds[tensor]) * kLaneCount;
     const int lane = threadIdx.x % kLaneCount;
-    inside = begin + lane < begins[first + 1];
+    inside = begin + lane < begins[tensor + 1];
     at = inside ? begin + lane : begin;
   }
 };
@@ -362,9 +369,12 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kStepBlocks<hidden>)
   Stage<hidden>& stage = stages[threadIdx.x / kLaneCount];
   const int64_t warps = int64_t{gridDim.x} * kUnrollWarps;
   const int64_t warp = int64_t{blockIdx.x} * kUnrollWarps + threadIdx.x / kLaneCount;
-  const int64_t end = first_tile(call, warp + 1, warps);
-  for (int64_t tile = first_tile(call, warp, warps); tile < end; ++tile) {
-    const TilePlace place(call, tile);
+  const int64_t begin = first_tile(call, warp, warps), end = first_tile(call, warp + 1, warps);
+  int tensor = begin < end ? tensor_of(call, begin) : 0;
+#pragma unroll 1
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const TilePlace place(call, tile, tensor);
+    tensor = place.tensor;
     CoordinateState<hidden> state;
     state.load(call, place.at);
     CoordinateStep<hidden> step(call, weights, stage.bias,
@@ -462,10 +472,12 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden
   const int64_t begin = first_tile(call, warp, sums.warps);
   const int64_t end = first_tile(call, warp + 1, sums.warps);
   LaneSums<hidden> lane_sums;
-  int before = -1;  // the tensor of the last tile
+  int tensor = tensor_of(call, begin);
 #pragma unroll 1
   for (int64_t tile = begin; tile < end; ++tile) {
-    const TilePlace place(call, tile);
+    const TilePlace place(call, tile, tensor);
+    const bool first = tile == begin || place.tensor != tensor;
+    tensor = place.tensor;
     State old, d{};
     old.load(call, place.at);
     if constexpr (single) {
@@ -493,11 +505,10 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden
       if (single && place.inside) in_grad[place.at] = in_g;
       __syncwarp();
       const int64_t row = (warp + place.tensor) * steps + t;
-      lane_sums.add(stage, sums.biases + row * Share::kGates, place.tensor != before);
+      lane_sums.add(stage, sums.biases + row * Share::kGates, first);
       __syncwarp();
     }
     if constexpr (single) d.store(in_old, call.n, place.at, place.inside);
-    before = place.tensor;
   }
   lane_sums.store(sums.weights + warp * Share::kSums);
 }
