@@ -356,7 +356,7 @@ __device__ inline int64_t first_tile(const UnrollCall& call, int64_t warp, int64
 
 // So many blocks a processor has at once: registers bound them.
 template <int hidden>
-constexpr int kStepBlocks = hidden <= 4 ? 8 : 5;
+constexpr int kStepBlocks = hidden <= 4 ? 7 : 4;
 template <int hidden>
 constexpr int kUnrollBlocks = hidden <= 4 ? 3 : 2;
 
