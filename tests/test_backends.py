@@ -106,7 +106,7 @@ def test_auto_on_a_gpu_takes_what_docs_say(
     monkeypatch.setattr(nominal_on_cuda, "_units", lambda: [4, 8])
     cells = torch.zeros(layers, hidden, 3)
     state = StudentState(cells[0, 0], cells[0, 0], cells, cells)
-    corrections = torch.ones(1, 2) if form == "nominal" else None
+    corrections = torch.ones(1, 3) if form == "nominal" else None
     arguments = (state, [], StepSettings(corrections=corrections)) if form else ()
     assert resolve(operation, "auto", state.m, *arguments) == taken
 

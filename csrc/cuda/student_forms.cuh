@@ -24,7 +24,8 @@ struct RnnProp {
     still |= uint32_t{v == 0.0f} << k;
   }
 
-  __device__ float update(const StudentCall& call, int k, const float (&o)[kOutputs][count]) const {
+  __device__ float update(const StudentCall& call, const Corrections&, int k,
+                          const float (&o)[kOutputs][count]) const {
     return still >> k & 1 ? 0.0f : __fmul_rn(call.alpha, tanh<approximate>(o[0][k]));
   }
 };
@@ -60,10 +61,11 @@ struct Nominal {
     x[2][k] = tanh<approximate>(fabsf(b[k]));
   }
 
-  __device__ float update(const StudentCall& call, int k, const float (&o)[kOutputs][count]) const {
+  __device__ float update(const StudentCall&, const Corrections& by, int k,
+                          const float (&o)[kOutputs][count]) const {
     const float soft =
         __fmul_rn(b[k], reciprocal(__fmaf_rn(fabsf(b[k]), float(1 / kSoft), 1.0f)));
-    return __fmul_rn(factor_of(call.alpha, o[0][k]), __fmaf_rn(o[1][k], soft, a[k]));
+    return __fmul_rn(factor_of(by.alpha, o[0][k]), __fmaf_rn(o[1][k], soft, a[k]));
   }
 };
 

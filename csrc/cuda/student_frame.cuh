@@ -190,9 +190,10 @@ __device__ inline bool is_wide(const StudentTensor& tensor, int count) {
   return addresses % 16 == 0 && tensor.numel % count == 0;
 }
 
-// What the nominal form makes moments of, so that they forget that they began at zero.
+// What the nominal form multiplies moments by, so that they forget that they began at zero, and
+// updates: alpha times the tensor's pace.
 struct Corrections {
-  float of_m, of_v;
+  float of_m, of_v, alpha;
 };
 
 // By what a parameter moves in this step.

@@ -19,7 +19,7 @@ struct StudentCall {
   // bytes. Of student_tiles, what pack_student gives.
   const void* weights;
   const float* biases;         // of the nominal form: (tensors, 4 hidden), the first layer's
-  const float* corrections;    // likewise: (tensors, 2)
+  const float* corrections;    // likewise: (tensors, 3)
   const int64_t* places;       // likewise: (count,), each tensor's place among them
   const int64_t* table;        // (count, 9): param, grad, m, v, h, c, numel, step, seed
   const int64_t* first_block;  // (count,)

@@ -210,7 +210,7 @@ __device__ void step_coordinates(const StudentCall& call, const StudentTensor& t
   }
   float update[count];
 #pragma unroll
-  for (int k = 0; k < count; ++k) update[k] = form.update(call, k, top);
+  for (int k = 0; k < count; ++k) update[k] = form.update(call, corrections, k, top);
   move(call, tensor, rates, rates.lr, layers * hidden, at, param, update);
 }
 
@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(threads, blocks) student_threads(const Student
   Corrections corrections{};
   if constexpr (Form::kOwnBias) {
     put_bias<hidden, approximate, Layout::kFirstUnit>(call, shared_tensor, weights);
-    const float* own = call.corrections + 2 * shared_tensor.place;
-    corrections = {own[0], own[1]};
+    const float* own = call.corrections + 3 * shared_tensor.place;
+    corrections = {own[0], own[1], __fmul_rn(call.alpha, own[2])};
     __syncthreads();
   }
   const StudentTensor tensor = with_global(shared_tensor);

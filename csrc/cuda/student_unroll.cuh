@@ -211,7 +211,7 @@ struct CoordinateStep {
 
   __device__ float update() const {
     const float soft = __fmul_rn(b, reciprocal(below()));
-    return __fmul_rn(factor_of(call.alpha, out[0]), __fmaf_rn(out[1], soft, a));
+    return __fmul_rn(factor_of(by.alpha, out[0]), __fmaf_rn(out[1], soft, a));
   }
 
   // Of the gradients in the update and in the new state, those in the old one, in whose place they
@@ -223,7 +223,7 @@ struct CoordinateStep {
     using Share = Shares<hidden>;
     forget_memory();  // likewise: weights are read again
     const float inverse = reciprocal(below()), soft = b * inverse;
-    const float d_scaled = d_update * factor_of(call.alpha, out[0]);
+    const float d_scaled = d_update * factor_of(by.alpha, out[0]);
     const bool within = out[0] >= kLeastLog && out[0] <= kMostLog;
     const float d_out[2] = {within ? d_scaled * __fmaf_rn(out[1], soft, a) : 0.0f, d_scaled * soft};
     float d_a = d_scaled, d_b = d_scaled * out[1] * (inverse * inverse);
@@ -333,7 +333,8 @@ __device__ Corrections put_step(const UnrollCall& call, int tensor, int step,
         __fmul_rn(scale, call.biases[row * (4 * hidden) + lane]);
   }
   __syncwarp();
-  return {call.corrections[2 * row], call.corrections[2 * row + 1]};
+  const float* own = call.corrections + 3 * row;
+  return {own[0], own[1], __fmul_rn(call.alpha, own[2])};
 }
 
 template <int hidden>

@@ -15,7 +15,7 @@ struct UnrollCall {
   // student_step.h has them.
   const float* weights;
   const float* biases;       // (steps, tensors, 4 hidden)
-  const float* corrections;  // (steps, tensors, 2)
+  const float* corrections;  // (steps, tensors, 3)
   const int64_t* bounds;     // (2, tensors + 1): each tensor's first tile, and its first coordinate
   const float* grads;        // (steps, N), from row to row grads_stride
   const float* adjoints;     // (steps, N) gradients in the updates, from row to row adjoints_stride

@@ -26,7 +26,7 @@ def _nominal(steps: int | None = None) -> tuple[torch.Tensor, StudentState, list
     state = StudentState(torch.ones(5), torch.ones(5), *(torch.zeros(1, 4, 5) for _ in "hc"))
     weights = [torch.ones(16, 3), torch.ones(16, 4), torch.ones(*several, 1, 16)]
     weights += [torch.ones(2, 4), torch.ones(2)]
-    settings = StepSettings(corrections=torch.ones(*several, 1, 2), sizes=[5])
+    settings = StepSettings(corrections=torch.ones(*several, 1, 3), sizes=[5])
     return torch.ones(*several, 5), state, weights, settings
 
 
