@@ -41,7 +41,8 @@ CACHE = Path(tempfile.gettempdir()) / "amalgam-kernels"
 ALL_SECONDS = 450.0
 LOST = 3  # a phase's script wants a new process, as the GPU refuses this one further work
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
-MARKED = re.compile(r"\bmark\.gpu\b|\bby_triton\b")  # in files with tests that need a GPU
+# In files with tests that need a GPU.
+MARKED = re.compile(r"\bmark\.gpu\b|\bby_triton\b|\bon_gpus\b")
 SLOWER = 5  # times as long may a phase take where kernels are not computed by a GPU
 MEMCHECKED = (
     "student_step * 2x20 n=64 default",
@@ -49,6 +50,7 @@ MEMCHECKED = (
     "student_step_ 2x20 stochastic *",
     "student_step_ 1x4 control *",
     "choice_step * k=2 default",
+    "nominal student_* cuda",
     "teacher_*",
 )
 

@@ -1,23 +1,28 @@
 """Where operations are tested: backends, the CPU's instruction sets and devices, as parameters.
 
-A place is a backend's name, and after a space the instruction set of ``cpu``, or "interpreted" for
-Triton's kernels on the CPU. The fixtures ``backend`` and ``device`` of conftest.py enter it.
+A place is a backend's name, and after a space the instruction set of ``cpu``, "interpreted" for
+Triton's kernels on the CPU, or "on host" for CUDA's there (cuda_on_host). The fixtures ``backend``
+and ``device`` of conftest.py enter it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib.machinery
 import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from amalgam.backends import core, triton
+from amalgam.backends import core, cuda, nominal_on_cuda, student_step_in_place, triton
+from amalgam.operations import registry
 from amalgam.ops import backends
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -48,6 +53,7 @@ def on_gpus(*names: str) -> list[Any]:
 
 ON_CPU = [pytest.param(*each.values, "cpu", id=f"{each.id}_on_cpu") for each in CPU]
 ON_CPU_ONCE = [pytest.param("cpu", "cpu", id="cpu_on_cpu")]
+ON_HOST = [pytest.param("cuda on host", "cpu", id="cuda_on_host")]
 INTERPRETED = [pytest.param("triton interpreted", "cpu", id="triton_interpreted")]
 
 
@@ -63,6 +69,8 @@ def enter(place: str, monkeypatch: pytest.MonkeyPatch) -> str:
         The backend's name.
     """
     name, _, how = place.partition(" ")
+    if how == "on host":
+        put_cuda_on_host(monkeypatch)
     status = backends()[name]
     if not status.works:
         pytest.skip(f"{name}: {status.reason}")
@@ -75,6 +83,31 @@ def enter(place: str, monkeypatch: pytest.MonkeyPatch) -> str:
         module = core_with(how)
         monkeypatch.setattr(core, "load", lambda: (module, None))
     return name
+
+
+def put_cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the CUDA backend compute on the CPU's tensors, or skip the test."""
+    import cuda_on_host
+
+    try:
+        cuda_on_host.library()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    on_host = SimpleNamespace(cpu=core.core().cpu, cuda=cuda_on_host.CudaOnHost())
+    here = dataclasses.replace(
+        cuda.backend, rank=-20, devices=frozenset({"cpu"}), probe=lambda: None
+    )
+    monkeypatch.setitem(registry._backends, "cuda", here)
+    monkeypatch.setattr(core, "load", lambda: (on_host, None))
+    monkeypatch.setattr(cuda, "place_of", lambda _tensor: {"device": 0, "stream": 0})
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    for module, names in (
+        (student_step_in_place, ("_blocks", "_words")),
+        (nominal_on_cuda, ("_units",)),
+    ):
+        for name in names:  # what the core that is built knows, they may have kept
+            function = getattr(module, name).__wrapped__
+            monkeypatch.setattr(module, name, functools.cache(function))
 
 
 @functools.cache

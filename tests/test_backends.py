@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -9,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from amalgam.backends import build_info, core, cuda, triton
+from amalgam.backends import build_info, core, cpu, cuda, nominal_on_cuda, triton
 from amalgam.backends.memory import check_written, contiguous
 from amalgam.operations import registry
 from amalgam.operations.checks import check_like
 from amalgam.operations.registry import Numerics, resolve
-from amalgam.ops import backends, teacher_distance
+from amalgam.ops import StepSettings, StudentState, backends, teacher_distance
 
 
 @pytest.fixture
@@ -66,6 +67,60 @@ def test_what_is_permitted_reaches_kernels_that_use_it_and_no_others() -> None:
     finally:
         del registry._backends["trial"]
     assert resolve("teacher_distance", "auto:bf16", like) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("operation", "form", "layers", "hidden", "taken"),
+    [
+        ("student_step", "nominal", 1, 4, "cuda"),
+        ("student_step", "nominal", 1, 8, "cuda"),
+        ("student_step", "nominal", 1, 16, "triton"),
+        ("student_step", "nominal", 2, 4, "triton"),
+        ("student_step", "RNNProp", 1, 4, "triton"),
+        ("student_step_backward", "nominal", 1, 8, "cuda"),
+        ("student_step_backward", "RNNProp", 2, 20, "triton"),
+        ("student_unroll_backward", "nominal", 1, 4, "cuda"),
+        ("student_unroll_backward", "nominal", 1, 20, "triton"),
+        ("teacher_step", "", 1, 4, "triton"),
+        ("teacher_step_backward", "", 1, 4, "triton"),
+        ("teacher_distance", "", 1, 4, "cuda"),
+        ("choice_step", "", 1, 4, "triton"),
+    ],
+)
+def test_auto_on_a_gpu_takes_what_docs_say(
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    form: str,
+    layers: int,
+    hidden: int,
+    taken: str,
+) -> None:
+    """As docs/gpu.md has it; here a GPU's backends are made to work on the CPU."""
+    for backend, rank in ((cuda.backend, 30), (triton.backend, 10)):
+        here = dataclasses.replace(
+            backend, rank=rank, devices=frozenset({"cpu"}), probe=lambda: None
+        )
+        monkeypatch.setitem(registry._backends, backend.name, here)
+    without = dataclasses.replace(cpu.backend, probe=lambda: "of no interest here")
+    monkeypatch.setitem(registry._backends, "cpu", without)
+    monkeypatch.setattr(nominal_on_cuda, "_units", lambda: [4, 8])
+    cells = torch.zeros(layers, hidden, 3)
+    state = StudentState(cells[0, 0], cells[0, 0], cells, cells)
+    corrections = torch.ones(1, 3) if form == "nominal" else None
+    arguments = (state, [], StepSettings(corrections=corrections)) if form else ()
+    assert resolve(operation, "auto", state.m, *arguments) == taken
+
+
+def test_auto_passes_by_kernels_that_are_taken_by_name_alone() -> None:
+    trial = registry.register_backend(
+        "trial", rank=99, devices=None, probe=lambda: None, about="of this test"
+    )
+    try:
+        trial.kernel("teacher_distance", auto=False)(lambda x: x)
+        assert resolve("teacher_distance", "auto", torch.zeros(3)) == "cpu"
+        assert resolve("teacher_distance", "trial", torch.zeros(3)) == "trial"
+    finally:
+        del registry._backends["trial"]
 
 
 def test_a_kernel_may_refuse_by_more_than_dtype() -> None:

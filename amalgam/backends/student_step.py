@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from amalgam.backends import core, cpu, triton
+from amalgam.backends import core, cpu, cuda, nominal_on_cuda, triton
 from amalgam.backends.memory import (
     check_written,
     contiguous,
@@ -194,6 +195,36 @@ def run_on_cpu(
         threads=torch.get_num_threads(),
         **how,
     )
+
+
+@cuda.backend.kernel("student_step", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts)
+def _cuda_student_step(
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> tuple[Tensor, StudentState]:
+    update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+    nominal_on_cuda.step_into(update, new, grad, state, weights, settings)
+    return update, new
+
+
+@cuda.backend.kernel("student_step_into", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts)
+def _cuda_student_step_into(update: Tensor, new: StudentState, *step: Any) -> None:
+    check_written(_WRITTEN, (update, *new))
+    nominal_on_cuda.step_into(update, new, *step)
+
+
+cuda.backend.kernel("student_step_backward", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts)(
+    nominal_on_cuda.backward
+)
+
+
+@cuda.backend.kernel(
+    "student_step_backward_into", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts
+)
+def _cuda_student_step_backward_into(
+    d_update: Tensor, d_state: StudentState, *step: Any
+) -> tuple[Tensor, list[Tensor]]:
+    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
+    return nominal_on_cuda.backward_into(d_state, d_update, d_state, *step)
 
 
 @triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)

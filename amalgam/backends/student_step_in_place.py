@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amalgam.backends import core, cpu, cuda, triton
+from amalgam.backends.cuda_weights import pack, pack_nominal
 from amalgam.backends.memory import (
     contiguous,
     dense_in_place,
@@ -116,31 +116,30 @@ STORED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @functools.cache
-def _blocks() -> dict[tuple[int, int], int]:
+def _blocks(nominal: bool) -> dict[tuple[int, int], int]:
     """How many coordinates a block takes, by layers and units of the students compiled in."""
-    blocks: dict[tuple[int, int], int] = core.core().cuda.student_step_blocks()
+    blocks: dict[tuple[int, int], int] = core.core().cuda.student_step_blocks(nominal=nominal)
     return blocks
 
 
 def _accepts(step: InPlaceStep, *, numerics: Numerics) -> str | None:
-    if step.settings.form is NOMINAL:
-        return (
-            "it computes steps of the form RNNProp, this one is nominal; "
-            "backend='triton' computes either"
-        )
-    if step.tensors.m[0].dtype == torch.bfloat16:
-        return (
-            "it keeps moments in float32 or float64, these are bfloat16; "
-            "backend='triton' computes either"
-        )
+    nominal = step.settings.form is NOMINAL
     layers, hidden = step.tensors.h[0].shape[:2]
-    if (layers, hidden) not in _blocks():
-        sizes = ", ".join(f"{layers}x{hidden}" for layers, hidden in sorted(_blocks()))
+    if (layers, hidden) not in _blocks(nominal):
+        sizes = ", ".join(f"{layers}x{hidden}" for layers, hidden in sorted(_blocks(nominal)))
         return (
-            f"it has kernels for students of {sizes} (layers x units), this one is "
-            f"{layers}x{hidden}; backend='triton' computes any"
+            f"it has kernels for students of {sizes} (layers x units) of the form "
+            f"{step.settings.form.name}, this one is {layers}x{hidden}; backend='triton' computes "
+            "any"
         )
-    if numerics.precision == "ieee" and _words(layers, hidden, SPLIT):
+    moments, cells = step.tensors.m[0].dtype, step.tensors.h[0].dtype
+    if moments != (cells if nominal else torch.float32):
+        alike = "as the cells" if nominal else "in float32"
+        return (
+            f"of the form {step.settings.form.name} it keeps moments {alike}, these are {moments} "
+            f"beside cells of {cells}; backend='triton' computes either"
+        )
+    if numerics.precision == "ieee" and _words(nominal, layers, hidden, SPLIT):
         return (
             f"its kernels for students of {layers}x{hidden} compute products on tensor cores, "
             "backend='triton:ieee' does not; without 'ieee' it errs no more than float32 may"
@@ -156,29 +155,37 @@ def _accepts(step: InPlaceStep, *, numerics: Numerics) -> str | None:
 )
 def _cuda_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None:
     tensors, control = step.tensors, step.control
-    weights = contiguous(step.weights)
+    weights, corrections = contiguous(step.weights), step.settings.corrections
+    nominal = corrections is not None
+    held = contiguous([] if corrections is None else [corrections])
     params, grads, put_back = dense_in_place(step)
-    cells = tensors.h[0]
+    moments, cells = tensors.m[0], tensors.h[0]
     layers, hidden = cells.shape[:2]
     device = cells.device
     with torch.cuda.device(device):
-        block = _blocks()[layers, hidden]
-        for launch in launches(step, params, grads, block, _kind, "cuda"):
+        block = _blocks(nominal)[layers, hidden]
+        kind = functools.partial(_kind, nominal)
+        for launch in launches(step, params, grads, block, kind, "cuda"):
             param_dtype, grad_dtype, aligned = launch.kind
-            how = _numerics_of(layers, hidden, cells.dtype, aligned, numerics)
-            packed = _packed(weights, hidden, how)
+            how = _numerics_of(nominal, layers, hidden, cells.dtype, aligned, numerics)
+            packed = _packed(weights, nominal, hidden, how)
             core.core().cuda.student_step_in_place(
                 weights=packed.data_ptr(),
+                biases=weights[2].data_ptr() if nominal else 0,
+                corrections=held[0].data_ptr() if nominal else 0,
+                places=launch.places.data_ptr() if nominal else 0,
                 table=launch.table.data_ptr(),
                 first_block=launch.first_block.data_ptr(),
                 control=0 if control is None else control.data_ptr(),
                 count=launch.tensors,
                 blocks=launch.blocks,
+                nominal=nominal,
                 layers=layers,
                 hidden=hidden,
                 constants=step.settings.constants,
                 param=dtype_name(param_dtype),
                 grad=dtype_name(grad_dtype),
+                moments=dtype_name(moments),
                 cells=dtype_name(cells),
                 keep=1 - step.lr * step.weight_decay,
                 lr=step.lr,
@@ -192,7 +199,7 @@ def _cuda_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> Non
     put_back()
 
 
-def _kind(row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool]:
+def _kind(nominal: bool, row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool]:
     """What tensors of one launch have in common: two dtypes, and whether rows are aligned.
 
     Of tensor cores' kernels alone, where rows of h and c begin at multiples of 16 bytes; the others
@@ -200,7 +207,7 @@ def _kind(row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool]:
     """
     param, grad, _, _, h, c = row
     layers, hidden = h.shape[:2]
-    if not _words(layers, hidden, SPLIT):
+    if not _words(nominal, layers, hidden, SPLIT):
         return param.dtype, grad.dtype, False
     row_bytes = param.numel() * h.element_size()
     aligned = (h.data_ptr() | c.data_ptr() | row_bytes) % 16 == 0
@@ -208,17 +215,24 @@ def _kind(row: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype, bool]:
 
 
 @functools.cache
-def _words(layers: int, hidden: int, products: str) -> int:
+def _words(nominal: bool, layers: int, hidden: int, products: str) -> int:
     """How many words the weights for tensor cores take; none where kernels use none."""
+    if nominal:
+        return 0
     words: int = core.core().cuda.packed_student_words(layers, hidden, products)
     return words
 
 
 def _numerics_of(
-    layers: int, hidden: int, cells: torch.dtype, aligned: bool, permitted: Numerics
+    nominal: bool,
+    layers: int,
+    hidden: int,
+    cells: torch.dtype,
+    aligned: bool,
+    permitted: Numerics,
 ) -> Numerics:
     """What the kernel makes of what is permitted: it is used where it makes a step faster."""
-    if not _words(layers, hidden, SPLIT):
+    if not _words(nominal, layers, hidden, SPLIT):
         return Numerics(SPLIT, permitted.approximate)
     if permitted.precision in (None, SPLIT) or not aligned:
         return Numerics(SPLIT, False)
@@ -227,42 +241,30 @@ def _numerics_of(
     return Numerics("tf32", permitted.approximate)
 
 
-def _packed(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
+def _packed(weights: Sequence[Tensor], nominal: bool, hidden: int, how: Numerics) -> Tensor:
     """The weights as csrc/cuda/student_step.h has them, from before where their owner keeps it."""
-    layers = len(weights) // 3
-    words = _words(layers, hidden, how.precision)
-    pack = _pack_for_tensor_cores if words else _pack
     key = "student_step_", weights[0].device, *how
-    return kept(key, weights, lambda: (pack(weights, hidden, how),))[0]
-
-
-def _pack_for_tensor_cores(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
+    if nominal:  # whose first bias, a tensor's own, is another in every step
+        shared = [*weights[:2], *weights[3:]]
+        return kept(key, shared, lambda: (pack_nominal(shared, how.approximate),))[0]
     layers = len(weights) // 3
-    packed = weights[0].new_empty(_words(layers, hidden, how.precision), dtype=torch.int32)
+    words = _words(nominal, layers, hidden, how.precision)
+    if not words:
+        return kept(key, weights, lambda: (pack(weights, how.approximate),))[0]
+    return kept(key, weights, lambda: (_pack_for_tensor_cores(weights, words, how),))[0]
+
+
+def _pack_for_tensor_cores(weights: Sequence[Tensor], words: int, how: Numerics) -> Tensor:
+    packed = weights[0].new_empty(words, dtype=torch.int32)
     core.core().cuda.pack_student(
         addresses(weights),
         packed.data_ptr(),
-        layers=layers,
+        layers=len(weights) // 3,
         products=how.precision,
         approximate=how.approximate,
         **cuda.place_of(weights[0]),
     )
     return packed
-
-
-def _pack(weights: Sequence[Tensor], hidden: int, how: Numerics) -> Tensor:
-    # What activations would multiply their sums by: see csrc/cuda/activations.cuh.
-    of_sigmoid, of_tanh = -math.log2(math.e), 2 * math.log2(math.e)
-    if how.approximate:
-        of_sigmoid, of_tanh = 0.5, 1.0
-    parts = []
-    for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True):
-        gates = torch.cat((b[:, None], w_ih, w_hh), 1).double().chunk(4)
-        scales = (of_sigmoid, of_sigmoid, of_tanh, of_sigmoid)
-        scaled = [scale * gate for scale, gate in zip(scales, gates, strict=True)]
-        parts.append(torch.stack(scaled, -1).flatten())  # (hidden, 1 + inputs + hidden, 4)
-    flat = torch.cat([*parts, *(part.double().flatten() for part in weights[-2:])])
-    return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
 
 
 @triton.backend.kernel("student_step_", dtypes=triton.SINGLE, takes_numerics=True)

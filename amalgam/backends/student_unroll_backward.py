@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amalgam.backends import core, cpu, triton
+from amalgam.backends import core, cpu, cuda, nominal_on_cuda, triton
 from amalgam.backends.memory import (
     contiguous,
     dtype_name,
@@ -50,6 +50,11 @@ def _cpu_student_unroll_backward(
         threads=torch.get_num_threads(),
     )
     return d_weights
+
+
+cuda.backend.kernel(
+    "student_unroll_backward", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts
+)(nominal_on_cuda.unroll_backward)
 
 
 # Of student_unroll_backward: coordinates that fill a GPU, and bytes of their states to hold.

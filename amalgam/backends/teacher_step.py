@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from amalgam.backends import core, cpu, triton
+from amalgam.backends import core, cpu, cuda, triton
 from amalgam.backends.memory import (
     contiguous,
     dtype_name,
@@ -21,32 +22,60 @@ from amalgam.operations.teacher_step import PoolSettings
 def _cpu_teacher_step(
     grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k, n = grads.shape
-    inputs = contiguous((grads, m, v))
-    updates, new_m, new_v = unwritten(inputs)
-    getattr(core.core().cpu, f"teacher_step_{dtype_name(grads)}")(
-        *addresses((*inputs, updates, new_m, new_v)),
-        n=n,
-        k=k,
-        **pool._asdict(),
-        threads=torch.get_num_threads(),
-    )
-    return updates, new_m, new_v
+    where = {"threads": torch.get_num_threads()}
+    return _run(core.core().cpu, (grads, m, v), pool, where)
 
 
 @cpu.backend.kernel("teacher_step_backward")
 def _cpu_teacher_step_backward(
     grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k, n = grads.shape
-    inputs, grads_out = contiguous((grads, m, v)), contiguous(grads_out)
+    where = {"threads": torch.get_num_threads()}
+    return _run_backward(core.core().cpu, grads_out, (grads, m, v), pool, where)
+
+
+# On an H200 Triton's kernels take the time of a copy (bench/results/gpu); these have not run yet.
+@cuda.backend.kernel("teacher_step", auto=False)
+def _cuda_teacher_step(
+    grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device(grads.device):
+        return _run(core.core().cuda, (grads, m, v), pool, cuda.place_of(grads))
+
+
+@cuda.backend.kernel("teacher_step_backward", auto=False)
+def _cuda_teacher_step_backward(
+    grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device(grads.device):
+        where = cuda.place_of(grads)
+        return _run_backward(core.core().cuda, grads_out, (grads, m, v), pool, where)
+
+
+def _run(
+    module: ModuleType, inputs: Sequence[Tensor], pool: PoolSettings, where: Mapping[str, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, n = inputs[0].shape
+    inputs = contiguous(inputs)
+    updates, m, v = unwritten(inputs)
+    getattr(module, f"teacher_step_{dtype_name(updates)}")(
+        *addresses((*inputs, updates, m, v)), n=n, k=k, **pool._asdict(), **where
+    )
+    return updates, m, v
+
+
+def _run_backward(
+    module: ModuleType,
+    grads_out: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    pool: PoolSettings,
+    where: Mapping[str, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, n = inputs[0].shape
+    inputs, grads_out = contiguous(inputs), contiguous(grads_out)
     d_grads, d_m, d_v = unwritten(inputs)
-    getattr(core.core().cpu, f"teacher_step_backward_{dtype_name(grads)}")(
-        *addresses((*grads_out, *inputs, d_grads, d_m, d_v)),
-        n=n,
-        k=k,
-        **pool._asdict(),
-        threads=torch.get_num_threads(),
+    getattr(module, f"teacher_step_backward_{dtype_name(d_grads)}")(
+        *addresses((*grads_out, *inputs, d_grads, d_m, d_v)), n=n, k=k, **pool._asdict(), **where
     )
     return d_grads, d_m, d_v
 

@@ -21,7 +21,8 @@ def nominal_weights(
     weights[2] = weights[2] + place.draw(len(steps), 4 * hidden, seed=3)
     taken = torch.tensor(steps, dtype=torch.float64)
     beta1, beta2 = 0.9, 0.99
-    corrections = torch.stack((1 / (1 - beta1**taken), 1 / (1 - beta2**taken)), 1)
+    pace = torch.ones_like(taken)
+    corrections = torch.stack((1 / (1 - beta1**taken), 1 / (1 - beta2**taken), pace), 1)
     corrections = corrections.to(place.device, torch.float32)
     return weights, StepSettings(0.005, beta1, beta2, 1e-15, corrections)
 

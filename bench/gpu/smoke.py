@@ -118,16 +118,17 @@ def student_case(
     words: str,
     claim: float | None,
     nominal: bool = False,
+    backend: str = "triton",
 ) -> Row:
     draws = [student_inputs(place, *shape, SEED + 100 * draw, nominal) for draw in range(DRAWS)]
     if direction == "forward":
-        return compare("student_step", draws, f"triton{words}", claim)
+        return compare("student_step", draws, f"{backend}{words}", claim)
     backward = []
     for number, arguments in enumerate(draws):
         seed = SEED + 100 * number + 9
         upstream = [place.draw(*t.shape, seed=seed + i) for i, t in enumerate(arguments[:5])]
         backward.append((upstream, *arguments))
-    return compare("student_step_backward", backward, f"triton{words}", claim and 4 * claim)
+    return compare("student_step_backward", backward, f"{backend}{words}", claim and 4 * claim)
 
 
 def choice_case(place: Place, direction: str, k: int, words: str, claim: float | None) -> Row:
@@ -256,6 +257,23 @@ def unroll_case(place: Place, words: str, claim: float | None) -> Row:
     return compare("student_unroll_backward", draws, f"triton{words}", claim and 4 * claim)
 
 
+def nominal_unroll_case(place: Place, backend: str) -> Row:
+    """Of the nominal form, each of whose steps has biases and corrections of its own."""
+    steps, n, draws = 6, 1000, []
+    for seed in range(SEED, SEED + 100 * DRAWS, 100):
+        _grad, *state, weights = student_inputs(place, 1, 8, n, seed, nominal=True)[:6]
+        settings = student_inputs(place, 1, 8, n, seed, nominal=True)[6:]
+        alpha, beta1, beta2, eps, corrections, sizes = settings
+        weights[2] = torch.stack([weights[2]] * steps)
+        grads, adjoints = (
+            torch.stack([place.draw(n, seed=seed + first + t) for t in range(steps)])
+            for first in (20, 40)
+        )
+        of_steps = torch.stack([corrections] * steps), sizes
+        draws.append((grads, adjoints, *state, weights, alpha, beta1, beta2, eps, *of_steps))
+    return compare("student_unroll_backward", draws, backend, None)
+
+
 def graph_case(place: Place) -> Row:
     """Replays of a captured optimizer step, beside steps that are not captured."""
     if not place.real:
@@ -301,6 +319,9 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
                 label = "{}x{} n={}".format(*shape)
                 name = f"nominal student_step {direction} {label} {words[1:] or 'default'}"
                 yield name, part(student_case, place, direction, shape, words, claim, True)
+        for shape in ((1, 4, 4099), (1, 8, 513)) if place.real else ():
+            label = f"nominal student_step {direction} {shape[0]}x{shape[1]} n={shape[2]} cuda"
+            yield label, part(student_case, place, direction, shape, "", None, True, "cuda")
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     students = [("triton", (2, 20)), ("triton", (1, 4))]
     if place.real:
@@ -330,6 +351,9 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             )
             case = part(in_place_case, place, "triton", shape, dtypes, cells, kind, True)
             yield f"nominal student_step_ {label}", case
+            if place.real and shape != (2, 20):
+                case = part(in_place_case, place, "cuda", shape, dtypes, cells, kind, True)
+                yield f"nominal student_step_ {label} cuda", case
     for words in ("", ":tf32", ":bf16"):
         for where, value in (
             ("grad", math.nan),
@@ -348,6 +372,7 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             yield name, part(choice_case, place, direction, k, words, claim)
         for name, backend in (
             ("teacher_step", "triton"),
+            ("teacher_step", "cuda"),
             ("teacher_distance", "triton"),
             ("teacher_distance", "cuda"),
         ):
@@ -357,6 +382,9 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
         yield f"into {direction}", part(into_case, place, direction)
     yield "student_unroll_backward default", part(unroll_case, place, "", None)
     yield "student_unroll_backward tf32", part(unroll_case, place, ":tf32", 5e-3)
+    for backend in ("triton", "cuda") if place.real else ("triton",):
+        case = part(nominal_unroll_case, place, backend)
+        yield f"nominal student_unroll_backward {backend}", case
     yield "an optimizer's step in a graph", part(graph_case, place)
 
 

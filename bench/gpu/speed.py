@@ -262,15 +262,26 @@ def teachers_case(place: Place, name: str, direction: str, backend: str, n: int)
     return row | traffic(place, times, 4 * size * rows)
 
 
-def unroll_case(place: Place, words: str, n: int, steps: int) -> Row:
+def unroll_case(
+    place: Place, words: str, n: int, steps: int, nominal: tuple[int, int] | None = None
+) -> Row:
+    """Of the paper's student, or of the nominal form of so many layers and units."""
     size = place.size(n)
-    weights = weights_of(place, PAPERS)
+    weights, settings = weights_of(place, PAPERS), SETTINGS
+    if nominal:
+        weights, settings = nominal_weights(place, *nominal, (30,))
+        weights[2] = torch.stack([weights[2]] * steps)
+        assert settings.corrections is not None
+        corrections = torch.stack([settings.corrections] * steps)
+        settings = settings._replace(corrections=corrections, sizes=[size])
     grads, adjoints = (place.draw(steps, size, seed=i) for i in (1, 2))
     state = begun(place, grads[0], weights, F32)
-    arguments = (grads, adjoints, *state, weights, *SETTINGS, words)
+    arguments = (grads, adjoints, *state, weights, *settings, words)
     times = timed(place, lambda: torch.ops.amalgam.student_unroll_backward(*arguments))
     each = round(1e9 * times.median / size / steps, 4)
     row: Row = {"operation": "student_unroll_backward", "backend": words, "n": size, "steps": steps}
+    row["student"] = "x".join(map(str, nominal or PAPERS))
+    row["form"] = "nominal" if nominal else "RNNProp"
     return row | times.row() | {"ns_per_coordinate_and_step": each}
 
 
@@ -348,6 +359,16 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
         ):
             label = f"{way[0]} {student[0]}x{student[1]} {SHORT[way[1]]} {kind} n=10000000"
             yield f"in place nominal {label}", part(nominal_case, place, way, student, 10**7, kind)
+        for way, kind in (
+            (("cuda", BF16), "plain"),
+            (("cuda:approximate", BF16), "plain"),
+            (("cuda:approximate", BF16), "stochastic"),
+            (("cuda", F32), "plain"),
+        ):
+            if place.real:
+                label = f"{way[0]} {student[0]}x{student[1]} {SHORT[way[1]]} {kind} n=10000000"
+                case = part(nominal_case, place, way, student, 10**7, kind)
+                yield f"in place nominal {label}", case
     for student in ((1, 4), (1, 8)):
         for how in ("512x4", "256x4", "1024x4"):
             case = part(nominal_case, place, ("triton", BF16), student, 10**7, "plain", how)
@@ -366,8 +387,10 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
                 label = f"{direction} {words} 2x20 n={n}"
                 yield label, part(functional_case, place, direction, words, PAPERS, n)
     for direction in ("forward", "backward"):
-        case = part(functional_case, place, direction, "triton", (1, 8), 10**6, None, True)
-        yield f"{direction} nominal triton 1x8 n=1000000", case
+        for words in ("triton", "cuda") if place.real else ("triton",):
+            for student in ((1, 4), (1, 8)):
+                case = part(functional_case, place, direction, words, student, 10**6, None, True)
+                yield f"{direction} nominal {words} 1x{student[1]} n=1000000", case
     for n in (10**4, 10**5, 10**6):
         for kind in ("fused", "foreach"):
             yield f"AdamW {kind} n={n}", part(adamw_case, place, n, kind)
@@ -399,6 +422,7 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
         for direction in ("forward", "backward"):
             for name, backend in (
                 ("teacher_step", "triton"),
+                ("teacher_step", "cuda"),
                 ("teacher_distance", "triton"),
                 ("teacher_distance", "cuda"),
                 ("teacher_distance", "reference"),
@@ -408,6 +432,10 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
                     yield label, part(teachers_case, place, name, direction, backend, n)
     for n, steps in ((10**5, 20), (10**6, 20)):
         yield f"unroll n={n} T={steps}", part(unroll_case, place, "triton", n, steps)
+    for words in ("triton", "cuda") if place.real else ("triton",):
+        for units in (4, 8):
+            case = part(unroll_case, place, words, 10**5, 20, (1, units))
+            yield f"unroll nominal {words} 1x{units} n=100000 T=20", case
     yield "eager n=1000000", part(rival_case, place, "eager", 10**6)
     if place.real:  # elsewhere it would time the compiler of another machine
         yield "torch.compile n=1000000", part(rival_case, place, "compiled", 10**6)

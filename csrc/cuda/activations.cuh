@@ -1,28 +1,13 @@
 // Sigmoid and tanh of sums that come scaled, so that no multiplication stands before the special
-// function: by kSigmoidScale and kTanhScale, or with approximate ones by kHalf and one.
+// function: by kSigmoidScale and kTanhScale, or with approximate ones by a half and one.
 #pragma once
+
+#include "special.cuh"
 
 namespace amalgam::cuda {
 
 constexpr double kLog2E = 1.4426950408889634;
-
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+constexpr float kSigmoidScale = -kLog2E, kTanhScale = 2 * kLog2E;
 
 // Of -log2(e) x; approximate: of x / 2.
 template <bool approximate>
@@ -52,7 +37,7 @@ __device__ float tanh_of(float t) {
 // tanh of x itself.
 template <bool approximate>
 __device__ float tanh(float x) {
-  return tanh_of<approximate>(approximate ? x : __fmul_rn(x, float(2 * kLog2E)));
+  return tanh_of<approximate>(approximate ? x : __fmul_rn(x, kTanhScale));
 }
 
 }  // namespace amalgam::cuda

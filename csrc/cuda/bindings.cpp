@@ -1,4 +1,5 @@
 // The CUDA operations as Python functions; nvcc can't compile pybind11's headers everywhere.
+#include <array>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -8,7 +9,9 @@
 #include "../binding.h"
 #include "runtime.h"
 #include "student_step.h"
+#include "student_unroll.h"
 #include "teacher_distance.h"
+#include "teacher_step.h"
 
 namespace amalgam {
 namespace {
@@ -32,13 +35,16 @@ cuda::Products products_of(const std::string& precision) {
 void bind_cuda_student_step(py::module_& module) {
   using namespace py::literals;
   // (layers, hidden): how many coordinates a block takes.
-  module.def("student_step_blocks", [] {
-    std::map<std::pair<int, int>, int> blocks;
-    for (const auto& size : cuda::student_sizes()) {
-      blocks[{size.layers, size.hidden}] = size.block;
-    }
-    return blocks;
-  });
+  module.def(
+      "student_step_blocks",
+      [](bool nominal) {
+        std::map<std::pair<int, int>, int> blocks;
+        for (const auto& size : cuda::student_sizes(nominal)) {
+          blocks[{size.layers, size.hidden}] = size.block;
+        }
+        return blocks;
+      },
+      py::kw_only(), "nominal"_a);
   module.def(
       "packed_student_words",
       [](int layers, int hidden, const std::string& products) {
@@ -67,14 +73,18 @@ void bind_cuda_student_step(py::module_& module) {
       "stream"_a);
   module.def(
       "student_step_in_place",
-      [](Address weights, Address table, Address first_block, Address control, int count,
-         int64_t blocks, int layers, int hidden, const Constants& constants,
-         const std::string& param, const std::string& grad, const std::string& cells, double keep,
-         double lr, int warmup_steps, bool stochastic, bool aligned, const std::string& products,
+      [](Address weights, Address biases, Address corrections, Address places, Address table,
+         Address first_block, Address control, int count, int64_t blocks, bool nominal, int layers,
+         int hidden, const Constants& constants, const std::string& param, const std::string& grad,
+         const std::string& moments, const std::string& cells, double keep, double lr,
+         int warmup_steps, bool stochastic, bool aligned, const std::string& products,
          bool approximate, int device, Address stream) {
         const auto [alpha, beta1, beta2, eps] = constants;
         cuda::StudentCall call{};
         call.weights = at<const void>(weights);
+        call.biases = at<const float>(biases);
+        call.corrections = at<const float>(corrections);
+        call.places = at<const int64_t>(places);
         call.table = at<const int64_t>(table);
         call.first_block = at<const int64_t>(first_block);
         call.control = at<const double>(control);
@@ -86,28 +96,136 @@ void bind_cuda_student_step(py::module_& module) {
         call.stochastic = stochastic;
         call.keep = static_cast<float>(keep);
         call.lr = static_cast<float>(lr);
-        call.alpha = static_cast<float>(alpha);
-        call.beta1 = static_cast<float>(beta1);
-        call.beta2 = static_cast<float>(beta2);
-        call.of_grad = static_cast<float>(1 - beta1);
-        call.of_square = static_cast<float>(1 - beta2);
-        call.per_m = static_cast<float>(1 / (1 - beta1));
-        call.per_v = static_cast<float>(1 / (1 - beta2));
-        call.eps = static_cast<float>(eps);
-        const cuda::StudentKind kind{layers,  hidden,
-                                              stored(cells), aligned,
-                                              products_of(products), approximate};
+        cuda::set_constants(call, alpha, beta1, beta2, eps);
+        const cuda::StudentKind kind{nominal,
+                                     layers,
+                                     hidden,
+                                     stored(moments),
+                                     stored(cells),
+                                     aligned,
+                                     products_of(products),
+                                     approximate};
         const py::gil_scoped_release release;
         cuda::student_step_in_place(call, kind, device, at<void>(stream));
       },
-      py::kw_only(), "weights"_a, "table"_a, "first_block"_a, "control"_a, "count"_a, "blocks"_a,
-      "layers"_a, "hidden"_a, "constants"_a, "param"_a, "grad"_a, "cells"_a, "keep"_a, "lr"_a,
+      py::kw_only(), "weights"_a, "biases"_a, "corrections"_a, "places"_a, "table"_a,
+      "first_block"_a, "control"_a, "count"_a, "blocks"_a, "nominal"_a, "layers"_a, "hidden"_a,
+      "constants"_a, "param"_a, "grad"_a, "moments"_a, "cells"_a, "keep"_a, "lr"_a,
       "warmup_steps"_a, "stochastic"_a, "aligned"_a, "products"_a, "approximate"_a, "device"_a,
       "stream"_a);
 }
 
+cuda::UnrollState unroll_state(const StateAddresses& state) {
+  return {at<float>(state[0]), at<float>(state[1]), at<float>(state[2]), at<float>(state[3])};
+}
+
+cuda::UnrollSums unroll_sums(const std::array<Address, 3>& sums, int64_t warps) {
+  return {at<double>(sums[0]), at<double>(sums[1]), at<float>(sums[2]), warps};
+}
+
+void bind_cuda_unroll(py::module_& module) {
+  using namespace py::literals;
+  using Found = std::array<Address, 2>;  // gradients in the weights, and in biases
+  module.def("unroll_sizes", &cuda::unroll_sizes);
+  module.def("unroll_sums", &cuda::unroll_sums, "hidden"_a);
+  module.def("unroll_warps", &cuda::unroll_warps, "hidden"_a, "tiles"_a, "device"_a);
+  py::class_<cuda::UnrollCall>(module, "UnrollCall")
+      .def(py::init([](Address weights, Address biases, Address corrections, Address bounds,
+                       Address grads, Address adjoints, int64_t grads_stride,
+                       int64_t adjoints_stride, const StateAddresses& state, int64_t n,
+                       int64_t tiles, int tensors, int steps, const Constants& constants) {
+             cuda::UnrollCall call{};
+             call.weights = at<const float>(weights);
+             call.biases = at<const float>(biases);
+             call.corrections = at<const float>(corrections);
+             call.bounds = at<const int64_t>(bounds);
+             call.grads = at<const float>(grads);
+             call.adjoints = at<const float>(adjoints);
+             call.grads_stride = grads_stride;
+             call.adjoints_stride = adjoints_stride;
+             call.m = at<const float>(state[0]);
+             call.v = at<const float>(state[1]);
+             call.h = at<const float>(state[2]);
+             call.c = at<const float>(state[3]);
+             call.n = n;
+             call.tiles = tiles;
+             call.tensors = tensors;
+             call.steps = steps;
+             const auto [alpha, beta1, beta2, eps] = constants;
+             cuda::set_constants(call, alpha, beta1, beta2, eps);
+             return call;
+           }),
+           py::kw_only(), "weights"_a, "biases"_a, "corrections"_a, "bounds"_a, "grads"_a,
+           "adjoints"_a, "grads_stride"_a, "adjoints_stride"_a, "state"_a, "n"_a, "tiles"_a,
+           "tensors"_a, "steps"_a, "constants"_a);
+  module.def(
+      "nominal_step",
+      [](const cuda::UnrollCall& call, int hidden, Address update, const StateAddresses& to,
+         int device, Address stream) {
+        cuda::nominal_step(call, hidden, at<float>(update), unroll_state(to), device,
+                           at<void>(stream));
+      },
+      "call"_a, "hidden"_a, py::kw_only(), "update"_a, "new"_a, "device"_a, "stream"_a,
+      WithoutGil());
+  module.def(
+      "nominal_step_backward",
+      [](const cuda::UnrollCall& call, int hidden, const StateAddresses& d_new, Address d_grad,
+         const StateAddresses& d_state, const std::array<Address, 3>& sums, int64_t warps,
+         const Found& found, int device, Address stream) {
+        cuda::nominal_step_backward(call, hidden, unroll_state(d_new), at<float>(d_grad),
+                                    unroll_state(d_state), unroll_sums(sums, warps),
+                                    at<float>(found[0]), at<float>(found[1]), device,
+                                    at<void>(stream));
+      },
+      "call"_a, "hidden"_a, py::kw_only(), "d_new"_a, "d_grad"_a, "d_state"_a, "sums"_a, "warps"_a,
+      "found"_a, "device"_a, "stream"_a, WithoutGil());
+  module.def(
+      "nominal_unroll_backward",
+      [](const cuda::UnrollCall& call, int hidden, const std::array<Address, 3>& sums,
+         int64_t warps, const Found& found, int device, Address stream) {
+        cuda::nominal_unroll_backward(call, hidden, unroll_sums(sums, warps), at<float>(found[0]),
+                                      at<float>(found[1]), device, at<void>(stream));
+      },
+      "call"_a, "hidden"_a, py::kw_only(), "sums"_a, "warps"_a, "found"_a, "device"_a, "stream"_a,
+      WithoutGil());
+}
+
 template <typename T>
-void bind_cuda(py::module_& module, const std::string& dtype) {
+void bind_teacher_step(py::module_& module, const std::string& dtype) {
+  using namespace py::literals;
+  using Ints = std::vector<int>;
+  using Doubles = std::vector<double>;
+  module.def(
+      ("teacher_step_" + dtype).c_str(),
+      [](Address grads, Address m, Address v, Address updates, Address new_m, Address new_v,
+         int64_t n, int64_t k, const Ints& kinds, const Doubles& lr, const Doubles& beta1,
+         const Doubles& beta2, const Doubles& eps, int device, Address stream) {
+        cuda::teacher_step(
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()}, at<const T>(grads),
+            at<const T>(m), at<const T>(v), at<T>(updates), at<T>(new_m), at<T>(new_v), n, k,
+            device, at<void>(stream));
+      },
+      "grads"_a, "m"_a, "v"_a, "updates"_a, "new_m"_a, "new_v"_a, py::kw_only(), "n"_a, "k"_a,
+      "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "device"_a, "stream"_a, WithoutGil());
+  module.def(
+      ("teacher_step_backward_" + dtype).c_str(),
+      [](Address d_updates, Address d_m, Address d_v, Address grads, Address m, Address v,
+         Address in_grads, Address in_m, Address in_v, int64_t n, int64_t k, const Ints& kinds,
+         const Doubles& lr, const Doubles& beta1, const Doubles& beta2, const Doubles& eps,
+         int device, Address stream) {
+        cuda::teacher_step_backward(
+            {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()},
+            at<const T>(d_updates), at<const T>(d_m), at<const T>(d_v), at<const T>(grads),
+            at<const T>(m), at<const T>(v), at<T>(in_grads), at<T>(in_m), at<T>(in_v), n, k,
+            device, at<void>(stream));
+      },
+      "d_updates"_a, "d_m"_a, "d_v"_a, "grads"_a, "m"_a, "v"_a, "in_grads"_a, "in_m"_a, "in_v"_a,
+      py::kw_only(), "n"_a, "k"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "device"_a,
+      "stream"_a, WithoutGil());
+}
+
+template <typename T>
+void bind_teacher_distance(py::module_& module, const std::string& dtype) {
   using namespace py::literals;
   module.def(("teacher_distance_partials_" + dtype).c_str(),
              &cuda::teacher_distance_partials<T>, "n"_a);
@@ -139,9 +257,12 @@ const Binding binding("cuda", [](py::module_& module) {
   module.attr("archs") = AMALGAM_CUDA_ARCHS;
   module.def("runtime_version", &cuda::runtime_version);
   module.def("device_count", &cuda::device_count);
-  bind_cuda<float>(module, "float32");
-  bind_cuda<double>(module, "float64");
+  bind_teacher_distance<float>(module, "float32");
+  bind_teacher_distance<double>(module, "float64");
+  bind_teacher_step<float>(module, "float32");
+  bind_teacher_step<double>(module, "float64");
   bind_cuda_student_step(module);
+  bind_cuda_unroll(module);
 });
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "pack.cuh"
 #include "rounding.cuh"
 #include "student_step.h"
 
@@ -15,11 +16,6 @@ namespace amalgam::cuda {
 // A bfloat16 by its bits, so that it converts without a library.
 struct Bfloat16 {
   uint16_t bits;
-};
-
-template <typename T, int count>
-struct alignas(sizeof(T) * count >= 16 ? 16 : sizeof(T) * count) Pack {
-  T values[count];
 };
 
 // Neighbouring numbers as they lie in memory, so that none is waited for before the last is asked
@@ -132,14 +128,15 @@ __device__ void store(void* to, Stored stored, int64_t at, const float (&values)
 struct StudentTensor {
   void* param;
   const void* grad;
-  float* m;
-  float* v;
+  void* m;
+  void* v;
   void* h;
   void* c;
   int64_t numel;
   const float* step;
   int64_t seed;
   int64_t first;
+  int64_t place;  // among biases and corrections
 };
 
 constexpr int kColumns = 9;
@@ -154,12 +151,13 @@ __device__ T* global(T* pointer) {
 __device__ inline StudentTensor with_global(StudentTensor tensor) {
   return {global(tensor.param), global(tensor.grad), global(tensor.m), global(tensor.v),
           global(tensor.h),     global(tensor.c),    tensor.numel,     tensor.step,
-          tensor.seed,          tensor.first};
+          tensor.seed,          tensor.first,     tensor.place};
 }
 
 // Which tensor a block belongs to.
 __device__ inline int index_of(const StudentCall& call, int64_t block) {
   int index = 0;
+#pragma unroll 1
   for (int after = call.count; after - index > 1;) {
     const int middle = (index + after) / 2;
     if (call.first_block[middle] <= block) {
@@ -178,6 +176,7 @@ __device__ inline void find_tensor(const StudentCall& call, int block, StudentTe
   auto* const columns = reinterpret_cast<int64_t*>(tensor);
   if (lane < kColumns) columns[lane] = call.table[int64_t{index} * kColumns + lane];
   if (lane == kColumns) columns[lane] = (int64_t{blockIdx.x} - call.first_block[index]) * block;
+  if (lane == kColumns + 1) columns[lane] = call.places ? call.places[index] : 0;
 }
 
 // Whether `count` neighbouring numbers can be read and written at once, everywhere in the tensor.
@@ -190,6 +189,12 @@ __device__ inline bool is_wide(const StudentTensor& tensor, int count) {
                          reinterpret_cast<uintptr_t>(tensor.c);
   return addresses % 16 == 0 && tensor.numel % count == 0;
 }
+
+// What the nominal form multiplies moments by, so that they forget that they began at zero, and
+// updates: alpha times the tensor's pace.
+struct Corrections {
+  float of_m, of_v, alpha;
+};
 
 // By what a parameter moves in this step.
 struct Rates {

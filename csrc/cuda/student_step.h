@@ -1,5 +1,5 @@
-// One step of the RNNProp student in place, for all tensors of one kind in one launch;
-// amalgam/operations/student_step.py has the formulas, amalgam/operations/table.py the table of tensors.
+// One step of a student in place, for all tensors of one kind in one launch;
+// amalgam/operations/student_forms.py has the formulas, amalgam/operations/table.py the table of tensors.
 // All pointers are device memory of `device`; `stream` is a cudaStream_t of it. Nothing here waits
 // for the device.
 #pragma once
@@ -15,9 +15,12 @@ enum class Stored { float32, bfloat16, float16 };
 // What a launch computes by. Fits into the kernel's parameters, where operands are free.
 struct StudentCall {
   // Of student_threads, a unit after another: four numbers (gates i, f, a, o) of the bias, of each
-  // input and of each of the layer's h; then the head and its bias, and zeros up to 16 bytes. Of
-  // student_tiles, what pack_student gives.
+  // input and of each of the layer's h; then the head's rows and its biases, and zeros up to 16
+  // bytes. Of student_tiles, what pack_student gives.
   const void* weights;
+  const float* biases;         // of the nominal form: (tensors, 4 hidden), the first layer's
+  const float* corrections;    // likewise: (tensors, 3)
+  const int64_t* places;       // likewise: (count,), each tensor's place among them
   const int64_t* table;        // (count, 9): param, grad, m, v, h, c, numel, step, seed
   const int64_t* first_block;  // (count,)
   const double* control;       // (4,): keep, lr, warm-up's rate, skip; or null
@@ -33,13 +36,26 @@ struct StudentCall {
   float eps;
 };
 
+inline void set_constants(StudentCall& call, double alpha, double beta1, double beta2,
+                          double eps) {
+  call.alpha = static_cast<float>(alpha);
+  call.beta1 = static_cast<float>(beta1);
+  call.beta2 = static_cast<float>(beta2);
+  call.of_grad = static_cast<float>(1 - beta1);
+  call.of_square = static_cast<float>(1 - beta2);
+  call.per_m = static_cast<float>(1 / (1 - beta1));
+  call.per_v = static_cast<float>(1 / (1 - beta2));
+  call.eps = static_cast<float>(eps);
+}
+
 // A student whose step is compiled in.
 struct StudentSize {
   int layers, hidden;
   int block;                   // coordinates of a block, whatever the cells' storage
 };
 
-const std::vector<StudentSize>& student_sizes();
+// Of the form RNNProp, or of the nominal form.
+const std::vector<StudentSize>& student_sizes(bool nominal);
 
 // Of students on tensor cores.
 constexpr int kTileBlock = 64;
@@ -50,8 +66,9 @@ enum class Products { kSplit, kTf32, kBf16 };
 
 // What the cells of one launch have in common, and what kernels may do for speed.
 struct StudentKind {
+  bool nominal;
   int layers, hidden;
-  Stored cells;
+  Stored moments, cells;
   bool aligned;                // whether all rows of h and c begin at multiples of 16 bytes
   Products products;
   bool approximate;

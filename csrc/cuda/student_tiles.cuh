@@ -322,8 +322,8 @@ struct Step {
       const bool inside = first_own() + o < size;
       raw_grad[o] = load_stored(place.tensor.grad, call.grad, at, inside);
       raw_param[o] = load_stored(place.tensor.param, call.param, at, inside);
-      m[o] = load_once(place.tensor.m + at, inside);
-      v[o] = load_once(place.tensor.v + at, inside);
+      m[o] = load_once(static_cast<const float*>(place.tensor.m) + at, inside);
+      v[o] = load_once(static_cast<const float*>(place.tensor.v) + at, inside);
     }
   }
 
@@ -350,8 +350,8 @@ struct Step {
       follow(call, grad[o], m[o], v[o]);
       const int64_t at = first + first_own() + o;
       const bool inside = first_own() + o < size;
-      store_once(place.tensor.m + at, m[o], inside);
-      store_once(place.tensor.v + at, v[o], inside);
+      store_once(static_cast<float*>(place.tensor.m) + at, m[o], inside);
+      store_once(static_cast<float*>(place.tensor.v) + at, v[o], inside);
     }
   }
 

@@ -1,47 +1,35 @@
 """The nominal form of ``student_step`` by Triton's kernels: what is their own."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from accuracy import assert_as_accurate, flat
 from machine_code import assert_within
 from nominal_cases import (
+    BF16,
+    F32,
+    check_rounding,
+    check_still,
+    check_symmetries,
     corrections_of,
     cut,
-    make_state,
+    drawn,
+    many_tensors,
     nominal_settings,
     nominal_weights,
     skewed_nominal,
 )
 from places import by_triton
-from student_cases import SETTINGS, copied, draw, make_weights, moved
+from student_cases import copied, draw, moved
 from test_student_kernels import costs_of_student
 from test_tensor_cores import arithmetic  # noqa: F401
-from torch import Tensor
 
-from amalgam.backends import student_step_in_place
 from amalgam.backends import student_unroll_backward as unrolls
 from amalgam.operations.kept import Kept
-from amalgam.operations.registry import Numerics
-from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
-from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
-from amalgam.ops import StepSettings, StudentState, student_step, student_step_
+from amalgam.ops import student_step_
 
 FORWARD, BACKWARD = torch.ops.amalgam.student_step, torch.ops.amalgam.student_step_backward
-F32, BF16 = torch.float32, torch.bfloat16
-
-
-def drawn(
-    device: str, layers: int, hidden: int, size: int, seed: int
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of a step, and of its backward."""
-    grad, state, weights, settings = skewed_nominal(size, layers, hidden, F32, seed)
-    upstream = [draw(*t.shape, seed=seed + 9, dtype=F32) for t in (grad, *state)]
-    settings = settings._replace(corrections=moved(settings.corrections, device))
-    step = (*moved((grad, *state, weights), device), *settings)
-    return step, (moved(upstream, device), *step)
 
 
 @by_triton
@@ -110,28 +98,6 @@ def test_triton_sums_the_biases_gradients_of_tensors_over_programs(device: str) 
     assert all(map(torch.equal, *twice))
 
 
-def many_tensors(
-    device: str, form: str, moments: torch.dtype, cells: torch.dtype, dtypes: list[torch.dtype]
-) -> tuple[list[Tensor], list[Tensor], list[StudentState], list[Tensor], StepSettings]:
-    """Parameters, gradients and states of several shapes, dtypes in turn; weights and settings."""
-    shapes = [(7, 9), (0,), (), (130,), (2, 3, 4, 3), (5,)]
-    types = [dtypes[i % len(dtypes)] for i in range(len(shapes))]
-    params = [draw(*s, seed=1).to(t) for s, t in zip(shapes, types, strict=True)]
-    grads = [draw(*s, seed=2).to(F32) for s in shapes]
-    params[3] = params[3].repeat_interleave(2)[::2]
-    states = []
-    for shape in shapes:
-        state = make_state(*shape, layers=1, dtype=F32)
-        states.append(StudentState(*(t.to(moments) for t in state[:2]), *state[2:]))
-    states = [s._replace(h=s.h.to(cells), c=s.c.to(cells)) for s in states]
-    weights, settings = make_weights(1, 4, F32), SETTINGS
-    if form == "nominal":
-        weights = nominal_weights(len(shapes), dtype=F32)
-        settings = nominal_settings([1] * len(shapes), F32, in_place=True)
-        settings = settings._replace(corrections=moved(settings.corrections, device))
-    return *moved((params, grads, states, weights), device), settings
-
-
 @by_triton
 @pytest.mark.parametrize(
     ("form", "moments", "cells"),
@@ -162,62 +128,10 @@ def test_triton_in_place_of_either_form_is_the_references(
 def test_triton_rounds_moments_by_the_row_behind_the_parameters(
     device: str, warmup_steps: int, form: str
 ) -> None:
-    counts = [torch.tensor(float(n), device=device) for n in (0, 7, 1, 2, 3, 4)]
-    how = {"steps": counts, "warmup_steps": warmup_steps, "warmup_lr": 0.1, "backend": "triton"}
-    stored = []
-    for moments, seeds in ((F32, None), (BF16, range(11, 17))):
-        *tensors, weights, settings = many_tensors(device, form, moments, F32, [F32])
-        if moments == F32:  # as the others begin
-            for state in tensors[2]:
-                state.m.copy_(state.m.bfloat16())
-                state.v.copy_(state.v.bfloat16())
-        student_step_(*tensors, weights, settings, seeds=seeds, **how)
-        stored.append(tensors[2])
-    for seed, count, exact, rounded in zip(range(11, 17), counts, *stored, strict=True):
-        row = 4 + 1
-        places = range(exact.m.numel())
-        bits = random_bits(key_of(seed, count), range(row, row + 1), places).view(exact.m.shape)
-        assert torch.equal(rounded.m, rounded_stochastically(exact.m, bits >> 16))
-        assert torch.equal(rounded.v, rounded_stochastically(exact.v, bits & 0xFFFF))
+    check_rounding("triton", device, form, warmup_steps)
 
 
 # --- What holds exactly ---
-
-
-def trajectory(
-    device: str,
-    hidden: int,
-    grads: Tensor,  # (steps, N)
-    sizes: list[int],
-    in_place: bool,
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The updates' sum and the last cells, of tensors of these sizes with equal biases."""
-    n, count = grads.shape[1], len(sizes)
-    weights = nominal_weights(1, hidden=hidden, dtype=F32)
-    weights[2] = weights[2].expand(count, -1).contiguous()
-    weights, grads = moved((weights, grads), device)
-    cells = torch.zeros(1, hidden, n, device=device)
-    state = StudentState(*(torch.zeros(n, device=device) for _ in "mv"), cells, cells.clone())
-    params = list(torch.zeros(n, device=device).split(sizes))
-    states = [
-        StudentState(*(t.clone() for t in part))
-        for part in zip(*(t.split(sizes, -1) for t in state), strict=True)
-    ]
-    total = torch.zeros(n, device=device)
-    for t, grad in enumerate(grads):
-        corrections = corrections_of([t + 1] * count, F32).to(device)
-        settings = nominal_settings(sizes, F32)._replace(corrections=corrections, eps=eps)
-        if in_place:
-            settings = settings._replace(sizes=[])
-            parts = list(grad.split(sizes))
-            student_step_(params, parts, states, weights, settings, backend="triton")
-        else:
-            update, state = student_step(grad, state, weights, settings, backend="triton")
-            total -= update
-    if in_place:
-        return torch.cat(params), torch.cat([each.c for each in states], -1)
-    return total, state.c
 
 
 @by_triton
@@ -226,36 +140,12 @@ def trajectory(
 def test_triton_nominal_keeps_its_symmetries_to_the_bit(
     device: str, hidden: int, in_place: bool
 ) -> None:
-    """No gradient, none's update; the mirrored one, the mirrored; the loss times 2^k, the same."""
-    grads = draw(2, 72, dtype=F32)
-    grads[:, ::5] = 0
-    grads[0, ::7] = 0
-    moving, cells = trajectory(device, hidden, grads, [72], in_place)
-    assert moving.isfinite().all()
-    assert (moving[::5] == 0).all()
-    assert (moving[7::35] != 0).all()
-    for factor in (-1.0, 2.0**20, 2.0**-20):
-        other, others_cells = trajectory(device, hidden, factor * grads, [72], in_place)
-        assert torch.equal(other, math.copysign(1.0, factor) * moving)
-        assert torch.equal(others_cells, cells)
-    assert all(
-        map(torch.equal, trajectory(device, hidden, grads, [33, 0, 39], in_place), (moving, cells))
-    )
+    check_symmetries("triton", device, hidden, in_place)
 
 
 @by_triton
 def test_triton_leaves_a_parameter_that_never_had_a_gradient(device: str) -> None:
-    """Its bits, zeros' signs among them."""
-    params, grads, states, weights, settings = many_tensors(device, "nominal", F32, F32, [F32])
-    for param, grad, state in zip(params, grads, states, strict=True):
-        param.view(-1)[:1] = -0.0
-        for tensor in (grad, state.m, state.v):
-            tensor.zero_()
-    before = [p.clone() for p in params]
-    for _ in range(2):
-        student_step_(params, grads, states, weights, settings, backend="triton")
-    for param, old in zip(params, before, strict=True):
-        assert torch.equal(param.view(torch.int32), old.view(torch.int32))
+    check_still("triton", device)
 
 
 @by_triton
@@ -327,19 +217,6 @@ def test_triton_unrolls_the_nominal_form_in_chunks(
         draws.append((*values[:-1], *settings))
     assert settings.sizes == cut(size)
     assert_as_accurate(torch.ops.amalgam.student_unroll_backward, draws, "triton")
-
-
-def test_cuda_leaves_the_nominal_form_and_narrow_moments_to_triton() -> None:
-    for form, moments, reason in (("nominal", F32, "nominal"), ("RNNProp", BF16, "bfloat16")):
-        params, grads, states, weights, settings = many_tensors("cpu", form, moments, F32, [F32])
-        step = InPlaceStep(
-            *(StudentTensors(params, states), grads, weights, settings),
-            *(1.0, 0.0, None, [], 0, []),
-        )
-        problem = student_step_in_place._accepts(step, numerics=Numerics())
-        assert problem
-        assert reason in problem
-        assert "backend='triton' computes either" in problem
 
 
 # --- The machine code, and what bounds a step by it ---

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import Errors, assert_at_most_twice, errors_of, kept, largest, of_a_row
 from machine_code import MachineCode, compile_kernel
-from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, at, compiled, on_gpus
+from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, ON_HOST, at, compiled, on_gpus
 from torch import Tensor
 
 from amalgam.backends import core
@@ -256,9 +256,9 @@ def test_compile_traces_the_operator_whole() -> None:
 
 # --- The compiled kernels ---
 
-everywhere = at(*ON_CPU, *on_gpus("triton"), *INTERPRETED)
+everywhere = at(*ON_CPU, *on_gpus("triton", "cuda"), *INTERPRETED, *ON_HOST)
 # The interpreter takes minutes for numerical gradients; one instruction set is enough for them.
-compiled_once = at(*ON_CPU_ONCE, *on_gpus("triton"))
+compiled_once = at(*ON_CPU_ONCE, *on_gpus("triton", "cuda"))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 Long = np.longdouble
 OUTPUTS = ("updates", "m", "v", "in_grads", "in_m", "in_v")
@@ -381,8 +381,8 @@ def kernel_inputs(
 def both_of_each(
     draws: Sequence[tuple[list[Tensor], list[Tensor]]], backend: str
 ) -> list[Sequence[Tensor]]:
-    """Both of each draw. Triton takes all in one call, as the interpreter is slow to start."""
-    if backend != "triton":
+    """Both of each draw. GPUs' kernels take all in one call: stand-ins for a GPU start slowly."""
+    if backend not in ("triton", "cuda"):
         return [both(grads_out, *inputs, backend=backend) for grads_out, inputs in draws]
     flat = [(*grads_out, *inputs) for grads_out, inputs in draws]
     joined = [torch.cat(column, 1) for column in zip(*flat, strict=True)]
@@ -403,7 +403,7 @@ def relative_errors(
     return Errors(errors.ours / scale, errors.plain / scale, unit)
 
 
-COMPILED = (*ON_CPU, *on_gpus("triton"))
+COMPILED = (*ON_CPU, *on_gpus("triton", "cuda"))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ COMPILED = (*ON_CPU, *on_gpus("triton"))
         pytest.param(*place.values, size, seeds, id=f"{place.id}-{size}", marks=place.marks)
         for places, sizes in (
             (COMPILED, ((31, 200), (33, 200), (1000, 40), (1025, 40), (65537, 2))),
-            (INTERPRETED, ((33, 40),)),  # where coordinates take seconds
+            ((*INTERPRETED, *ON_HOST), ((33, 40),)),  # where coordinates take seconds
         )
         for size, seeds in sizes
         for place in places
@@ -536,7 +536,7 @@ def test_kernels_gradcheck(backend: str, device: str, kind: str) -> None:
     )
 
 
-@at(*ON_CPU_ONCE, *on_gpus("triton"), *INTERPRETED)
+@at(*ON_CPU_ONCE, *on_gpus("triton", "cuda"), *INTERPRETED)
 @pytest.mark.parametrize("size", [0, 33])
 @pytest.mark.parametrize("kinds", [KINDS, ()])
 def test_kernels_opcheck(backend: str, device: str, size: int, kinds: Sequence[str]) -> None:
@@ -566,7 +566,7 @@ def test_same_bits_for_any_number_of_threads(backend: str, dtype: torch.dtype) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 @dtypes
 def test_same_bits_again_and_on_another_stream(backend: str, dtype: torch.dtype) -> None:
     grads_out, inputs = kernel_inputs(10**5 + 1, dtype, "cuda")
@@ -579,7 +579,7 @@ def test_same_bits_again_and_on_another_stream(backend: str, dtype: torch.dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 def test_more_elements_than_32_bits_count(backend: str) -> None:
     n = 2**30 + 512
     if torch.cuda.mem_get_info()[0] < 40 * n:

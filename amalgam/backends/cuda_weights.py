@@ -1,0 +1,39 @@
+"""A student's weights as CUDA's kernels of few units read them: csrc/cuda/student_step.h."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack(weights: Sequence[Tensor], approximate: bool) -> Tensor:
+    """Pack a student's weights, each scaled as the activation of its gate takes sums.
+
+    Args:
+        weights: Of every layer W_ih, W_hh and b, then the head and its bias.
+        approximate: Whether activations are approximate.
+
+    Returns:
+        A float32 vector, of a length that is a multiple of four.
+    """
+    # What activations would multiply their sums by: see csrc/cuda/activations.cuh.
+    of_sigmoid, of_tanh = -math.log2(math.e), 2 * math.log2(math.e)
+    if approximate:
+        of_sigmoid, of_tanh = 0.5, 1.0
+    parts = []
+    for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True):
+        gates = torch.cat((b[:, None], w_ih, w_hh), 1).double().chunk(4)
+        scales = (of_sigmoid, of_sigmoid, of_tanh, of_sigmoid)
+        scaled = [scale * gate for scale, gate in zip(scales, gates, strict=True)]
+        parts.append(torch.stack(scaled, -1).flatten())  # (hidden, 1 + inputs + hidden, 4)
+    flat = torch.cat([*parts, *(part.double().flatten() for part in weights[-2:])])
+    return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
+
+
+def pack_nominal(shared: Sequence[Tensor], approximate: bool) -> Tensor:
+    """Pack all weights of the nominal form but the first bias, in whose place are zeros."""
+    w_ih, w_hh, *rest = shared
+    return pack([w_ih, w_hh, w_ih.new_zeros(len(w_ih)), *rest], approximate)

@@ -1,0 +1,7 @@
+#include "student_unroll.cuh"
+
+namespace amalgam::cuda {
+
+template UnrollLaunches unroll_launches<4>();
+
+}  // namespace amalgam::cuda

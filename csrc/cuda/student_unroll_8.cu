@@ -1,0 +1,7 @@
+#include "student_unroll.cuh"
+
+namespace amalgam::cuda {
+
+template UnrollLaunches unroll_launches<8>();
+
+}  // namespace amalgam::cuda

@@ -1,0 +1,181 @@
+// The kernels of csrc/cuda that take no tensor cores, as functions of numbers alone. Each returns what
+// went wrong, or null.
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/cuda/runtime.cu"
+#include "../../csrc/cuda/student_threads.cu"
+#include "../../csrc/cuda/student_threads_launch.cuh"
+#include "../../csrc/cuda/student_unroll.cu"
+#include "../../csrc/cuda/student_unroll.cuh"
+#include "../../csrc/cuda/teacher_step.cu"
+
+namespace {
+
+using namespace amalgam::cuda;
+
+template <typename T>
+T* at(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename Body>
+const char* caught(const Body& body) {
+  static std::string message;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+Stored stored(const std::string& dtype) {
+  if (dtype == "bfloat16") return Stored::bfloat16;
+  return dtype == "float16" ? Stored::float16 : Stored::float32;
+}
+
+template <typename T>
+const char* forward(const int64_t* a, int64_t n, int64_t k, const TeacherSettings& settings) {
+  return caught([&] {
+    teacher_step(settings, at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2]), at<T>(a[3]),
+                 at<T>(a[4]), at<T>(a[5]), n, k, 0, nullptr);
+  });
+}
+
+template <typename T>
+const char* backward(const int64_t* a, int64_t n, int64_t k, const TeacherSettings& settings) {
+  return caught([&] {
+    teacher_step_backward(settings, at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2]),
+                          at<const T>(a[3]), at<const T>(a[4]), at<const T>(a[5]), at<T>(a[6]),
+                          at<T>(a[7]), at<T>(a[8]), n, k, 0, nullptr);
+  });
+}
+
+UnrollState state_at(const int64_t* a) {
+  return {at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
+}
+
+UnrollSums sums_at(const int64_t* a, int64_t warps) {
+  return {at<double>(a[0]), at<double>(a[1]), at<float>(a[2]), warps};
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* teacher_step_of(const char* dtype, int64_t is_backward, const int64_t* addresses,
+                            int64_t n, int64_t k, const int* kinds, const double* lr,
+                            const double* beta1, const double* beta2, const double* eps) {
+  const TeacherSettings settings{kinds, lr, beta1, beta2, eps};
+  if (dtype == std::string("float32")) {
+    return (is_backward ? backward<float> : forward<float>)(addresses, n, k, settings);
+  }
+  return (is_backward ? backward<double> : forward<double>)(addresses, n, k, settings);
+}
+
+// The coordinates of a block, or 0.
+int64_t student_block(int64_t nominal, int64_t layers, int64_t hidden) {
+  for (const StudentSize& size : sizes_by_threads(nominal)) {
+    if (size.layers == layers && size.hidden == hidden) return size.block;
+  }
+  return 0;
+}
+
+const char* student_step_in_place(
+    int64_t weights, int64_t biases, int64_t corrections, int64_t places, int64_t table,
+    int64_t first_block, int64_t control, int64_t count, int64_t blocks, int64_t nominal,
+    int64_t layers, int64_t hidden, const double* constants, const char* param, const char* grad,
+    const char* moments, const char* cells, double keep, double lr, int64_t warmup_steps,
+    int64_t stochastic, int64_t approximate) {
+  StudentCall call{};
+  call.weights = at<const void>(weights);
+  call.biases = at<const float>(biases);
+  call.corrections = at<const float>(corrections);
+  call.places = at<const int64_t>(places);
+  call.table = at<const int64_t>(table);
+  call.first_block = at<const int64_t>(first_block);
+  call.control = at<const double>(control);
+  call.blocks = blocks;
+  call.count = static_cast<int>(count);
+  call.warmup_steps = static_cast<int>(warmup_steps);
+  call.param = stored(param);
+  call.grad = stored(grad);
+  call.stochastic = stochastic;
+  call.keep = static_cast<float>(keep);
+  call.lr = static_cast<float>(lr);
+  set_constants(call, constants[0], constants[1], constants[2], constants[3]);
+  const StudentKind kind{nominal != 0,
+                         static_cast<int>(layers),
+                         static_cast<int>(hidden),
+                         stored(moments),
+                         stored(cells),
+                         false,
+                         Products::kSplit,
+                         approximate != 0};
+  return caught([&] { step_by_threads(call, kind, nullptr); });
+}
+
+int64_t unroll_size(int64_t index) {
+  return index < static_cast<int64_t>(unroll_sizes().size()) ? unroll_sizes()[index] : 0;
+}
+
+int64_t unroll_sums_of(int64_t hidden) { return unroll_sums(static_cast<int>(hidden)); }
+
+int64_t unroll_warps_of(int64_t hidden, int64_t tiles) {
+  return unroll_warps(static_cast<int>(hidden), tiles, 0);
+}
+
+// Lives until the process ends, as few are made.
+const UnrollCall* unroll_call(int64_t weights, int64_t biases, int64_t corrections, int64_t bounds,
+                              int64_t grads, int64_t adjoints, int64_t grads_stride,
+                              int64_t adjoints_stride, const int64_t* state, int64_t n,
+                              int64_t tiles, int64_t tensors, int64_t steps,
+                              const double* constants) {
+  auto* call = new UnrollCall{};
+  call->weights = at<const float>(weights);
+  call->biases = at<const float>(biases);
+  call->corrections = at<const float>(corrections);
+  call->bounds = at<const int64_t>(bounds);
+  call->grads = at<const float>(grads);
+  call->adjoints = at<const float>(adjoints);
+  call->grads_stride = grads_stride;
+  call->adjoints_stride = adjoints_stride;
+  call->m = at<const float>(state[0]);
+  call->v = at<const float>(state[1]);
+  call->h = at<const float>(state[2]);
+  call->c = at<const float>(state[3]);
+  call->n = n;
+  call->tiles = tiles;
+  call->tensors = static_cast<int>(tensors);
+  call->steps = static_cast<int>(steps);
+  set_constants(*call, constants[0], constants[1], constants[2], constants[3]);
+  return call;
+}
+
+const char* nominal_step_of(const UnrollCall* call, int64_t hidden, int64_t update,
+                            const int64_t* to) {
+  return caught(
+      [&] { nominal_step(*call, hidden, at<float>(update), state_at(to), 0, nullptr); });
+}
+
+const char* nominal_step_backward_of(const UnrollCall* call, int64_t hidden, const int64_t* d_new,
+                                     int64_t d_grad, const int64_t* d_state, const int64_t* sums,
+                                     int64_t warps, const int64_t* found) {
+  return caught([&] {
+    nominal_step_backward(*call, hidden, state_at(d_new), at<float>(d_grad), state_at(d_state),
+                          sums_at(sums, warps), at<float>(found[0]), at<float>(found[1]), 0,
+                          nullptr);
+  });
+}
+
+const char* nominal_unroll_backward_of(const UnrollCall* call, int64_t hidden, const int64_t* sums,
+                                       int64_t warps, const int64_t* found) {
+  return caught([&] {
+    nominal_unroll_backward(*call, hidden, sums_at(sums, warps), at<float>(found[0]),
+                            at<float>(found[1]), 0, nullptr);
+  });
+}
+
+}  // extern "C"
