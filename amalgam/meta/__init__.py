@@ -36,6 +36,7 @@ from amalgam.meta.estimators import Estimator, PersistentEvolution, Truncation
 from amalgam.meta.memory import Memory
 from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.objective import MECHANISMS, Amalgamation
+from amalgam.meta.on_policy import OnPolicy
 from amalgam.meta.periods import Strategy
 from amalgam.meta.stages import Stage, Stages
 from amalgam.meta.trainer import NothingLearned, Trainer
@@ -52,6 +53,7 @@ __all__ = [
     "Memory",
     "MetaBatch",
     "NothingLearned",
+    "OnPolicy",
     "PersistentEvolution",
     "Repeat",
     "Stage",

@@ -18,6 +18,7 @@ from torch import Tensor
 from amalgam.meta import distributed
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
+from amalgam.meta.on_policy import Teaching
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
@@ -93,6 +94,7 @@ class Estimator(Protocol):
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
     ) -> Estimate:
         """Run one window and estimate its meta-gradient.
 
@@ -107,6 +109,7 @@ class Estimator(Protocol):
                 section 4).
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps.
+            teaching: The part that on-policy teachers take in the executed steps.
         """
         ...
 
@@ -142,6 +145,7 @@ class Truncation:
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [list(student.weights()) for student in unroll.students]
@@ -163,6 +167,7 @@ class Truncation:
                 draws=draws,
                 input_noise=input_noise,
                 conditions=conditions,
+                teaching=teaching,
             )
             return window, meta * window.meta_loss + imitation * window.imitation_loss
 
@@ -250,6 +255,7 @@ class PersistentEvolution:
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [w.detach() for w in unroll.students[0].weights()]
@@ -262,7 +268,9 @@ class PersistentEvolution:
             for sign in (1, -1)
         ]
         with torch.no_grad():
-            window = unroll.window(begin, batches, particles, conditions=conditions)
+            window = unroll.window(
+                begin, batches, particles, conditions=conditions, teaching=teaching
+            )
         losses = coefficients[0] * window.meta_loss + coefficients[1] * window.imitation_loss
         slopes = (losses[::2] - losses[1::2]) / (2 * self.pairs * self.std**2)
         grads = [torch.tensordot(slopes, xi, 1) for xi in total]

@@ -15,6 +15,7 @@ from amalgam.meta.engines import Engines
 from amalgam.meta.estimators import Estimate, Estimator
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation, loss_weights
+from amalgam.meta.on_policy import Teaching
 from amalgam.meta.periods import INITIAL, Period, Slots, UnrollSettings
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.run_state import EpisodeAt, RunState, Slot
@@ -103,6 +104,8 @@ class MetaSteps:
         device: torch.device,
     ) -> None:
         self._state = state
+        self._pool = pool
+        self._on_policy = amalgamation.on_policy
         self._training = training
         self._estimator = estimator
         self._perturbation = perturbation
@@ -166,7 +169,7 @@ class MetaSteps:
                 except BackendError as error:
                     raise ValueError(f"amalgamation.{error}") from error
                 batches = self._sampler.batches(unroll.task, steps, "window", 0, 0)
-                check_budget(unroll, begun.trajectories, batches)
+                check_budget(unroll, begun.trajectories, batches, self._teaching(episode))
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
@@ -291,6 +294,7 @@ class MetaSteps:
                     where,
                     self._batches(unroll.task, episode, period, window),
                     conditions=self._of_window(episode, period, window),
+                    teaching=self._teaching(episode),
                 ).end
         return Slot(where, [])
 
@@ -316,6 +320,24 @@ class MetaSteps:
         horizon, like = episode.windows * steps, self._students[0].weights()[0].detach()
         return StepConditions.of(drawn, window * steps, steps, horizon, like)
 
+    def _teaching(self, episode: EpisodeAt) -> Teaching | None:
+        """What on-policy teachers do in an episode's next window; ``None`` without such."""
+        if self._on_policy is None:
+            return None
+        drawn = [
+            torch.randint(len(self._pool), (), generator=generator)
+            for generator in self._sampler.generators("executed", episode.number)
+        ]
+        executed = torch.stack(drawn).to(self._students[0].weights()[0].device)
+        return Teaching(self._on_policy.fade_at(self._state.progress.meta_step), executed)
+
+    def _imitation_weight(self, period: Period) -> float:
+        """The weight of the imitation loss in the next meta-step."""
+        if self._on_policy is None:
+            return period.imitation_weight
+        left = self._on_policy.imitation_at(self._state.progress.meta_step)
+        return left * period.imitation_weight
+
     def _estimate(
         self, unroll: Unroll, slot: Slot, episode: EpisodeAt, period: Period, *own: int
     ) -> Estimate:
@@ -339,7 +361,7 @@ class MetaSteps:
             self._batches(unroll.task, episode, period, episode.window),
             loss_weights(
                 self._training.il_mode,
-                period.imitation_weight,
+                self._imitation_weight(period),
                 generator_for(self._seed, "switch", meta_step, *own),
             ),
             generators,
@@ -347,6 +369,7 @@ class MetaSteps:
             perturbation=self._perturbation,
             input_noise=self._training.input_noise,
             conditions=self._of_window(episode, period, episode.window),
+            teaching=self._teaching(episode),
         )
 
     def _grads(self, index: int, estimate: Estimate) -> list[Tensor]:

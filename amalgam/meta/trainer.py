@@ -155,6 +155,8 @@ class Trainer:
                 f"strategy goes back to earlier weights, which {students} replicates would "
                 f"have to do together; train them one by one, or by stages"
             )
+        if self.amalgamation.on_policy is not None and not len(self.pool):
+            raise ValueError("pool must have teachers for on-policy amalgamation, not none")
         self.training.check_schedule(self.strategy.meta_steps)
         self.estimator.check(
             students=students,
@@ -348,6 +350,9 @@ class Trainer:
     def _meta_step(self, period: Period) -> list[dict[str, Any]]:
         """Take a meta-step, and return its metrics: one entry per replicate."""
         started = time.perf_counter()
+        on_policy, faded = self.amalgamation.on_policy, {}
+        if on_policy is not None:
+            faded = {"fade": on_policy.fade_at(self.meta_step)}
         step = self._meta_steps.take(period)
         entries = []
         for index, replicate in enumerate(self._state.replicates):
@@ -358,6 +363,7 @@ class Trainer:
                 "imitation_loss": step.losses[1, index].item(),
                 "grad_norm": step.norms[index],
                 "skipped_meta_steps": replicate.skipped_meta_steps,
+                **faded,
                 **self._window_metrics(period, step, index),
             }
             if len(self.students) > 1:

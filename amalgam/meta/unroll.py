@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
+from amalgam.meta.on_policy import Teaching
 from amalgam.meta.student_steps import Draws, WeightNoise
 from amalgam.meta.window import Window, run_window
 from amalgam.tasks import Batch
@@ -34,6 +35,7 @@ class Unroll(Episodes):
         draws: Draws | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
     ) -> Window:
         """Run a window: all students and teachers take one step on each batch.
 
@@ -56,6 +58,10 @@ class Unroll(Episodes):
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps; where
                 ``None``, a step is the student's update. Teachers do not see them.
+            teaching: The part that on-policy teachers take in the executed steps; where ``None``,
+                they take none.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
-        return run_window(self, begin, batches, chosen, noise, draws, input_noise, conditions)
+        return run_window(
+            self, begin, batches, chosen, noise, draws, input_noise, conditions, teaching
+        )

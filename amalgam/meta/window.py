@@ -8,7 +8,7 @@ function of the two for autograd.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Plan, plan
 from amalgam.meta.objective import check_logs, imitation_slopes, imitation_terms, meta_terms
+from amalgam.meta.on_policy import Blend, Comparison, Teaching
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise
 from amalgam.meta.tape import Tape
@@ -46,13 +47,18 @@ class Window:
         imitation_loss: How far each student is from its teachers, shape (S,); 0 without teachers.
             ``Amalgamation.mechanism`` makes one log distance of those to the K teachers: their mean
             or the largest. This is its mean, or the mean of its exp where ``log_objective`` is
-            false.
+            false. On-policy, :attr:`amalgam.meta.on_policy.Comparison.terms` stand for the
+            distances, and a step that the student skips counts as 0.
         end: Where students and teachers stand after the window.
         losses: The optimizees' losses before each step, shape (T, R, 1 + K): the student's first,
-            then the teachers'.
-        distances: The student's log distances to the teachers after each step, shape (T, R, K).
+            then the teachers'. On-policy teachers have no optimizees: then the shape is (T, R, 1).
+        distances: The student's log distances to the teachers after each step, shape (T, R, K);
+            on-policy, the teachers' terms of the imitation loss in each step.
         skipped: How many steps each trajectory skipped because of values that were not finite,
             shape (R, 1 + K): the student's first, then the teachers'.
+        cosines: On-policy, between the student's updates and the teachers', means over tensors,
+            shape (T, R, K).
+        log_ratios: On-policy, of the student's updates' norms to the teachers', likewise.
     """
 
     meta_loss: Tensor
@@ -61,6 +67,8 @@ class Window:
     losses: Tensor
     distances: Tensor
     skipped: Tensor
+    cosines: Tensor | None = None
+    log_ratios: Tensor | None = None
 
 
 def run_window(
@@ -72,24 +80,28 @@ def run_window(
     draws: Draws | None,
     input_noise: float,
     conditions: StepConditions | None = None,
+    teaching: Teaching | None = None,
 ) -> Window:
     """Run a window whose losses autograd can differentiate with respect to the weights.
 
     The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
     """
-    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions)
+    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions, teaching)
     with torch.no_grad():
         window = run()
     if not run.recorded:
         return window
     flat = chain.from_iterable(weights)
     meta_loss, imitation_loss = _Differentiable.apply(run.tape, window, *flat)
-    return Window(
-        meta_loss, imitation_loss, window.end, window.losses, window.distances, window.skipped
-    )
+    return replace(window, meta_loss=meta_loss, imitation_loss=imitation_loss)
 
 
-def check_budget(episodes: Episodes, begin: Trajectories, batches: Sequence[Batch]) -> None:
+def check_budget(
+    episodes: Episodes,
+    begin: Trajectories,
+    batches: Sequence[Batch],
+    teaching: Teaching | None = None,
+) -> None:
     """Raise ValueError unless the budget of memory suffices for such a window.
 
     Only a budget that was set is looked at. Noise that is drawn at every step may need one where
@@ -97,7 +109,7 @@ def check_budget(episodes: Episodes, begin: Trajectories, batches: Sequence[Batc
     """
     if episodes.memory.budget is not None:
         weights = [student.weights() for student in episodes.students]
-        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None)
+        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None, teaching)
         if run.tape.by_steps:
             run.plan()
 
@@ -145,6 +157,7 @@ class _Run:
         draws: Draws | None,
         input_noise: float,
         conditions: StepConditions | None,
+        teaching: Teaching | None,
     ) -> None:
         self._episodes = episodes
         self._begin = begin
@@ -154,9 +167,13 @@ class _Run:
             w.requires_grad for w in chain.from_iterable(weights)
         )
         constants = [[w.detach() for w in ours] for ours in weights]
-        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions)
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
+        self._on_policy, self._teaching, blend = episodes.on_policy, teaching, None
+        if self._on_policy is not None and teaching is not None and teaching.fade:
+            added = like.new_empty((t if self.recorded else 1, *like.shape))
+            blend = Blend(1 - teaching.fade, added)
+        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions, blend)
         self.tape = Tape(
             episodes,
             begin,
@@ -171,8 +188,12 @@ class _Run:
             loss_slopes=like.new_empty((0, len(like))),
         )
         # Made whole: small tensors made one by one would keep the heap between them from shrinking.
-        self._losses = like.new_empty((t, len(like), 1 + k))
+        apart = k if self._on_policy is None else 0
+        self._losses = like.new_empty((t, len(like), 1 + apart))
         self._distances = like.new_empty((t, len(like), k))
+        self._cosines = self._log_ratios = None
+        if self._on_policy is not None:
+            self._cosines, self._log_ratios = like.new_empty((2, t, len(like), k))
         self._terms = like.new_empty((t, len(like)))
         self._counted = torch.zeros_like(self.tape.moved)
         self._graphs = 0
@@ -187,9 +208,10 @@ class _Run:
             chosen = self.plan()
             self._graphs = chosen.graphs
             tape.points.follow(chosen, len(self._batches))
+        on_policy = self._on_policy is not None
         for t, batch in enumerate(self._batches):
             losses, grads, teacher_losses, teacher_grads = self._gradients(
-                t, point, teachers, batch
+                t, point, teachers[:0] if on_policy else teachers, batch
             )
             ok = losses.isfinite() & usable(tape.steps.scaled(grads)) & usable(grads)
             self._counted[t] = ok
@@ -198,26 +220,40 @@ class _Run:
                 tape.grads[t] = grads
                 if not tape.by_steps:
                     self._note_context(point, tape.steps.scaled(grads))
-            point, moved = self._step(t, point, grads, ok)
+            if on_policy:
+                teachers, teacher_grads = (x.expand_as(teachers) for x in (point.params, grads))
+            if k:
+                with self._episodes.teachers_draw(batch):
+                    updates, state, acted = self._episodes.teachers_updates(
+                        teachers, state, teacher_grads, begin.scale, ok if on_policy else None
+                    )
+                skipped[:, 1:] += ~acted.T
+                if tape.steps.blend is not None:
+                    self._add(updates, to=tape.steps.blend.of_teachers(t))
+            point, moved, own = self._step(t, point, grads, ok)
             tape.moved[t] = moved
             skipped[:, 0] += ~moved
             tape.points.offer(t + 1, point)
-            if k:
-                with self._episodes.teachers_draw(batch):
-                    teachers, state, teachers_moved = self._episodes.teachers_step(
-                        teachers, state, teacher_grads, begin.scale
-                    )
-                skipped[:, 1:] += ~teachers_moved.T
             self._losses[t, :, :1], self._losses[t, :, 1:] = losses[:, None], teacher_losses
-            if k:
-                distances = self._measure(t, point.params, teachers)
-                self._distances[t] = distances
-                self._terms[t] = imitation_terms(self._how, distances)
-            else:
-                self._terms[t] = 0
+            if on_policy:
+                self._distances[t] = self._compare(t, own, updates)
+            elif k:
+                teachers = teachers - updates
+                self._distances[t] = self._measure(t, point.params, teachers)
+            self._terms[t] = imitation_terms(self._how, self._distances[t]) if k else 0
         tape.points.hold(point.states)
+        if on_policy:
+            teachers = point.params.expand_as(teachers).clone()
         end = Trajectories(begin.scale, point.params, point.states, teachers, state)
-        return Window(*self._mean_losses(), end, self._losses, self._distances, skipped)
+        return Window(
+            *self._mean_losses(),
+            end,
+            self._losses,
+            self._distances,
+            skipped,
+            self._cosines,
+            self._log_ratios,
+        )
 
     def _gradients(self, t: int, point: Point, teachers: Tensor, batch: Batch) -> _Gradients:
         """Losses and gradients of students and teachers before step t."""
@@ -248,13 +284,15 @@ class _Run:
             teacher_losses, teacher_grads = losses[:, :0], grads[:, :0]
         return _Gradients(losses[:, 0], grads[:, 0], teacher_losses, teacher_grads.transpose(0, 1))
 
-    def _step(self, t: int, point: Point, grads: Tensor, ok: Tensor) -> tuple[Point, Tensor]:
-        """The students' point after step t, and which rows took the step, shape (R,)."""
+    def _step(
+        self, t: int, point: Point, grads: Tensor, ok: Tensor
+    ) -> tuple[Point, Tensor, Tensor]:
+        """The students' point after step t, which rows took it (R,), and their updates (R, N)."""
         tape = self.tape
         # Without a record the steps so far could not be taken again, so none is taken in place.
         reuse = self.recorded and tape.points.is_free(point)
-        after, updates_ok = tape.steps.forward(t, point, grads, ok, reuse)
-        moved = ok & updates_ok
+        after, updates = tape.steps.forward(t, point, grads, ok, reuse)
+        moved = ok & usable(updates)
         if not torch.equal(moved, ok):
             # It shows only after the step, which may have overwritten the point it began from.
             if self.recorded:
@@ -262,8 +300,33 @@ class _Run:
                 for step in range(t):
                     point = tape.advance(step, point)
             reuse = self.recorded and tape.points.is_free(point)
-            after, _ = tape.steps.forward(t, point, grads, moved, reuse)
-        return after, moved
+            after, updates = tape.steps.forward(t, point, grads, moved, reuse)
+        return after, moved, updates
+
+    def _add(self, updates: Tensor, *, to: Tensor) -> None:
+        """Keep what the executed teachers add to the executed step, of their updates (K, R, N)."""
+        assert self._teaching is not None
+        executed = self._teaching.executed
+        rows = torch.arange(len(executed), device=executed.device)
+        torch.mul(updates[executed, rows], self._teaching.fade, out=to)
+
+    def _compare(self, t: int, own: Tensor, updates: Tensor) -> Tensor:
+        """The on-policy terms of step t, shape (R, K); their gradients go on the tape.
+
+        Args:
+            t: The step.
+            own: The students' updates, shape (R, N).
+            updates: The teachers' updates, shape (K, R, N).
+        """
+        assert self._on_policy is not None
+        assert self._cosines is not None
+        assert self._log_ratios is not None
+        found = Comparison(self._on_policy, own, updates, self._episodes.task.layout)
+        self._cosines[t], self._log_ratios[t] = found.cosines, found.log_ratios
+        if self.recorded:
+            slopes = [imitation_slopes(self._how, terms) for terms in found.terms]
+            self.tape.slopes[t] = found.gradient(torch.stack(slopes))
+        return found.terms
 
     def _note_context(self, point: Point, grads: Tensor) -> None:
         """Put on the tape what the students are told of tensors in the step from a point."""
@@ -284,7 +347,8 @@ class _Run:
             for state in stored.states:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
-        fixed = nests.bytes_of((self.tape.grads, self.tape.slopes)) + 3 * point_bytes
+        tape = (self.tape.grads, self.tape.slopes, self.tape.steps.blend)
+        fixed = nests.bytes_of(tape) + 3 * point_bytes
         budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0
         if self._how.second_order and episodes.memory.segment is None:  # segments keep no graph
