@@ -295,6 +295,7 @@ class Episodes:
         grads: Tensor,
         scale: Tensor,
         ok: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
         """The updates that all teachers make in all their rows.
 
@@ -304,6 +305,7 @@ class Episodes:
             grads: Gradients with respect to the scaled parameters, shape (K, R, N).
             scale: The scaling, of all rows.
             ok: In which rows teachers may act, shape (R,); in all where absent.
+            factors: Factors on the teachers' updates, shape (K,); 1 where absent.
 
         Returns:
             The updates (K, R, N), to be subtracted, the new states, and which teachers acted in
@@ -318,6 +320,8 @@ class Episodes:
             acted = may_act & usable(updates)
             if not torch.equal(acted, may_act):
                 updates, new = self._pool_step(params, state, seen, scale, acted)
+            if factors is not None:
+                updates = updates * factors[:, None, None]
             return updates, new, acted
 
     def teachers_draw(self, batch: Batch) -> AbstractContextManager[None]:

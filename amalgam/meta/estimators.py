@@ -18,8 +18,8 @@ from torch import Tensor
 from amalgam.meta import distributed
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
-from amalgam.meta.on_policy import Teaching
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
 from amalgam.ranges import check_fields
@@ -109,7 +109,7 @@ class Estimator(Protocol):
                 section 4).
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps.
-            teaching: The part that on-policy teachers take in the executed steps.
+            teaching: The teachers' decaying rates, and on-policy teachers' part in the steps.
         """
         ...
 

@@ -15,12 +15,12 @@ from amalgam.meta.engines import Engines
 from amalgam.meta.estimators import Estimate, Estimator
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation, loss_weights
-from amalgam.meta.on_policy import Teaching
 from amalgam.meta.periods import INITIAL, Period, Slots, UnrollSettings
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.run_state import EpisodeAt, RunState, Slot
 from amalgam.meta.sampling import Sampler, StackedBatches, begin_episode
 from amalgam.meta.slot_means import SlotMeans
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window, check_budget
@@ -169,7 +169,8 @@ class MetaSteps:
                 except BackendError as error:
                     raise ValueError(f"amalgamation.{error}") from error
                 batches = self._sampler.batches(unroll.task, steps, "window", 0, 0)
-                check_budget(unroll, begun.trajectories, batches, self._teaching(episode))
+                teaching = self._teaching(episode, period, 0)
+                check_budget(unroll, begun.trajectories, batches, teaching)
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
@@ -294,7 +295,7 @@ class MetaSteps:
                     where,
                     self._batches(unroll.task, episode, period, window),
                     conditions=self._of_window(episode, period, window),
-                    teaching=self._teaching(episode),
+                    teaching=self._teaching(episode, period, window),
                 ).end
         return Slot(where, [])
 
@@ -320,16 +321,19 @@ class MetaSteps:
         horizon, like = episode.windows * steps, self._students[0].weights()[0].detach()
         return StepConditions.of(drawn, window * steps, steps, horizon, like)
 
-    def _teaching(self, episode: EpisodeAt) -> Teaching | None:
-        """What on-policy teachers do in an episode's next window; ``None`` without such."""
-        if self._on_policy is None:
-            return None
-        drawn = [
-            torch.randint(len(self._pool), (), generator=generator)
-            for generator in self._sampler.generators("executed", episode.number)
-        ]
-        executed = torch.stack(drawn).to(self._students[0].weights()[0].device)
-        return Teaching(self._on_policy.fade_at(self._state.progress.meta_step), executed)
+    def _teaching(self, episode: EpisodeAt, period: Period, window: int) -> Teaching:
+        """What teachers do in one of an episode's windows, if the next meta-step takes it."""
+        fade, executed = 0.0, None
+        steps, like = period.training.unroll, self._students[0].weights()[0].detach()
+        if self._on_policy is not None:
+            fade = self._on_policy.fade_at(self._state.progress.meta_step)
+            drawn = [
+                torch.randint(len(self._pool), (), generator=generator)
+                for generator in self._sampler.generators("executed", episode.number)
+            ]
+            executed = torch.stack(drawn).to(like.device)
+        horizon = episode.windows * steps
+        return Teaching.of(self._pool, window * steps, steps, horizon, like, fade, executed)
 
     def _imitation_weight(self, period: Period) -> float:
         """The weight of the imitation loss in the next meta-step."""
@@ -369,7 +373,7 @@ class MetaSteps:
             perturbation=self._perturbation,
             input_noise=self._training.input_noise,
             conditions=self._of_window(episode, period, episode.window),
-            teaching=self._teaching(episode),
+            teaching=self._teaching(episode, period, episode.window),
         )
 
     def _grads(self, index: int, estimate: Estimate) -> list[Tensor]:

@@ -73,18 +73,6 @@ class OnPolicy:
         return max(0.0, 1 - meta_step / self.anneal_steps)
 
 
-class Teaching(NamedTuple):
-    """What teachers do in one window, for R rows.
-
-    Attributes:
-        fade: The share of a teacher's update in the executed steps, in [0, 1].
-        executed: The index of that teacher, for each row, shape (R,), int64.
-    """
-
-    fade: float
-    executed: Tensor
-
-
 class Blend(NamedTuple):
     """How a window's executed steps are made of the students' updates and the teachers'.
 

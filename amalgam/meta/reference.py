@@ -15,7 +15,8 @@ from amalgam.layout import Layout
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.objective import Amalgamation
-from amalgam.meta.on_policy import OnPolicy, Teaching
+from amalgam.meta.on_policy import OnPolicy
+from amalgam.meta.teaching import Teaching
 from amalgam.ops import teacher_distance
 from amalgam.policies import FusedStudent, Pool
 from amalgam.tasks import Batch, Task
@@ -46,7 +47,7 @@ def window(
         weights: The student's weights at each step.
         row: The row's number.
         conditions: Learning rates, weight decay and loss scales of the student's steps.
-        teaching: The part that on-policy teachers take in the executed steps.
+        teaching: The teachers' decaying rates, and on-policy teachers' part in the steps.
 
     Returns:
         The two losses, scalars in the weights' graph, and the scaled parameters, shape (N,).
@@ -101,9 +102,11 @@ def window(
                 torch.stack(grads), teacher_state, backend="reference"
             )
             updates = updates if how.scale_teachers else updates / scale
+            if teaching is not None and teaching.factors is not None:
+                updates = updates * teaching.factors[t, :, None]
             teachers = teachers - updates
         executed = update
-        if teaching is not None:
+        if teaching is not None and teaching.executed is not None:
             executed = (1 - teaching.fade) * update + teaching.fade * updates[
                 teaching.executed[row]
             ]

@@ -175,6 +175,7 @@ class Trainer:
     def _identity(self) -> dict[str, str]:
         """The settings, by name, that a checkpoint and a run that resumes it must share."""
         memory = str(self.memory) if self.memory.cells != "float32" else ""
+        decays = f", lr_decays {self.pool.lr_decays}" if self.pool.decays else ""
         return {
             "seed": str(self.seed),
             "processes": str(distributed.world()),
@@ -188,7 +189,7 @@ class Trainer:
                 ]
             ),
             "student": f"{self.student.kind} {self.student.config}, {len(self.students)}",
-            "teachers": str(self.pool.teachers),
+            "teachers": f"{self.pool.teachers}{decays}",
             "amalgamation": str(self.amalgamation),
             "training": str(self.training),
             "estimator": str(self.estimator),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
-from amalgam.meta.on_policy import Teaching
 from amalgam.meta.student_steps import Draws, WeightNoise
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import Window, run_window
 from amalgam.tasks import Batch
 
@@ -58,8 +58,8 @@ class Unroll(Episodes):
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps; where
                 ``None``, a step is the student's update. Teachers do not see them.
-            teaching: The part that on-policy teachers take in the executed steps; where ``None``,
-                they take none.
+            teaching: The teachers' decaying rates, and the part that on-policy teachers take in the
+                executed steps; where ``None``, rates are constant and they take none.
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
         return run_window(

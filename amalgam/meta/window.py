@@ -22,10 +22,11 @@ from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Plan, plan
 from amalgam.meta.objective import check_logs, imitation_slopes, imitation_terms, meta_terms
-from amalgam.meta.on_policy import Blend, Comparison, Teaching
+from amalgam.meta.on_policy import Blend, Comparison
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise
 from amalgam.meta.tape import Tape
+from amalgam.meta.teaching import Teaching
 from amalgam.operations.teacher_distance import distances_and_slope
 from amalgam.tasks import Batch
 from amalgam.tasks.task import rows_of
@@ -169,10 +170,10 @@ class _Run:
         constants = [[w.detach() for w in ours] for ours in weights]
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
-        self._on_policy, self._teaching, blend = episodes.on_policy, teaching, None
-        if self._on_policy is not None and teaching is not None and teaching.fade:
+        self._on_policy, self._teaching, blend = episodes.on_policy, teaching or Teaching(), None
+        if self._on_policy is not None and self._teaching.fade:
             added = like.new_empty((t if self.recorded else 1, *like.shape))
-            blend = Blend(1 - teaching.fade, added)
+            blend = Blend(1 - self._teaching.fade, added)
         steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions, blend)
         self.tape = Tape(
             episodes,
@@ -223,9 +224,15 @@ class _Run:
             if on_policy:
                 teachers, teacher_grads = (x.expand_as(teachers) for x in (point.params, grads))
             if k:
+                factors = self._teaching.factors
                 with self._episodes.teachers_draw(batch):
                     updates, state, acted = self._episodes.teachers_updates(
-                        teachers, state, teacher_grads, begin.scale, ok if on_policy else None
+                        teachers,
+                        state,
+                        teacher_grads,
+                        begin.scale,
+                        ok if on_policy else None,
+                        None if factors is None else factors[t],
                     )
                 skipped[:, 1:] += ~acted.T
                 if tape.steps.blend is not None:
@@ -305,8 +312,8 @@ class _Run:
 
     def _add(self, updates: Tensor, *, to: Tensor) -> None:
         """Keep what the executed teachers add to the executed step, of their updates (K, R, N)."""
-        assert self._teaching is not None
         executed = self._teaching.executed
+        assert executed is not None
         rows = torch.arange(len(executed), device=executed.device)
         torch.mul(updates[executed, rows], self._teaching.fade, out=to)
 

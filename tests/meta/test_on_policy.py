@@ -12,6 +12,7 @@ import torch
 from runs import (
     LinearFamily,
     linear_task,
+    metrics,
     policies,
     resumes_to_the_same_bits,
     tiny_student,
@@ -31,6 +32,8 @@ from test_window import (
 )
 from torch import Tensor
 
+from amalgam import recipes
+from amalgam.experiment import Experiment
 from amalgam.layout import Layout
 from amalgam.meta import (
     Amalgamation,
@@ -44,18 +47,23 @@ from amalgam.meta import (
     Training,
     Unroll,
 )
-from amalgam.meta.on_policy import Comparison, Teaching
+from amalgam.meta.on_policy import Comparison
+from amalgam.meta.periods import Period
 from amalgam.meta.reference import window as naive_window
 from amalgam.meta.run_state import EpisodeAt
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import Window
-from amalgam.policies import Pool, TorchTeacher
+from amalgam.policies import Pool, Teacher, TorchTeacher
+from amalgam.recipes import RecipeError
 from amalgam.seeding import generator_for
 
 HOW = OnPolicy(magnitude=0.3)
 
 
 def teaching_of(rows: int, fade: float = 0.6) -> Teaching:
-    return Teaching(fade, torch.tensor([2, 0, 1, 0][:rows]))
+    executed = torch.tensor([2, 0, 1, 0][:rows])
+    pool = Pool(POOL.teachers, ("constant", "linear", "cosine"))
+    return Teaching.of(pool, STEPS, STEPS, 3 * STEPS, executed.double(), fade, executed)
 
 
 def drawn(shape: tuple[int, ...], seed: int = 1) -> Tensor:
@@ -127,33 +135,59 @@ def test_meta_gradient_is_autograds(
     second_order: bool, mechanism: Any, variant: dict[str, Any], noisy: bool, kind: str
 ) -> None:
     """By steps and, in first order without noise, coordinate by coordinate."""
-    pupils: Any = learners(2) if kind == "nominal" else students(2)
+    pupils: Any = learners(1) if kind == "nominal" else students(2)
+    optimizees = 2 // len(pupils)
     how = Amalgamation(
         mechanism, second_order=second_order, scale_spread=1.0, on_policy=HOW, **variant
     )
-    unroll = Unroll(task_of(Net), pupils, POOL, how, memory=Memory(segment=3), optimizees=2)
+    unroll = Unroll(
+        task_of(Net), pupils, POOL, how, memory=Memory(segment=3), optimizees=optimizees
+    )
     begin, batches = episode(unroll)
     assert torch.equal(begin.teacher_params, begin.params.expand_as(begin.teacher_params))
     weights = [pupil.weights() for pupil in pupils]
     noise = (lambda t: [[torch.zeros_like(w) for w in of] for of in weights]) if noisy else None
-    conditions = conditions_of(4)
+    conditions = conditions_of(2)
     window = unroll.window(
-        begin, batches, noise=noise, conditions=conditions, teaching=teaching_of(4)
+        begin, batches, noise=noise, conditions=conditions, teaching=teaching_of(2)
     )
     loss = (window.meta_loss + 0.3 * window.imitation_loss).sum()
     total = torch.zeros((), dtype=torch.float64)
-    for row in range(4):
+    for row in range(2):
+        pupil, own = pupils[row // optimizees], [weights[row // optimizees]] * STEPS
         meta, imitation, params = naive_window(
-            unroll.task, pupils[row // 2], POOL, how, begin, batches, [weights[row // 2]] * STEPS,
-            row, conditions, teaching_of(4),
-        )  # fmt: skip
-        total = total + (meta + 0.3 * imitation) / 2
+            unroll.task, pupil, POOL, how, begin, batches, own, row, conditions, teaching_of(2)
+        )
+        total = total + (meta + 0.3 * imitation) / optimizees
         assert torch.allclose(params, window.end.params[row], rtol=1e-11, atol=1e-13)
     assert loss.item() == pytest.approx(total.item(), rel=1e-11)
     assert_same(gradients_of(loss, weights), gradients_of(total, weights), 1e-9)
-    assert window.losses.shape == (STEPS, 4, 1)
+    assert window.losses.shape == (STEPS, 2, 1)
     assert window.cosines is not None
-    assert window.cosines.shape == window.distances.shape == (STEPS, 4, 3)
+    assert window.cosines.shape == window.distances.shape == (STEPS, 2, 3)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_off_policy_teachers_have_decaying_rates(second_order: bool) -> None:
+    (pupil,) = learners(1)
+    how = Amalgamation("mean", second_order=second_order, scale_spread=1.0)
+    unroll = Unroll(task_of(Net), pupil, POOL, how)
+    begin, batches = episode(unroll)
+    decaying = teaching_of(1)._replace(fade=0.0, executed=None)
+    window = unroll.window(begin, batches, teaching=decaying)
+    weights = [pupil.weights()]
+    _, imitation, _ = naive_window(
+        unroll.task, pupil, POOL, how, begin, batches, weights * STEPS, teaching=decaying
+    )
+    assert window.imitation_loss.item() == pytest.approx(imitation.item(), rel=1e-11)
+    ours = gradients_of(window.imitation_loss, weights)
+    assert_same(ours, gradients_of(imitation, weights), 1e-9)
+    plain = unroll.window(begin, batches)
+    same, *others = (
+        a == b for a, b in zip(plain.distances[0, 0], window.distances[0, 0], strict=True)
+    )
+    assert same
+    assert not any(others)
 
 
 def test_bits_do_not_depend_on_what_is_kept() -> None:
@@ -195,7 +229,7 @@ def test_a_row_that_stands_still_imitates_nobody() -> None:
         begin, batches = episode(unroll)
         x, y = batches[4]
         batches[4] = (torch.stack((x[0], x[1] * math.nan)), y)
-        window = unroll.window(begin, batches, teaching=teaching_of(2))
+        window = unroll.window(begin, batches, teaching=Teaching(0.6, torch.tensor([2, 0])))
         assert window.skipped.tolist() == [[0] * 4, [1] * 4]
         assert not window.distances[4, 1].any()
         loss = window.imitation_loss.sum()
@@ -272,6 +306,19 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_another_decay_is_another_run(tmp_path: Path) -> None:
+    """And teachers' rates decay over the whole episode, not over a window."""
+    how = {"training": replace(RESUMED, validate_every=0), "strategy": Stages((Stage(1, 2),), 3)}
+    decaying = Pool(["sgd", "adam"], ["linear", "constant"])
+    trainer(tmp_path / "run", pool=decaying, **how).run()
+    trainer(tmp_path / "plain", pool=("sgd", "adam"), **how).run()
+    (_, ours), (_, plain) = metrics(tmp_path / "run"), metrics(tmp_path / "plain")
+    assert ours["loss"]["sgd"] != plain["loss"]["sgd"]
+    assert ours["loss"]["adam"] == plain["loss"]["adam"]
+    with pytest.raises(ValueError, match="belongs to a run with teachers = .*linear"):
+        trainer(tmp_path / "run", pool=("sgd", "adam"), **how).run(resume=True)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_resume(name: str, tmp_path: Path) -> None:
     how = {"training": RESUMED, "amalgamation": on_policy()} | RUNS[name]
@@ -306,15 +353,18 @@ def test_the_imitation_weight_falls_to_its_floor() -> None:
 
 def test_rows_draw_the_executed_teacher_by_episode(tmp_path: Path) -> None:
     run = trainer(tmp_path, pool=("adam", "sgd"), amalgamation=on_policy(), strategy=TINY)
-    steps = run._meta_steps
-    episodes = [steps._teaching(replace(EPISODE, number=n)) for n in range(40)]
-    chosen = [one.executed.item() for one in episodes if one is not None]
-    assert len(chosen) == 40
+    period = run.strategy.next([])
+    assert isinstance(period, Period)
+
+    def executed(number: int, window: int) -> float:
+        found = run._meta_steps._teaching(replace(EPISODE, number=number), period, window).executed
+        assert found is not None
+        return found.item()
+
+    chosen = [executed(number, 0) for number in range(40)]
     # 20 of 40 in the mean, with a standard deviation of 3.2.
     assert abs(sum(chosen) - 20) < 13
-    again = steps._teaching(replace(EPISODE, number=3, window=1))
-    assert again is not None
-    assert again.executed.item() == chosen[3]
+    assert [executed(number, 2) for number in range(40)] == chosen
 
 
 def test_a_student_learns_to_imitate(tmp_path: Path) -> None:
@@ -349,8 +399,52 @@ def measures(window: Window) -> list[float]:
 
 
 def test_on_policy_needs_teachers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pool must have teachers for on-policy .* not none"):
+    with pytest.raises(ValueError, match=r"pool must have teachers for on-policy .* not none"):
         trainer(tmp_path, pool=(), amalgamation=on_policy())
+
+
+RECIPE: dict[str, Any] = {
+    "task": {"name": "digits-mlp", "batch_size": 16},
+    "teachers": [{"kind": "adam", "lr_decay": "linear"}, {"kind": "torch.optim.AdamW"}],
+    "amalgamation": {"on_policy": {"fade": 0.5}},
+}
+
+
+def test_recipes_say_it(tmp_path: Path) -> None:
+    recipe = recipes.from_dict(RECIPE)
+    assert recipes.from_dict(recipe.as_dict()) == recipe
+    assert recipe.amalgamation.on_policy == OnPolicy(fade=0.5)
+    assert recipe.pool.lr_decays == ("linear", "constant")
+    assert recipe.pool.teachers[0] == Teacher("adam")
+    for table, named in (
+        ({"fadee": 1.0}, "'amalgamation.on_policy.fadee'; the nearest is .*on_policy.fade'"),
+        ({"fade": 2.0}, r"amalgamation.on_policy: fade must be in \[0, 1\], not 2.0"),
+    ):
+        with pytest.raises(RecipeError, match=named):
+            recipes.from_dict({**RECIPE, "amalgamation": {"on_policy": table}})
+    with pytest.raises(
+        RecipeError, match="teachers.0.lr_decay: .*'linear' or 'cosine', not 'step'"
+    ):
+        recipes.from_dict({**RECIPE, "teachers": [{"kind": "adam", "lr_decay": "step"}]})
+    with pytest.raises(ValueError, match="pool must have teachers for on-policy"):
+        Experiment(recipes.from_dict({**RECIPE, "teachers": []}), tmp_path / "none")
+
+
+def test_a_choice_that_is_trained_first_acts_on_policy(tmp_path: Path) -> None:
+    once = {"kind": "stages", "unroll": 2, "stages": [{"episodes": 1}]}
+    recipe = recipes.from_dict(
+        {key: RECIPE[key] for key in ("task", "amalgamation")}
+        | {
+            "student": {"hidden": 2, "layers": 1, "warmup_steps": 0},
+            "choice": {"policy": {"hidden": 2, "layers": 1, "warmup_steps": 0}, "strategy": once},
+            "training": {"validate_every": 0}, "strategy": once, "threads": 1,
+        }
+    )  # fmt: skip
+    Experiment(recipe, tmp_path).train()
+    (of_choice,), (of_student,) = metrics(tmp_path / "choice"), metrics(tmp_path)
+    assert "fade" not in of_choice
+    assert of_student["fade"] == 0.5
+    assert set(of_student["cosine"]) == {"choice"}
 
 
 @pytest.mark.parametrize(
