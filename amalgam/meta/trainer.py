@@ -72,10 +72,10 @@ class Trainer:
             of an episode is drawn by them. Equal shares where absent.
         validation: Tasks and families to meta-validate on, in the place of those to train on. A
             family's draws are the same in every validation of every run, and none of training's.
-        seed: Decides everything random. Replicate i draws its optimizees, their conditions, batches
-            and noise by ``seed + i``. What all replicates have in common is drawn by ``seed``: the
-            task and the horizon of an episode, what a family draws for it and, for
-            ``il_mode="switch"``, the loss of a window.
+        seed: Decides everything random. Replicate i draws its optimizees, their conditions, the
+            teachers whose updates are executed, batches and noise by ``seed + i``. What all
+            replicates have in common is drawn by ``seed``: the task and the horizon of an episode,
+            what a family draws for it and, for ``il_mode="switch"``, the loss of a window.
         device: Where everything is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a
             GPU if there is one. Everything random is drawn on the CPU, and so is the same on any
             device. Files hold CPU tensors, so a run may be resumed on another device.
@@ -479,12 +479,13 @@ class Trainer:
             index: The replicate's number.
             kept: The meta-step or period whose weights it has.
         """
+        on_policy = "" if self.amalgamation.on_policy is None else ", on-policy"
         return {
             "seed": self.seed + index,
             "data": "; ".join(task.describe() for task in self.tasks),
             **self._validated_on(),
             "teachers": list(self.pool.names),
-            "mechanism": self.amalgamation.mechanism,
+            "mechanism": self.amalgamation.mechanism + on_policy,
             "meta_steps": self.meta_step,
             "kept_meta_step": kept,
             "device": str(self.device),

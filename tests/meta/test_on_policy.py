@@ -53,7 +53,7 @@ from amalgam.meta.reference import window as naive_window
 from amalgam.meta.run_state import EpisodeAt
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import Window
-from amalgam.policies import Pool, Teacher, TorchTeacher
+from amalgam.policies import PolicyTeacher, Pool, Teacher, TorchTeacher
 from amalgam.recipes import RecipeError
 from amalgam.seeding import generator_for
 
@@ -119,20 +119,19 @@ def test_the_terms_gradient_is_autograds() -> None:
 # ---- windows
 
 
-@pytest.mark.parametrize("kind", ["nominal", "paper"])
 @pytest.mark.parametrize(
-    ("second_order", "mechanism", "variant", "noisy"),
+    ("kind", "second_order", "mechanism", "variant", "noisy"),
     [
-        (True, "mean", {}, False),
-        (True, "min-max", {"log_objective": False, "scale_teachers": True}, False),
-        (False, "mean", {}, False),
-        (False, "min-max", {"scale_teachers": True}, False),
-        (False, "mean", {}, True),
+        ("nominal", True, "mean", {}, False),
+        ("paper", True, "min-max", {"log_objective": False, "scale_teachers": True}, False),
+        ("nominal", False, "min-max", {}, False),
+        ("paper", False, "mean", {"scale_teachers": True}, False),
+        ("nominal", False, "mean", {}, True),
     ],
     ids=str,
 )
 def test_meta_gradient_is_autograds(
-    second_order: bool, mechanism: Any, variant: dict[str, Any], noisy: bool, kind: str
+    kind: str, second_order: bool, mechanism: Any, variant: dict[str, Any], noisy: bool
 ) -> None:
     """By steps and, in first order without noise, coordinate by coordinate."""
     pupils: Any = learners(1) if kind == "nominal" else students(2)
@@ -283,7 +282,7 @@ def test_teachers_of_torch_act_where_the_student_is() -> None:
 # ---- runs
 
 TINY = MetaBatch(4, slots=2, unroll=2, shortest=2, longest=6, imitation_weight=0.5)
-RESUMED = Training(validate_every=3, validation_steps=4, validation_seeds=1, checkpoint_every=1)
+RESUMED = Training(validate_every=0, checkpoint_every=1)
 STAGES = Stages((Stage(2, 2, 0.5),), 3)
 EPISODE = EpisodeAt(0, 0, 3, 0)
 SOON = OnPolicy(anneal_steps=3, imitation_floor=0.2)
@@ -295,20 +294,28 @@ def on_policy(how: OnPolicy = SOON, **changes: Any) -> Amalgamation:
 
 RUNS: dict[str, dict[str, Any]] = {
     "batch": {"strategy": TINY, "tasks": [linear_task(), LinearFamily()]},
-    "torch": {
-        "strategy": STAGES,
-        "pool": ("adam", TorchTeacher(torch.optim.SGD, lr=0.1, momentum=0.9)),
-    },
     "pes": {"strategy": STAGES, "estimator": PersistentEvolution(pairs=2)},
-    "noise": {"strategy": STAGES, "training": replace(RESUMED, optimizees=2, input_noise=0.01)},
-    "choice": {"strategy": STAGES, "students": lambda: policies()["choice"]},
-    "replicates": {"strategy": STAGES, "students": lambda: [tiny_student(7), tiny_student(8)]},
+    "choice": {
+        "strategy": STAGES,
+        "students": lambda: policies()["choice"],
+        "pool": (
+            "adam",
+            TorchTeacher(torch.optim.SGD, lr=0.1, momentum=0.9),
+            PolicyTeacher(policies()["choice"]),
+        ),
+    },
+    "replicates": {
+        "strategy": STAGES,
+        "students": lambda: [tiny_student(7), tiny_student(8)],
+        "training": replace(RESUMED, optimizees=2, input_noise=0.01),
+        "amalgamation": on_policy(SOON, second_order=False),
+    },
 }
 
 
 def test_another_decay_is_another_run(tmp_path: Path) -> None:
     """And teachers' rates decay over the whole episode, not over a window."""
-    how = {"training": replace(RESUMED, validate_every=0), "strategy": Stages((Stage(1, 2),), 3)}
+    how = {"training": RESUMED, "strategy": Stages((Stage(1, 2),), 3)}
     decaying = Pool(["sgd", "adam"], ["linear", "constant"])
     trainer(tmp_path / "run", pool=decaying, **how).run()
     trainer(tmp_path / "plain", pool=("sgd", "adam"), **how).run()
@@ -369,12 +376,12 @@ def test_rows_draw_the_executed_teacher_by_episode(tmp_path: Path) -> None:
 
 def test_a_student_learns_to_imitate(tmp_path: Path) -> None:
     """On episodes that its meta-training does not see."""
-    how = Amalgamation(scale_spread=1.0, on_policy=OnPolicy(imitation_floor=1.0, anneal_steps=30))
+    how = Amalgamation(scale_spread=1.0, on_policy=OnPolicy(imitation_floor=1.0, anneal_steps=20))
     pupil, task, found = tiny_student(7), linear_task(), []
     training = Training(validate_every=0, meta_lr=0.03, clip_ratio=1.0, il_mode="imitation")
     run = trainer(
         tmp_path, pupil, task, pool=("adam",), training=training, amalgamation=how,
-        strategy=Stages((Stage(30, 1),), 5),
+        strategy=Stages((Stage(20, 1),), 5),
     )  # fmt: skip
     for train in (run.run, lambda: None):
         windows = []
@@ -440,11 +447,11 @@ def test_a_choice_that_is_trained_first_acts_on_policy(tmp_path: Path) -> None:
             "training": {"validate_every": 0}, "strategy": once, "threads": 1,
         }
     )  # fmt: skip
-    Experiment(recipe, tmp_path).train()
-    (of_choice,), (of_student,) = metrics(tmp_path / "choice"), metrics(tmp_path)
-    assert "fade" not in of_choice
-    assert of_student["fade"] == 0.5
-    assert set(of_student["cosine"]) == {"choice"}
+    run = Experiment(recipe, tmp_path)
+    assert run._choice_trainer.amalgamation.on_policy is None
+    run._choice = run._choice_trainer.student
+    assert run.trainer.amalgamation.on_policy == OnPolicy(fade=0.5)
+    assert run.trainer.pool.names == ("choice",)
 
 
 @pytest.mark.parametrize(
