@@ -61,9 +61,9 @@ def window_metrics(window: Window, pool: Pool, rows: slice) -> dict[str, Any]:
         nearest = torch.nn.functional.one_hot(distances.argmin(2), len(pool))
         metrics["distance"] = by_name(pool.names, distances.mean((0, 1)))
         metrics["followed"] = by_name(pool.names, nearest.double().mean((0, 1)))
-    for key, found in (("cosine", window.cosines), ("log_ratio", window.log_ratios)):
-        if found is not None:
-            metrics[key] = by_name(pool.names, found[:, rows].mean((0, 1)))
+    if window.cosines.shape[2]:
+        metrics["cosine"] = by_name(pool.names, window.cosines[:, rows].mean((0, 1)))
+        metrics["log_ratio"] = by_name(pool.names, window.log_ratios[:, rows].mean((0, 1)))
     return metrics
 
 

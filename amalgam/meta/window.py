@@ -57,9 +57,9 @@ class Window:
             on-policy, the teachers' terms of the imitation loss in each step.
         skipped: How many steps each trajectory skipped because of values that were not finite,
             shape (R, 1 + K): the student's first, then the teachers'.
-        cosines: On-policy, between the student's updates and the teachers', means over tensors,
-            shape (T, R, K).
-        log_ratios: On-policy, of the student's updates' norms to the teachers', likewise.
+        cosines: Between the student's updates and on-policy teachers', means over tensors, shape
+            (T, R, K); (T, R, 0) off-policy.
+        log_ratios: Logs of the student's updates' norms over on-policy teachers', likewise.
     """
 
     meta_loss: Tensor
@@ -68,8 +68,8 @@ class Window:
     losses: Tensor
     distances: Tensor
     skipped: Tensor
-    cosines: Tensor | None = None
-    log_ratios: Tensor | None = None
+    cosines: Tensor
+    log_ratios: Tensor
 
 
 def run_window(
@@ -189,12 +189,10 @@ class _Run:
             loss_slopes=like.new_empty((0, len(like))),
         )
         # Made whole: small tensors made one by one would keep the heap between them from shrinking.
-        apart = k if self._on_policy is None else 0
+        apart, compared = (k, 0) if self._on_policy is None else (0, k)
         self._losses = like.new_empty((t, len(like), 1 + apart))
         self._distances = like.new_empty((t, len(like), k))
-        self._cosines = self._log_ratios = None
-        if self._on_policy is not None:
-            self._cosines, self._log_ratios = like.new_empty((2, t, len(like), k))
+        self._cosines, self._log_ratios = like.new_empty((2, t, len(like), compared))
         self._terms = like.new_empty((t, len(like)))
         self._counted = torch.zeros_like(self.tape.moved)
         self._graphs = 0
@@ -326,8 +324,6 @@ class _Run:
             updates: The teachers' updates, shape (K, R, N).
         """
         assert self._on_policy is not None
-        assert self._cosines is not None
-        assert self._log_ratios is not None
         found = Comparison(self._on_policy, own, updates, self._episodes.task.layout)
         self._cosines[t], self._log_ratios[t] = found.cosines, found.log_ratios
         if self.recorded:

@@ -162,7 +162,6 @@ def test_meta_gradient_is_autograds(
     assert loss.item() == pytest.approx(total.item(), rel=1e-11)
     assert_same(gradients_of(loss, weights), gradients_of(total, weights), 1e-9)
     assert window.losses.shape == (STEPS, 2, 1)
-    assert window.cosines is not None
     assert window.cosines.shape == window.distances.shape == (STEPS, 2, 3)
 
 
@@ -217,6 +216,25 @@ def test_a_teacher_that_is_executed_alone_takes_its_own_trajectory() -> None:
     assert torch.equal(ours.end.teacher_params[0], ours.end.params)
     assert torch.allclose(ours.end.teacher_state[0].v, theirs.end.teacher_state[0].v, rtol=1e-12)
     assert not torch.allclose(theirs.end.params[0], theirs.end.teacher_params[0])
+
+
+def test_a_step_takes_one_gradient_of_the_optimizee(monkeypatch: pytest.MonkeyPatch) -> None:
+    (pupil,) = students(1)
+    counts = []
+    for on_policy in (None, HOW):
+        unroll = Unroll(task_of(Net), pupil, POOL, Amalgamation(on_policy=on_policy))
+        begin, batches = episode(unroll)
+        taken, gradients = [], unroll.gradients
+
+        def count(params: Tensor, *rest: Any, taken: Any = taken, real: Any = gradients) -> Any:
+            taken.append(params.shape[1])
+            return real(params, *rest)
+
+        monkeypatch.setattr(unroll, "gradients", count)
+        with torch.no_grad():
+            unroll.window(begin, batches)
+        counts.append(sum(taken))
+    assert counts == [STEPS * (1 + len(POOL)), STEPS]
 
 
 def test_a_row_that_stands_still_imitates_nobody() -> None:
@@ -399,8 +417,6 @@ def test_a_student_learns_to_imitate(tmp_path: Path) -> None:
 
 
 def measures(window: Window) -> list[float]:
-    assert window.cosines is not None
-    assert window.log_ratios is not None
     means = (window.imitation_loss, window.cosines, window.log_ratios)
     return [tensor.mean().item() for tensor in means]
 
