@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class Experiment:
             students,
             self.pool,
             self.folder,
+            amalgamation=recipe.amalgamation,
             training=recipe.training,
             strategy=recipe.strategy.settings,
             perturbation=recipe.perturbation and recipe.perturbation.settings,
@@ -140,7 +142,6 @@ class Experiment:
             self.tasks,
             pool,
             folder=folder,
-            amalgamation=recipe.amalgamation,
             memory=recipe.memory,
             task_weights=[task.weight for task in recipe.tasks],
             validation=[self._source(one.task) for one in recipe.validation],
@@ -250,6 +251,7 @@ class Experiment:
             [Choice(choice.policy, generator=generator_for(self.seed, "choice"))],
             Pool([]),
             self.folder / "choice",
+            amalgamation=replace(self.recipe.amalgamation, on_policy=None),
             training=choice.training or self.recipe.training,
             strategy=choice.strategy.settings,
         )

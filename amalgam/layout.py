@@ -21,6 +21,7 @@ class Layout:
         self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.numel = sum(self.sizes)
         self._ranks: dict[torch.device, Tensor] = {}
+        self._tensor_of: dict[torch.device, Tensor] = {}
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Parameters by name -> one vector, shape (numel,)."""
@@ -39,3 +40,10 @@ class Layout:
             sizes = torch.tensor(self.sizes, dtype=torch.int64)
             self._ranks[device] = ranks.repeat_interleave(sizes).to(device)
         return self._ranks[device]
+
+    def tensor_of(self, device: torch.device) -> Tensor:
+        """The index of the parameter that each coordinate belongs to, shape (numel,), int64."""
+        if device not in self._tensor_of:
+            sizes = torch.tensor(self.sizes, dtype=torch.int64)
+            self._tensor_of[device] = torch.repeat_interleave(sizes).to(device)
+        return self._tensor_of[device]

@@ -7,6 +7,8 @@ run folder. The words that this package uses:
 * *policy*: an optimizer with learned weights, which turns gradients into updates.
 * *student*: the policy that is meta-trained.
 * *teacher*: an optimizer that the student learns from. The *pool* is all teachers of a run.
+* *off-policy*, *on-policy*: whether teachers train optimizees of their own beside the student's, or
+  act at the student's own parameters.
 * *replicate*: one of several students of the same configuration that a run trains side by side,
   independently of each other.
 * *particle*: a copy of a student with perturbed weights and its own trajectory, by which
@@ -36,6 +38,7 @@ from amalgam.meta.estimators import Estimator, PersistentEvolution, Truncation
 from amalgam.meta.memory import Memory
 from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.objective import MECHANISMS, Amalgamation
+from amalgam.meta.on_policy import OnPolicy
 from amalgam.meta.periods import Strategy
 from amalgam.meta.stages import Stage, Stages
 from amalgam.meta.trainer import NothingLearned, Trainer
@@ -52,6 +55,7 @@ __all__ = [
     "Memory",
     "MetaBatch",
     "NothingLearned",
+    "OnPolicy",
     "PersistentEvolution",
     "Repeat",
     "Stage",

@@ -7,21 +7,21 @@ In one step a student with the update u of the gradient that it sees moves its p
 with lr_t the episode's learning rate at that step. The gradient that the student sees is the
 optimizee's times the loss's scale. The losses themselves, as recorded and as meta-trained on, are
 not scaled. Teachers know nothing of conditions: they train each optimizee as they always do.
+On-policy (:mod:`amalgam.meta.on_policy`) u is the executed update, to which a teacher may have
+added its own; that was made of the optimizee's gradient, not scaled.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from amalgam.lr_decays import LR_DECAYS, LRDecay, factor_at
 from amalgam.ranges import check_fields
-
-LR_DECAYS = ("constant", "linear", "cosine")
 
 
 class Drawn(NamedTuple):
@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
     Attributes:
         weight_decay: The decoupled weight decay, multiplied by the learning rate.
         lr: The learning rate at the first step, a factor on the student's updates.
-        lr_decay: How it goes on: one of :data:`LR_DECAYS`.
+        lr_decay: How it goes on: one of :data:`amalgam.lr_decays.LR_DECAYS`.
         loss_scale: The factor on the gradients that the student sees.
     """
 
@@ -46,11 +46,7 @@ class Drawn(NamedTuple):
             step: The step, from 0, after the warm-up.
             horizon: Steps of the episode; the rate decays to zero over them.
         """
-        if self.lr_decay == "linear":
-            return self.lr * (1 - step / horizon)
-        if self.lr_decay == "cosine":
-            return self.lr * (1 + math.cos(math.pi * step / horizon)) / 2
-        return self.lr
+        return self.lr * factor_at(self.lr_decay, step, horizon)
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Conditions:
     weight_decay: tuple[float, float] | None = None
     weight_decay_zero: float = 0.5
     lr: tuple[float, float] = (1.0, 1.0)
-    lr_decays: tuple[Literal["constant", "linear", "cosine"], ...] = ("constant",)
+    lr_decays: tuple[LRDecay, ...] = ("constant",)
     loss_scale: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from amalgam.meta.finite import usable
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation
+from amalgam.meta.on_policy import OnPolicy
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
 from amalgam.policies import FusedStudent, Policy, Pool
 from amalgam.seeding import drawing
@@ -35,7 +36,7 @@ _OF_TEACHERS = 1 << 63  # a bit that no batch's seed has
 class Trajectories(NamedTuple):
     """Where students and teachers stand: R rows of N coordinates, S students, K teachers.
 
-    With ``Episodes.shared`` the teachers have a single row, and R is 1 in the teachers' shapes.
+    With ``Episodes.shared`` off-policy teachers have a single row, and R is 1 in their shapes.
 
     Attributes:
         scale: The episode's scaling s, shape (R, N). All parameters here are scaled: p / s.
@@ -43,7 +44,7 @@ class Trajectories(NamedTuple):
         states: One state per student. A :class:`amalgam.policies.FusedStudent`'s holds the B * N
             coordinates of its rows, one row after another; any other policy's is a tuple of one
             state per row.
-        teacher_params: The teachers' parameters, shape (K, R, N).
+        teacher_params: The teachers' parameters, shape (K, R, N); on-policy the students'.
         teacher_state: The pool's states, each a :class:`amalgam.policies.PoolState`. A single one
             for all R * N coordinates if all teachers work coordinate by coordinate; otherwise one
             per row, for its N coordinates.
@@ -68,8 +69,8 @@ class Episodes:
         memory: How much a window may keep for its backward pass.
         optimizees: B, the number of optimizees that each student trains side by side. A student's
             losses are means over them.
-        shared: Whether all rows have the same optimizee and batches, as particles do. The teachers
-            then run once, on a single row. The caller has to give every row the same ones.
+        shared: Whether all rows have the same optimizee and batches, as particles do. Off-policy
+            teachers then run once, on a single row. The caller has to give every row the same ones.
     """
 
     def __init__(
@@ -119,9 +120,14 @@ class Episodes:
         return len(self.students) * self.optimizees
 
     @property
+    def on_policy(self) -> OnPolicy | None:
+        """The settings of on-policy teachers; ``None`` where they are off-policy or none."""
+        return self.amalgamation.on_policy if len(self.pool) else None
+
+    @property
     def teacher_rows(self) -> int:
         """The number of rows that the teachers have: R, or 1 where rows share."""
-        return 1 if self.shared else self.rows
+        return 1 if self.shared and self.on_policy is None else self.rows
 
     def begin(self, *generators: torch.Generator) -> Trajectories:
         """Begin an episode, before any warm-up.
@@ -282,30 +288,41 @@ class Episodes:
         """
         return grads if self.amalgamation.scale_teachers else grads / scale
 
-    def teachers_step(
-        self, params: Tensor, state: tuple[Any, ...], grads: Tensor, scale: Tensor
+    def teachers_updates(
+        self,
+        params: Tensor,
+        state: tuple[Any, ...],
+        grads: Tensor,
+        scale: Tensor,
+        ok: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
-        """Take a step of all teachers in all their rows.
+        """The updates that all teachers make in all their rows.
 
         Args:
-            params: The teachers' scaled parameters, shape (K, R, N).
+            params: The scaled parameters that they are at, shape (K, R, N).
             state: The pool's states, as in :class:`Trajectories`.
             grads: Gradients with respect to the scaled parameters, shape (K, R, N).
             scale: The scaling, of all rows.
+            ok: In which rows teachers may act, shape (R,); in all where absent.
+            factors: Factors on the teachers' updates, shape (K,); 1 where absent.
 
         Returns:
-            The new parameters (K, R, N), the new states, and which teachers moved in which rows,
-            shape (K, R). Where a gradient or an update is not finite, a teacher does not move.
+            The updates (K, R, N), to be subtracted, the new states, and which teachers acted in
+            which rows, shape (K, R). Where a gradient or an update is not finite, a teacher does
+            not act: its update is 0, and its state stays.
         """
         scale = scale[: self.teacher_rows]
         seen = self.to_teachers(grads, scale)
-        ok = usable(seen)
+        may_act = usable(seen) if ok is None else usable(seen) & ok
         with torch.no_grad():
-            updates, new = self._pool_step(params, state, seen, scale, ok)
-            moved = ok & usable(updates)
-            if not torch.equal(moved, ok):
-                updates, new = self._pool_step(params, state, seen, scale, moved)
-            return params - updates, new, moved
+            updates, new = self._pool_step(params, state, seen, scale, may_act)
+            acted = may_act & usable(updates)
+            if not torch.equal(acted, may_act):
+                updates, new = self._pool_step(params, state, seen, scale, acted)
+            if factors is not None:
+                updates = updates * factors[:, None, None]
+            return updates, new, acted
 
     def teachers_draw(self, batch: Batch) -> AbstractContextManager[None]:
         """Inside, teachers that draw do so by a batch's seed, if it has one.

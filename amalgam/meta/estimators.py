@@ -19,6 +19,7 @@ from amalgam.meta import distributed
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window
 from amalgam.ranges import check_fields
@@ -93,6 +94,7 @@ class Estimator(Protocol):
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
         held_out: Sequence[Batch] | None = None,
     ) -> Estimate:
         """Run one window and estimate its meta-gradient.
@@ -108,6 +110,7 @@ class Estimator(Protocol):
                 section 4).
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps.
+            teaching: The teachers' decaying rates, and on-policy teachers' part in the steps.
             held_out: One batch per step of samples that no step trains on, on which the meta-loss
                 is taken; where ``None``, on the steps' own batches.
         """
@@ -145,6 +148,7 @@ class Truncation:
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
         held_out: Sequence[Batch] | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
@@ -167,6 +171,7 @@ class Truncation:
                 draws=draws,
                 input_noise=input_noise,
                 conditions=conditions,
+                teaching=teaching,
                 held_out=held_out,
             )
             return window, meta * window.meta_loss + imitation * window.imitation_loss
@@ -255,6 +260,7 @@ class PersistentEvolution:
         perturbation: Perturbation | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
         held_out: Sequence[Batch] | None = None,
     ) -> Estimate:
         """See :class:`Estimator`."""
@@ -269,7 +275,12 @@ class PersistentEvolution:
         ]
         with torch.no_grad():
             window = unroll.window(
-                begin, batches, particles, conditions=conditions, held_out=held_out
+                begin,
+                batches,
+                particles,
+                conditions=conditions,
+                teaching=teaching,
+                held_out=held_out,
             )
         losses = coefficients[0] * window.meta_loss + coefficients[1] * window.imitation_loss
         slopes = (losses[::2] - losses[1::2]) / (2 * self.pairs * self.std**2)

@@ -37,10 +37,11 @@ class Memory:
     """How much a window may keep for its backward pass; it computes the rest again.
 
     Every window of which a meta-gradient is wanted records a tape: in float32, 4 bytes per
-    coordinate and step for the gradients, 4 more where there are teachers, and 4 more where samples
-    are held out (``Amalgamation.held_out``). Points and graphs come on top. A window keeps no
-    point, and these settings have no effect on it, where all of this holds: meta-gradients are
-    first-order, the policy is a student (its steps have ``PolicySteps.by_coordinates``), and
+    coordinate and step for the gradients, 4 more where there are teachers, 4 more where samples are
+    held out (``Amalgamation.held_out``), and 4 more while on-policy teachers have a part in the
+    executed steps. Points and graphs come on top. A window keeps no point, and these settings have
+    no effect on it, where all of this holds: meta-gradients are first-order, the policy is a
+    student (its steps have ``PolicySteps.by_coordinates``), and
     neither its weights nor its input get noise that is drawn at every step.
 
     Attributes:

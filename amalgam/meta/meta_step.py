@@ -21,6 +21,7 @@ from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.run_state import EpisodeAt, RunState, Slot
 from amalgam.meta.sampling import Sampler, Split, StackedBatches, begin_episode, split
 from amalgam.meta.slot_means import SlotMeans
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window, check_budget
@@ -104,6 +105,8 @@ class MetaSteps:
         device: torch.device,
     ) -> None:
         self._state = state
+        self._pool = pool
+        self._on_policy = amalgamation.on_policy
         self._training = training
         self._estimator = estimator
         self._perturbation = perturbation
@@ -168,8 +171,9 @@ class MetaSteps:
                     raise ValueError(f"amalgamation.{error}") from error
                 longer = replace(period, training=replace(once, unroll=steps))
                 batches = self._batches(unroll, episode, longer, 0)
+                teaching = self._teaching(episode, longer, 0)
                 held_out = self._held_out(unroll, episode, longer)
-                check_budget(unroll, begun.trajectories, batches, held_out)
+                check_budget(unroll, begun.trajectories, batches, teaching, held_out)
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
@@ -308,6 +312,7 @@ class MetaSteps:
                     where,
                     self._batches(unroll, episode, period, window),
                     conditions=self._of_window(episode, period, window),
+                    teaching=self._teaching(episode, period, window),
                 ).end
         return Slot(where, [])
 
@@ -347,6 +352,27 @@ class MetaSteps:
         horizon, like = episode.windows * steps, self._students[0].weights()[0].detach()
         return StepConditions.of(drawn, window * steps, steps, horizon, like)
 
+    def _teaching(self, episode: EpisodeAt, period: Period, window: int) -> Teaching:
+        """What teachers do in one of an episode's windows, if the next meta-step takes it."""
+        fade, executed = 0.0, None
+        steps, like = period.training.unroll, self._students[0].weights()[0].detach()
+        if self._on_policy is not None:
+            fade = self._on_policy.fade_at(self._state.progress.meta_step)
+            drawn = [
+                torch.randint(len(self._pool), (), generator=generator)
+                for generator in self._sampler.generators("executed", episode.number)
+            ]
+            executed = torch.stack(drawn).to(like.device)
+        horizon = episode.windows * steps
+        return Teaching.of(self._pool, window * steps, steps, horizon, like, fade, executed)
+
+    def _imitation_weight(self, period: Period) -> float:
+        """The weight of the imitation loss in the next meta-step."""
+        if self._on_policy is None:
+            return period.imitation_weight
+        left = self._on_policy.imitation_at(self._state.progress.meta_step)
+        return left * period.imitation_weight
+
     def _estimate(
         self, unroll: Unroll, slot: Slot, episode: EpisodeAt, period: Period, *own: int
     ) -> Estimate:
@@ -370,7 +396,7 @@ class MetaSteps:
             self._batches(unroll, episode, period, episode.window),
             loss_weights(
                 self._training.il_mode,
-                period.imitation_weight,
+                self._imitation_weight(period),
                 generator_for(self._seed, "switch", meta_step, *own),
             ),
             generators,
@@ -378,6 +404,7 @@ class MetaSteps:
             perturbation=self._perturbation,
             input_noise=self._training.input_noise,
             conditions=self._of_window(episode, period, episode.window),
+            teaching=self._teaching(episode, period, episode.window),
             held_out=self._held_out(unroll, episode, period),
         )
 

@@ -39,24 +39,31 @@ def window_metrics(window: Window, pool: Pool, rows: slice) -> dict[str, Any]:
     Returns:
         For the student and each teacher by name: ``loss``, the mean over steps and rows of the
         loss; ``last_loss``, the mean over rows before the last step; ``skipped_steps``, the sum
-        over rows. For each teacher: ``distance``, its mean log distance; ``followed``, the share of
-        steps and rows in which it was the nearest teacher.
+        over rows. For each teacher: ``distance``, its mean log distance, or on-policy its mean term
+        of the imitation loss; ``followed``, the share of steps and rows in which it was the nearest
+        teacher. On-policy teachers have no losses of their own, and ``cosine`` and ``log_ratio``:
+        the means of the cosine between the student's update and the teacher's, and of the log of
+        its norm over the teacher's.
     """
     names = ("student", *pool.names)
     losses, distances = window.losses[:, rows].mean(1), window.distances[:, rows]
+    with_losses = names[: losses.shape[1]]
 
     def by_name(keys: Sequence[str], values: Tensor) -> dict[str, Any]:
         return dict(zip(keys, values.tolist(), strict=True))
 
     metrics: dict[str, Any] = {
-        "loss": by_name(names, losses.mean(0)),
-        "last_loss": by_name(names, losses[-1]),
+        "loss": by_name(with_losses, losses.mean(0)),
+        "last_loss": by_name(with_losses, losses[-1]),
         "skipped_steps": by_name(names, window.skipped[rows].sum(0)),
     }
     if len(pool):
         nearest = torch.nn.functional.one_hot(distances.argmin(2), len(pool))
         metrics["distance"] = by_name(pool.names, distances.mean((0, 1)))
         metrics["followed"] = by_name(pool.names, nearest.double().mean((0, 1)))
+    if window.cosines.shape[2]:
+        metrics["cosine"] = by_name(pool.names, window.cosines[:, rows].mean((0, 1)))
+        metrics["log_ratio"] = by_name(pool.names, window.log_ratios[:, rows].mean((0, 1)))
     return metrics
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from amalgam import ops
 from amalgam.hints import did_you_mean
+from amalgam.meta.on_policy import OnPolicy
 from amalgam.ranges import check_fields
 
 MECHANISMS = ("mean", "min-max")
@@ -44,7 +45,8 @@ class Amalgamation:
 
     Attributes:
         mechanism: How the log distances to the teachers become one imitation term per step: their
-            mean for ``"mean"``, the largest for ``"min-max"`` (paper, eq. 2 and 3).
+            mean for ``"mean"``, the largest for ``"min-max"`` (paper, eq. 2 and 3). With
+            ``on_policy`` the teachers' terms are reduced alike.
         second_order: Whether the meta-gradient accounts for how an update changes later gradients
             of the optimizee. If not, these gradients count as constants: cheaper, and biased.
         scale_spread: Parameters are optimised as p / s, where s = exp(U(-spread, spread)) is drawn
@@ -79,6 +81,9 @@ class Amalgamation:
         stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
             where that is faster (see :attr:`amalgam.tasks.Task.stacks`).
         backend: The backend that computes the students' and the teachers' operations.
+        on_policy: Where given, teachers act at the students' parameters in place of training
+            optimizees of their own: see :mod:`amalgam.meta.on_policy`. Then ``huber_delta`` has no
+            effect, and ``log_objective`` none on the imitation loss.
     """
 
     mechanism: Literal["mean", "min-max"] = "min-max"
@@ -93,6 +98,7 @@ class Amalgamation:
     eps: float = 1e-10
     stack: bool | None = None
     backend: str = "auto"
+    on_policy: OnPolicy | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can't be computed."""
@@ -115,6 +121,11 @@ class Amalgamation:
                 f"the square of exp(scale_spread), not {self.scale_spread}"
             )
         ops.check_backend(self.backend)
+
+    @property
+    def exp_distances(self) -> bool:
+        """Whether the imitation loss's terms are exps of what they are reduced from."""
+        return not self.log_objective and self.on_policy is None
 
 
 def loss_weights(
@@ -205,23 +216,23 @@ def imitation_terms(how: Amalgamation, distances: Tensor) -> Tensor:
 
     Args:
         how: The settings.
-        distances: Log distances to the teachers, shape (R, K).
+        distances: Log distances to the teachers, or the teachers' on-policy terms, shape (R, K).
 
     Returns:
         One term per row, shape (R,).
     """
     reduced = distances.mean(1) if how.mechanism == "mean" else distances.amax(1)
-    return reduced if how.log_objective else reduced.exp()
+    return reduced.exp() if how.exp_distances else reduced
 
 
 def imitation_slopes(how: Amalgamation, distances: Tensor) -> Tensor:
-    """The gradient of one row's imitation term with respect to its log distances, shape (K,).
+    """The gradient of one row's imitation term with respect to what it is made of, shape (K,).
 
     Where several distances are the largest, they share the gradient alike.
 
     Args:
         how: The settings of the losses.
-        distances: The row's log distances, shape (K,).
+        distances: The row's log distances or on-policy terms, shape (K,).
     """
     if how.mechanism == "mean":
         slopes = torch.full_like(distances, 1 / len(distances))
@@ -230,4 +241,4 @@ def imitation_slopes(how: Amalgamation, distances: Tensor) -> Tensor:
         reduced = distances.max()
         largest = distances == reduced
         slopes = largest.to(distances.dtype) / largest.sum()
-    return slopes if how.log_objective else slopes * reduced.exp()
+    return slopes * reduced.exp() if how.exp_distances else slopes

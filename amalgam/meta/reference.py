@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.layout import Layout
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.objective import Amalgamation
+from amalgam.meta.on_policy import OnPolicy
+from amalgam.meta.teaching import Teaching
 from amalgam.ops import teacher_distance
 from amalgam.policies import FusedStudent, Pool
 from amalgam.tasks import Batch, Task
@@ -30,6 +33,7 @@ def window(
     weights: Sequence[Sequence[Tensor]],
     row: int = 0,
     conditions: StepConditions | None = None,
+    teaching: Teaching | None = None,
     held_out: Sequence[Batch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The meta-loss, the imitation loss and the final parameters of one row.
@@ -44,6 +48,7 @@ def window(
         weights: The student's weights at each step.
         row: The row's number.
         conditions: Learning rates, weight decay and loss scales of the student's steps.
+        teaching: The teachers' decaying rates, and on-policy teachers' part in the steps.
         held_out: One batch per step, for the meta-loss; where ``None``, those of the steps.
 
     Returns:
@@ -87,26 +92,52 @@ def window(
         if conditions is not None:
             lr, kept = (numbers[t, row].item() for numbers in conditions[:2])
             loss_scale = conditions.loss_scale[row].item()
-        grad = grad * loss_scale
         update, state = student.step(
-            grad, state, weights[t], layout=task.layout, params=params, backend="reference"
-        )
-        params = params * kept - lr * update
+            grad * loss_scale, state, weights[t], layout=task.layout, params=params,
+            backend="reference",
+        )  # fmt: skip
 
         grads = []
         for teacher in teachers:
-            leaf = teacher.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(task.objective(leaf * scale, batch), leaf)
+            slope = grad.detach()
+            if how.on_policy is None:
+                leaf = teacher.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(task.objective(leaf * scale, batch), leaf)
             grads.append(slope if how.scale_teachers else slope / scale)
         with torch.no_grad():
             updates, teacher_state = pool.step(
                 torch.stack(grads), teacher_state, backend="reference"
             )
-            teachers = teachers - (updates if how.scale_teachers else updates / scale)
-        distance = teacher_distance(
-            params, teachers, eps=how.eps, huber_delta=how.huber_delta, backend="reference"
-        )
+            updates = updates if how.scale_teachers else updates / scale
+            if teaching is not None and teaching.factors is not None:
+                updates = updates * teaching.factors[t, :, None]
+            teachers = teachers - updates
+        executed = update
+        if teaching is not None and teaching.executed is not None:
+            executed = (1 - teaching.fade) * update + teaching.fade * updates[
+                teaching.executed[row]
+            ]
+        params = params * kept - lr * executed
+        if how.on_policy is None:
+            distance = teacher_distance(
+                params, teachers, eps=how.eps, huber_delta=how.huber_delta, backend="reference"
+            )
+        else:
+            distance = _on_policy_terms(how.on_policy, update, updates, task.layout)
         reduced = distance.mean() if how.mechanism == "mean" else distance.max()
-        imitation = imitation + (reduced if how.log_objective else reduced.exp()) / len(batches)
+        imitation = imitation + (reduced.exp() if how.exp_distances else reduced) / len(batches)
     meta = terms[-1] if how.objective == "final" else torch.stack(terms).mean()
     return meta, imitation, params
+
+
+def _on_policy_terms(how: OnPolicy, update: Tensor, updates: Tensor, layout: Layout) -> Tensor:
+    """Each teacher's term in one step, shape (K,), of updates that move every tensor."""
+    own, terms = layout.unflatten(update), []
+    for teacher in updates:
+        by_tensor = [
+            how.direction * (1 - torch.cosine_similarity(own[name].flatten(), u.flatten(), 0))
+            + how.magnitude * (own[name].norm() / u.norm()).log().square()
+            for name, u in layout.unflatten(teacher).items()
+        ]
+        terms.append(torch.stack(by_tensor).mean())
+    return torch.stack(terms)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes
-from amalgam.meta.finite import usable
+from amalgam.meta.on_policy import Blend
 from amalgam.meta.perturbation import InputNoise
 from amalgam.meta.points import Point
 
@@ -52,6 +52,7 @@ class StudentSteps:
         draws: Returns generators for the policies' own noise and for ``input_noise``.
         input_noise: Standard deviation of the noise on the gradients that students see.
         conditions: Learning rates, weight decay and loss scales of the steps; ``None`` for none.
+        blend: The teachers' part in the executed steps; ``None`` for none.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class StudentSteps:
         draws: Draws | None,
         input_noise: float,
         conditions: StepConditions | None = None,
+        blend: Blend | None = None,
     ) -> None:
         self.weights = weights
         self.conditions = conditions
+        self.blend = blend
         self._episodes = episodes
         self._noise = noise
         self._draws = draws
@@ -89,11 +92,12 @@ class StudentSteps:
                 move.
 
         Returns:
-            The next point, and whether each row's update is usable, shape (R,). Rows with an
-            unusable update are in the next point as it leaves them: the caller has to look.
+            The next point, and the students' updates, shape (R, N), 0 in rows that do not move.
+            Rows with an unusable update are in the next point as it leaves them: the caller has to
+            look.
         """
         if not moved.any():
-            return point, moved
+            return point, torch.zeros_like(point.params)
         reuse = reuse and bool(moved.all())
         updates, states = [], []
         inputs = zip(
@@ -114,10 +118,17 @@ class StudentSteps:
         params = self._stepped(step, point.params, update)
         if not moved.all():
             params = torch.where(moved[:, None], params, point.params)
-        return Point(params, tuple(states)), usable(update)
+            update = torch.where(moved[:, None], update, 0)
+        return Point(params, tuple(states)), update
 
     def backward(
-        self, step: int, point: Point, grads: Tensor, moved: Tensor, adjoint: Adjoint
+        self,
+        step: int,
+        point: Point,
+        grads: Tensor,
+        moved: Tensor,
+        adjoint: Adjoint,
+        d_imitation: Tensor | None = None,
     ) -> Tensor:
         """Back through one step, from its updates to states, weights and gradients.
 
@@ -129,12 +140,17 @@ class StudentSteps:
             adjoint: The adjoint after the step; changed in place. ``states`` become those before
                 the step, ``weights`` get the step's share added, and ``params`` lose what weight
                 decay takes.
+            d_imitation: The imitation losses' gradients with respect to the students' updates,
+                shape (R, N), where they depend on these directly.
 
         Returns:
             The gradients with respect to ``grads``, shape (R, N).
         """
         episodes = self._episodes
-        d_updates = episodes.by_student(self._back_to_updates(step, moved, adjoint))
+        to_updates = self._back_to_updates(step, moved, adjoint)
+        if d_imitation is not None:
+            to_updates = to_updates + d_imitation
+        d_updates = episodes.by_student(to_updates)
         seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
         params = episodes.by_student(point.params)
         d_grads = torch.zeros_like(grads)
@@ -157,6 +173,8 @@ class StudentSteps:
 
     def _stepped(self, step: int, params: Tensor, update: Tensor) -> Tensor:
         """The parameters (R, N) after an update of all rows."""
+        if self.blend is not None:
+            update = self.blend.executed(step, update)
         if self.conditions is None:
             return params - update
         lr, kept = self.conditions.lr[step, :, None], self.conditions.kept[step, :, None]
@@ -168,10 +186,11 @@ class StudentSteps:
         Those with respect to the parameters become what reaches them past the updates, in place.
         """
         if self.conditions is None:
-            return -adjoint.params
-        d_updates = -self.conditions.lr[step, :, None] * adjoint.params
-        adjoint.params *= torch.where(moved, self.conditions.kept[step], 1)[:, None]
-        return d_updates
+            d_updates = -adjoint.params
+        else:
+            d_updates = -self.conditions.lr[step, :, None] * adjoint.params
+            adjoint.params *= torch.where(moved, self.conditions.kept[step], 1)[:, None]
+        return d_updates if self.blend is None else self.blend.own * d_updates
 
     def scaled(self, grads: Tensor) -> Tensor:
         """Gradients (R, N) times the losses' scales; also gradients with respect to them."""

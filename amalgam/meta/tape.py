@@ -26,6 +26,10 @@ With :class:`amalgam.meta.conditions.StepConditions` the student sees c g_t, whe
 scale, and p_{t+1} = k_t p_t - lr_t u_t. Then a_u = -lr_t a_p, a_g gets the factor c, and a_p gets
 the factor k_t before the last line.
 
+On-policy (:mod:`amalgam.meta.on_policy`) the imitation loss depends on u_t directly, and the
+executed step is (1 - fade) u_t and a constant. Then the first line above falls away, and a_u gets
+the factor 1 - fade and d(imitation loss)/d(u_t) added.
+
 H_t is the Jacobian of g_t with respect to p_t, that is the Hessian of l_t; ``H_t @ a_g`` is its
 product with the vector a_g. First-order meta-gradients count g_t as a constant and leave out this
 product. Then a_u is a sum over the later steps that does not depend on the student, and
@@ -75,7 +79,8 @@ class Tape:
             itself unless these are losses of held-out samples. Where it takes the final one of
             those alone, they are the last step's, shape (1, R, N).
         slopes: The gradient of each imitation term with respect to the parameters after the step,
-            shape (T, R, N). Empty without teachers, and where no meta-gradient is wanted.
+            shape (T, R, N); on-policy with respect to the step's update. Empty without teachers,
+            and where no meta-gradient is wanted.
         moved: Which rows took each step, shape (T, R).
         loss_slopes: The derivatives of the meta-losses with respect to the losses that they take,
             shape (T, R).
@@ -184,7 +189,8 @@ class Tape:
 
     def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
         """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""
-        if len(self.slopes):
+        on_policy = self.episodes.on_policy is not None
+        if len(self.slopes) and not on_policy:
             sums = -d_slopes * self.slopes[:, row, part]
         else:
             sums = torch.zeros_like(self.grads[:, row, part])
@@ -192,15 +198,18 @@ class Tape:
         losses = self.loss_grads[max(1 + len(self.loss_grads) - len(sums), 0) :, row, part]
         first = len(sums) - len(losses)
         sums[first - 1 : -1].addcmul_(d_grads[first:, None], losses, value=-1)
-        conditions = self.steps.conditions
+        conditions, blend = self.steps.conditions, self.steps.blend
         if conditions is None:
             for t in range(len(sums) - 2, -1, -1):
                 sums[t] += sums[t + 1]
-            return sums
-        kept = torch.where(self.moved[:, row], conditions.kept[:, row], 1).tolist()
-        for t in range(len(sums) - 2, -1, -1):
-            sums[t].add_(sums[t + 1], alpha=kept[t + 1])
-        return sums.mul_(conditions.lr[:, row, None])
+        else:
+            kept = torch.where(self.moved[:, row], conditions.kept[:, row], 1).tolist()
+            for t in range(len(sums) - 2, -1, -1):
+                sums[t].add_(sums[t + 1], alpha=kept[t + 1])
+            sums.mul_(conditions.lr[:, row, None])
+        if blend is not None:
+            sums.mul_(blend.own)
+        return sums.add_(d_slopes * self.slopes[:, row, part]) if on_policy else sums
 
     def _back_by_steps(self, d_slopes: Tensor, d_grads: Tensor) -> list[list[Tensor]]:
         """First or second order, the last step first; see :meth:`_back_by_coordinates`."""
@@ -223,9 +232,11 @@ class Tape:
     ) -> None:
         """Turn the adjoints after a step into those before it, in place."""
         moved, grads = self.moved[step], self.grads[step]
-        if len(self.slopes):
-            adjoint.params += d_slopes[:, None] * self.slopes[step]
-        d_seen = self.steps.backward(step, point, grads, moved, adjoint)
+        d_imitation = d_slopes[:, None] * self.slopes[step] if len(self.slopes) else None
+        if d_imitation is not None and self.episodes.on_policy is None:
+            adjoint.params += d_imitation
+            d_imitation = None
+        d_seen = self.steps.backward(step, point, grads, moved, adjoint, d_imitation)
         of_loss = step - len(self.batches) + len(self.loss_grads)
         if of_loss >= 0:
             adjoint.params += d_grads[:, None] * self.loss_grads[of_loss]

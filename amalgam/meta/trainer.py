@@ -72,10 +72,10 @@ class Trainer:
             of an episode is drawn by them. Equal shares where absent.
         validation: Tasks and families to meta-validate on, in the place of those to train on. A
             family's draws are the same in every validation of every run, and none of training's.
-        seed: Decides everything random. Replicate i draws its optimizees, their conditions, batches
-            and noise by ``seed + i``. What all replicates have in common is drawn by ``seed``: the
-            task and the horizon of an episode, what a family draws for it and, for
-            ``il_mode="switch"``, the loss of a window.
+        seed: Decides everything random. Replicate i draws its optimizees, their conditions, the
+            teachers whose updates are executed, batches and noise by ``seed + i``. What all
+            replicates have in common is drawn by ``seed``: the task and the horizon of an episode,
+            what a family draws for it and, for ``il_mode="switch"``, the loss of a window.
         device: Where everything is computed, as in :func:`amalgam.device.resolve`; ``"auto"`` is a
             GPU if there is one. Everything random is drawn on the CPU, and so is the same on any
             device. Files hold CPU tensors, so a run may be resumed on another device.
@@ -155,6 +155,8 @@ class Trainer:
                 f"strategy goes back to earlier weights, which {students} replicates would "
                 f"have to do together; train them one by one, or by stages"
             )
+        if self.amalgamation.on_policy is not None and not len(self.pool):
+            raise ValueError("pool must have teachers for on-policy amalgamation, not none")
         self.training.check_schedule(self.strategy.meta_steps)
         self.estimator.check(
             students=students,
@@ -173,6 +175,7 @@ class Trainer:
     def _identity(self) -> dict[str, str]:
         """The settings, by name, that a checkpoint and a run that resumes it must share."""
         memory = str(self.memory) if self.memory.cells != "float32" else ""
+        decays = f", lr_decays {self.pool.lr_decays}" if self.pool.decays else ""
         return {
             "seed": str(self.seed),
             "processes": str(distributed.world()),
@@ -186,7 +189,7 @@ class Trainer:
                 ]
             ),
             "student": f"{self.student.kind} {self.student.config}, {len(self.students)}",
-            "teachers": str(self.pool.teachers),
+            "teachers": f"{self.pool.teachers}{decays}",
             "amalgamation": str(self.amalgamation),
             "training": str(self.training),
             "estimator": str(self.estimator),
@@ -348,6 +351,9 @@ class Trainer:
     def _meta_step(self, period: Period) -> list[dict[str, Any]]:
         """Take a meta-step, and return its metrics: one entry per replicate."""
         started = time.perf_counter()
+        on_policy, faded = self.amalgamation.on_policy, {}
+        if on_policy is not None:
+            faded = {"fade": on_policy.fade_at(self.meta_step)}
         step = self._meta_steps.take(period)
         entries = []
         for index, replicate in enumerate(self._state.replicates):
@@ -358,6 +364,7 @@ class Trainer:
                 "imitation_loss": step.losses[1, index].item(),
                 "grad_norm": step.norms[index],
                 "skipped_meta_steps": replicate.skipped_meta_steps,
+                **faded,
                 "failed_episodes": self._state.progress.failed_episodes,
                 **self._window_metrics(period, step, index),
             }
@@ -475,12 +482,13 @@ class Trainer:
             index: The replicate's number.
             kept: The meta-step or period whose weights it has.
         """
+        on_policy = "" if self.amalgamation.on_policy is None else ", on-policy"
         return {
             "seed": self.seed + index,
             "data": "; ".join(task.describe() for task in self.tasks),
             **self._validated_on(),
             "teachers": list(self.pool.names),
-            "mechanism": self.amalgamation.mechanism,
+            "mechanism": self.amalgamation.mechanism + on_policy,
             "meta_steps": self.meta_step,
             "kept_meta_step": kept,
             "device": str(self.device),

@@ -13,6 +13,7 @@ from torch import Tensor
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.student_steps import Draws, WeightNoise
+from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import Window, run_window
 from amalgam.tasks import Batch
 
@@ -34,6 +35,7 @@ class Unroll(Episodes):
         draws: Draws | None = None,
         input_noise: float = 0.0,
         conditions: StepConditions | None = None,
+        teaching: Teaching | None = None,
         held_out: Sequence[Batch] | None = None,
     ) -> Window:
         """Run a window: all students and teachers take one step on each batch.
@@ -57,6 +59,8 @@ class Unroll(Episodes):
             input_noise: Standard deviation of the noise on the gradients that students see.
             conditions: Learning rates, weight decay and loss scales of the students' steps; where
                 ``None``, a step is the student's update. Teachers do not see them.
+            teaching: The teachers' decaying rates, and the part that on-policy teachers take in the
+                executed steps; where ``None``, rates are constant and they take none.
             held_out: One batch per step of samples that no step trains on, on which the meta-loss
                 is taken; where ``None``, on the steps' own batches. The settings' ``held_out`` is
                 for who draws the batches, and has no effect here.
@@ -67,5 +71,5 @@ class Unroll(Episodes):
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
         return run_window(
-            self, begin, batches, chosen, noise, draws, input_noise, conditions, held_out
+            self, begin, batches, chosen, noise, draws, input_noise, conditions, teaching, held_out
         )

@@ -29,9 +29,11 @@ from amalgam.meta.objective import (
     last_of,
     meta_terms,
 )
+from amalgam.meta.on_policy import Blend, Comparison
 from amalgam.meta.points import KeptPoints, Point
 from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise
 from amalgam.meta.tape import Tape
+from amalgam.meta.teaching import Teaching
 from amalgam.operations.teacher_distance import distances_and_slope
 from amalgam.tasks import Batch
 from amalgam.tasks.task import rows_of
@@ -54,13 +56,18 @@ class Window:
         imitation_loss: How far each student is from its teachers, shape (S,); 0 without teachers.
             ``Amalgamation.mechanism`` makes one log distance of those to the K teachers: their mean
             or the largest. This is its mean, or the mean of its exp where ``log_objective`` is
-            false.
+            false. On-policy, :attr:`amalgam.meta.on_policy.Comparison.terms` stand for the
+            distances, and a step that the student skips counts as 0.
         end: Where students and teachers stand after the window.
         losses: The optimizees' losses before each step, shape (T, R, 1 + K): the student's first,
-            then the teachers'.
-        distances: The student's log distances to the teachers after each step, shape (T, R, K).
+            then the teachers'. On-policy teachers have no optimizees: then the shape is (T, R, 1).
+        distances: The student's log distances to the teachers after each step, shape (T, R, K);
+            on-policy, the teachers' terms of the imitation loss in each step.
         skipped: How many steps each trajectory skipped because of values that were not finite,
             shape (R, 1 + K): the student's first, then the teachers'.
+        cosines: Between the student's updates and on-policy teachers', means over tensors, shape
+            (T, R, K); (T, R, 0) off-policy.
+        log_ratios: Logs of the student's updates' norms over on-policy teachers', likewise.
         counted: Which of a student's losses the meta-loss may take, shape (T, R): where loss and
             gradient of the step's batch are finite, or where the loss of held-out samples is, and
             was looked at.
@@ -72,6 +79,8 @@ class Window:
     losses: Tensor
     distances: Tensor
     skipped: Tensor
+    cosines: Tensor
+    log_ratios: Tensor
     counted: Tensor
 
     @property
@@ -89,13 +98,25 @@ def run_window(
     draws: Draws | None,
     input_noise: float,
     conditions: StepConditions | None = None,
+    teaching: Teaching | None = None,
     held_out: Sequence[Batch] | None = None,
 ) -> Window:
     """Run a window whose losses autograd can differentiate with respect to the weights.
 
     The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
     """
-    run = _Run(episodes, begin, batches, weights, noise, draws, input_noise, conditions, held_out)
+    run = _Run(
+        episodes,
+        begin,
+        batches,
+        weights,
+        noise,
+        draws,
+        input_noise,
+        conditions,
+        teaching,
+        held_out,
+    )
     with torch.no_grad():
         window = run()
     if not run.recorded:
@@ -109,6 +130,7 @@ def check_budget(
     episodes: Episodes,
     begin: Trajectories,
     batches: Sequence[Batch],
+    teaching: Teaching | None = None,
     held_out: Sequence[Batch] | None = None,
 ) -> None:
     """Raise ValueError unless the budget of memory suffices for such a window.
@@ -118,7 +140,7 @@ def check_budget(
     """
     if episodes.memory.budget is not None:
         weights = [student.weights() for student in episodes.students]
-        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None, held_out)
+        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None, teaching, held_out)
         if run.tape.by_steps:
             run.plan()
 
@@ -166,6 +188,7 @@ class _Run:
         draws: Draws | None,
         input_noise: float,
         conditions: StepConditions | None,
+        teaching: Teaching | None,
         held_out: Sequence[Batch] | None,
     ) -> None:
         if held_out is not None and len(held_out) != len(batches):
@@ -181,9 +204,13 @@ class _Run:
             w.requires_grad for w in chain.from_iterable(weights)
         )
         constants = [[w.detach() for w in ours] for ours in weights]
-        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions)
         point = Point(begin.params, begin.states)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
+        self._on_policy, self._teaching, blend = episodes.on_policy, teaching or Teaching(), None
+        if self._on_policy is not None and self._teaching.fade:
+            added = like.new_empty((t if self.recorded else 1, *like.shape))
+            blend = Blend(1 - self._teaching.fade, added)
+        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions, blend)
         grads = like.new_empty((t if self.recorded else 0, *like.shape))
         judged = len(grads) if how.objective == "mean" else min(len(grads), 1)
         self.tape = Tape(
@@ -201,8 +228,10 @@ class _Run:
             loss_slopes=like.new_empty((0, len(like))),
         )
         # Made whole: small tensors made one by one would keep the heap between them from shrinking.
-        self._losses = like.new_empty((t, len(like), 1 + k))
+        apart, compared = (k, 0) if self._on_policy is None else (0, k)
+        self._losses = like.new_empty((t, len(like), 1 + apart))
         self._distances = like.new_empty((t, len(like), k))
+        self._cosines, self._log_ratios = like.new_empty((2, t, len(like), compared))
         self._terms = like.new_empty((t, len(like)))
         # The losses that the meta-loss takes.
         self._taken = self._losses[..., 0] if held_out is None else like.new_empty((t, len(like)))
@@ -219,9 +248,10 @@ class _Run:
             chosen = self.plan()
             self._graphs = chosen.graphs
             tape.points.follow(chosen, len(self._batches))
+        on_policy = self._on_policy is not None
         for t, batch in enumerate(self._batches):
             losses, grads, teacher_losses, teacher_grads = self._gradients(
-                t, point, teachers, batch
+                t, point, teachers[:0] if on_policy else teachers, batch
             )
             ok = losses.isfinite() & usable(tape.steps.scaled(grads)) & usable(grads)
             self._counted[t] = ok if self._held_out is None else self._look_at_held_out(t, point)
@@ -230,27 +260,47 @@ class _Run:
                 tape.grads[t] = grads
                 if not tape.by_steps:
                     self._note_context(point, tape.steps.scaled(grads))
-            point, moved = self._step(t, point, grads, ok)
+            if on_policy:
+                teachers, teacher_grads = (x.expand_as(teachers) for x in (point.params, grads))
+            if k:
+                factors = self._teaching.factors
+                with self._episodes.teachers_draw(batch):
+                    updates, state, acted = self._episodes.teachers_updates(
+                        teachers,
+                        state,
+                        teacher_grads,
+                        begin.scale,
+                        ok if on_policy else None,
+                        None if factors is None else factors[t],
+                    )
+                skipped[:, 1:] += ~acted.T
+                if tape.steps.blend is not None:
+                    self._add(updates, to=tape.steps.blend.of_teachers(t))
+            point, moved, own = self._step(t, point, grads, ok)
             tape.moved[t] = moved
             skipped[:, 0] += ~moved
             tape.points.offer(t + 1, point)
-            if k:
-                with self._episodes.teachers_draw(batch):
-                    teachers, state, teachers_moved = self._episodes.teachers_step(
-                        teachers, state, teacher_grads, begin.scale
-                    )
-                skipped[:, 1:] += ~teachers_moved.T
             self._losses[t, :, :1], self._losses[t, :, 1:] = losses[:, None], teacher_losses
-            if k:
-                distances = self._measure(t, point.params, teachers)
-                self._distances[t] = distances
-                self._terms[t] = imitation_terms(self._how, distances)
-            else:
-                self._terms[t] = 0
+            if on_policy:
+                self._distances[t] = self._compare(t, own, updates)
+            elif k:
+                teachers = teachers - updates
+                self._distances[t] = self._measure(t, point.params, teachers)
+            self._terms[t] = imitation_terms(self._how, self._distances[t]) if k else 0
         tape.points.hold(point.states)
+        if on_policy:
+            teachers = point.params.expand_as(teachers).clone()
         end = Trajectories(begin.scale, point.params, point.states, teachers, state)
-        means = self._mean_losses()
-        return Window(*means, end, self._losses, self._distances, skipped, self._counted)
+        return Window(
+            *self._mean_losses(),
+            end,
+            self._losses,
+            self._distances,
+            skipped,
+            self._cosines,
+            self._log_ratios,
+            self._counted,
+        )
 
     def _gradients(self, t: int, point: Point, teachers: Tensor, batch: Batch) -> _Gradients:
         """Losses and gradients of students and teachers before step t."""
@@ -306,13 +356,15 @@ class _Run:
         self._taken[t] = losses[:, 0]
         return self._taken[t].isfinite()
 
-    def _step(self, t: int, point: Point, grads: Tensor, ok: Tensor) -> tuple[Point, Tensor]:
-        """The students' point after step t, and which rows took the step, shape (R,)."""
+    def _step(
+        self, t: int, point: Point, grads: Tensor, ok: Tensor
+    ) -> tuple[Point, Tensor, Tensor]:
+        """The students' point after step t, which rows took it (R,), and their updates (R, N)."""
         tape = self.tape
         # Without a record the steps so far could not be taken again, so none is taken in place.
         reuse = self.recorded and tape.points.is_free(point)
-        after, updates_ok = tape.steps.forward(t, point, grads, ok, reuse)
-        moved = ok & updates_ok
+        after, updates = tape.steps.forward(t, point, grads, ok, reuse)
+        moved = ok & usable(updates)
         if not torch.equal(moved, ok):
             # It shows only after the step, which may have overwritten the point it began from.
             if self.recorded:
@@ -320,8 +372,31 @@ class _Run:
                 for step in range(t):
                     point = tape.advance(step, point)
             reuse = self.recorded and tape.points.is_free(point)
-            after, _ = tape.steps.forward(t, point, grads, moved, reuse)
-        return after, moved
+            after, updates = tape.steps.forward(t, point, grads, moved, reuse)
+        return after, moved, updates
+
+    def _add(self, updates: Tensor, *, to: Tensor) -> None:
+        """Keep what the executed teachers add to the executed step, of their updates (K, R, N)."""
+        executed = self._teaching.executed
+        assert executed is not None
+        rows = torch.arange(len(executed), device=executed.device)
+        torch.mul(updates[executed, rows], self._teaching.fade, out=to)
+
+    def _compare(self, t: int, own: Tensor, updates: Tensor) -> Tensor:
+        """The on-policy terms of step t, shape (R, K); their gradients go on the tape.
+
+        Args:
+            t: The step.
+            own: The students' updates, shape (R, N).
+            updates: The teachers' updates, shape (K, R, N).
+        """
+        assert self._on_policy is not None
+        found = Comparison(self._on_policy, own, updates, self._episodes.task.layout)
+        self._cosines[t], self._log_ratios[t] = found.cosines, found.log_ratios
+        if self.recorded:
+            slopes = [imitation_slopes(self._how, terms) for terms in found.terms]
+            self.tape.slopes[t] = found.gradient(torch.stack(slopes))
+        return found.terms
 
     def _note_context(self, point: Point, grads: Tensor) -> None:
         """Put on the tape what the students are told of tensors in the step from a point."""
@@ -343,7 +418,7 @@ class _Run:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
         of_losses = () if self._held_out is None else (self.tape.loss_grads,)
-        taped = (self.tape.grads, self.tape.slopes, *of_losses)
+        taped = (self.tape.grads, self.tape.slopes, self.tape.steps.blend, *of_losses)
         fixed = nests.bytes_of(taped) + 3 * point_bytes
         budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0

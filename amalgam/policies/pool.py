@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from amalgam import nests
+from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
+from amalgam.lr_decays import LR_DECAYS, factor_at
 from amalgam.policies.teachers import AnyTeacher, Teacher, step_together
 
 _MEMBERS = tuple(name for name in vars(AnyTeacher) if not name.startswith("_"))
@@ -39,13 +41,18 @@ class Pool:
     Args:
         teachers: The teachers: :class:`Teacher`, :class:`TorchTeacher`, :class:`PolicyTeacher`, or
             any :class:`AnyTeacher`; a kind stands for the analytical one with default settings.
+        lr_decays: How each teacher's learning rate goes on over an episode, one of
+            :data:`amalgam.lr_decays.LR_DECAYS` a teacher; constant where absent. Meta-training
+            multiplies the updates by :meth:`lr_factors`; :meth:`step` does not.
 
     Raises:
         TypeError: ``teachers`` is a string, or one of them is no teacher.
-        ValueError: A kind that does not exist.
+        ValueError: A kind or a decay that does not exist, or not as many decays as teachers.
     """
 
-    def __init__(self, teachers: Sequence[AnyTeacher | str]) -> None:
+    def __init__(
+        self, teachers: Sequence[AnyTeacher | str], lr_decays: Sequence[str] | None = None
+    ) -> None:
         if isinstance(teachers, str):
             raise TypeError(f"teachers must be a sequence, as in [{teachers!r}], not a string")
         self.teachers: tuple[AnyTeacher, ...] = tuple(
@@ -53,6 +60,17 @@ class Pool:
         )
         for index, teacher in enumerate(self.teachers):
             _check(teacher, f"teachers[{index}]")
+        self.lr_decays = tuple(lr_decays or ["constant"] * len(self.teachers))
+        if len(self.lr_decays) != len(self.teachers):
+            raise ValueError(
+                f"lr_decays must be {len(self.teachers)}, a teacher each, not {self.lr_decays}"
+            )
+        for decay in self.lr_decays:
+            if decay not in LR_DECAYS:
+                raise ValueError(
+                    f"lr_decays must be of {list(LR_DECAYS)}, not {decay!r}"
+                    f"{did_you_mean(decay, LR_DECAYS)}"
+                )
         self._analytical = {k: t for k, t in enumerate(self.teachers) if isinstance(t, Teacher)}
         self._others = {k: t for k, t in enumerate(self.teachers) if k not in self._analytical}
 
@@ -62,11 +80,28 @@ class Pool:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The teachers' kinds, with their labels where a kind stands twice."""
+        """The teachers' kinds, with their labels and decays where a kind stands twice."""
         kinds = [teacher.kind for teacher in self.teachers]
         return tuple(
-            t.kind if kinds.count(t.kind) == 1 else f"{t.kind}({t.label})" for t in self.teachers
+            t.kind
+            if kinds.count(t.kind) == 1
+            else f"{t.kind}({t.label}{'' if decay == 'constant' else f', {decay}'})"
+            for t, decay in zip(self.teachers, self.lr_decays, strict=True)
         )
+
+    @property
+    def decays(self) -> bool:
+        """Whether any teacher's learning rate decays over an episode."""
+        return any(decay != "constant" for decay in self.lr_decays)
+
+    def lr_factors(self, step: int, horizon: int) -> list[float]:
+        """What is left of each teacher's learning rate at a step of an episode, a factor each.
+
+        Args:
+            step: The step, from 0, after the warm-up.
+            horizon: Steps of the episode.
+        """
+        return [factor_at(decay, step, horizon) for decay in self.lr_decays]
 
     @property
     def coordinatewise(self) -> bool:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from amalgam import dotted, ops
 from amalgam.hints import did_you_mean
+from amalgam.lr_decays import LRDecay
 from amalgam.meta import Repeat, perturbation
 from amalgam.meta.curriculum import STRATEGIES, choice_strategy, simple
 from amalgam.meta.estimators import ESTIMATORS
@@ -217,6 +218,22 @@ class MadeOnce:
 
 
 @dataclass(frozen=True)
+class AnalyticalTeacher(Teacher):
+    """An analytical teacher.
+
+    Attributes:
+        lr_decay: How its learning rate goes on over an episode, to zero unless constant.
+    """
+
+    lr_decay: LRDecay = "constant"
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher."""
+        return Teacher(self.kind, self.lr, self.beta1, self.beta2, self.eps)
+
+
+@dataclass(frozen=True)
 class TorchOptimizer(MadeOnce):
     """An optimizer of torch's interface as a teacher.
 
@@ -224,11 +241,13 @@ class TorchOptimizer(MadeOnce):
         kind: Its class, as in ``"torch.optim.Muon"``.
         arguments: Its arguments.
         others: ``kind`` and ``arguments`` of the optimizer for tensors that the first one refuses.
+        lr_decay: How its learning rate goes on over an episode, to zero unless constant.
     """
 
     kind: str
     arguments: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Any] | None = None
+    lr_decay: LRDecay = "constant"
 
     def __post_init__(self) -> None:
         """Refuse what can't be made."""
@@ -253,10 +272,12 @@ class PolicyFile(MadeOnce):
     Attributes:
         kind: ``"policy"``.
         file: A shipped policy's name, or a path.
+        lr_decay: How a factor on its updates goes on over an episode, to zero unless constant.
     """
 
     kind: str
     file: str
+    lr_decay: LRDecay = "constant"
 
     def __post_init__(self) -> None:
         """Refuse what can't be read."""
@@ -279,10 +300,12 @@ class OwnTeacher(MadeOnce):
         kind: The dotted path of its class, or of a function that makes it, such as
             ``"my.module.MyTeacher"``; see :class:`amalgam.policies.AnyTeacher`.
         arguments: Its arguments.
+        lr_decay: How a factor on its updates goes on over an episode, to zero unless constant.
     """
 
     kind: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    lr_decay: LRDecay = "constant"
 
     def __post_init__(self) -> None:
         """Refuse what can't be made."""
@@ -354,7 +377,10 @@ _STRATEGY_KINDS = {
     "simple": _preset(simple(), ("repeat_threshold",)),
     "choice": _preset(choice_strategy()),
 }
-_TEACHER_KINDS = {**{kind: Kind(Teacher) for kind in ops.KINDS}, "policy": Kind(PolicyFile)}
+_TEACHER_KINDS = {
+    **{kind: Kind(AnalyticalTeacher) for kind in ops.KINDS},
+    "policy": Kind(PolicyFile),
+}
 _ESTIMATOR_KINDS = {name: Kind(estimator) for name, estimator in ESTIMATORS.items()}
 _PERTURBATION_KINDS = {
     name: Kind(kind, settled=settled) for name, (kind, settled) in perturbation.KINDS.items()
@@ -384,5 +410,5 @@ ChoiceStrategy = Annotated[Chosen, PlainValidator(CHOICE_STRATEGY), CHOICE_STRAT
 AnyEstimator = Annotated[Chosen, PlainValidator(ESTIMATOR), ESTIMATOR]
 AnyPerturbation = Annotated[Chosen, PlainValidator(PERTURBATION), PERTURBATION]
 TeacherChoice = Annotated[
-    Teacher | TorchOptimizer | OwnTeacher | PolicyFile, PlainValidator(TEACHER), TEACHER
+    AnalyticalTeacher | TorchOptimizer | OwnTeacher | PolicyFile, PlainValidator(TEACHER), TEACHER
 ]

@@ -12,7 +12,7 @@ from amalgam import policies, tasks
 from amalgam.device import resolve
 from amalgam.meta import Amalgamation, Conditions, Memory, Stages, Training, Truncation
 from amalgam.meta.curriculum import choice_strategy
-from amalgam.policies import ChoiceConfig, Pool, Teacher
+from amalgam.policies import ChoiceConfig, Pool
 from amalgam.ranges import check_fields
 from amalgam.recipes.kinds import (
     CHOICE_STRATEGY,
@@ -197,7 +197,9 @@ class Recipe(MadeOnce):
         self.training.check_schedule(self.strategy.settings.meta_steps)
         names = self.pool.names
         if len(set(names)) < len(names):
-            raise ValueError(f"teachers must differ in kind or learning rate, not {list(names)}")
+            raise ValueError(
+                f"teachers must differ in kind, learning rate or decay, not {list(names)}"
+            )
         try:
             evaluated = [task.name for task in self.evaluation_tasks]
         except ValueError as error:
@@ -209,7 +211,7 @@ class Recipe(MadeOnce):
     @cached_property
     def pool(self) -> Pool:
         """The teachers; a choice that is to be trained first is not among them."""
-        return Pool([t if isinstance(t, Teacher) else t.teacher for t in self.teachers])
+        return Pool([t.teacher for t in self.teachers], [t.lr_decay for t in self.teachers])
 
     @cached_property
     def evaluation_tasks(self) -> tuple[Task, ...]:

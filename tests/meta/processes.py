@@ -8,7 +8,16 @@ from pathlib import Path
 
 from runs import Killed, LinearFamily, killer, linear_task, trainer
 
-from amalgam.meta import Amalgamation, Curriculum, MetaBatch, Stage, Stages, Training, distributed
+from amalgam.meta import (
+    Amalgamation,
+    Curriculum,
+    MetaBatch,
+    OnPolicy,
+    Stage,
+    Stages,
+    Training,
+    distributed,
+)
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 
 
@@ -78,21 +87,28 @@ def fewer_slots_than_processes(folder: Path) -> None:
     trainer(folder, training=training, strategy=strategy, perturbation=AdaptivePGD(1, 0.05)).run()
 
 
+ON_POLICY = Amalgamation(scale_spread=1.0, backend="reference", on_policy=OnPolicy(anneal_steps=3))
+
+
 def families(folder: Path, optimizees: int) -> None:
-    """All processes run the same episode, so of the same task."""
+    """All processes run the same episode, so of the same task; teachers act on-policy."""
     training = Training(optimizees=optimizees, validate_every=2, validation_steps=3)
     strategy = Stages((Stage(3, 1, 0.1), Stage(1, 2, 0.1)), 3)
-    trainer(folder, tasks=LinearFamily(), training=training, strategy=strategy).run()
+    trainer(
+        folder, tasks=LinearFamily(), training=training, strategy=strategy, amalgamation=ON_POLICY
+    ).run()
 
 
 def family_slots(folder: Path, cut: int | None = None) -> None:
-    """A family and a task; slots draw tasks of their own."""
+    """A family and a task; slots draw tasks, and teachers to execute, of their own."""
     training = Training(validate_every=2, validation_steps=3, checkpoint_every=1)
     strategy = MetaBatch(5, slots=3, unroll=2, shortest=2, longest=6, imitation_weight=0.1)
     tasks = [LinearFamily(), linear_task()]
 
     def make():
-        return trainer(folder, tasks=tasks, training=training, strategy=strategy)
+        return trainer(
+            folder, tasks=tasks, training=training, strategy=strategy, amalgamation=ON_POLICY
+        )
 
     if cut is not None:
         with contextlib.suppress(Killed):

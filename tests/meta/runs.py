@@ -120,7 +120,7 @@ def trainer(
     return Trainer(
         students or tiny_student(settings["seed"]),
         tasks or linear_task(),
-        Pool(pool),
+        pool if isinstance(pool, Pool) else Pool(pool),
         folder=folder,
         **settings,
     )

@@ -10,6 +10,7 @@ from runs import linear_task, metrics, policies, resumes_to_the_same_bits, tiny_
 
 from amalgam import recipes
 from amalgam.experiment import Experiment
+from amalgam.lr_decays import LR_DECAYS
 from amalgam.meta import (
     Amalgamation,
     Conditions,
@@ -20,7 +21,7 @@ from amalgam.meta import (
     Training,
     Unroll,
 )
-from amalgam.meta.conditions import LR_DECAYS, Drawn, StepConditions
+from amalgam.meta.conditions import Drawn, StepConditions
 from amalgam.policies import Pool
 from amalgam.recipes import RecipeError
 from amalgam.seeding import generator_for

@@ -34,6 +34,7 @@ from amalgam.meta import (
     Conditions,
     Memory,
     MetaBatch,
+    OnPolicy,
     PersistentEvolution,
     Repeat,
     Stage,
@@ -121,6 +122,12 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
         "validation": [LinearFamily("held out")],
     },
     "conditions": lambda: {"conditions": CONDITIONS},
+    "on-policy": lambda: {
+        "pool": Pool(every_teacher(), ["cosine"] * len(every_teacher())),
+        "amalgamation": Amalgamation(
+            on_policy=OnPolicy(anneal_steps=2), second_order=False, backend="reference"
+        ),
+    },
     "several tasks": lambda: {"tasks": [linear_task(), linear_task(3, "narrow")]},
     "convolutions": lambda: {"tasks": convolutional_task()},
     "segments": lambda: {"memory": Memory(segment=2, cells="bfloat16")},

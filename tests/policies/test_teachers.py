@@ -1,5 +1,6 @@
 """The teachers compute what the authors' code computes, one alone and all side by side."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,25 @@ def test_pool_names() -> None:
     assert pool.names == ("adam(0.01)", "adam(0.0002)", "sgd")
     assert len(pool) == 3
     assert pool.teachers[2] == Teacher("sgd")
+    pool = Pool(["adam", "adam", "sgd"], ["linear", "constant", "cosine"])
+    assert pool.names == ("adam(0.005, linear)", "adam(0.005)", "sgd")
+
+
+def test_rates_decay_over_the_horizon() -> None:
+    pool = Pool(["adam", "rmsprop", "sgd"], ("constant", "linear", "cosine"))
+    assert pool.decays
+    factors = [pool.lr_factors(step, 4) for step in (0, 1, 2)]
+    half = math.sqrt(0.5) / 2
+    expected = [[1, 1, 1], [1, 0.75, 0.5 + half], [1, 0.5, 0.5]]
+    for ours, theirs in zip(factors, expected, strict=True):
+        assert ours == pytest.approx(theirs)
+    assert not Pool(["adam"]).decays
+    with pytest.raises(ValueError, match=r"lr_decays must be 2, a teacher each, not \('linear',\)"):
+        Pool(["adam", "sgd"], ["linear"])
+    with pytest.raises(
+        ValueError, match="lr_decays must be of .* not 'cosin'; did you mean 'cosine"
+    ):
+        Pool(["adam"], ["cosin"])
 
 
 def test_empty_pool_steps_to_nothing() -> None:

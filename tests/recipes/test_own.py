@@ -195,7 +195,8 @@ def test_own_things_run_and_resume_to_the_same_bits(own, tmp_path) -> None:
     assert [result.name for result in results[0][:3]] == ["student", "sgd", "mine"]
     resolved = json.loads((tmp_path / "cut" / "recipe.json").read_text())["resolved"]
     assert resolved["tasks"][0]["arguments"] == {"samples": 50, "classes": 3}
-    teacher = {"kind": "own_things.MyTeacher", "arguments": {"decay": 0.01}}
+    arguments = {"arguments": {"decay": 0.01}, "lr_decay": "constant"}
+    teacher = {"kind": "own_things.MyTeacher", **arguments}
     assert resolved["teachers"][1] == teacher
     assert resolved["policy"]["kind"] == "own_things.MyPolicy"
     assert recipes.from_dict(resolved) == recipes.load(own)
