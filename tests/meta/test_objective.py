@@ -88,7 +88,7 @@ def assert_is_autograds(unroll: Unroll, on_held_out: bool = True, **how: Any) ->
         s = row // unroll.optimizees
         meta, imitation, params = naive_window(
             unroll.task, unroll.students[s], unroll.pool, unroll.amalgamation, begin, batches,
-            [weights[s]] * STEPS, row, conditions, held_out,
+            [weights[s]] * STEPS, row, conditions, held_out=held_out,
         )  # fmt: skip
         total = total + (meta + 0.3 * imitation) / unroll.optimizees
         assert torch.allclose(params, window.end.params[row], rtol=1e-12, atol=1e-14)
