@@ -17,9 +17,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -320,30 +319,40 @@ def info(
     for key, value in report.items():
         if key not in ("backends", "students"):
             _plain(f"{key}: {_listed(value)}")
-    students = [
+    _console.print(
+        "", _table_of_students(report["students"]), _table_of_backends(report["backends"])
+    )
+
+
+def _table_of_students(students: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
         (
             *(student["name"], student["kind"], f"{student['layers']} x {student['units']}"),
             *(f"{student['bytes_a_parameter']:g}", student["description"]),
         )
-        for student in report["students"]
-    ]
+        for student in students
+    )
     headings = ("student", "kind", "layers x units", "bytes a parameter", "what it is")
-    _console.print("", Table("students", headings, tuple(students), words=frozenset({1, 2, 4})))
-    rows = [
+    return Table("students", headings, rows, words=frozenset({1, 2, 4}))
+
+
+def _table_of_backends(backends: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
         (
-            *(status["name"], "yes" if status["works"] else "no"),
-            ", ".join(filter(partial(_is_operation, status["operations"]), status["operations"])),
-            status["reason"] or "",
+            *(backend["name"], "yes" if backend["works"] else "no"),
+            ", ".join(_whole(backend["operations"])),
+            backend["reason"] or "",
         )
-        for status in report["backends"]
-    ]
+        for backend in backends
+    )
     headings = ("backend", "works", "operations", "why not")
-    _console.print(Table("backends", headings, tuple(rows), words=frozenset({1, 2, 3})))
+    return Table("backends", headings, rows, words=frozenset({1, 2, 3}))
 
 
-def _is_operation(names: Collection[str], name: str) -> bool:
-    """Whether a kernel computes an operation, and is no part of one, as its backward is."""
-    return not name.endswith("_into") and name.removesuffix("_backward") not in {*names} - {name}
+def _whole(kernels: Sequence[str]) -> list[str]:
+    """The kernels that compute an operation, and are no part of one, as its backward is."""
+    parts = {f"{name}_backward" for name in kernels}
+    return [name for name in kernels if name not in parts and not name.endswith("_into")]
 
 
 def _listed(value: Any) -> str:
