@@ -15,8 +15,9 @@ import platform
 import shlex
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,10 +27,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from amalgam import ops, recipes, tasks, weight_files
 from amalgam.evaluation import commands
+from amalgam.evaluation.tables import Table
 from amalgam.extras import MissingExtra
 from amalgam.heap import keep_freed_memory
 from amalgam.optimizers import estimate_memory
@@ -44,8 +45,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Amalgamate optimizers: teachers in, one learned optimizer out.",
+    epilog="To begin with: amalgam train digits",
 )
 _console = Console()
+_WIDE_BAR = 100  # columns of a terminal that a progress bar with both losses needs
+_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 INTERRUPTED = 128 + signal.SIGINT
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
@@ -54,20 +58,46 @@ class _Terminated(SystemExit):
     """SIGTERM came; unlike other ends of the process, one that a run can go on after."""
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        about = describe()
+        _plain(f"amalgam {about['amalgam_version']} ({about['commit'] or 'commit unknown'})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe's name, or a path to a TOML file.")
+        str,
+        typer.Argument(
+            help="A shipped recipe's name (`amalgam info` lists them), or a path to a TOML file."
+        ),
     ],
-    out: Annotated[str | None, typer.Option(help="Run folder [default: runs/RECIPE-SEED]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run folder.", show_default="runs/RECIPE-SEED")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: strategy.unroll=20"),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, as strategy.unroll=20; repeatable."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:1 [default: the recipe's]")
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default="the recipe's")
     ] = None,
     own_code: Annotated[
         bool,
@@ -133,29 +163,9 @@ def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
 
     _plain(f"{name}: {run.recipe.description}\nrun folder: {folder}")
 
-    with Progress(
-        TextColumn("meta-training the {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("meta-loss {task.fields[meta]:+.3f}  imitation {task.fields[imitation]:+.3f}"),
-        TimeRemainingColumn(),
-        console=_console,
-    ) as progress:
-
-        def begin(what: str, meta_steps: int | None) -> None:
-            progress.add_task(what, total=meta_steps, meta=0.0, imitation=0.0)
-
-        def metrics(row: dict[str, Any]) -> None:
-            progress.update(
-                progress.task_ids[-1],
-                completed=row["meta_step"],
-                meta=_number(row["meta_loss"]),
-                imitation=_number(row["imitation_loss"]),
-            )
-
-        students = run.train(metrics, begin)
-        for bar, trained in zip(progress.task_ids, run.meta_steps, strict=True):
-            progress.update(bar, total=trained, completed=trained)
+    with _training_progress() as progress:
+        students = run.train(progress.report, progress.begin)
+        progress.end(run.meta_steps)
     distributed.leave()
 
     with _console.status("evaluating") as status:
@@ -166,6 +176,76 @@ def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
             _plain(between_replicates(results, len(students)))
     kept = "student.safetensors" if len(students) == 1 else "replicate-*/student.safetensors"
     _plain(f"student: {folder / kept}\nplots:   {folder / 'plots'}")
+
+
+class _Bars:
+    """Progress on a terminal: a bar for each policy that is trained."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+
+    def begin(self, what: str, meta_steps: int | None) -> None:
+        self._bars.add_task(what, total=meta_steps, meta=0.0, imitation=0.0)
+
+    def report(self, row: dict[str, Any]) -> None:
+        self._bars.update(
+            self._bars.task_ids[-1],
+            completed=row["meta_step"],
+            meta=_number(row["meta_loss"]),
+            imitation=_number(row["imitation_loss"]),
+        )
+
+    def end(self, meta_steps: Sequence[int]) -> None:
+        for bar, trained in zip(self._bars.task_ids, meta_steps, strict=True):
+            self._bars.update(bar, total=trained, completed=trained)
+
+
+class _Lines:
+    """Progress in a log file: a line at the beginning and the end of training, and now and then."""
+
+    def __init__(self) -> None:
+        self._said, self._of, self._last = time.monotonic(), "", ""
+
+    def begin(self, what: str, meta_steps: int | None) -> None:
+        self._finish()
+        self._of = "" if meta_steps is None else f" of {meta_steps}"
+        _plain(f"meta-training the {what}")
+
+    def report(self, row: dict[str, Any]) -> None:
+        self._last = (
+            f"meta-step {row['meta_step']}{self._of}: "
+            f"meta-loss {_number(row['meta_loss']):+.3f}, "
+            f"imitation {_number(row['imitation_loss']):+.3f}"
+        )
+        if time.monotonic() - self._said >= _EVERY:
+            self._finish()
+
+    def end(self, meta_steps: Sequence[int]) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._last:
+            _plain(self._last)
+        self._said, self._last = time.monotonic(), ""
+
+
+@contextmanager
+def _training_progress() -> Iterator[_Bars | _Lines]:
+    """What shows how far meta-training is."""
+    if not _console.is_terminal:
+        yield _Lines()
+        return
+    narrow = _console.width < _WIDE_BAR
+    imitation = "" if narrow else "  imitation {task.fields[imitation]:+.3f}"
+    with Progress(
+        TextColumn("{task.description}" if narrow else "meta-training the {task.description}"),
+        BarColumn(bar_width=10 if narrow else 20),
+        MofNCompleteColumn(),
+        TextColumn("meta-loss {task.fields[meta]:+.3f}" + imitation),
+        TimeRemainingColumn(),
+        console=_console,
+    ) as bars:
+        yield _Bars(bars)
 
 
 def _plain(text: str) -> None:
@@ -186,7 +266,7 @@ app.command("compare")(commands.compare_command)
 def convert(
     source: Annotated[Path, typer.Argument(help="An .npz, or a TensorFlow checkpoint's folder.")],
     dest: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    key: Annotated[str | None, typer.Option(help="Which student of an .npz: min-max/1")] = None,
+    key: Annotated[str | None, typer.Option(help="Which student of an .npz, as min-max/1.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST.")] = False,
 ) -> None:
     """Convert one of the paper's authors' released students into one of ours."""
@@ -238,26 +318,50 @@ def info(
         return
     for key, value in report.items():
         if key not in ("backends", "students"):
-            shown = ", ".join(value) if isinstance(value, list) else value
-            _console.print(f"{key}: {shown}", highlight=False)
-    students = Table("student", "kind", "layers x units", "bytes a parameter", "what it is")
-    for student in report["students"]:
-        size = f"{student['layers']} x {student['units']}"
-        state = f"{student['bytes_a_parameter']:g}"
-        students.add_row(
-            student["name"], student["kind"], size, state, escape(student["description"])
+            _plain(f"{key}: {_listed(value)}")
+    _console.print(
+        "", _table_of_students(report["students"]), _table_of_backends(report["backends"])
+    )
+
+
+def _table_of_students(students: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
+        (
+            *(student["name"], student["kind"], f"{student['layers']} x {student['units']}"),
+            *(f"{student['bytes_a_parameter']:g}", student["description"]),
         )
-    _console.print(students)
-    table = Table("backend", "works", "operations", "why not")
-    for status in report["backends"]:
-        forward = [name for name in status["operations"] if not name.endswith("_backward")]
-        table.add_row(
-            status["name"],
-            "yes" if status["works"] else "no",
-            ", ".join(forward),
-            status["reason"] or "",
+        for student in students
+    )
+    headings = ("student", "kind", "layers x units", "bytes a parameter", "what it is")
+    return Table("students", headings, rows, words=frozenset({1, 2, 4}))
+
+
+def _table_of_backends(backends: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
+        (
+            *(backend["name"], "yes" if backend["works"] else "no"),
+            ", ".join(_whole(backend["operations"])),
+            backend["reason"] or "",
         )
-    _console.print(table)
+        for backend in backends
+    )
+    headings = ("backend", "works", "operations", "why not")
+    return Table("backends", headings, rows, words=frozenset({1, 2, 3}))
+
+
+def _whole(kernels: Sequence[str]) -> list[str]:
+    """The kernels that compute an operation, and are no part of one, as its backward is."""
+    parts = {f"{name}_backward" for name in kernels}
+    return [name for name in kernels if name not in parts and not name.endswith("_into")]
+
+
+def _listed(value: Any) -> str:
+    """A value of the report in a line."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_listed(one)}" for name, one in value.items())
+    return str(value)
 
 
 def _about(name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed
 
-from amalgam import Student, cli, experiment
+from amalgam import Student, __version__, cli, experiment
 from amalgam.meta import replicate, trainer
 from amalgam.policies import Choice, load_policy
 
@@ -562,5 +562,51 @@ def test_info(wide) -> None:
     assert students["digits"]["description"].startswith("Adam and RMSProp into one student")
     text = wide("info")
     assert "reference" in text
+    assert "student_step_, student_unroll_backward, teacher_distance, teacher_step\n" in text
+    assert "_into" not in text
     assert "student_step" in text
     assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student by its", text)
+
+
+def test_a_newcomer_on_a_narrow_terminal(here) -> None:
+    """Defaults are shown, tables fit, and there is a version."""
+    for arguments, shown in (
+        (["--help"], ["amalgam train digits", "--version"]),
+        (["train", "--help"], ["runs/RECIPE-SEED", "the recipe's", "amalgam info"]),
+        (["evaluate", "--help"], ["one a core", "0.25,1,4,10", "the user's cache"]),
+        (["compare", "--help"], ["the first other", "the horizon"]),
+    ):
+        code, out, _ = here(*arguments)
+        assert code == 0
+        text = re.sub(r"[\s│]+", " ", out)
+        for words in shown:
+            assert words in text
+        assert max(map(len, out.splitlines())) <= 60
+    code, out, _ = here("info")
+    tables_begin = out.index("\nstudents\n")
+    assert max(map(len, out[tables_begin:].splitlines())) <= 60
+    code, out, _ = here("--version")
+    assert out.startswith(f"amalgam {__version__} (")
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_progress_on_a_terminal_is_not_cut(width, tiny, tmp_path, here, monkeypatch) -> None:
+    console = cli.Console(width=width, force_terminal=True, record=True)
+    monkeypatch.setattr(cli, "_console", console)
+    assert here("train", tiny, "--out", tmp_path / "run", *SHORT)[0] == 0
+    text = console.export_text()
+    (line,) = {line.rstrip() for line in text.splitlines() if "meta-loss" in line}
+    assert "…" not in line
+    assert ("imitation" in line) == (width == 120)
+
+
+def test_progress_in_a_log_file(tiny, tmp_path, here, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "_EVERY", 0.0)
+    short = ["--set", "strategy.stages=[{episodes=3}]", *SHORT[2:]]
+    code, out, _ = here("train", tiny, "--out", tmp_path / "run", *short)
+    assert code == 0
+    begins = out.index("meta-training the student\n")
+    lines = re.findall(r"^meta-step (\d+) of (\d+): meta-loss [+-]", out[begins:], re.MULTILINE)
+    assert len(lines) > 1
+    assert [int(step) for step, _ in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1][0] == lines[-1][1]

@@ -48,7 +48,8 @@ def evaluate_command(
         typer.Option(
             metavar="NAME[:KEY=VALUE]",
             help="Tasks or groups of tasks, with commas between them or the option given again; "
-            "the dotted path of your own [default: paper, or short]",
+            "the dotted path of your own.",
+            show_default="paper, or with --short short",
         ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for tables, curves and report.")] = None,
@@ -59,25 +60,38 @@ def evaluate_command(
         str, typer.Option(help="tuned, or paper: its 25 epochs, ten runs, its teachers.")
     ] = "tuned",
     horizon: Annotated[
-        int | None, typer.Option(min=1, help="Steps that budgets are multiples of.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps that budgets are multiples of.",
+            show_default="1000, or with --short 100",
+        ),
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Multiples of the horizon to read at: 0.25,1,4")
+        str | None,
+        typer.Option(
+            help="Multiples of the horizon to read at.",
+            show_default="0.25,1,4,10, or with --short 0.25,1",
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each contender.")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of each contender.", show_default="5, or with --short 2"),
+    ] = None,
     decays: Annotated[
-        str | None, typer.Option(help="How rates go on: constant,linear or one of them")
+        str | None, typer.Option(help="How rates go on.", show_default="constant,linear")
     ] = None,
     teacher: Annotated[
         list[str] | None, typer.Option(help="A teacher to compare with, at the paper's rate.")
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs side by side, a thread each [default: one a core]"),
+        typer.Option(min=1, help="Runs side by side, a thread each.", show_default="one a core"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Where runs are kept [default: the user's cache folder]")
+        Path | None,
+        typer.Option(help="Where runs are kept.", show_default="the user's cache folder"),
     ] = None,
 ) -> None:
     """Compare students with tuned baselines; stopped, the same command goes on where it was."""
@@ -153,13 +167,14 @@ def compare_command(
         list[Path], typer.Argument(help="Folders that `amalgam evaluate --out` wrote.")
     ],
     reference: Annotated[
-        str | None, typer.Option(help="Whom to compare with [default: the first other student]")
+        str | None,
+        typer.Option(help="Whom to compare with.", show_default="the first other student"),
     ] = None,
     contender: Annotated[
-        list[str] | None, typer.Option(help="Whom to compare [default: the other students]")
+        list[str] | None, typer.Option(help="Whom to compare.", show_default="the other students")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps to compare after [default: the horizon]")
+        int | None, typer.Option(min=1, help="Steps to compare after.", show_default="the horizon")
     ] = None,
 ) -> None:
     """Compare optimizers task by task and over all, paired over the seeds that they share."""

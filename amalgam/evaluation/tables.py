@@ -39,6 +39,7 @@ class Table:
         rows: The cells.
         best: The indices of the rows that stand out.
         notes: Sentences below it.
+        words: The indices of the columns of words, which stand to the left, as the first one does.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     best: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+    words: frozenset[int] = frozenset()
 
     def text(self, width: int = 100, *, ascii_only: bool = False) -> str:
         """As plain text: in columns, or a block of lines for each row where they do not fit.
@@ -106,7 +108,7 @@ class Table:
         if sum(widths) + 2 * (len(widths) - 1) <= width:
             for index, row in enumerate([headings, *rows]):
                 cells = (
-                    cell.rjust(size) if column else cell.ljust(size)
+                    cell.rjust(size) if column and column not in self.words else cell.ljust(size)
                     for column, (cell, size) in enumerate(zip(row, widths, strict=True))
                 )
                 yield "  ".join(cells).rstrip(), "bold" if index - 1 in self.best else ""

@@ -1,0 +1,341 @@
+"""Writes the tables and the picture of README.md and docs/ from committed rows.
+
+python docs/tables.py          # writes what has changed
+python docs/tables.py --check  # writes nothing; exit code 1 where rows give another table
+
+In Markdown a line ``<!-- table: KIND ARGUMENT... -->`` begins a table and ``<!-- end -->`` ends it.
+KIND is a key of :data:`KINDS`; the arguments are its function's, and paths are the repository's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from amalgam.evaluation import Evaluation, report, tables
+from amalgam.files import whole
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table: ([^\n]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+EVALUATION = "bench/results/evaluations/short-epyc-2-cores"
+
+
+def pages() -> list[Path]:
+    """The Markdown files that may hold tables."""
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
+    return sorted(found)
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text, and whose others are numbers."""
+    lines = [f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _rows_of(path: str) -> Any:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def evaluation(folder: str, decay: str = "") -> str:
+    """The table over all tasks of an evaluation.
+
+    Args:
+        folder: What ``amalgam evaluate --out`` wrote.
+        decay: ``"constant"`` leaves out the runs whose rate falls to zero.
+    """
+    table = tables.over_all_tasks(report.read(ROOT / folder))
+    rows = [row for row in table.rows if decay != "constant" or not row[0].endswith(", linear")]
+    return _markdown(table.headings, rows)
+
+
+def task(folder: str, name: str, *columns: str) -> str:
+    """One task's table of an evaluation.
+
+    Args:
+        folder: What ``amalgam evaluate --out`` or ``amalgam train`` wrote.
+        name: The task's.
+        columns: The first words of the headings to show beside the optimizer's; all by default.
+    """
+    found = report.read(ROOT / folder)
+    index = [about.name for about in found.tasks].index(name)
+    table = report.tables_of(found)[index]
+    shown = [
+        at
+        for at, heading in enumerate(table.headings)
+        if at == 0 or not columns or heading.replace(" ", "-").startswith(columns)
+    ]
+    cells = [[row[at] for at in shown] for row in table.rows]
+    return _markdown([table.headings[at] for at in shown], cells)
+
+
+def ablations(path: str) -> str:
+    """The table of ``bench/ablations.py``."""
+    module = _module("bench/ablations.py")
+    return str(module.table(module.read(ROOT / path))) + "\n"
+
+
+def _module(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def from_markdown(path: str) -> str:
+    """The table of a Markdown file that a script wrote beside its rows."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if line.startswith("|")) + "\n"
+
+
+def step_in_place(path: str, with_huge_pages: str) -> str:
+    """The step in place of the paper's student beside PyTorch's.
+
+    Args:
+        path: Rows of ``bench/bench_student_step.py``.
+        with_huge_pages: The same, run with ``THP_MEM_ALLOC_ENABLE=1``.
+    """
+    rows = []
+    for name, file in (
+        ("step in place", path),
+        ("the same where PyTorch uses huge pages", with_huge_pages),
+    ):
+        found = {
+            facts["backend"]: facts["ns_per_coordinate"]
+            for facts in (each["extra_info"] for each in _rows_of(file)["benchmarks"])
+            if (facts["operation"], facts["n"], facts["threads"]) == ("student_step_", 2**20, 2)
+        }
+        slow = (f"{found[backend]:,.0f}" for backend in ("compiled", "eager"))
+        rows.append([name, f"{found['cpu']:.1f}", *slow])
+    return _markdown(["", "`cpu`", "`torch.compile`", "eager PyTorch"], rows)
+
+
+def nominal_steps(path: str) -> str:
+    """Steps in place of nominal students, the paper's and AdamW, with two threads."""
+    names = {
+        f"1 x {units}": f"nominal 1x{units}, cells float32, moments float32" for units in (4, 8, 16)
+    }
+    names |= {
+        "2 x 20, the paper's": "RNNProp 2x20",
+        "AdamW, foreach": "adamw_foreach",
+        "AdamW, fused": "adamw_fused",
+    }
+    rows = []
+    for each in _rows_of(path)["nominal"]["benchmarks"]:
+        facts = each["extra_info"]
+        if facts["threads"] == 2:
+            least = facts["least_ns_per_coordinate"]
+            rows.append(
+                [
+                    f"{facts['n']:,}",
+                    *(
+                        f"{least[key]:.2f}" if least[key] < 1 else f"{least[key]:.1f}"
+                        for key in names.values()
+                    ),
+                ]
+            )
+    return _markdown(["coordinates", *names], rows)
+
+
+def gpu_step(path: str, n: str) -> str:
+    """Steps in place on a GPU, in a CUDA graph, by the CUDA kernels.
+
+    Args:
+        path: The rows of ``bench/on_gpu.py``.
+        n: How many coordinates.
+    """
+    rows = []
+    for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        backend, _, permitted = row.get("backend", "").partition(":")
+        if row.get("phase") != "speed" or row.get("n") != int(n):
+            continue
+        if row["operation"] == "student_step_" and backend == "cuda":
+            cells = [row["student"].replace("x", " x "), row["cells"]]
+            cells.append(f"`{permitted}`" if permitted else "nothing: errs as float32")
+        elif row["operation"] == "AdamW fused":
+            cells = ["PyTorch's fused AdamW", "", ""]
+        else:
+            continue
+        rows.append([*cells, f"{row['ns_per_coordinate']:.3f}", f"{row['share_of_copy']:.0%}"])
+    return _markdown(["student", "cells", "permitted", "ns a coordinate", "share of a copy"], rows)
+
+
+def unroll_memory(path: str) -> str:
+    """Bytes that windows of the MLP keep, and milliseconds a step."""
+    cases: dict[str, dict[str, Any]] = {
+        "eager": {"engine": "eager"},
+        "all kept": {},
+        "`budget` of 40, 100, 220 MB": {"budget": ("40MB", "100MB", "220MB")},
+        "`budget` of 60 MB": {"budget": ("60MB",), "cells": None},
+        "first order": {"order": 1},
+    }
+    rows = []
+    for name, asked in cases.items():
+        found = {
+            row["steps"]: row
+            for row in _rows_of(path)["rows"]
+            if row["task"] == "mlp" and not row["keep_freed_memory"] and _is(row, asked)
+        }
+        cells = [
+            f"{found[steps]['bytes_per_coordinate_and_step']:,.0f} "
+            f"({found[steps]['grown_bytes_per_coordinate_and_step']:,.0f})"
+            if steps in found
+            else ""
+            for steps in (20, 100, 500)
+        ]
+        rows.append([name, *cells, f"{found[100]['milliseconds_per_step']:.1f}"])
+    headings = ["MLP 784-20-10, 15,910 coordinates", "T = 20", "T = 100", "T = 500"]
+    return _markdown([*headings, "ms per step at T = 100"], rows)
+
+
+def _is(row: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a row has the settings asked for, and no others that change what is kept."""
+    for key in ("engine", "budget", "order", "cells"):
+        wanted = asked.get(key)
+        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+        if row.get(key) not in allowed:
+            return False
+    return True
+
+
+def unroll_time(path: str) -> str:
+    """Milliseconds a step, where freed memory is kept."""
+    found = {
+        (row["task"], row.get("engine"), row.get("replicates")): row["milliseconds_per_step"]
+        for row in _rows_of(path)["rows"]
+        if row["keep_freed_memory"]
+    }
+    rows = []
+    for name, of in (
+        ("that MLP, T = 100", "mlp"),
+        ("MLP of 1,000,915 coordinates, T = 5", "million"),
+        ("the paper's CNN, 18,122 coordinates, T = 20", "cnn"),
+    ):
+        each = (found[of, engine, None] for engine in ("ours", "eager", "floor"))
+        rows.append([name, *map(_milliseconds, each)])
+    for name, of in (
+        ("digits MLP, one replicate / eight as rows", "digits-mlp"),
+        ("digits CNN, one replicate / eight one after another", "digits-cnn"),
+    ):
+        both = " / ".join(_milliseconds(found[of, None, count]) for count in (1, 8))
+        rows.append([name, both, "", ""])
+    return _markdown(
+        ["ms per step, freed memory kept", "ours", "eager", "the optimizees' own passes"], rows
+    )
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "evaluation": evaluation,
+    "task": task,
+    "ablations": ablations,
+    "from-markdown": from_markdown,
+    "step-in-place": step_in_place,
+    "nominal-steps": nominal_steps,
+    "gpu-step": gpu_step,
+    "unroll-memory": unroll_memory,
+    "unroll-time": unroll_time,
+}
+"""What a table may be made by."""
+
+
+def written(text: str) -> str:
+    """A page with every table as its rows give it."""
+
+    def table(match: re.Match[str]) -> str:
+        begin, asked, _, end = match.groups()
+        kind, *arguments = asked.split()
+        return f"{begin}\n{KINDS[kind](*arguments)}\n{end}"
+
+    return MARKED.sub(table, text)
+
+
+def compared(found: Evaluation) -> list[tuple[str, str]]:
+    """What the picture shows: optimizers at constant rates and their losses, the worst first."""
+    table = tables.over_all_tasks(found)
+    at = 1 + found.horizon
+    shown = [(row[0], row[at]) for row in table.rows if not row[0].endswith(", linear")]
+    return sorted(shown, key=lambda row: float(row[1].split()[0]), reverse=True)
+
+
+def described(folder: str = EVALUATION) -> str:
+    """The picture's numbers as text, which its file carries."""
+    return "\n".join(" ".join(row) for row in compared(report.read(ROOT / folder)))
+
+
+def picture(folder: str = EVALUATION) -> Figure:
+    """Every optimizer's loss over tuned Adam's, over all tasks, with its interval.
+
+    Args:
+        folder: What ``amalgam evaluate --out`` wrote.
+    """
+    found = report.read(ROOT / folder)
+    shown = compared(found)
+    students = {one.name for one in found.results[0][0] if one.kind == "student"}
+    figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    for place, row in enumerate(shown):
+        value, low, high = (float(number) for number in re.findall(r"[\d.]+", row[1]))
+        colour = "#3b6fd4" if row[0] in students else "#7d8794"
+        ax.plot([low, high], [place, place], color=colour, lw=5, alpha=0.35, solid_capstyle="butt")
+        ax.plot(value, place, "o", color=colour, ms=7)
+    ax.set_yticks(range(len(shown)), [row[0] for row in shown])
+    for label, row in zip(ax.get_yticklabels(), shown, strict=True):
+        if row[0] in students:
+            label.set(color="#3b6fd4", fontweight="bold")
+    ax.axvline(1, color="black", lw=0.8, ls=":")
+    ax.set_xlabel(
+        f"validation loss after {found.protocol.horizon} steps over tuned Adam's; less is better"
+    )
+    ax.set_title(
+        f"Constant rates; students untuned, others tuned: {len(found.tasks)} tasks, "
+        f"{found.protocol.seeds} seeds",
+        fontsize=11,
+    )
+    ax.grid(axis="x", alpha=0.25)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return figure
+
+
+def main() -> int:
+    """Write the pages whose tables have changed, and the picture, or say which would change."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = 0
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        new = written(text)
+        if new == text:
+            continue
+        stale += 1
+        print(f"{page.relative_to(ROOT)}: {'rows give other tables' if check else 'written'}")
+        if not check:
+            with whole(page) as beside:
+                beside.write_text(new, encoding="utf-8")
+    if not check:
+        with whole(ROOT / "docs" / "optimizers.png") as beside:
+            metadata = {"Description": described()}
+            picture().savefig(beside, dpi=120, format="png", metadata=metadata)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
