@@ -481,27 +481,40 @@ def test_hooks_of_state_dicts_are_honoured() -> None:
 
 
 @pytest.mark.parametrize("make", STUDENTS)
-@pytest.mark.parametrize(("cells", "beside"), [(torch.float32, 0), (torch.int8, 1)])
-def test_units_apart_have_the_parameters_shape_and_load(
-    make: Make, cells: torch.dtype, beside: int
-) -> None:
-    """For what takes no state but tensors like the parameter."""
-    optimizer, params = stepped(make, cells_dtype=cells)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cells_dtype": torch.int8},
+        {
+            "cells_dtype": torch.bfloat16,
+            "moments_dtype": torch.bfloat16,
+            "rounding": "stochastic",
+        },
+    ],
+)
+def test_units_apart_have_the_parameters_shape_and_load(make: Make, how: dict[str, Any]) -> None:
+    """For what takes no state but tensors like the parameter, and of one dtype."""
+    optimizer, params = stepped(make, **how)
     optimizer.register_state_dict_post_hook(separate_units)
     apart = optimizer.state_dict()
-    layers, hidden = optimizer.config.layers, optimizer.config.hidden + beside
+    layers, hidden = optimizer.config.layers, optimizer.config.hidden
     for entry, param in zip(apart["state"].values(), params, strict=True):
         assert len(entry) == 3 + 2 * layers * hidden
         assert all(value.shape == param.shape for name, value in entry.items() if name != "step")
         part = entry[f"h.{layers - 1}.{hidden - 1}"]
-        assert torch.equal(part, optimizer.state[param]["h"][..., -1, -1])
+        assert {value.dtype for value in entry.values()} == {torch.float32}
+        exact = numbers_of(planar_cells(optimizer.state[param]["h"])).float()[-1, -1]
+        assert torch.equal(part, exact)
         assert part.is_contiguous()
     twins = [nn.Parameter(p.detach().clone()) for p in params]
-    resumed = AmalgamatedOptimizer(twins, student=apart, cells_dtype=cells)
+    resumed = AmalgamatedOptimizer(twins, student=apart, **how)
     resumed.load_state_dict(apart)
     for one in (optimizer, resumed):
         run(one, range(4, 7))
     assert all(map(torch.equal, params, twins))
+    for ours, theirs in zip(resumed.state.values(), optimizer.state.values(), strict=True):
+        assert torch.equal(ours["h"], theirs["h"])
     del apart["state"][0]["c.0.1"]
     with pytest.raises(ValueError, match=r"state of params\[0\] .* lacks \['c'\]"):
         resumed.load_state_dict(apart)

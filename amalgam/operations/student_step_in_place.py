@@ -106,7 +106,8 @@ class StudentTensors:
         It is not kept that they do: they may be others in every step.
         """
         like = self.computed_like(weights)
-        check_weights(weights, units_of(self.h[0]), like, settings, ())
+        h = self.h[0]
+        check_weights(weights, units_of(h) if h.dim() > 1 else h, like, settings, ())
         check_tensors(settings, weights[2], None, like)
         if settings.corrections is not None and len(settings.corrections) != len(self.params):
             raise ValueError(

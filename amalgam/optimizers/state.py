@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.operations.cell_codes import decoded, encoded
+from amalgam.operations.cell_codes import decoded, encoded, numbers_of
 from amalgam.ops import StudentState
 from amalgam.optimizers.sharding import Sharding, sharding_of
 
@@ -168,8 +168,9 @@ def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]
 
     A hook for :meth:`torch.optim.Optimizer.register_state_dict_post_hook`, for what takes no other
     tensors, as FSDP1's ``optim_state_dict`` does: "h" becomes "h.0.0" and so on, a tensor for each
-    layer and unit, and of codes for their scale, of the same memory. :class:`AmalgamatedOptimizer`
-    loads either.
+    layer and unit, which shares the state's memory. What is narrower than float32 becomes that,
+    exactly, for FSDP1 takes no integers, and one dtype for all the state of a parameter.
+    :class:`AmalgamatedOptimizer` loads either.
 
     Args:
         optimizer: The optimizer; not used.
@@ -181,10 +182,17 @@ def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]
     state = {}
     for key, entry in state_dict["state"].items():
         state[key] = {name: value for name, value in entry.items() if name not in _CELLS}
+        state[key] |= {name: _wide(entry[name]) for name in ("m", "v") if name in entry}
         for name in _CELLS:
-            for layer, units in enumerate(planar(entry[name]) if name in entry else ()):
+            cells = _wide(planar(entry[name])) if name in entry else ()
+            for layer, units in enumerate(cells):
                 state[key] |= {f"{name}.{layer}.{unit}": part for unit, part in enumerate(units)}
     return state_dict | {"state": state}
+
+
+def _wide(stored: Tensor) -> Tensor:
+    """What is stored, as float32 where it is narrower."""
+    return stored.float() if stored.dtype == torch.bfloat16 else numbers_of(stored)
 
 
 def joined_units(entry: Mapping[str, Any], architecture: tuple[int, int]) -> dict[str, Any]:
@@ -197,11 +205,10 @@ def joined_units(entry: Mapping[str, Any], architecture: tuple[int, int]) -> dic
     layers, hidden = architecture
     joined = dict(entry)
     for name in _CELLS:
-        columns = hidden + (f"{name}.0.{hidden}" in joined)  # codes have their scale after them
-        names = [f"{name}.{layer}.{unit}" for layer in range(layers) for unit in range(columns)]
+        names = [f"{name}.{layer}.{unit}" for layer in range(layers) for unit in range(hidden)]
         if name not in joined and all(part in joined for part in names):
             rows = torch.stack([joined.pop(part) for part in names])
-            joined[name] = shape_first(rows.unflatten(0, (layers, columns)))
+            joined[name] = shape_first(rows.unflatten(0, architecture))
     return joined
 
 

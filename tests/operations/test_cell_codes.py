@@ -239,6 +239,7 @@ def test_what_no_backend_takes_is_refused() -> None:
     refused("state.c must have shape", codes._replace(c=state.c))
     refused("state.h must have shape", codes, state)
     refused(r"begin with .* = \(2, 4\)", state._replace(h=state.h.to(INT8), c=state.c.to(INT8)))
+    refused("begin with", state._replace(h=torch.zeros(3, dtype=INT8), c=state.c.to(INT8)))
     double = [weight.double() for weight in weights]
     refused(
         "state.h must be torch.float64",
