@@ -339,7 +339,7 @@ def of_another_optimizer(state_dict: dict[str, Any]) -> None:
     ("spoil", "named"),
     [
         (without("c"), r"state of params\[3\] .* lacks \['c'\]"),
-        (shortened, r"state\.c of params\[3\] .* must have shape \(4, 3, 2, 2, 1, 4\), not \(3,"),
+        (shortened, r"state\.c of params\[3\] .* 2, 1, 4\), or as codes .* 1, 5\), not \(3,"),
         (of_another_kind, r"state\.v of params\[3\] .* not str"),
         (with_a_negative_rate, "lr must be 0 or more and finite, not -1.0"),
         (with_a_wrong_rounding, "not 'stochastik'; did you mean 'stochastic'"),

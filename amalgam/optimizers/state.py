@@ -126,7 +126,8 @@ class StateFormat(NamedTuple):
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         codes = (*shape[:-1], shape[-1] + 1) if name in _CELLS else None
         if found not in (shape, codes):
-            raise ValueError(f"state.{name} of {of()} must have shape {shape}, not {found}")
+            wanted = f"{shape}, or as codes {codes}" if codes else shape
+            raise ValueError(f"state.{name} of {of()} must have shape {wanted}, not {found}")
         value = value.detach() if value.requires_grad else value
         part = self._part(name, value, of)
         if name in _CELLS:
