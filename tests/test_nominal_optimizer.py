@@ -256,7 +256,6 @@ def test_rounding_is_checked_in_every_group() -> None:
         {},
         {"cells_dtype": torch.bfloat16},
         {"narrow": True},
-        {"cells_dtype": torch.int8},
         {"cells_dtype": torch.int8, "rounding": "stochastic"},
     ],
 )
