@@ -289,6 +289,7 @@ NOMINAL = [
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
         (torch.bfloat16, torch.bfloat16),
+        (torch.int8, torch.float32),
     )
 ]
 

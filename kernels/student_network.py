@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from amalgam.kernels import lstm, lstm_weights
+from amalgam.kernels.cell_codes import coded, exponents_of, inverses_of, magnitude_of, scales_of
 from amalgam.kernels.configurations import FEW, FEW_OF_NOMINAL, PLAIN
 from amalgam.kernels.lstm import (
     cell,
@@ -326,6 +327,40 @@ def _small_cell(
 
 
 @triton.jit
+def _store_codes(
+    new_h,
+    new_c,
+    h,  # HIDDEN of (BLOCK,)
+    c,
+    inside,
+    at,
+    n,
+    key,
+    LAYER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Stores a layer's h and c as codes."""
+    largest_h = magnitude_of(h[0])
+    largest_c = magnitude_of(c[0])
+    for unit in tl.static_range(1, HIDDEN):
+        largest_h = tl.maximum(largest_h, magnitude_of(h[unit]))
+        largest_c = tl.maximum(largest_c, magnitude_of(c[unit]))
+    inverse_h = inverses_of(largest_h)
+    inverse_c = inverses_of(largest_c)
+    for unit in tl.static_range(HIDDEN):
+        here = at + tl.full((), LAYER * (HIDDEN + 1) + unit, at.dtype) * n
+        bits = at
+        if STOCHASTIC:
+            bits = random_bits(key, tl.full((), LAYER * HIDDEN + unit, tl.int32), at)
+        tl.store(new_h + here, coded(h[unit], inverse_h, bits >> 16, STOCHASTIC), mask=inside)
+        tl.store(new_c + here, coded(c[unit], inverse_c, bits & 0xFFFF, STOCHASTIC), mask=inside)
+    scale_at = at + tl.full((), LAYER * (HIDDEN + 1) + HIDDEN, at.dtype) * n
+    tl.store(new_h + scale_at, exponents_of(largest_h), mask=inside)
+    tl.store(new_c + scale_at, exponents_of(largest_c), mask=inside)
+
+
+@triton.jit
 def _small_layers(
     packed,
     inside,
@@ -349,28 +384,48 @@ def _small_layers(
 ):
     """The layers of few units, without tensor cores; returns the head's outputs, of (BLOCK,)."""
     TYPE: tl.constexpr = new_h.dtype.element_ty
+    CODES: tl.constexpr = tl.int8 == TYPE
+    ROWS: tl.constexpr = HIDDEN + 1 if CODES else HIDDEN
     x = features  # unused by the first layer
     for layer in tl.static_range(LAYERS):
+        scale_at = at + tl.full((), layer * ROWS + HIDDEN, at.dtype) * n
+        if CODES:
+            scale_h = scales_of(tl.load(h + scale_at, mask=inside, other=0))
+            scale_c = scales_of(tl.load(c + scale_at, mask=inside, other=0))
         old_h = ()
         old_c = ()
         # All loads come before the first store, since none may move ahead of it.
         for unit in tl.static_range(HIDDEN):
-            here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
-            old_h = old_h + (tl.load(h + here, mask=inside, other=0.0).to(tl.float32),)
-            old_c = old_c + (tl.load(c + here, mask=inside, other=0.0).to(tl.float32),)
+            here = at + tl.full((), layer * ROWS + unit, at.dtype) * n
+            unit_h = tl.load(h + here, mask=inside, other=0.0).to(tl.float32)
+            unit_c = tl.load(c + here, mask=inside, other=0.0).to(tl.float32)
+            if CODES:
+                unit_h *= scale_h
+                unit_c *= scale_c
+            old_h = old_h + (unit_h,)
+            old_c = old_c + (unit_c,)
         outputs = ()
+        cells = ()
         for unit in tl.static_range(HIDDEN):
-            here = at + tl.full((), layer * HIDDEN + unit, at.dtype) * n
+            here = at + tl.full((), layer * ROWS + unit, at.dtype) * n
             output, cell = _small_cell(
                 packed, bias, x, old_h, old_c[unit], features, unit,
                 layer, HIDDEN, FEATURES, UNITS, NOMINAL, PTX, APPROXIMATE,
             )  # fmt: skip
             outputs = outputs + (output,)
-            bits = at
-            if STOCHASTIC:
-                bits = random_bits(key, tl.full((), layer * HIDDEN + unit, tl.int32), at)
-            tl.store(new_h + here, stored(output, bits >> 16, TYPE, STOCHASTIC), mask=inside)
-            tl.store(new_c + here, stored(cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=inside)
+            if CODES:
+                cells = cells + (cell,)
+            else:
+                bits = at
+                if STOCHASTIC:
+                    bits = random_bits(key, tl.full((), layer * HIDDEN + unit, tl.int32), at)
+                tl.store(new_h + here, stored(output, bits >> 16, TYPE, STOCHASTIC), mask=inside)
+                tl.store(new_c + here, stored(cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=inside)
+        if CODES:
+            _store_codes(
+                new_h, new_c, outputs, cells, inside, at, n, key,
+                layer, HIDDEN, STOCHASTIC,
+            )  # fmt: skip
         x = outputs
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, True)
     OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
@@ -448,13 +503,19 @@ def _layers(
 ):
     """Writes the new h and c and returns the head's outputs, of (BLOCK,)."""
     TYPE: tl.constexpr = new_h.dtype.element_ty
+    CODES: tl.constexpr = tl.int8 == TYPE
+    ROWS: tl.constexpr = HIDDEN + 1 if CODES else HIDDEN
     unit = tl.arange(0, UNITS)
     used = (unit < HIDDEN)[:, None] & inside[None, :]
     x = tl.zeros((UNITS, BLOCK), tl.float32)
     for layer in tl.static_range(LAYERS):
-        rows = rows_of(layer, HIDDEN, UNITS, at, n)
+        rows = rows_of(layer, ROWS, UNITS, at, n)
+        scale_at = at + tl.full((), layer * ROWS + HIDDEN, at.dtype) * n
         old_h = tl.load(h + rows, mask=used, other=0.0).to(tl.float32)
         old_c = tl.load(c + rows, mask=used, other=0.0).to(tl.float32)
+        if CODES:
+            old_h *= scales_of(tl.load(h + scale_at, mask=inside, other=0))[None, :]
+            old_c *= scales_of(tl.load(c + scale_at, mask=inside, other=0))[None, :]
         if FOLDED:
             old_h = with_inputs(old_h, features, layer, HIDDEN, FEATURES, UNITS)
         _i, _f, _a, o, new_cell, squashed = student_cell(
@@ -466,8 +527,18 @@ def _layers(
         if STOCHASTIC:
             bits = random_bits(key, (layer * HIDDEN + unit)[:, None], at[None, :])
         wait_for_loads()
-        tl.store(new_h + rows, stored(x, bits >> 16, TYPE, STOCHASTIC), mask=used)
-        tl.store(new_c + rows, stored(new_cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=used)
+        if CODES:
+            largest_h = tl.max(tl.where(used, magnitude_of(x), 0), 0)
+            largest_c = tl.max(tl.where(used, magnitude_of(new_cell), 0), 0)
+            codes_h = coded(x, inverses_of(largest_h)[None, :], bits >> 16, STOCHASTIC)
+            codes_c = coded(new_cell, inverses_of(largest_c)[None, :], bits & 0xFFFF, STOCHASTIC)
+            tl.store(new_h + rows, codes_h, mask=used)
+            tl.store(new_c + rows, codes_c, mask=used)
+            tl.store(new_h + scale_at, exponents_of(largest_h), mask=inside)
+            tl.store(new_c + scale_at, exponents_of(largest_c), mask=inside)
+        else:
+            tl.store(new_h + rows, stored(x, bits >> 16, TYPE, STOCHASTIC), mask=used)
+            tl.store(new_c + rows, stored(new_cell, bits & 0xFFFF, TYPE, STOCHASTIC), mask=used)
 
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, FOLDED)
     OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
@@ -485,8 +556,8 @@ def step_of_block(
     n,
     m,  # (N,)
     v,  # (N,)
-    h,  # (LAYERS, HIDDEN, N)
-    c,  # (LAYERS, HIDDEN, N)
+    h,  # (LAYERS, HIDDEN, N); as codes, int8, (LAYERS, HIDDEN + 1, N)
+    c,  # likewise
     new_m,  # (N,) out, and so on: may be the old ones
     new_v,
     new_h,

@@ -29,11 +29,17 @@ from amalgam.kernels.student_network import (
     tensor_of,
 )
 from amalgam.operations import table
+from amalgam.operations.cell_codes import units_of
 from amalgam.operations.student_forms import NOMINAL
 from amalgam.operations.student_step_in_place import InPlaceStep
 
 COLUMNS = tl.constexpr(table.COLUMNS)
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
 
 
 @triton.jit(
@@ -170,13 +176,13 @@ def student_step_in_place(
 
     Args:
         step: The step; parameters and gradients are float32, bfloat16 or float16; m and v, and h
-            and c, all float32 or all bfloat16; weights contiguous.
+            and c, all float32 or all bfloat16, or h and c codes; weights contiguous.
         params: Its parameters, contiguous.
         grads: Its gradients, contiguous.
         precision: As in :func:`amalgam.kernels.student_step.student_step`.
         approximate: Likewise.
     """
-    m, h, control = step.tensors.m[0], step.tensors.h[0], step.control
+    m, h, control = step.tensors.m[0], units_of(step.tensors.h[0]), step.control
     keep = 1 - step.lr * step.weight_decay
     if control is None and step.seeds:
         control = m.new_tensor((keep, step.lr, 0, 0), dtype=torch.float64)
@@ -188,7 +194,10 @@ def student_step_in_place(
     own: tuple[Tensor | None, Tensor | None] = None, None
     if settings.corrections is not None:
         own = step.weights[2], settings.corrections.contiguous()
-    chosen = configuration("student_step_", h.shape[0], h.shape[1], precision, form is NOMINAL)
+    # Codes need all units of a coordinate at once: of eight coordinates a thread has no room.
+    coded = step.tensors.h[0].dtype == torch.int8
+    eight_a_thread = form is NOMINAL and not coded
+    chosen = configuration("student_step_", h.shape[0], h.shape[1], precision, eight_a_thread)
     with on_device_of(m):
         packed, other = packed_for_step(step.weights, form, plan, precision, approximate)
         for launch in table.launches(step, params, grads, chosen.block, _kind, "triton"):

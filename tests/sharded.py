@@ -76,6 +76,12 @@ STUDENTS: dict[str, Callable[[], Any]] = {
     "paper": paper,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Checkpoints: whether they are flattened, and settings of the optimizer.
+FORMS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "nested": (False, {}),
+    "flat": (True, {}),
+    "codes": (False, {"cells_dtype": torch.int8}),
+}
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -268,10 +274,10 @@ def refusals() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ DCP
 
 
-def checkpointed(folder: Path, flat: bool) -> Any:
+def checkpointed(folder: Path, flat: bool, **how: Any) -> Any:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model = sharded(network())
-    optimizer = AmalgamatedOptimizer(model.parameters(), student=nominal(), lr=0.5)
+    optimizer = AmalgamatedOptimizer(model.parameters(), student=nominal(), lr=0.5, **how)
     train(model, optimizer, range(2))
     states = {
         "model": model.state_dict(),
@@ -282,10 +288,12 @@ def checkpointed(folder: Path, flat: bool) -> Any:
     return params_of(model)
 
 
-def resumed(folder: Path, flat: bool, shard: Callable[[Any], nn.Module] = sharded) -> Any:
+def resumed(
+    folder: Path, flat: bool, shard: Callable[[Any], nn.Module] = sharded, **how: Any
+) -> Any:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model = shard(network())
-    optimizer = AmalgamatedOptimizer(model.parameters(), student=nominal())
+    optimizer = AmalgamatedOptimizer(model.parameters(), student=nominal(), **how)
     states = {
         "model": model.state_dict(),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
@@ -453,8 +461,8 @@ def two(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "rounding", rounding(mesh, [Shard(0)])
     yield "mixed-precision", mixed_precision()
     yield "refusals", refusals()
-    yield "nested", checkpointed(folder / "nested", False)
-    yield "flat", checkpointed(folder / "flat", True)
+    for form, (flat, how) in FORMS.items():
+        yield form, checkpointed(folder / form, flat, **how)
     yield "from-a-whole", from_a_whole()
     yield "broadcast", broadcast()
     yield from fsdp1_cases()
@@ -465,8 +473,8 @@ def two(folder: Path) -> Iterator[tuple[str, Any]]:
 
 def four(folder: Path) -> Iterator[tuple[str, Any]]:
     yield from fsdp2()
-    yield "nested", resumed(folder / "nested", False)
-    yield "flat", resumed(folder / "flat", True)
+    for form, (flat, how) in FORMS.items():
+        yield form, resumed(folder / form, flat, **how)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     yield from fsdp2("hybrid", ["float32"], mesh=mesh)
     yield "rounding", rounding(mesh, [Replicate(), Shard(0)])

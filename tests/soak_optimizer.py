@@ -58,6 +58,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "seed": 5,
         "nonfinite": "skip-tensor",
     },
+    "standard, 8 bits": {
+        "student": "standard",
+        "cells_dtype": torch.int8,
+        "moments_dtype": torch.bfloat16,
+        "rounding": "stochastic",
+        "seed": 5,
+    },
     "paper's": {"student": "digits", "nonfinite": "raise"},
 }
 

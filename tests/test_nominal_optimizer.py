@@ -250,7 +250,15 @@ def test_rounding_is_checked_in_every_group() -> None:
     wide.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("how", [{}, {"cells_dtype": torch.bfloat16}, {"narrow": True}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cells_dtype": torch.bfloat16},
+        {"narrow": True},
+        {"cells_dtype": torch.int8, "rounding": "stochastic"},
+    ],
+)
 def test_runs_resume_to_the_same_bits(how: dict[str, Any]) -> None:
     if how.pop("narrow", False):
         how = {
@@ -309,7 +317,9 @@ def test_moments_in_bfloat16_follow_those_in_float32() -> None:
             20,
         ),
         (NominalStudent(), {"cells_dtype": torch.bfloat16}, 40),
+        (NominalStudent(), {"cells_dtype": torch.int8}, 26),
         (Student(StudentConfig()), {}, 328),
+        (Student(StudentConfig()), {"cells_dtype": torch.int8}, 92),
     ],
 )
 def test_the_estimate_of_memory_is_what_is_allocated(
@@ -344,6 +354,7 @@ def test_memory_of_float64_is_not_narrowed() -> None:
     params[0].grad = torch.ones(10, dtype=torch.float64)
     optimizer.step()
     assert sum(t.numel() * t.element_size() for t in states(optimizer)) == 804
+    assert estimate_memory(params, student, cells_dtype=torch.int8).bytes_a_parameter == 80
 
 
 def test_what_can_not_be_is_refused(tmp_path: Any) -> None:
@@ -351,8 +362,8 @@ def test_what_can_not_be_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="needs rounding='stochastic'"):
         AmalgamatedOptimizer(params, student=made(), moments_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="moments_dtype must be float32, bfloat16 or None"):
-        AmalgamatedOptimizer(params, student=made(), moments_dtype=torch.float16)
-    with pytest.raises(ValueError, match="cells_dtype must be float32, bfloat16 or None"):
+        AmalgamatedOptimizer(params, student=made(), moments_dtype=torch.int8)
+    with pytest.raises(ValueError, match="cells_dtype must be float32, bfloat16, int8 or None"):
         estimate_memory(params, made(), cells_dtype=torch.float16)
     with pytest.raises(TypeError, match=re.escape("params must be floating-point")):
         estimate_memory([torch.ones(2, dtype=torch.int64)], made())

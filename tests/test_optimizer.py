@@ -278,28 +278,30 @@ def test_adam_without_bias_correction() -> None:
         assert ratios[step - 1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_cells_in_half_the_memory(student) -> None:
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8])
+def test_cells_in_less_memory(student, kept) -> None:
     params, twins = tensors(), tensors()
-    narrow = AmalgamatedOptimizer(params, student=student, cells_dtype=torch.bfloat16)
+    narrow = AmalgamatedOptimizer(params, student=student, cells_dtype=kept)
     wide = AmalgamatedOptimizer(twins, student=student)
     run(narrow, params, range(6))
     run(wide, twins, range(6))
-    assert {s["h"].dtype for s in narrow.state.values()} == {torch.bfloat16}
+    assert {s["h"].dtype for s in narrow.state.values()} == {kept}
     assert {s["m"].dtype for s in narrow.state.values()} == {torch.float32}
     for ours, theirs in zip(params, twins, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.01)
-    resumed = AmalgamatedOptimizer(tensors(), student=student, cells_dtype=torch.bfloat16)
+    resumed = AmalgamatedOptimizer(tensors(), student=student, cells_dtype=kept)
     resumed.load_state_dict(narrow.state_dict())
-    assert {s["h"].dtype for s in resumed.state.values()} == {torch.bfloat16}
+    assert {s["h"].dtype for s in resumed.state.values()} == {kept}
     with pytest.raises(ValueError, match="cells_dtype"):
         AmalgamatedOptimizer(params, student=student, cells_dtype=torch.float16)
 
 
 def settings_of_precision(name: str) -> dict[str, object]:
-    return {"cells_dtype": torch.bfloat16, "rounding": "stochastic"} if name == "narrow" else {}
+    kinds = {"narrow": torch.bfloat16, "codes": torch.int8}
+    return {"cells_dtype": kinds[name], "rounding": "stochastic"} if name in kinds else {}
 
 
-@pytest.mark.parametrize("precision", ["wide", "narrow"])
+@pytest.mark.parametrize("precision", ["wide", "narrow", "codes"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_capturable_is_the_same_optimizer(student, backend, precision) -> None:
     """Warm-up, a skipped step and a schedule included, to the bit."""
@@ -428,7 +430,7 @@ def test_stochastic_rounding_keeps_small_updates(student) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["wide", "narrow"])
+@pytest.mark.parametrize("precision", ["wide", "narrow", "codes"])
 @pytest.mark.parametrize("hidden", [4, 6, 20])  # of which backend "cuda" has all but 6
 def test_a_step_in_a_cuda_graph(hidden, precision) -> None:
     """Replays count steps, end warm-up, skip, and follow the learning rate."""

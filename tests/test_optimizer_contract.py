@@ -879,11 +879,12 @@ def test_state_is_made_when_first_used(make: Make) -> None:
 
 @both
 @pytest.mark.parametrize("how", ["entries", "data"])
-def test_state_may_wait_elsewhere_between_steps(make: Make, how: str) -> None:
+@pytest.mark.parametrize("cells", [torch.bfloat16, torch.int8])
+def test_state_may_wait_elsewhere_between_steps(make: Make, how: str, cells: torch.dtype) -> None:
     """Another dtype stands for another device: it is fetched to what the optimizer keeps."""
     params, twins = tensors(torch.bfloat16), tensors(torch.bfloat16)
-    optimizer = AmalgamatedOptimizer(params, student=make(), cells_dtype=torch.bfloat16)
-    plain = AmalgamatedOptimizer(twins, student=make(), cells_dtype=torch.bfloat16)
+    optimizer = AmalgamatedOptimizer(params, student=make(), cells_dtype=cells)
+    plain = AmalgamatedOptimizer(twins, student=make(), cells_dtype=cells)
     for step in range(4):
         run(optimizer, range(step, step + 1))
         run(plain, range(step, step + 1))

@@ -20,7 +20,9 @@ from amalgam import (
     StudentConfig,
     TeacherOptimizer,
 )
+from amalgam.operations.cell_codes import encoded, numbers_of
 from amalgam.optimizers import separate_units
+from amalgam.optimizers.state import planar as planar_cells
 from amalgam.policies import FusedStudent
 
 SHAPES = [(6, 4), (), (5,), (4, 3, 2, 2), (0, 3)]
@@ -57,15 +59,20 @@ def stepped(make: Make, steps: int = 4, **how: Any) -> tuple[AmalgamatedOptimize
 
 
 @pytest.mark.parametrize("make", STUDENTS)
-def test_every_tensor_begins_with_the_parameters_shape(make: Make) -> None:
-    optimizer, params = stepped(make)
+@pytest.mark.parametrize(("cells", "beside"), [(torch.float32, 0), (torch.int8, 1)])
+def test_every_tensor_begins_with_the_parameters_shape(
+    make: Make, cells: torch.dtype, beside: int
+) -> None:
+    """The scale of codes lies beside the units that it is of."""
+    optimizer, params = stepped(make, cells_dtype=cells)
     config = optimizer.config
     for param in params:
         entry = optimizer.state[param]
         assert list(entry) == NAMES
         assert entry["m"].shape == entry["v"].shape == param.shape
         for name in ("h", "c"):
-            assert entry[name].shape == (*param.shape, config.layers, config.hidden)
+            assert entry[name].shape == (*param.shape, config.layers, config.hidden + beside)
+            assert entry[name].dtype == cells
 
 
 def masked(value: Tensor) -> Tensor:
@@ -94,19 +101,26 @@ def requiring_gradients(value: Tensor) -> Tensor:
     return masked(value).clone().requires_grad_()
 
 
+EDITS = [masked, reshaped_storage, strided, sliced, wide, requiring_gradients]
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("make", STUDENTS)
 @pytest.mark.parametrize(
-    "edit", [masked, reshaped_storage, strided, sliced, wide, requiring_gradients]
+    ("edit", "cells"),
+    [*((edit, torch.float32) for edit in EDITS), (masked, torch.int8), (wide, torch.int8)],
 )
-def test_pruned_rows_step_as_they_would_have(edit: Any, make: Make, backend: str) -> None:
+def test_pruned_rows_step_as_they_would_have(
+    edit: Any, cells: torch.dtype, make: Make, backend: str
+) -> None:
     """What densifying and pruning loops do to the state, row by row of the parameter."""
     (whole,) = tensors([(6, 4)])
     pruned = nn.Parameter(masked(whole.detach()))
     student = make()
-    others = AmalgamatedOptimizer([whole], student=student, backend=backend)
+    how: dict[str, Any] = {"student": student, "backend": backend, "cells_dtype": cells}
+    others = AmalgamatedOptimizer([whole], **how)
     run(others, range(4))
-    optimizer = AmalgamatedOptimizer([pruned], student=student, backend=backend)
+    optimizer = AmalgamatedOptimizer([pruned], **how)
     entry = others.state[whole]
     optimizer.state[pruned] = {
         name: edit(value) if value.dim() else value.clone() for name, value in entry.items()
@@ -119,15 +133,16 @@ def test_pruned_rows_step_as_they_would_have(edit: Any, make: Make, backend: str
         optimizer.step()
     torch.testing.assert_close(pruned.detach(), masked(whole.detach()), rtol=1e-5, atol=1e-6)
     for name, value in optimizer.state[pruned].items():
-        assert value.dtype == torch.float32
+        assert value.dtype == (cells if name in ("h", "c") else torch.float32)
         if value.dim():
             torch.testing.assert_close(value, masked(entry[name]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", STUDENTS)
-def test_state_grows_as_parameters_are_added_to(make: Make) -> None:
+@pytest.mark.parametrize("cells", [torch.float32, torch.int8])
+def test_state_grows_as_parameters_are_added_to(make: Make, cells: torch.dtype) -> None:
     """What densifying does: rows of zeros behind the state's, under one new parameter."""
-    optimizer, params = stepped(make)
+    optimizer, params = stepped(make, cells_dtype=cells)
     old = params[0]
     new = nn.Parameter(torch.cat((old.detach(), torch.ones(2, 4))))
     entry = optimizer.state.pop(old)
@@ -139,6 +154,7 @@ def test_state_grows_as_parameters_are_added_to(make: Make) -> None:
     run(optimizer, range(4, 6))
     assert float(entry["step"]) == 6
     assert entry["h"].shape[0] == 8
+    assert entry["h"].dtype == cells
 
 
 @pytest.mark.parametrize("make", STUDENTS)
@@ -157,8 +173,9 @@ def test_data_assigned_to_the_state_is_what_is_stepped(make: Make) -> None:
             assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_a_parameter_cast_to_float64_takes_its_state_along() -> None:
-    optimizer, params = stepped(nominal)
+@pytest.mark.parametrize("cells", [torch.float32, torch.int8])
+def test_a_parameter_cast_to_float64_takes_its_state_along(cells: torch.dtype) -> None:
+    optimizer, params = stepped(nominal, cells_dtype=cells)
     params[0].data = params[0].data.double()
     run(optimizer, range(4, 6))
     assert {v.dtype for n, v in optimizer.state[params[0]].items() if n != "step"} == {
@@ -248,6 +265,11 @@ def test_odd_counts_and_strides_are_taken(make: Make) -> None:
     [
         ({"cells_dtype": torch.bfloat16}, {}, torch.float32),
         ({}, {"cells_dtype": torch.bfloat16}, torch.bfloat16),
+        ({}, {"cells_dtype": torch.int8}, torch.int8),
+        ({"cells_dtype": torch.bfloat16}, {"cells_dtype": torch.int8}, torch.int8),
+        ({"cells_dtype": torch.int8}, {}, torch.float32),
+        ({"cells_dtype": torch.int8}, {"cells_dtype": torch.bfloat16}, torch.bfloat16),
+        ({"cells_dtype": torch.int8}, {"cells_dtype": torch.int8}, torch.int8),
     ],
 )
 def test_what_is_loaded_is_kept_as_this_optimizer_keeps_it(
@@ -258,7 +280,11 @@ def test_what_is_loaded_is_kept_as_this_optimizer_keeps_it(
     resumed.load_state_dict(optimizer.state_dict())
     assert {entry["h"].dtype for entry in resumed.state.values()} == {kept}
     for ours_of, theirs_of in zip(resumed.state.values(), optimizer.state.values(), strict=True):
-        assert torch.equal(ours_of["h"], theirs_of["h"].to(kept))
+        for name in ("h", "c"):
+            numbers = numbers_of(planar_cells(theirs_of[name]))
+            found = planar_cells(ours_of[name])
+            coded = kept == torch.int8
+            assert torch.equal(found, encoded(numbers.float()) if coded else numbers.to(kept))
         assert torch.equal(ours_of["m"], theirs_of["m"])
     run(resumed, range(4, 6))
 
@@ -313,7 +339,7 @@ def of_another_optimizer(state_dict: dict[str, Any]) -> None:
     ("spoil", "named"),
     [
         (without("c"), r"state of params\[3\] .* lacks \['c'\]"),
-        (shortened, r"state\.c of params\[3\] .* must have shape \(4, 3, 2, 2, 1, 4\), not \(3,"),
+        (shortened, r"state\.c of params\[3\] .* 2, 1, 4\), or as codes .* 1, 5\), not \(3,"),
         (of_another_kind, r"state\.v of params\[3\] .* not str"),
         (with_a_negative_rate, "lr must be 0 or more and finite, not -1.0"),
         (with_a_wrong_rounding, "not 'stochastik'; did you mean 'stochastic'"),
@@ -455,9 +481,21 @@ def test_hooks_of_state_dicts_are_honoured() -> None:
 
 
 @pytest.mark.parametrize("make", STUDENTS)
-def test_units_apart_have_the_parameters_shape_and_load(make: Make) -> None:
-    """For what takes no state but tensors like the parameter."""
-    optimizer, params = stepped(make)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"cells_dtype": torch.int8},
+        {
+            "cells_dtype": torch.bfloat16,
+            "moments_dtype": torch.bfloat16,
+            "rounding": "stochastic",
+        },
+    ],
+)
+def test_units_apart_have_the_parameters_shape_and_load(make: Make, how: dict[str, Any]) -> None:
+    """For what takes no state but tensors like the parameter, and of one dtype."""
+    optimizer, params = stepped(make, **how)
     optimizer.register_state_dict_post_hook(separate_units)
     apart = optimizer.state_dict()
     layers, hidden = optimizer.config.layers, optimizer.config.hidden
@@ -465,14 +503,18 @@ def test_units_apart_have_the_parameters_shape_and_load(make: Make) -> None:
         assert len(entry) == 3 + 2 * layers * hidden
         assert all(value.shape == param.shape for name, value in entry.items() if name != "step")
         part = entry[f"h.{layers - 1}.{hidden - 1}"]
-        assert torch.equal(part, optimizer.state[param]["h"][..., -1, -1])
+        assert {value.dtype for value in entry.values()} == {torch.float32}
+        exact = numbers_of(planar_cells(optimizer.state[param]["h"])).float()[-1, -1]
+        assert torch.equal(part, exact)
         assert part.is_contiguous()
     twins = [nn.Parameter(p.detach().clone()) for p in params]
-    resumed = AmalgamatedOptimizer(twins, student=apart)
+    resumed = AmalgamatedOptimizer(twins, student=apart, **how)
     resumed.load_state_dict(apart)
     for one in (optimizer, resumed):
         run(one, range(4, 7))
     assert all(map(torch.equal, params, twins))
+    for ours, theirs in zip(resumed.state.values(), optimizer.state.values(), strict=True):
+        assert torch.equal(ours["h"], theirs["h"])
     del apart["state"][0]["c.0.1"]
     with pytest.raises(ValueError, match=r"state of params\[0\] .* lacks \['c'\]"):
         resumed.load_state_dict(apart)

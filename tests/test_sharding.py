@@ -178,15 +178,16 @@ def test_zero_steps_and_skips_as_one_process_does(found: Found) -> None:
     assert largest_difference(params, sharded.params_of(model)) == 0
 
 
-@pytest.mark.parametrize("form", ["nested", "flat"])
+@pytest.mark.parametrize("form", sharded.FORMS)
 def test_a_checkpoint_of_two_processes_loads_on_one_and_four(
     form: str, folder: Path, found: Found
 ) -> None:
-    unbroken = trained(lr=0.5)
+    flat, how = sharded.FORMS[form]
+    unbroken = trained(lr=0.5, **how)
     assert largest_difference(found[2][form], unbroken) == 0
     assert largest_difference(found[4][form], unbroken) == 0
     with pytest.warns(UserWarning, match="single process"):
-        resumed = sharded.resumed(folder / form, form == "flat", lambda model: model)
+        resumed = sharded.resumed(folder / form, flat, lambda model: model, **how)
     assert largest_difference(resumed, unbroken) == 0
 
 

@@ -17,6 +17,7 @@ from amalgam.backends.memory import (
     dtype_name,
 )
 from amalgam.backends.student_step import run_on_cpu, table_fields
+from amalgam.operations.cell_codes import units_of
 from amalgam.operations.kept import kept
 from amalgam.operations.registry import Numerics
 from amalgam.operations.rounding import key_of
@@ -43,7 +44,7 @@ def _cpu_student_step_in_place(step: InPlaceStep, *, numerics: Numerics) -> None
     if keys:
         table[:, _column("key")] = torch.tensor([int(key) for key in keys], device="cpu")
     tensors = step.tensors
-    layers, hidden = tensors.h[0].shape[:2]
+    layers, hidden = units_of(tensors.h[0]).shape[:2]
     counts = torch.stack(step.steps).tolist() if step.warmup_steps else []
     warming = {index for index, count in enumerate(counts) if count < step.warmup_steps}
     for index in warming:
@@ -123,6 +124,11 @@ def _blocks(nominal: bool) -> dict[tuple[int, int], int]:
 
 
 def _accepts(step: InPlaceStep, *, numerics: Numerics) -> str | None:
+    if step.tensors.h[0].dtype == torch.int8:
+        return (
+            "it keeps cells in float32, float64 or bfloat16, these are int8; "
+            "backend='triton' computes any"
+        )
     nominal = step.settings.form is NOMINAL
     layers, hidden = step.tensors.h[0].shape[:2]
     if (layers, hidden) not in _blocks(nominal):

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, the same bits in every backend.
+"""Stochastic rounding to bfloat16 and to 8-bit codes, the same bits in every backend.
 
 A float32 is rounded up with the probability of what lies below bfloat16's last bit, so that sums
 of updates far smaller than a parameter are right on average. The randomness is counted and not
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from amalgam.operations.cell_codes import encoded
 
 _MASK = 0xFFFFFFFF
 ROW = 0x9E3779B1
@@ -75,20 +77,28 @@ def rounded_stochastically(values: Tensor, bits: Tensor) -> Tensor:
 
 
 def as_stored(
-    values: Tensor, dtype: torch.dtype, key: Tensor, row: int, places: range, shift: int = 16
+    values: Tensor,
+    dtype: torch.dtype,
+    key: Tensor | None,
+    row: int,
+    places: range,
+    shift: int = 16,
 ) -> Tensor:
-    """Values as they are stored with random bits: rounded to bfloat16, for others as they are.
+    """Values as they are stored: with random bits rounded to bfloat16, and int8 codes in any case.
 
     Args:
         values: Float32 or float64, shape (rows, places) or one that views as that.
         dtype: What they are stored in.
-        key: Of :func:`key_of`.
+        key: Of :func:`key_of`, to round at random; ``None`` to round to nearest.
         row: The first row's number.
         places: The places that they have in their rows.
         shift: Which 16 of the 32 random bits to take: 0 or 16.
     """
-    if dtype != torch.bfloat16:
-        return values
-    rows = values.numel() // max(1, len(places))
-    bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
-    return rounded_stochastically(values.float(), bits.view(values.shape))
+    bits = None
+    if key is not None and dtype in (torch.bfloat16, torch.int8):
+        rows = values.numel() // max(1, len(places))
+        bits = (random_bits(key, range(row, row + rows), places) >> shift) & 0xFFFF
+        bits = bits.view(values.shape)
+    if dtype == torch.int8:
+        return encoded(values.float(), bits)
+    return values if bits is None else rounded_stochastically(values.float(), bits)

@@ -168,11 +168,12 @@ def initial_state(
         like: A tensor of the coordinates' shape S and device.
         weights: The student's weights; the state takes their dtype.
         cells_dtype: Dtype of h and c where it is to be another: bfloat16 beside float32 halves
-            the state, in the in-place form.
-        moments_dtype: Likewise of m and v.
+            the state, in the in-place form; int8 is for codes.
+        moments_dtype: Bfloat16 likewise for m and v.
 
     Returns:
-        m, v of shape S and h, c of shape (layers, hidden, *S), contiguous zeros.
+        m, v of shape S and h, c of shape (layers, hidden, *S), or as codes
+        (layers, hidden + 1, *S), contiguous zeros.
     """
     layers, hidden = lstm.architecture(weights)
 
@@ -181,11 +182,12 @@ def initial_state(
 
     cells = cells_dtype or weights[0].dtype
     moments = moments_dtype or weights[0].dtype
+    columns = hidden + (cells == torch.int8)
     return StudentState(
         zeros(*like.shape, dtype=moments),
         zeros(*like.shape, dtype=moments),
-        zeros(layers, hidden, *like.shape, dtype=cells),
-        zeros(layers, hidden, *like.shape, dtype=cells),
+        zeros(layers, columns, *like.shape, dtype=cells),
+        zeros(layers, columns, *like.shape, dtype=cells),
     )
 
 

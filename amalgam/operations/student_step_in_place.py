@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from amalgam.operations import registry
+from amalgam.operations.cell_codes import numbers_of, units_of
 from amalgam.operations.checks import check_distinct, check_floating, check_like
 from amalgam.operations.rounding import as_stored, key_of
 from amalgam.operations.student_forms import RNNPROP, StepSettings, check_tensors
@@ -42,7 +43,7 @@ class StudentTensors:
     Args:
         params: Parameters of any shape S and floating-point dtype.
         states: Their states, with m, v of the parameter's shape S and h, c of shape
-            (layers, hidden, *S), contiguous.
+            (layers, hidden, *S), or as codes (layers, hidden + 1, *S), contiguous.
 
     Attributes:
         params: The parameters.
@@ -105,7 +106,8 @@ class StudentTensors:
         It is not kept that they do: they may be others in every step.
         """
         like = self.computed_like(weights)
-        check_weights(weights, self.h[0], like, settings, ())
+        h = self.h[0]
+        check_weights(weights, units_of(h) if h.dim() > 1 else h, like, settings, ())
         check_tensors(settings, weights[2], None, like)
         if settings.corrections is not None and len(settings.corrections) != len(self.params):
             raise ValueError(
@@ -133,7 +135,8 @@ class StudentTensors:
         like = self.computed_like(weights)
         m, h = self.m[0], self.h[0]
         check_floating("state.m", m)
-        moments_like, cells_like = _narrow_or(like, m), _narrow_or(like, h)
+        moments_like = _narrow_or(like, m, (torch.bfloat16,))
+        cells_like = _narrow_or(like, h, (torch.bfloat16, torch.int8))
         states = map(StudentState, *self._columns())
         for param, state in zip(self.params, states, strict=True):
             check_floating("params", param)
@@ -147,9 +150,9 @@ class StudentTensors:
                 raise ValueError(f"params must be dense tensors, not {param.layout}")
 
 
-def _narrow_or(like: Tensor, stored: Tensor) -> Tensor:
-    """What states are to be like: bfloat16 may stand beside float32."""
-    return stored if (stored.dtype, like.dtype) == (torch.bfloat16, torch.float32) else like
+def _narrow_or(like: Tensor, stored: Tensor, narrow: Sequence[torch.dtype]) -> Tensor:
+    """What states are to be like: these narrow dtypes may stand beside float32."""
+    return stored if stored.dtype in narrow and like.dtype == torch.float32 else like
 
 
 class InPlaceStep(NamedTuple):
@@ -166,7 +169,7 @@ class InPlaceStep(NamedTuple):
             learning rate of warm-up, and whether to skip the step; ``None`` for none of that.
         steps: How many steps each parameter has taken, float32 of shape (), or none.
         warmup_steps: How many of them are of warm-up.
-        seeds: In [0, 2^32), one a parameter, to round to bfloat16 at random; or none.
+        seeds: In [0, 2^32), one a parameter, to round what is narrow at random; or none.
     """
 
     tensors: StudentTensors
@@ -200,7 +203,8 @@ def student_step_(
         states: Their states, with m, v of the parameter's shape S and h, c of shape
             (layers, hidden, *S), contiguous, all in the weights' dtype; beside float32, h and c
             may be bfloat16 (all of them), to which they are rounded after every step, and so may
-            m and v.
+            m and v. h and c may also be codes, int8 of shape (layers, hidden + 1, *S):
+            :mod:`amalgam.operations.cell_codes`.
         weights: As in :func:`amalgam.ops.student_step`, float32 or float64.
         settings: The student's constants, and the form; the nominal form's tensors are the
             parameters, and ``sizes`` is empty.
@@ -255,10 +259,10 @@ def step_tensors_(
             moments follow and h, c wait.
         warmup_lr: Its learning rate, multiplied by ``lr``.
         skip: A tensor without dimensions; where it holds anything but zero, nothing changes.
-        seeds: One a parameter, in [0, 2^32). With seeds, states and parameters that are bfloat16
-            are rounded up or down at random, right on average. Every backend takes the same random
-            bits: a function of the seed, of ``steps`` where given, and of the place. Results of two
-            backends differ where the last bits of their float32 did.
+        seeds: One a parameter, in [0, 2^32). With seeds, states and parameters that are bfloat16,
+            and codes, are rounded up or down at random, right on average. Every backend takes the
+            same random bits: a function of the seed, of ``steps`` where given, and of the place.
+            Results of two backends differ where the last bits of their float32 did.
         backend: ``"auto"``, or a backend's name.
 
     Raises:
@@ -405,11 +409,11 @@ def _reference(step: InPlaceStep) -> None:
         keep, rate, warm_rate, _ = step.control.to(dtype).unbind()
     no_step = weights[0].new_zeros(())
     keys = [key_of(seed, steps[i] if steps else no_step) for i, seed in enumerate(seeds)]
-    layers, hidden = tensors.h[0].shape[:2]
+    layers, hidden = units_of(tensors.h[0]).shape[:2]
     for run in _runs([p.numel() for p in params], CHUNK):
 
         def gather(sources: Sequence[Tensor], run: list[tuple[int, slice]] = run) -> Tensor:
-            return torch.cat([sources[i][..., part].to(dtype) for i, part in run], -1)
+            return torch.cat([numbers_of(sources[i][..., part]).to(dtype) for i, part in run], -1)
 
         param, grad = gather(flat_p), gather(flat_g)
         old = StudentState(gather(flat_m), gather(flat_v), gather(flat_h), gather(flat_c))
@@ -433,9 +437,8 @@ def _reference(step: InPlaceStep) -> None:
         targets += [(flat_h, 0, 16), (flat_c, 0, 0)]
         for (written, row, shift), values in zip(targets, (moved, *new), strict=True):
             for (i, part), value in zip(run, values.split(sizes, -1), strict=True):
-                if seeds:
-                    places = range(part.start, part.stop)
-                    value = as_stored(value, written[i].dtype, keys[i], row, places, shift)
+                key, places = keys[i] if seeds else None, range(part.start, part.stop)
+                value = as_stored(value, written[i].dtype, key, row, places, shift)
                 written[i][..., part].copy_(value)
     for param, flat in zip(params, flat_p, strict=True):
         if not param.is_contiguous():

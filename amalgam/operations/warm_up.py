@@ -40,6 +40,4 @@ def warm_up_(
     moved = param.to(dtype) * keep - rate * grad
     written = [(param, moved, row, 16), (m, new_m, row + 1, 16), (v, new_v, row + 1, 0)]
     for to, value, of, shift in written:
-        if key is not None:
-            value = as_stored(value, to.dtype, key, of, range(param.numel()), shift)
-        to.copy_(value)
+        to.copy_(as_stored(value, to.dtype, key, of, range(param.numel()), shift))

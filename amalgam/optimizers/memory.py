@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from amalgam.optimizers.base import computing_dtype
 from amalgam.optimizers.sharding import local_part
 from amalgam.optimizers.source import student_of
-from amalgam.optimizers.student import DEFAULT_STUDENT, check_stored
+from amalgam.optimizers.student import (
+    CELLS_DTYPES,
+    DEFAULT_STUDENT,
+    MOMENTS_DTYPES,
+    check_stored,
+)
 from amalgam.policies import FusedStudent
 
 
@@ -55,8 +60,8 @@ def estimate_memory(
         ValueError: A dtype is none of these.
         FileNotFoundError: ``student`` is neither a name nor a file.
     """
-    check_stored("cells_dtype", cells_dtype)
-    check_stored("moments_dtype", moments_dtype)
+    check_stored("cells_dtype", cells_dtype, CELLS_DTYPES)
+    check_stored("moments_dtype", moments_dtype, MOMENTS_DTYPES)
     made = student_of(student)
     config = made.config
     if isinstance(params, nn.Module):
@@ -70,7 +75,8 @@ def estimate_memory(
         narrow = wide == torch.float32
         moments = (narrow and moments_dtype) or wide
         cells = (narrow and cells_dtype) or wide
-        each = 2 * moments.itemsize + 2 * config.layers * config.hidden * cells.itemsize
+        columns = config.hidden + (cells == torch.int8)
+        each = 2 * moments.itemsize + 2 * config.layers * columns * cells.itemsize
         here = local_part(param).numel()
         numel += here
         of_numbers += each * here

@@ -1,8 +1,9 @@
 """What AmalgamatedOptimizer keeps of a parameter: tensors whose shapes begin with the parameter's.
 
 So whoever shards, prunes or moves a parameter can do the same to its state. h and c have the shape
-(*S, layers, hidden) and lie in memory as (layers, hidden, *S), which backends take. State that was
-edited, sliced, cast or moved is brought to that again in the next step.
+(*S, layers, hidden), or as 8-bit codes (*S, layers, hidden + 1), and lie in memory with S last, as
+backends take them. State that was edited, sliced, cast or moved is brought to that again in the
+next step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.operations.cell_codes import decoded, encoded, numbers_of
 from amalgam.ops import StudentState
 from amalgam.optimizers.sharding import Sharding, sharding_of
 
@@ -33,7 +35,7 @@ class StateFormat(NamedTuple):
         device: Of all but the count of steps.
         architecture: The student's layers and hidden units.
         moments: Dtype of m and v.
-        cells: Dtype of h and c.
+        cells: Dtype of h and c; int8 for codes.
         home: The device on which steps are counted.
         sharding: How the parameter lies on processes, and so all that is no number; ``None`` where
             it is here as a whole.
@@ -71,7 +73,7 @@ class StateFormat(NamedTuple):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         def cells() -> Tensor:
-            return self._whole("h", shape_first(zeros((*self.architecture, *here), self.cells)))
+            return self._whole("h", shape_first(zeros((*self._columns(), *here), self.cells)))
 
         return {
             **{
@@ -84,13 +86,17 @@ class StateFormat(NamedTuple):
             "c": cells(),
         }
 
+    def _columns(self) -> tuple[int, int]:
+        """What h and c have of a coordinate: layers, and columns of each."""
+        layers, hidden = self.architecture
+        return layers, hidden + (self.cells == torch.int8)
+
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """A tensor of the state, of which this process has this part."""
         if self.sharding is None:
             return part
-        like = torch.empty(
-            (*(self.architecture if name in _CELLS else ()), *self.shape), device="meta"
-        )
+        own = self._columns() if name in _CELLS else ()
+        like = torch.empty((*own, *self.shape), device="meta")
         like = shape_first(like) if name in _CELLS else like
         return self.sharding.whole(part, like.shape, like.stride())
 
@@ -117,19 +123,30 @@ class StateFormat(NamedTuple):
             number = torch.as_tensor(value, dtype=dtype, device=where)
             return number if number.dim() == 0 else number.reshape(())
         shape = (*self.shape, *self.architecture) if name in _CELLS else tuple(self.shape)
-        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"state.{name} of {of()} must have shape {shape}, not {found}")
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        codes = (*shape[:-1], shape[-1] + 1) if name in _CELLS else None
+        if found not in (shape, codes):
+            wanted = f"{shape}, or as codes {codes}" if codes else shape
+            raise ValueError(f"state.{name} of {of()} must have shape {wanted}, not {found}")
         value = value.detach() if value.requires_grad else value
         part = self._part(name, value, of)
-        placed = part.to(self.device, self.cells if name in _CELLS else self.moments)
-        if name not in _CELLS:
-            placed = placed.contiguous()
-        elif not (seen := planar(placed)).is_contiguous():
-            placed = shape_first(seen.contiguous())
+        if name in _CELLS:
+            placed = self._cells_of(part, found == codes)
+        else:
+            placed = part.to(self.device, self.moments).contiguous()
         if placed is part and sharding_of(value) == self.sharding:
             return value
         return self._whole(name, placed)
+
+    def _cells_of(self, part: Tensor, are_codes: bool) -> Tensor:
+        """Cells as they are to be, from numbers or from codes, which may have been cast."""
+        if are_codes and self.cells != torch.int8:
+            part = shape_first(decoded(planar(part.to(self.device, torch.int8))))
+        elif self.cells == torch.int8 and not are_codes:
+            part = shape_first(encoded(planar(part.to(self.device, torch.float32))))
+        placed = part.to(self.device, self.cells)
+        seen = planar(placed)
+        return placed if seen.is_contiguous() else shape_first(seen.contiguous())
 
     def _part(self, name: str, value: Tensor, of: Callable[[], str]) -> Tensor:
         """What this process has of a tensor of the state."""
@@ -152,7 +169,9 @@ def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]
 
     A hook for :meth:`torch.optim.Optimizer.register_state_dict_post_hook`, for what takes no other
     tensors, as FSDP1's ``optim_state_dict`` does: "h" becomes "h.0.0" and so on, a tensor for each
-    layer and unit, of the same memory. :class:`AmalgamatedOptimizer` loads either.
+    layer and unit, which shares the state's memory. What is narrower than float32 becomes that,
+    exactly, for FSDP1 takes no integers, and one dtype for all the state of a parameter.
+    :class:`AmalgamatedOptimizer` loads either.
 
     Args:
         optimizer: The optimizer; not used.
@@ -164,10 +183,17 @@ def separate_units(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]
     state = {}
     for key, entry in state_dict["state"].items():
         state[key] = {name: value for name, value in entry.items() if name not in _CELLS}
+        state[key] |= {name: _wide(entry[name]) for name in ("m", "v") if name in entry}
         for name in _CELLS:
-            for layer, units in enumerate(planar(entry[name]) if name in entry else ()):
+            cells = _wide(planar(entry[name])) if name in entry else ()
+            for layer, units in enumerate(cells):
                 state[key] |= {f"{name}.{layer}.{unit}": part for unit, part in enumerate(units)}
     return state_dict | {"state": state}
+
+
+def _wide(stored: Tensor) -> Tensor:
+    """What is stored, as float32 where it is narrower."""
+    return stored.float() if stored.dtype == torch.bfloat16 else numbers_of(stored)
 
 
 def joined_units(entry: Mapping[str, Any], architecture: tuple[int, int]) -> dict[str, Any]:

@@ -8,17 +8,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "mix.h"
 #include "storage.h"
 
 namespace amalgam::cpu {
-
-inline uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  return x ^ (x >> 16);
-}
 
 // Where a row's rounding gets its bits: 32 a place, of which a use takes the upper or lower half.
 class RowOfBits {

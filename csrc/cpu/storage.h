@@ -13,7 +13,7 @@
 namespace amalgam::cpu {
 
 // How numbers lie in memory.
-enum class Storage { float32, float64, bfloat16, float16 };
+enum class Storage { float32, float64, bfloat16, float16, int8 };  // int8: cell_codes.h
 
 template <typename T>
 constexpr Storage storage_of() {
@@ -21,7 +21,16 @@ constexpr Storage storage_of() {
 }
 
 inline int64_t size_of(Storage storage) {
-  return storage == Storage::float64 ? 8 : storage == Storage::float32 ? 4 : 2;
+  switch (storage) {
+    case Storage::float64:
+      return 8;
+    case Storage::float32:
+      return 4;
+    case Storage::int8:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
 inline float from_bits(uint32_t bits) {
@@ -91,6 +100,8 @@ void load_row(Storage storage, const void* from, int64_t at, int64_t count, T* t
       for (int64_t n = 0; n < count; ++n) to[n] = from_float16(values[n]);
       return;
     }
+    case Storage::int8:
+      return;  // codes have no rows of their own
   }
 }
 
@@ -117,6 +128,8 @@ void store_row(Storage storage, const T* from, int64_t count, void* to, int64_t 
       for (int64_t n = 0; n < count; ++n) values[n] = to_float16(static_cast<float>(from[n]));
       return;
     }
+    case Storage::int8:
+      return;
   }
 }
 

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "cell_codes.h"
 #include "dispatch.h"
 #include "parallel.h"
 #include "rounding.h"
@@ -16,6 +17,9 @@ namespace {
 
 // Tiles that are computed in one go: they take some 10 us, and rows of them fit on a stack.
 constexpr int64_t kTilesARun = 16;
+
+constexpr int kMostUnits = 16;
+static_assert(kSmall[std::size(kSmall) - 1] == kMostUnits);
 
 bool is_float(Storage storage) {
   return storage == Storage::float32 || storage == Storage::bfloat16;
@@ -66,7 +70,7 @@ bool is_small(const Student<float>& student, const StudentStep& step) {
   const bool has_kernel =
       std::find(std::begin(kSmall), std::end(kSmall), student.hidden) != std::end(kSmall);
   return student.nominal && student.layers == 1 && has_kernel && is_float(step.moments) &&
-         is_float(step.cells);
+         (is_float(step.cells) || step.cells == Storage::int8);
 }
 
 void small_student_step(const Student<float>& student, const StudentStep& step,
@@ -86,7 +90,9 @@ void small_student_step(const Student<float>& student, const StudentStep& step,
                       static_cast<float>(step.lr),
                       step.stochastic};
 
-  const auto run_piece = [&](const Piece& piece) {
+  const bool coded = step.cells == Storage::int8;
+  const CodeKernels codes = AMALGAM_DISPATCH(code_kernels);
+  const auto run_part = [&](const Piece& piece) {
     const StudentTensor& tensor = tensors[piece.tensor];
     const auto from = [&](const void* rows, Storage storage) {
       return static_cast<const char*>(rows) + piece.start * size_of(storage);
@@ -94,6 +100,7 @@ void small_student_step(const Student<float>& student, const StudentStep& step,
     const auto to = [&](void* rows, Storage storage) {
       return static_cast<char*>(rows) + piece.start * size_of(storage);
     };
+    const auto to_codes = [&](void* all) { return static_cast<int8_t*>(all) + piece.start; };
     SmallPiece rows{piece.start,
                     piece.count,
                     student.weights[2] + tensor.index * 4 * student.hidden,
@@ -119,8 +126,29 @@ void small_student_step(const Student<float>& student, const StudentStep& step,
       if (step.in_place) load_row(step.out, tensor.out, piece.start, piece.count, out);
       rows.out = out;
     }
+    float h[kMostUnits * kMostCoded], c[kMostUnits * kMostCoded];
+    const CodedRows of_codes{student.hidden, piece.count, kMostCoded, tensor.stride};
+    if (coded) {
+      codes.load(of_codes, static_cast<const int8_t*>(rows.h), h);
+      codes.load(of_codes, static_cast<const int8_t*>(rows.c), c);
+      rows.h = rows.new_h = h;
+      rows.c = rows.new_c = c;
+      rows.stride = kMostCoded;
+    }
     kernel(packed.student(), how, rows);
+    if (coded) {
+      CodeRounding rounding{step.stochastic, rows.key, 0, piece.start, 16};
+      codes.store(of_codes, rounding, h, to_codes(tensor.new_h));
+      rounding.shift = 0;
+      codes.store(of_codes, rounding, c, to_codes(tensor.new_c));
+    }
     if (!direct_out) store_row(step.out, out, piece.count, tensor.out, piece.start);
+  };
+  const auto run_piece = [&](const Piece& piece) {
+    const int64_t most = coded ? kMostCoded : piece.count;
+    for (int64_t done = 0; done < piece.count; done += most) {
+      run_part({piece.tensor, piece.start + done, std::min(most, piece.count - done), 0});
+    }
   };
   const int64_t tiles = tiling.tiles(), runs = (tiles + kTilesARun - 1) / kTilesARun;
   for_each_block(runs, worthwhile_threads(tiles, kTilesARun, threads), [&](int64_t run) {

@@ -1,6 +1,7 @@
 #include "student_small.h"
 
 #include "activations.h"
+#include "mix.h"
 #include "simd.h"
 #include "student_forms.h"
 
@@ -128,16 +129,6 @@ inline Floats load_numbers(bool narrow, const char* from) {
   Halves halves;
   __builtin_memcpy(&halves, from, sizeof halves);
   return (Floats)(widened(halves) << 16);
-}
-
-// As rounding.h has it, which only files compiled once may include; of a number, and of a vector's.
-template <typename Word>
-inline Word mix(Word x) {
-  x ^= x >> 16;
-  x *= 0x85ebca6bu;
-  x ^= x >> 13;
-  x *= 0xc2b2ae35u;
-  return x ^ (x >> 16);
 }
 
 // What the places of a vector add to a row's key.

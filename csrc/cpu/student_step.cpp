@@ -165,6 +165,7 @@ Storage storage(const std::string& dtype) {
   if (dtype == "float64") return Storage::float64;
   if (dtype == "bfloat16") return Storage::bfloat16;
   if (dtype == "float16") return Storage::float16;
+  if (dtype == "int8") return Storage::int8;
   throw std::invalid_argument("no storage is called " + dtype);
 }
 

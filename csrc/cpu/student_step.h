@@ -72,7 +72,7 @@ static_assert(sizeof(StudentTensor) == 8 * kStudentTensorFields.size());
 struct StudentStep {
   Storage grad;
   Storage moments;      // m and v
-  Storage cells;        // h and c
+  Storage cells;        // h and c; of int8 rows have a layer's scale after its units, cell_codes.h
   Storage out;
   bool in_place;
   double keep;          // with in_place: keep p - lr update

@@ -8,8 +8,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "cell_codes.h"
+#include "dispatch.h"
 #include "lstm_layout.h"
 #include "parallel.h"
 #include "rounding.h"
@@ -140,13 +143,14 @@ class Workspace {
   T* next_ = nullptr;
 };
 
-// An LSTM's state in memory: h, c and their successors, (layers, hidden) rows that are `numel` apart.
+// An LSTM's state in memory: h, c and their successors, (layers, hidden) rows that are `numel` apart;
+// as codes (layers, hidden + 1).
 struct LstmState {
   Storage storage;
   int64_t numel;
   const void *h, *c;
   void *new_h, *new_c;       // null in the backward pass
-  bool stochastic = false;   // how bfloat16 is rounded to, with bits that grow from the key
+  bool stochastic = false;   // how what is narrow is rounded, with bits that grow from the key
   uint32_t key = 0;
 };
 
@@ -165,12 +169,52 @@ inline Ahead ahead(Storage storage, const void* first, const void* second, int64
           std::min<int64_t>(kTile, numel - start) * size};
 }
 
+// Where a layer's rows of codes begin, from a piece's first coordinate on.
+inline int64_t codes_at(const LstmState& state, const Piece& piece, int layer, int hidden) {
+  return int64_t(layer) * (hidden + 1) * state.numel + piece.start;
+}
+
+inline void load_coded_state(const std::vector<LayerShape>& shapes, const LstmState& state,
+                             const Piece& piece, LstmTile<float>& tile) {
+  const CodeKernels kernels = AMALGAM_DISPATCH(code_kernels);
+  const int layers = static_cast<int>(shapes.size()), hidden = shapes[0].hidden;
+  const CodedRows rows{hidden, piece.count, kTile, state.numel};
+  for (int layer = 0; layer < layers; ++layer) {
+    const int64_t at = codes_at(state, piece, layer, hidden);
+    float* h = tile.in[layer] + shapes[layer].inputs * kTile + piece.place;
+    float* c = const_cast<float*>(tile.cells[layer * hidden]) + piece.place;
+    kernels.load(rows, static_cast<const int8_t*>(state.h) + at, h);
+    kernels.load(rows, static_cast<const int8_t*>(state.c) + at, c);
+  }
+}
+
+inline void store_coded_state(const std::vector<LayerShape>& shapes, const LstmTile<float>& tile,
+                              const Piece& piece, const LstmState& state) {
+  const CodeKernels kernels = AMALGAM_DISPATCH(code_kernels);
+  const int layers = static_cast<int>(shapes.size()), hidden = shapes[0].hidden;
+  const CodedRows rows{hidden, piece.count, kTile, state.numel};
+  for (int layer = 0; layer < layers; ++layer) {
+    const int64_t at = codes_at(state, piece, layer, hidden);
+    const float* h = layer + 1 < layers ? tile.in[layer + 1] : tile.top;
+    const float* c = tile.new_cells[layer * hidden];
+    CodeRounding how{state.stochastic, state.key, layer * hidden, piece.start, 16};
+    kernels.store(rows, how, h + piece.place, static_cast<int8_t*>(state.new_h) + at);
+    how.shift = 0;
+    kernels.store(rows, how, c + piece.place, static_cast<int8_t*>(state.new_c) + at);
+  }
+}
+
 template <typename T>
 void load_state(const std::vector<LayerShape>& shapes, const LstmState& state, const Piece& piece,
                 LstmTile<T>& tile, bool h_may_stay = false) {
   const int hidden = shapes[0].hidden, rows = static_cast<int>(shapes.size()) * hidden;
   const int64_t numel = state.numel, start = piece.start;
   const bool h_stays = h_may_stay && stays_in_memory<T>(state, piece);
+  const int64_t next = start + piece.count;
+  if (next < numel) tile.ahead[0] = ahead(state.storage, state.h, state.c, next, numel);
+  if constexpr (std::is_same_v<T, float>) {
+    if (state.storage == Storage::int8) return load_coded_state(shapes, state, piece, tile);
+  }
   if (h_stays) tile.h = {static_cast<const T*>(state.h) + start, numel};
   for (int row = 0; row < (h_stays ? 0 : rows); ++row) {
     T* to = tile.in[row / hidden] + (shapes[row / hidden].inputs + row % hidden) * kTile;
@@ -189,8 +233,6 @@ void load_state(const std::vector<LayerShape>& shapes, const LstmState& state, c
                cells + row * kTile + piece.place);
     }
   }
-  const int64_t next = start + piece.count;
-  if (next < numel) tile.ahead[0] = ahead(state.storage, state.h, state.c, next, numel);
 }
 
 // The new state of a piece, where the inner loops have not written it.
@@ -198,6 +240,9 @@ template <typename T>
 void store_state(const std::vector<LayerShape>& shapes, const LstmTile<T>& tile,
                  const Piece& piece, const LstmState& state) {
   if (stays_in_memory<T>(state, piece)) return;
+  if constexpr (std::is_same_v<T, float>) {
+    if (state.storage == Storage::int8) return store_coded_state(shapes, tile, piece, state);
+  }
   const int layers = static_cast<int>(shapes.size()), hidden = shapes[0].hidden;
   for (int row = 0; row < layers * hidden; ++row) {
     const int layer = row / hidden, unit = row % hidden;

@@ -36,7 +36,13 @@ from amalgam.ops import (
 )
 
 FORWARD, BACKWARD = torch.ops.amalgam.student_step, torch.ops.amalgam.student_step_backward
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, BF16, INT8 = torch.float32, torch.float64, torch.bfloat16, torch.int8
+# How the exact runs keep their states.
+STORED: dict[str, dict[str, torch.dtype]] = {
+    "float32": {},
+    "bfloat16": {"cells_dtype": BF16, "moments_dtype": BF16},
+    "codes": {"cells_dtype": INT8, "moments_dtype": BF16},
+}
 # Those with kernels of their own, and others.
 NETWORKS = [(1, 4), (1, 8), (1, 16), (1, 20), (2, 5), (1, 1)]
 
@@ -418,9 +424,8 @@ def gradients(size: int, steps: int = 5) -> list[list[Tensor]]:
 
 @of_each
 @pytest.mark.parametrize(("layers", "hidden"), EXACT)
-@pytest.mark.parametrize("stored", [F32, BF16])
-def test_no_gradient_no_update(backend: str, layers: int, hidden: int, stored: torch.dtype) -> None:
-    how = {"cells_dtype": BF16, "moments_dtype": BF16} if stored == BF16 else {}
+@pytest.mark.parametrize("how", STORED.values(), ids=STORED)
+def test_no_gradient_no_update(backend: str, layers: int, hidden: int, how: dict[str, Any]) -> None:
     param = draw(75, seed=3).float()
     param[:2] = torch.tensor([0.0, -0.0])
     zeros = [[torch.zeros(75)] for _ in range(5)]
@@ -436,11 +441,10 @@ def test_no_gradient_no_update(backend: str, layers: int, hidden: int, stored: t
 
 @of_each
 @pytest.mark.parametrize(("layers", "hidden"), EXACT)
-@pytest.mark.parametrize("stored", [F32, BF16])
+@pytest.mark.parametrize("how", STORED.values(), ids=STORED)
 def test_mirrored_gradients_give_the_mirrored_run(
-    backend: str, layers: int, hidden: int, stored: torch.dtype
+    backend: str, layers: int, hidden: int, how: dict[str, Any]
 ) -> None:
-    how = {"cells_dtype": BF16, "moments_dtype": BF16} if stored == BF16 else {}
     param, grads = draw(75, seed=3).float(), gradients(75)
     mirrored = [[-grad] for (grad,) in grads]
     (ours,), (state,) = runs_of(backend, layers, hidden, grads, [param], **how)
