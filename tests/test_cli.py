@@ -565,7 +565,7 @@ def test_info(wide) -> None:
     assert "student_step_, student_unroll_backward, teacher_distance, teacher_step\n" in text
     assert "_into" not in text
     assert "student_step" in text
-    assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student by its", text)
+    assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student with a pace", text)
 
 
 def test_a_newcomer_on_a_narrow_terminal(here) -> None:
