@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
 GROUND = frozenset(
     {
         *("device", "digest", "dotted", "extras", "files", "heap", "hints", "hub", "layout"),
-        *("nests", "ranges", "seeding", "version", "weight_files"),
+        *("lr_decays", "nests", "ranges", "seeding", "version", "weight_files"),
     }
 )
 """The modules of the ground floor."""
