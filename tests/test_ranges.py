@@ -23,7 +23,14 @@ from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.perturbation import FGSM, PGD, AdaptivePGD, Gaussian, InputNoise
 from amalgam.policies import POLICIES, Teacher
 from amalgam.recipes import Evaluation, TaskChoice
-from amalgam.recipes.kinds import ESTIMATOR, PERTURBATION, POLICY, STRATEGY, TEACHER
+from amalgam.recipes.kinds import (
+    ESTIMATOR,
+    PERTURBATION,
+    POLICY,
+    STRATEGY,
+    TEACHER,
+    AnalyticalTeacher,
+)
 from amalgam.recipes.schema import Recipe
 
 INSTANCES = [
@@ -31,6 +38,7 @@ INSTANCES = [
     *(Repeat(), Stage(), Stages(), Training(), Truncation(), UnrollSettings(1, 1, 1, 0, 0.0)),
     *(FGSM(), PGD(), AdaptivePGD(), Gaussian(), InputNoise(0.1), Teacher("adam"), Evaluation()),
     TaskChoice("digits-mlp"),
+    AnalyticalTeacher("adam"),
     *(policy.config_type() for policy in POLICIES.values()),
 ]
 # Where infinity says something: no clipping, no repeats.

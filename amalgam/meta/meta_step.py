@@ -212,7 +212,8 @@ class MetaSteps:
         norms, failed = [], False
         for index in range(len(self._students)):
             loss = estimate.loss[index]
-            of_rows = loss.new_tensor([self._moved(index, window), self._stuck(index, window)])
+            shares = [self._moved(index, window), self._stuck(index, window)]
+            of_rows = torch.tensor(shares, dtype=loss.dtype, device="cpu").to(loss.device)
             *grads, means = distributed.average(
                 [*self._grads(index, estimate), torch.cat((loss[None], of_rows))]
             )
