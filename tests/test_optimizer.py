@@ -498,7 +498,8 @@ def test_a_cuda_graph_packs_no_weights(hidden, monkeypatch) -> None:
     optimizer = AmalgamatedOptimizer([param], student=student, capturable=True)
     optimizer.step()
     monkeypatch.setattr(lstm_weights, "pack", None)
-    monkeypatch.setattr(student_step_in_place, "_pack", None)
+    monkeypatch.setattr(student_step_in_place, "pack", None)
+    monkeypatch.setattr(student_step_in_place, "pack_nominal", None)
     monkeypatch.setattr(student_step_in_place, "_pack_for_tensor_cores", None)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
