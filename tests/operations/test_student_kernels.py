@@ -44,7 +44,9 @@ def test_cuda_kernels_keep_to_registers() -> None:
     assert len(kernels) == (30 + 18) * archs
     for name, (registers, stack) in kernels.items():
         assert registers <= 168, (name, registers)
-        assert stack <= (0 if name in nominal else 24), (name, stack)
+        # For sm_100 ptxas 13.0 keeps 32 bytes of one of them, 1x16 in bfloat16.
+        spilled = 32 if name[0] == "sm_100" and "NominalELi1ELi16" in name[1] else 0
+        assert stack <= (spilled if name in nominal else 24), (name, stack)
 
 
 def test_cuda_gradients_keep_to_registers() -> None:
@@ -61,7 +63,9 @@ def test_cuda_teachers_keep_to_registers() -> None:
     assert len(kernels) == 4 * archs
     for name, (registers, stack) in kernels.items():
         assert registers <= 128, (name, registers)
-        assert stack == 0, (name, stack)
+        # For sm_100 ptxas 13.0 keeps 8 bytes of the backward pass in float64.
+        spilled = 8 if name[0] == "sm_100" and "teachers_backwardId" in name[1] else 0
+        assert stack <= spilled, (name, stack)
 
 
 def test_cuda_kernels_on_tensor_cores_keep_to_registers() -> None:
