@@ -129,7 +129,7 @@ void bind_cuda_unroll(py::module_& module) {
   module.def("unroll_sizes", &cuda::unroll_sizes);
   module.def("unroll_sums", &cuda::unroll_sums, "hidden"_a);
   module.def("unroll_warps", &cuda::unroll_warps, "hidden"_a, "tiles"_a, "device"_a);
-  py::class_<cuda::UnrollCall>(module, "UnrollCall")
+  py::class_<cuda::UnrollCall>(module, "UnrollCall", py::module_local())
       .def(py::init([](Address weights, Address biases, Address corrections, Address bounds,
                        Address grads, Address adjoints, int64_t grads_stride,
                        int64_t adjoints_stride, const StateAddresses& state, int64_t n,
