@@ -417,7 +417,7 @@ def test_cuda_makes_of_permissions_what_is_fastest(
     numerics = registry._parse(f"cuda:{permitted}")[1]
     for cells, expected in ((torch.float32, of_float32), (torch.bfloat16, of_bfloat16)):
         for aligned, computed in ((True, expected), (False, "3xtf32")):
-            found = student_step_in_place._numerics_of(2, 20, cells, aligned, numerics)
+            found = student_step_in_place._numerics_of(False, 2, 20, cells, aligned, numerics)
             assert found == registry._parse(f"cuda:{computed}")[1]
 
 
