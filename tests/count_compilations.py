@@ -37,7 +37,7 @@ SELECTION = (
 BUDGETS = {
     "student_step.forward": 26,
     "student_step.backward": 17,
-    "student_step_in_place.in_place": 43,
+    "student_step_in_place.in_place": 46,
     "choice_step.forward": 8,
     "choice_step.backward": 6,
     "teacher_distance.sum_blocks": 13,
