@@ -1,6 +1,7 @@
 #include "largest_magnitude.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../binding.h"
@@ -18,23 +19,13 @@ constexpr int64_t kBlock = 1 << 17;
 uint64_t largest_magnitude(const void* const* tensors, const int64_t* numels, int64_t count,
                            int bytes, int threads) {
   const LargestBits largest = AMALGAM_DISPATCH(largest_bits);
-  struct Part {
-    const char* first;
-    int64_t count;
-  };
-  std::vector<Part> parts;
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    total += numels[i];
-    for (int64_t at = 0; at < numels[i]; at += kBlock) {
-      parts.push_back({static_cast<const char*>(tensors[i]) + at * bytes,
-                       std::min(kBlock, numels[i] - at)});
-    }
-  }
+  const std::vector<Part> parts = parts_of(numels, count, kBlock);
+  const int64_t total = std::accumulate(numels, numels + count, int64_t(0));
   const int64_t size = static_cast<int64_t>(parts.size());
   std::vector<uint64_t> found(parts.size());
   for_each_block(size, worthwhile_threads(total, kBlock, threads), [&](int64_t i) {
-    found[i] = largest(parts[i].first, parts[i].count, bytes);
+    const auto& [tensor, start, length] = parts[i];
+    found[i] = largest(static_cast<const char*>(tensors[tensor]) + start * bytes, length, bytes);
   });
   return found.empty() ? 0 : *std::max_element(found.begin(), found.end());
 }

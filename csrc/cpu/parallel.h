@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace amalgam::cpu {
 
@@ -28,6 +29,22 @@ void for_each_block(int64_t blocks, int threads, const Body& body) {
   }
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t block = 0; block < blocks; ++block) body(block);
+}
+
+// Some of a tensor's elements.
+struct Part {
+  int64_t tensor, start, count;
+};
+
+// All elements of `count` tensors, in parts of at most `most`.
+inline std::vector<Part> parts_of(const int64_t* numels, int64_t count, int64_t most) {
+  std::vector<Part> parts;
+  for (int64_t tensor = 0; tensor < count; ++tensor) {
+    for (int64_t at = 0; at < numels[tensor]; at += most) {
+      parts.push_back({tensor, at, std::min(most, numels[tensor] - at)});
+    }
+  }
+  return parts;
 }
 
 }  // namespace amalgam::cpu

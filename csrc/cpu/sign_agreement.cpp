@@ -1,6 +1,7 @@
 #include "sign_agreement.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../binding.h"
@@ -23,17 +24,8 @@ Numbers from(const Numbers& numbers, int64_t start) {
 void sign_agreements(const Numbers* first, const Numbers* second, const int64_t* numels,
                      int64_t count, double* sums, int threads) {
   const SignAgreement agreement = AMALGAM_DISPATCH(sign_agreement);
-  struct Part {
-    int64_t tensor, start, count;
-  };
-  std::vector<Part> parts;
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    total += numels[i];
-    for (int64_t at = 0; at < numels[i]; at += kBlock) {
-      parts.push_back({i, at, std::min(kBlock, numels[i] - at)});
-    }
-  }
+  const std::vector<Part> parts = parts_of(numels, count, kBlock);
+  const int64_t total = std::accumulate(numels, numels + count, int64_t(0));
   const int64_t size = static_cast<int64_t>(parts.size());
   std::vector<int64_t> found(parts.size());
   for_each_block(size, worthwhile_threads(total, kBlock, threads), [&](int64_t i) {
