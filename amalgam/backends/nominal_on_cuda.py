@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amalgam.backends import core, cuda
 from amalgam.backends.cuda_weights import pack_nominal
-from amalgam.backends.memory import contiguous, unwritten, with_contiguous_rows
+from amalgam.backends.memory import contiguous, with_contiguous_rows
 from amalgam.operations.kept import kept
 from amalgam.operations.student_forms import NOMINAL, StepSettings
 from amalgam.operations.student_step import StudentState
@@ -153,20 +153,6 @@ def backward_into(
         )
     d_weights = _unpacked(found, made.hidden)
     return d_grad, [*d_weights[:2], d_weights[2][0], *d_weights[3:]]
-
-
-def backward(
-    d_update: Tensor,
-    d_new: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-) -> tuple[Tensor, StudentState, list[Tensor]]:
-    """A step's gradients in grad, state and weights."""
-    d_state = StudentState(*unwritten(state))
-    d_grad, d_weights = backward_into(d_state, d_update, d_new, grad, state, weights, settings)
-    return d_grad, d_state, d_weights
 
 
 def unroll_backward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,67 @@ from amalgam.backends.memory import (
     dtype_name,
     unwritten,
 )
+from amalgam.operations import registry
 from amalgam.operations.registry import Numerics
 from amalgam.operations.student_forms import StepSettings
 from amalgam.operations.student_step import StudentState, register_into
 from amalgam.operations.table import addresses
 
-
-@cpu.backend.kernel("student_step")
-def _cpu_student_step(
-    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
-) -> tuple[Tensor, StudentState]:
-    update = grad.new_empty(grad.shape)
-    new = StudentState(*unwritten(state))
-    _cpu_student_step_into(update, new, grad, state, weights, settings)
-    return update, new
+_WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
 
 
-@cpu.backend.kernel("student_step_into")
-def _cpu_student_step_into(
+def _register(
+    backend: registry.Backend,
+    step: Callable[..., None],
+    backward: Callable[..., tuple[Tensor, list[Tensor]]],
+    **how: Any,
+) -> None:
+    """Register a step and its backward pass, with and without memory for what they give.
+
+    Args:
+        backend: The backend.
+        step: Takes memory for the update and the new state, and what ``student_step`` takes.
+        backward: Takes memory for the gradients in the state, and what ``student_step_backward``
+            takes; returns those in the gradient and in the weights.
+        **how: What the backend is told of each kernel.
+    """
+
+    def functional(
+        grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+    ) -> tuple[Tensor, StudentState]:
+        update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+        step(update, new, grad, state, weights, settings)
+        return update, new
+
+    def into(update: Tensor, new: StudentState, *arguments: Any) -> None:
+        check_written(_WRITTEN, (update, *new))
+        step(update, new, *arguments)
+
+    def functional_backward(
+        d_update: Tensor,
+        d_new: StudentState,
+        grad: Tensor,
+        state: StudentState,
+        weights: Sequence[Tensor],
+        settings: StepSettings,
+    ) -> tuple[Tensor, StudentState, list[Tensor]]:
+        d_state = StudentState(*unwritten(state))
+        d_grad, d_weights = backward(d_state, d_update, d_new, grad, state, weights, settings)
+        return d_grad, d_state, d_weights
+
+    def backward_into(
+        d_update: Tensor, d_state: StudentState, *arguments: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
+        return backward(d_state, d_update, d_state, *arguments)
+
+    backend.kernel("student_step", **how)(functional)
+    backend.kernel("student_step_into", **how)(into)
+    backend.kernel("student_step_backward", **how)(functional_backward)
+    backend.kernel("student_step_backward_into", **how)(backward_into)
+
+
+def _step_on_cpu(
     update: Tensor,
     new: StudentState,
     grad: Tensor,
@@ -41,7 +84,6 @@ def _cpu_student_step_into(
     weights: Sequence[Tensor],
     settings: StepSettings,
 ) -> None:
-    check_written(_WRITTEN, (update, *new))
     inputs = contiguous((grad, *state))
     n, each = grad.numel(), grad.element_size()
     columns = dict(zip(("grad", *StudentState._fields), addresses(inputs), strict=True))
@@ -91,39 +133,7 @@ def student_on_cpu(
     return student, [*held, corrections]
 
 
-_WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
-
-
-@cpu.backend.kernel("student_step_backward")
-def _cpu_student_step_backward(
-    d_update: Tensor,
-    d_new: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-) -> tuple[Tensor, StudentState, list[Tensor]]:
-    d_state = StudentState(*unwritten(state))
-    d_grad, d_weights = _run_student_step_backward(
-        d_state, d_update, d_new, grad, state, weights, settings
-    )
-    return d_grad, d_state, d_weights
-
-
-@cpu.backend.kernel("student_step_backward_into")
-def _cpu_student_step_backward_into(
-    d_update: Tensor,
-    d_state: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-) -> tuple[Tensor, list[Tensor]]:
-    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
-    return _run_student_step_backward(d_state, d_update, d_state, grad, state, weights, settings)
-
-
-def _run_student_step_backward(
+def _backward_on_cpu(
     d_state: StudentState,
     d_update: Tensor,
     d_new: StudentState,
@@ -197,34 +207,14 @@ def run_on_cpu(
     )
 
 
-@cuda.backend.kernel("student_step", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts)
-def _cuda_student_step(
-    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
-) -> tuple[Tensor, StudentState]:
-    update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
-    nominal_on_cuda.step_into(update, new, grad, state, weights, settings)
-    return update, new
-
-
-@cuda.backend.kernel("student_step_into", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts)
-def _cuda_student_step_into(update: Tensor, new: StudentState, *step: Any) -> None:
-    check_written(_WRITTEN, (update, *new))
-    nominal_on_cuda.step_into(update, new, *step)
-
-
-cuda.backend.kernel("student_step_backward", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts)(
-    nominal_on_cuda.backward
+_register(cpu.backend, _step_on_cpu, _backward_on_cpu)
+_register(
+    cuda.backend,
+    nominal_on_cuda.step_into,
+    nominal_on_cuda.backward_into,
+    dtypes=triton.SINGLE,
+    accepts=nominal_on_cuda.accepts,
 )
-
-
-@cuda.backend.kernel(
-    "student_step_backward_into", dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts
-)
-def _cuda_student_step_backward_into(
-    d_update: Tensor, d_state: StudentState, *step: Any
-) -> tuple[Tensor, list[Tensor]]:
-    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
-    return nominal_on_cuda.backward_into(d_state, d_update, d_state, *step)
 
 
 @triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)
