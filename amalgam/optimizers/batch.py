@@ -47,11 +47,12 @@ class Batch:
         names = names_of(paced)
         self._stored = itemgetter(*names)
         self._held = list(map(self._parts, ([entry[name] for entry in entries] for name in names)))
-        m, v, h, c, self.steps, *self._paces = self._held
+        m, v, h, c, self.steps, *paces = self._held
+        self._paces = paces[0] if paces else []
         columns = (m, v, list(map(planar, h)), list(map(planar, c)))
         self.tensors = StudentTensors(self._parts(params), list(map(StudentState, *columns)))
         self._together = _one_tensor(self.steps) if kept else None
-        self._paces_together = [_one_tensor(paces) if kept else None for paces in self._paces]
+        self._paces_together = _one_tensor(self._paces) if kept else None
         self._addresses = self._now() if kept else []
 
     def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -114,8 +115,8 @@ class Batch:
         if self.constants is None:
             return None
         pace, agreements = None, None
-        for paces, together in zip(self._paces, self._paces_together, strict=True):
-            pace = (torch.stack(paces) if together is None else together).to(like)
+        if self._paces:
+            pace = _stacked(self._paces, self._paces_together).to(like)
             agreements = partial(agreements_of, self.params, grads, self.tensors.m)
         return student.context_of(
             *(self.constants, self._taken().to(like), self.params, norms_of),
@@ -133,21 +134,39 @@ class Batch:
             skip: Not 0 where the device decided to skip it, shape ().
             warmup_steps: Of those parameters that have taken fewer steps it was a warm-up.
         """
-        if context is None or context.pace is None:
+        if context is None or context.pace is None or not self._paces:
             return
-        for paces, together in zip(self._paces, self._paces_together, strict=True):
-            new = context.pace.to(paces[0])
-            if skip is not None or warmup_steps:
-                old = torch.stack(paces) if together is None else together
-                stays = self._taken().to(new.device) < warmup_steps
-                new = torch.where(stays if skip is None else stays | (skip != 0), old, new)
-            if together is None:
-                torch._foreach_copy_(paces, list(new.unbind()))
-            else:
-                together.copy_(new)
+        new = context.pace.to(self._paces[0])
+        if skip is not None or warmup_steps:
+            old = _stacked(self._paces, self._paces_together)
+            new = paces_after(new, old, self._taken(), warmup_steps, skip)
+        if self._paces_together is None:
+            torch._foreach_copy_(self._paces, list(new.unbind()))
+        else:
+            self._paces_together.copy_(new)
 
     def _taken(self) -> Tensor:
-        return torch.stack(self.steps) if self._together is None else self._together
+        return _stacked(self.steps, self._together)
+
+
+def paces_after(
+    new: Tensor, old: Tensor, taken: Tensor, warmup_steps: int, skip: Tensor | None
+) -> Tensor:
+    """The logarithms of paces after a step: the old ones where it was skipped or a warm-up.
+
+    Args:
+        new: Those that the step had, shape (tensors,).
+        old: Those before it, likewise.
+        taken: How many steps each tensor had taken before, likewise, on any device.
+        warmup_steps: How many of them are a warm-up.
+        skip: Not 0 where the step was skipped, shape (); ``None`` where it was not.
+    """
+    stays = taken.to(new.device) < warmup_steps
+    return torch.where(stays if skip is None else stays | (skip != 0), old, new)
+
+
+def _stacked(numbers: Sequence[Tensor], together: Tensor | None) -> Tensor:
+    return torch.stack(list(numbers)) if together is None else together
 
 
 def _one_tensor(steps: Sequence[Tensor]) -> Tensor | None:

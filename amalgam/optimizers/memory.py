@@ -46,8 +46,7 @@ def estimate_memory(
 
     Args:
         params: A module, of which the parameters that require gradients count; or tensors, of which
-            all do. They may be on the meta device.
-            Of DTensors this process's parts count.
+            all do. They may be on the meta device. Of DTensors this process's parts count.
         student: As :class:`amalgam.AmalgamatedOptimizer` takes it, like the others.
         cells_dtype: Dtype of the LSTM's state.
         moments_dtype: Dtype of the moments.

@@ -34,7 +34,7 @@ from amalgam.optimizers.base import (
     finite,
     warn_of_adamws_numbers,
 )
-from amalgam.optimizers.batch import Batch, same
+from amalgam.optimizers.batch import Batch, paces_after, same
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.sharding import (
     agreements_of,
@@ -455,10 +455,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 *(0.0, 0.0, control, steps, group["warmup_steps"], [], self.backend),
             )
             if paces and context is not None and context.pace is not None:
-                new = context.pace.to(paces[0])
-                stays = taken.to(new.device) < group["warmup_steps"]
-                stays = stays if flag is None else stays | flag
-                new = torch.where(stays, torch.stack(paces), new)
+                new, old = context.pace.to(paces[0]), torch.stack(paces)
+                new = paces_after(new, old, taken, group["warmup_steps"], flag)
                 torch._foreach_copy_(paces, list(new.unbind()))
             torch._foreach_add_(steps, 1.0 if flag is None else 1.0 - flag.to(steps[0]))
             if flag is not None and group is groups[0][0]:
