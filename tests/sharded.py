@@ -56,9 +56,9 @@ STEPS = 4
 EVERYTHING = ("time", "rank", "fan_in", "rms")
 
 
-def nominal(*inputs: str) -> NominalStudent:
+def nominal(*inputs: str, **config: Any) -> NominalStudent:
     student = NominalStudent(
-        NominalConfig(hidden=4, inputs=inputs), generator=torch.Generator().manual_seed(1)
+        NominalConfig(hidden=4, inputs=inputs, **config), generator=torch.Generator().manual_seed(1)
     )
     with torch.no_grad():
         student.head.weight.copy_(torch.linspace(-1, 1, 8).view(2, 4))
@@ -73,6 +73,7 @@ def paper() -> Student:
 STUDENTS: dict[str, Callable[[], Any]] = {
     "nominal": nominal,
     "told": lambda: nominal(*EVERYTHING),
+    "orthogonal": lambda: nominal(orthogonal=True),
     "paper": paper,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -260,6 +261,9 @@ def refusals() -> dict[str, str]:
         "compiled": optimizer._compiled_step,
         "into-a-plain-one": lambda: plain.load_state_dict(optimizer.state_dict()),
         "flat": lambda: AmalgamatedOptimizer(flat.parameters(), student=nominal("rank")),
+        "matrices": lambda: AmalgamatedOptimizer(
+            flat.parameters(), student=nominal(orthogonal=True)
+        ),
     }
     found = {}
     for name, attempt in tries.items():

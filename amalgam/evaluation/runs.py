@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from amalgam.lr_decays import factor_at
 from amalgam.seeding import drawing, generator_for
 from amalgam.tasks import SeededBatch, Task
 
@@ -199,7 +200,7 @@ def train(
         seed: Seed of the initial parameters, of the batches, of what the optimizee draws on them
             (dropout), and of what an optimizer draws.
         readings: What to read.
-        decay: ``"constant"``, or ``"linear"`` for rates that fall to zero over the steps.
+        decay: How rates go on over the steps: one of :data:`amalgam.lr_decays.LR_DECAYS`.
     """
     # Optimizees draw by their batches' seeds; this is for optimizers that draw.
     with drawing(generator_for(seed, "optimizers").initial_seed(), task.device):
@@ -225,9 +226,9 @@ def _train(
     for stop in sorted({*read_at, *full_at}):
         began = time.perf_counter()
         while taken < stop:
-            if decay == "linear":
+            if decay != "constant":
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (1 - taken / steps)
+                    group["lr"] = rate * factor_at(decay, taken, steps)
             optimizer.zero_grad()
             task.backward(module, next(batches), noise)
             optimizer.step()

@@ -22,6 +22,7 @@ from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StudentState
 from amalgam.policies import FusedStudent, Policy
 from amalgam.policies.fused_student import TensorContext
+from amalgam.policies.orthogonal import orthogonalized_rows, orthogonalized_rows_backward
 from amalgam.seeding import global_states
 
 # Called with a row's number; returns the generator of the noise that a policy trains with, for a
@@ -36,9 +37,11 @@ class PolicySteps(Protocol):
         by_coordinates: Whether :func:`amalgam.ops.student_unroll_backward` can go back through
             these steps. If so, first-order meta-gradients need no kept points, as long as no noise
             is drawn at every step.
+        finishes: Whether :meth:`finished` changes updates.
     """
 
     by_coordinates: bool
+    finishes: bool
 
     def initial(self, like: Tensor) -> Any:
         """The state before the first step, for parameters of this shape (B, N)."""
@@ -85,7 +88,18 @@ class PolicySteps(Protocol):
             reuse: Whether the new state may overwrite the old one.
 
         Returns:
-            The updates (B, N), to be subtracted, and the new state.
+            The updates (B, N), to be subtracted as :meth:`finished` makes them, and the new state.
+        """
+
+    def finished(self, updates: Tensor) -> Tensor:
+        """The policy's updates, of what :meth:`forward` gave, (R, N); R may be any number."""
+
+    def finished_backward(self, d_updates: Tensor, updates: Tensor) -> Tensor:
+        """Back through :meth:`finished`, without a graph.
+
+        Args:
+            d_updates: Gradients with respect to what it returned, shape (R, N).
+            updates: What it was given.
         """
 
     def backward(
@@ -102,7 +116,8 @@ class PolicySteps(Protocol):
         """Back through one step.
 
         Args:
-            d_updates: Gradients with respect to the updates, shape (B, N).
+            d_updates: Gradients with respect to the updates that :meth:`forward` gave, shape
+                (B, N).
             d_state: The gradient with respect to the new state. It may be overwritten with the one
                 that is returned.
             params: As in :meth:`forward`, like all that follows.
@@ -144,6 +159,7 @@ class FusedSteps:
     by_coordinates = True
 
     def __init__(self, student: FusedStudent, layout: Layout, backend: str) -> None:
+        self.finishes = student.orthogonal
         self._student = student
         self._layout = layout
         self._backend = backend
@@ -222,6 +238,16 @@ class FusedSteps:
         d_weights = self._student.unfolded(d_folded, context)
         return d_grads.view(grads.shape), keep(d_moved, d_state, moved), d_weights
 
+    def finished(self, updates: Tensor) -> Tensor:
+        """See :class:`PolicySteps`."""
+        return orthogonalized_rows(updates, self._layout) if self.finishes else updates
+
+    def finished_backward(self, d_updates: Tensor, updates: Tensor) -> Tensor:
+        """See :class:`PolicySteps`."""
+        if not self.finishes:
+            return d_updates
+        return orthogonalized_rows_backward(d_updates, updates, self._layout)
+
     def zeros(self, state: Any) -> Any:
         """See :class:`PolicySteps`."""
         zeros = self._take(state)
@@ -272,6 +298,7 @@ class AutogradSteps:
     """
 
     by_coordinates = False
+    finishes = False
 
     def __init__(self, policy: Policy, layout: Layout, backend: str) -> None:
         self._policy = policy
@@ -353,6 +380,14 @@ class AutogradSteps:
             before[row] = list(found[1:rest])
             torch._foreach_add_(d_weights, found[rest:])
         return d_grads, before, d_weights
+
+    def finished(self, updates: Tensor) -> Tensor:
+        """See :class:`PolicySteps`; the policy's own step makes them whole."""
+        return updates
+
+    def finished_backward(self, d_updates: Tensor, updates: Tensor) -> Tensor:
+        """See :class:`PolicySteps`."""
+        return d_updates
 
     def zeros(self, state: tuple[Any, ...]) -> list[list[Tensor]]:
         """See :class:`PolicySteps`."""

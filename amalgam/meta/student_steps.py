@@ -53,6 +53,8 @@ class StudentSteps:
         input_noise: Standard deviation of the noise on the gradients that students see.
         conditions: Learning rates, weight decay and loss scales of the steps; ``None`` for none.
         blend: The teachers' part in the executed steps; ``None`` for none.
+        raw: Where to keep the updates that policies finish, for the backward pass, shape (T, R, N);
+            ``None`` where they finish none, or no meta-gradient is wanted.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class StudentSteps:
         input_noise: float,
         conditions: StepConditions | None = None,
         blend: Blend | None = None,
+        raw: Tensor | None = None,
     ) -> None:
         self.weights = weights
         self.conditions = conditions
         self.blend = blend
+        self.raw = raw
         self._episodes = episodes
         self._noise = noise
         self._draws = draws
@@ -115,6 +119,9 @@ class StudentSteps:
             updates.append(update)
             states.append(new)
         update = torch.cat(updates) if len(updates) > 1 else updates[0]
+        if self.raw is not None:
+            self.raw[step] = update
+        update = self._episodes.steps.finished(update)
         params = self._stepped(step, point.params, update)
         if not moved.all():
             params = torch.where(moved[:, None], params, point.params)
@@ -150,6 +157,8 @@ class StudentSteps:
         to_updates = self._back_to_updates(step, moved, adjoint)
         if d_imitation is not None:
             to_updates = to_updates + d_imitation
+        if self.raw is not None:
+            to_updates = episodes.steps.finished_backward(to_updates, self.raw[step])
         d_updates = episodes.by_student(to_updates)
         seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
         params = episodes.by_student(point.params)

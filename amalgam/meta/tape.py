@@ -30,6 +30,9 @@ On-policy (:mod:`amalgam.meta.on_policy`) the imitation loss depends on u_t dire
 executed step is (1 - fade) u_t and a constant. Then the first line above falls away, and a_u gets
 the factor 1 - fade and d(imitation loss)/d(u_t) added.
 
+A student with ``orthogonal`` orthogonalises what :func:`amalgam.ops.student_step` gives. The tape
+keeps that, and a_u goes back through :mod:`amalgam.operations.orthogonal` before all else.
+
 H_t is the Jacobian of g_t with respect to p_t, that is the Hessian of l_t; ``H_t @ a_g`` is its
 product with the vector a_g. First-order meta-gradients count g_t as a constant and leave out this
 product. Then a_u is a sum over the later steps that does not depend on the student, and
@@ -41,6 +44,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import torch
@@ -136,22 +140,34 @@ class Tape:
         for student, weights in enumerate(self.steps.weights):
             total = [torch.zeros_like(w) for w in weights]
             for index in range(each):
+                row = student * each + index
+                if not self.moved[:, row].any():
+                    continue
+                adjoints = partial(self._update_adjoints, row, d_slopes[row], d_grads[:, row])
+                if self.steps.raw is not None:  # matrices are orthogonalised whole
+                    back = self.episodes.steps.finished_backward
+                    whole = back(adjoints(slice(0, n)), self.steps.raw[:, row])
+                    adjoints = partial(_columns, whole)
                 for first in range(0, n, chunk):
                     part = slice(first, min(n, first + chunk))
-                    share = self._back_of_part(student, index, part, d_slopes, d_grads)
+                    share = self._back_of_part(student, index, part, adjoints(part))
                     torch._foreach_add_(total, share)
             found.append(total)
         return found
 
     def _back_of_part(
-        self, student: int, index: int, part: slice, d_slopes: Tensor, d_grads: Tensor
+        self, student: int, index: int, part: slice, adjoints: Tensor
     ) -> list[Tensor]:
-        """What some coordinates of one optimizee add to the gradients of its student's weights."""
+        """What some coordinates of one optimizee add to the gradients of its student's weights.
+
+        Args:
+            student: The student.
+            index: The optimizee, of the student's.
+            part: The coordinates.
+            adjoints: The gradients with respect to their updates, shape (T, coordinates).
+        """
         episodes, n = self.episodes, self.begin.params.shape[1]
         row = student * episodes.optimizees + index
-        if not self.moved[:, row].any():
-            return [torch.zeros_like(weight) for weight in self.steps.weights[student]]
-        adjoints = self._update_adjoints(row, part, d_slopes[row], d_grads[:, row])
         grads, moved = self.grads[:, row, part], self.moved[:, row]
         conditions = self.steps.conditions
         if conditions is not None:
@@ -187,7 +203,7 @@ class Tape:
         )
         return TensorContext(inputs, corrections, inside)
 
-    def _update_adjoints(self, row: int, part: slice, d_slopes: Tensor, d_grads: Tensor) -> Tensor:
+    def _update_adjoints(self, row: int, d_slopes: Tensor, d_grads: Tensor, part: slice) -> Tensor:
         """Gradients with respect to the updates of a row's coordinates, shape (T, coordinates)."""
         on_policy = self.episodes.on_policy is not None
         if len(self.slopes) and not on_policy:
@@ -259,3 +275,7 @@ class Tape:
                 grads, leaf, vector[:, None], allow_unused=True, materialize_grads=True
             )
         return product[:, 0]
+
+
+def _columns(rows: Tensor, part: slice) -> Tensor:
+    return rows[:, part]

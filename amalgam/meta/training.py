@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from amalgam.lr_decays import LR_DECAYS, LRDecay
 from amalgam.meta.objective import MODES
 from amalgam.ranges import check_fields
 
@@ -47,6 +48,8 @@ class Training:
             the last weights. It has no effect with strategies that go back to earlier weights.
         validation_steps: Steps of each optimizee in a validation by final loss, after the warm-up.
         validation_seeds: How many optimizees a validation by final loss trains per task.
+        validation_decays: How the learning rate goes on in them, to zero over the steps: each is
+            trained with each of these, of :data:`amalgam.lr_decays.LR_DECAYS`.
         validation_data: The data that a validation by meta-loss trains its optimizees on: the
             tasks' ``"validation"`` data, or ``"train"``, as in the authors' code.
     """
@@ -67,6 +70,7 @@ class Training:
     validate_every: int = 20
     validation_steps: int = 400
     validation_seeds: int = 2
+    validation_decays: tuple[LRDecay, ...] = ("constant",)
     validation_data: Literal["validation", "train"] = "validation"
 
     def __post_init__(self) -> None:
@@ -93,6 +97,12 @@ class Training:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+        object.__setattr__(self, "validation_decays", tuple(self.validation_decays))
+        if not self.validation_decays or not set(self.validation_decays) <= set(LR_DECAYS):
+            raise ValueError(
+                f"validation_decays must be one or more of {list(LR_DECAYS)}, not "
+                f"{list(self.validation_decays)}"
+            )
 
     def check_schedule(self, meta_steps: int | None) -> None:
         """Refuse a schedule that has no end.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -53,7 +54,8 @@ def by_final_loss(
     Args:
         make_optimizer: Makes the optimizer that acts by the student.
         tasks: The tasks and families; optimizees of each are trained, on its training data.
-        training: Of it ``validation_steps`` and ``validation_seeds`` are read.
+        training: Of it ``validation_steps``, ``validation_seeds`` and ``validation_decays`` are
+            read.
         log_objective: Whether the mean is of the loss's log, as in
             :class:`amalgam.meta.Amalgamation`; if not, of loss / abs(loss before the first step).
         warmup_steps: Steps of the student's warm-up, which come before ``validation_steps``.
@@ -66,13 +68,15 @@ def by_final_loss(
     steps = warmup_steps + training.validation_steps
     scores = []
     for task in tasks if distributed.rank() == 0 else ():
-        for number in range(training.validation_seeds):
+        runs = product(range(training.validation_seeds), training.validation_decays)
+        for number, decay in runs:
             curve = train_optimizee(
                 _drawn(task, number, device),
                 make_optimizer,
                 steps=steps,
                 seed=int(generator_for(seed, "validation", number).initial_seed()),
                 readings=Readings(),
+                decay=decay,
             )
             if log_objective:
                 check_logs([curve.final], _EPS, task.name)

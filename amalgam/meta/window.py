@@ -210,7 +210,10 @@ class _Run:
         if self._on_policy is not None and self._teaching.fade:
             added = like.new_empty((t if self.recorded else 1, *like.shape))
             blend = Blend(1 - self._teaching.fade, added)
-        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions, blend)
+        raw = None
+        if self.recorded and episodes.steps.finishes:
+            raw = like.new_empty((t, *like.shape))
+        steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions, blend, raw)
         grads = like.new_empty((t if self.recorded else 0, *like.shape))
         judged = len(grads) if how.objective == "mean" else min(len(grads), 1)
         self.tape = Tape(
@@ -418,7 +421,8 @@ class _Run:
                 episodes.steps.release(state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
         of_losses = () if self._held_out is None else (self.tape.loss_grads,)
-        taped = (self.tape.grads, self.tape.slopes, self.tape.steps.blend, *of_losses)
+        steps = self.tape.steps
+        taped = (self.tape.grads, self.tape.slopes, steps.blend, steps.raw, *of_losses)
         fixed = nests.bytes_of(taped) + 3 * point_bytes
         budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter, is_, itemgetter
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amalgam.operations.cell_codes import units_of
 from amalgam.ops import StudentState, StudentTensors
+from amalgam.optimizers.orthogonal import Updates
 from amalgam.optimizers.sharding import agreements_of, any_sharded, local_part, norms_of
 from amalgam.optimizers.state import names_of, planar
 from amalgam.policies import FusedStudent
@@ -28,6 +31,8 @@ class Batch:
         entries: The optimizer's state of each.
         constants: What the student is told of them that stays.
         paced: Whether the student has a pace.
+        orthogonal: Whether updates of whole matrices are orthogonalised. The operation then writes
+            to ``updates``, and not to the parameters.
         kept: Whether it serves later steps, too. If so, counts of steps that are all views of one
             tensor are counted in that; likewise paces.
     """
@@ -38,6 +43,7 @@ class Batch:
         entries: list[dict[str, Any]],
         constants: ContextConstants | None,
         paced: bool = False,
+        orthogonal: bool = False,
         kept: bool = True,
     ) -> None:
         self.params = params
@@ -50,7 +56,10 @@ class Batch:
         m, v, h, c, self.steps, *paces = self._held
         self._paces = paces[0] if paces else []
         columns = (m, v, list(map(planar, h)), list(map(planar, c)))
-        self.tensors = StudentTensors(self._parts(params), list(map(StudentState, *columns)))
+        self.parts = self._parts(params)
+        self.updates = Updates(params, units_in(h[0])) if orthogonal and params else None
+        written = self.parts if self.updates is None else self.updates.tensors
+        self.tensors = StudentTensors(written, list(map(StudentState, *columns)))
         self._together = _one_tensor(self.steps) if kept else None
         self._paces_together = _one_tensor(self._paces) if kept else None
         self._addresses = self._now() if kept else []
@@ -70,7 +79,9 @@ class Batch:
         """
         if not all(self._entries):
             return False
-        if self.sharded and not same(self.tensors.params, self._parts(self.params)):
+        if self.sharded and not same(self.parts, self._parts(self.params)):
+            return False
+        if self.updates is not None and not self.updates.fit():
             return False
         columns = map(self._parts, zip(*map(self._stored, self._entries), strict=True))
         return all(map(same, self._held, columns)) and self._addresses == self._now()
@@ -95,7 +106,8 @@ class Batch:
         """The other parameters, with constants that are made by this."""
         others = sorted(set(range(len(self.steps))) - set(indices))
         params = [self.params[i] for i in others]
-        return Batch(params, [self._entries[i] for i in others], made(params), bool(self._paces))
+        entries, orthogonal = [self._entries[i] for i in others], self.updates is not None
+        return Batch(params, entries, made(params), bool(self._paces), orthogonal)
 
     def gradients(self, maximize: bool) -> list[Tensor]:
         """A gradient a parameter, of what is to become smaller."""
@@ -147,6 +159,11 @@ class Batch:
 
     def _taken(self) -> Tensor:
         return _stacked(self.steps, self._together)
+
+
+def units_in(h: Tensor) -> int:
+    """How many units a student has, by the h that an optimizer keeps: all layers' together."""
+    return math.prod(units_of(planar(h)).shape[:2])
 
 
 def paces_after(

@@ -28,11 +28,14 @@ class MemoryEstimate(NamedTuple):
         parameters: How many parameters there are, elements of tensors.
         state_bytes: Bytes of moments, cells, counts of steps and paces.
         bytes_a_parameter: Of moments and cells alone, what one parameter takes.
+        update_bytes: Bytes beside the state of updates that are orthogonalised, from the first step
+            on; 0 where none are.
     """
 
     parameters: int
     state_bytes: int
     bytes_a_parameter: float
+    update_bytes: int = 0
 
 
 def estimate_memory(
@@ -41,6 +44,7 @@ def estimate_memory(
     *,
     cells_dtype: torch.dtype | None = None,
     moments_dtype: torch.dtype | None = None,
+    orthogonal: bool | None = None,
 ) -> MemoryEstimate:
     """What the state of an :class:`amalgam.AmalgamatedOptimizer` takes, without making it.
 
@@ -50,6 +54,8 @@ def estimate_memory(
         student: As :class:`amalgam.AmalgamatedOptimizer` takes it, like the others.
         cells_dtype: Dtype of the LSTM's state.
         moments_dtype: Dtype of the moments.
+        orthogonal: Whether updates of whole matrices are orthogonalised; ``None`` for as the
+            student was trained.
 
     Returns:
         The estimate, which is exact.
@@ -65,7 +71,8 @@ def estimate_memory(
     config = made.config
     if isinstance(params, nn.Module):
         params = [param for param in params.parameters() if param.requires_grad]
-    numel = of_numbers = of_tensors = 0
+    numel = of_numbers = of_tensors = of_updates = 0
+    orthogonal = made.orthogonal if orthogonal is None else orthogonal
     tensors = list(params)
     for param in tensors:
         if not param.is_floating_point():
@@ -79,5 +86,7 @@ def estimate_memory(
         here = local_part(param).numel()
         numel += here
         of_numbers += each * here
+        of_updates += orthogonal * wide.itemsize * here
         of_tensors += torch.float32.itemsize + made.paced * wide.itemsize
-    return MemoryEstimate(numel, of_numbers + of_tensors, of_numbers / max(1, numel))
+    a_parameter = of_numbers / max(1, numel)
+    return MemoryEstimate(numel, of_numbers + of_tensors, a_parameter, of_updates)

@@ -34,8 +34,9 @@ from amalgam.optimizers.base import (
     finite,
     warn_of_adamws_numbers,
 )
-from amalgam.optimizers.batch import Batch, paces_after, same
+from amalgam.optimizers.batch import Batch, paces_after, same, units_in
 from amalgam.optimizers.identity import identity_of, is_identity
+from amalgam.optimizers.orthogonal import Updates, orthogonalized_of
 from amalgam.optimizers.sharding import (
     agreements_of,
     any_sharded,
@@ -117,6 +118,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             graph is replayed; steps are counted, warm-up ended and non-finite gradients skipped on
             the device, without the warning. Take a step before capturing, so that all state exists.
         maximize: Whether to make the objective larger.
+        orthogonal: Whether updates of whole matrices are orthogonalised; ``None`` for as the
+            student was trained. Groups may differ: of embeddings, whose matrices are large, it
+            costs much. It takes four more bytes a parameter.
         foreach: Taken, as torch.optim's are; every step is one call for many tensors anyway.
         fused: Likewise.
         differentiable: Must be ``False``: steps are in place. :mod:`amalgam.meta` differentiates.
@@ -154,6 +158,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         include_student: bool = True,
         capturable: bool = False,
         maximize: bool = False,
+        orthogonal: bool | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -195,6 +200,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             "seed": seed,
             "capturable": capturable,
             "maximize": maximize,
+            "orthogonal": student.orthogonal if orthogonal is None else orthogonal,
             "foreach": foreach,
             "fused": fused,
             "betas": (config.beta1, config.beta2),
@@ -238,7 +244,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         check_whole("seed", group["seed"])
         if not 0 <= group["seed"] < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), not {group['seed']}")
-        for name in ("capturable", "maximize"):
+        for name in ("capturable", "maximize", "orthogonal"):
             if not isinstance(group[name], bool):
                 raise TypeError(f"{name} must be True or False, not {group[name]!r}")
         if self.moments_dtype == torch.bfloat16 and group["rounding"] != "stochastic":
@@ -253,6 +259,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 "reads nothing; take 'skip-step' or 'skip-tensor'"
             )
         _check_constants(self._student, group["betas"])
+        if group["orthogonal"] and any(map(in_flat_vector, group["params"])):
+            raise ValueError(
+                "orthogonal must be False where FSDP1 has made parts of flat vectors of matrices; "
+                "fully_shard keeps them, in parts"
+            )
         if self._student.sees_shapes and any(map(in_flat_vector, group["params"])):
             raise ValueError(
                 "student must not be told of tensors' shapes or RMS where FSDP1 has made parts of "
@@ -317,7 +328,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         tensors = batch.tensors
         for index in warming:
             ops.warm_up_(
-                *(tensors.params[index], grads[index], tensors.m[index], tensors.v[index]),
+                *(batch.parts[index], grads[index], tensors.m[index], tensors.v[index]),
                 self.config.settings,
                 keep=1 - lr * decay,
                 rate=lr * float(group["warmup_lr"]),
@@ -396,10 +407,20 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             )
             batch.count(1 - skip[device] if device in skip else 1)
 
-    def _run(self, batch: Batch, grads: list[Tensor], **how: Any) -> None:
-        params = batch.tensors.params
+    def _run(
+        self,
+        batch: Batch,
+        grads: list[Tensor],
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+        **how: Any,
+    ) -> None:
+        params, updates = batch.tensors.params, batch.updates
         if not params:
             return
+        if updates is not None:
+            updates.clear()
         weights = self._weights_for(params[0])
         context = batch.context(self._student, weights.own[0], grads)
         operation, settings = self._student.with_context(weights.operation, weights.own, context)
@@ -409,9 +430,14 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 grads,
                 operation,
                 settings._replace(sizes=()),
+                lr=lr if updates is None else 1.0,
+                weight_decay=weight_decay if updates is None else 0.0,
                 backend=self.backend,
                 **how,
             )
+        if updates is not None:
+            how.pop("warmup_lr", None)
+            updates.take(lr, weight_decay, **how)
         batch.keep_pace(context, how.get("skip"), how.get("warmup_steps", 0))
         if batch.sharded:
             torch.autograd.graph.increment_version(batch.params)
@@ -449,11 +475,23 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             control = control_of(
                 group["lr"], group["weight_decay"], group["warmup_lr"], flag, params[0].device
             )
+            updates = Updates(params, units_in(h[0])) if group["orthogonal"] else None
+            written = params
+            if updates is not None:
+                written = updates.tensors
+                control = control_of(1.0, 0.0, group["warmup_lr"], flag, params[0].device)
             torch.ops.amalgam.student_step_(
-                *(params, grads, m, v, list(map(planar, h)), list(map(planar, c)), list(weights)),
+                *(written, grads, m, v, list(map(planar, h)), list(map(planar, c)), list(weights)),
                 *settings._replace(sizes=()),
                 *(0.0, 0.0, control, steps, group["warmup_steps"], [], self.backend),
             )
+            if updates is not None:
+                updates.take(
+                    *(group["lr"], group["weight_decay"]),
+                    steps=steps,
+                    warmup_steps=group["warmup_steps"],
+                    skip=flag,
+                )
             if paces and context is not None and context.pace is not None:
                 new, old = context.pace.to(paces[0]), torch.stack(paces)
                 new = paces_after(new, old, taken, group["warmup_steps"], flag)
@@ -516,6 +554,10 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 settings = settings._replace(sizes=(grad.numel(),))
             update, new = ops.student_step(grad, flat, folded, settings, backend=self.backend)
             update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
+            if group["orthogonal"]:
+                part = local_part(param)
+                (update,) = orthogonalized_of([param], [update.view(part.shape)])
+                update = update.reshape(-1)
         before, groups = local_part(param).to(dtype).reshape(-1), groups_of(param, "auto")
         return stats_of(
             *(before, float(group["lr"]) * update, grad, m, v, taken + 1),
@@ -630,6 +672,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             Batch(
                 *(alike, [self.state[p] for p in alike], self._constants_of(alike)),
                 paced=self._student.paced,
+                orthogonal=group["orthogonal"],
                 kept=kept,
             )
             for alike in kinds.values()

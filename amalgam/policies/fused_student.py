@@ -14,6 +14,7 @@ from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.ops import StepSettings, StudentState
 from amalgam.policies.lstm_policy import MomentConfig, MomentPolicy
+from amalgam.policies.orthogonal import orthogonalized_rows
 
 NormsOf = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -107,6 +108,11 @@ class FusedStudent(MomentPolicy):
         return False
 
     @property
+    def orthogonal(self) -> bool:
+        """Whether the updates of whole matrices are orthogonalised."""
+        return False
+
+    @property
     def sees_shapes(self) -> bool:
         """Whether it is told of tensors what whoever has parts of them alone can't say."""
         return False
@@ -184,7 +190,8 @@ class FusedStudent(MomentPolicy):
             grad: The optimizee's gradient, shape (N,).
             state: The carried state.
             weights: Weights to use in place of its own.
-            layout: Which tensors the coordinates are, for students that are told of them.
+            layout: Which tensors the coordinates are, of one or more optimizees; where absent, one
+                vector.
             generator: Not used: nothing is random.
             backend: As in :func:`amalgam.ops.student_step`.
             params: The parameters, shape (N,), for students that are told of them; constants.
@@ -202,4 +209,7 @@ class FusedStudent(MomentPolicy):
         folded, settings = self.folded(self.weights() if weights is None else weights, context)
         before = StudentState(*state[:4])
         update, new = ops.student_step(grad, before, folded, settings, backend=backend)
+        if self.orthogonal and layout is not None and layout.numel:
+            rows = update.view(-1, layout.numel)
+            update = orthogonalized_rows(rows, layout).reshape(-1)
         return update, self.carried(new, state, context)

@@ -48,6 +48,8 @@ class NominalConfig(FusedConfig):
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
             coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
+        orthogonal: Whether the updates of whole matrices are orthogonalised, as long as they are:
+            :mod:`amalgam.operations.orthogonal`. Kernels of convolutions count as matrices, too.
         inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
@@ -65,6 +67,7 @@ class NominalConfig(FusedConfig):
     lr: float = 0.005
     gain: float = 2.0
     pacing: float = 0.0
+    orthogonal: bool = False
     inputs: tuple[str, ...] = ()
     eps: float = 1e-15
     warmup_steps: int = 0
@@ -73,6 +76,8 @@ class NominalConfig(FusedConfig):
         """Make inputs a tuple, and refuse what can't be computed."""
         super().__post_init__()
         check_fields(self, positive=("lr", "gain"), not_negative=("pacing",))
+        if not isinstance(self.orthogonal, bool):
+            raise ValueError(f"orthogonal must be true or false, not {self.orthogonal!r}")
         object.__setattr__(self, "inputs", tuple(self.inputs))
         for name in self.inputs:
             if name not in INPUTS:
@@ -187,6 +192,11 @@ class NominalStudent(FusedStudent):
     def paced(self) -> bool:
         """See :class:`FusedStudent`."""
         return self.config.pacing > 0
+
+    @property
+    def orthogonal(self) -> bool:
+        """See :class:`FusedStudent`."""
+        return self.config.orthogonal
 
     @property
     def sees_shapes(self) -> bool:

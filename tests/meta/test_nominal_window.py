@@ -48,10 +48,12 @@ def total_of(
     return total, params
 
 
+@pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("memory", [Memory(), Memory(segment=3)], ids=["all", "segments"])
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize(("replicates", "optimizees"), [(1, 1), (2, 2)])
 def test_meta_gradient_is_autograds(
+    orthogonal: bool,
     second_order: bool,
     memory: Memory,
     replicates: int,
@@ -60,7 +62,7 @@ def test_meta_gradient_is_autograds(
 ) -> None:
     # Parts that begin and end inside tensors.
     monkeypatch.setattr(tape_module, "_LEAST_CHUNK", 7)
-    students = learners(replicates)
+    students = learners(replicates, orthogonal=orthogonal)
     how = Amalgamation(second_order=second_order, scale_spread=1.0)
     unroll = Unroll(task_of(Net), students, POOL, how, memory=memory, optimizees=optimizees)
     begin, batches = episode(unroll)
@@ -75,9 +77,10 @@ def test_meta_gradient_is_autograds(
     assert_same(gradients_of(loss, weights), gradients_of(total, weights), 1e-8)
 
 
+@pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("second_order", [True, False])
-def test_a_row_that_stands_still_counts_no_step(second_order: bool) -> None:
-    (student,) = learners(1)
+def test_a_row_that_stands_still_counts_no_step(second_order: bool, orthogonal: bool) -> None:
+    (student,) = learners(1, orthogonal=orthogonal)
     how = Amalgamation(second_order=second_order, scale_spread=1.0)
     unroll = Unroll(task_of(Net), student, POOL, how, memory=Memory(segment=3), optimizees=2)
     begin, batches = episode(unroll)
@@ -102,8 +105,9 @@ def test_a_row_that_stands_still_counts_no_step(second_order: bool) -> None:
     assert_same(ours, [a + b for a, b in zip(*theirs, strict=True)], 1e-8)
 
 
-def test_a_student_that_stands_still_for_a_window_has_no_gradient() -> None:
-    (student,) = learners(1)
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_student_that_stands_still_for_a_window_has_no_gradient(orthogonal: bool) -> None:
+    (student,) = learners(1, orthogonal=orthogonal)
     unroll = Unroll(task_of(Net), student, POOL, Amalgamation(second_order=False))
     begin, batches = episode(unroll)
     window = unroll.window(begin, [(x * float("nan"), y) for x, y in batches])
@@ -125,8 +129,9 @@ def test_any_inputs_may_be_left_out(inputs: tuple[str, ...]) -> None:
         assert_same(gradients_of(loss, weights), gradients_of(total, weights), 1e-8)
 
 
-def test_weights_may_be_perturbed_anew_at_every_step() -> None:
-    (student,) = learners(1)
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_weights_may_be_perturbed_anew_at_every_step(orthogonal: bool) -> None:
+    (student,) = learners(1, orthogonal=orthogonal)
     unroll = Unroll(task_of(Net), student, POOL, Amalgamation(second_order=False))
     begin, batches = episode(unroll)
     weights = student.weights()
@@ -143,8 +148,9 @@ def test_weights_may_be_perturbed_anew_at_every_step() -> None:
     assert_same(ours, gradients_of(meta + imitation, [weights]), 1e-8)
 
 
-def test_bits_do_not_depend_on_what_is_kept() -> None:
-    (student,) = learners(1)
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_bits_do_not_depend_on_what_is_kept(orthogonal: bool) -> None:
+    (student,) = learners(1, orthogonal=orthogonal)
     student.float()
     found = []
     for memory in (Memory(), Memory(segment=1), Memory(segment=3)):

@@ -1,0 +1,138 @@
+"""Steps of which whole matrices are orthogonalised before parameters take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from amalgam.operations.orthogonal import is_matrix, orthogonalized
+from amalgam.operations.rounding import as_stored, key_of
+from amalgam.optimizers.base import computing_dtype
+from amalgam.optimizers.sharding import local_part, sharding_of
+
+_MOST = 1 << 25  # elements of matrices that are computed at once, unless one alone has more
+
+
+def orthogonalized_of(params: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+    """Updates with those of whole matrices orthogonalised.
+
+    Args:
+        params: The parameters, on one device. Of DTensors all processes have to call this: each
+            gathers a matrix's update, one matrix after another.
+        updates: Their updates, of this process's parts; of one dtype.
+
+    Returns:
+        As many, of this process's parts.
+    """
+    found = list(updates)
+    for some in _together(params):
+        whole = [_whole(params[index], updates[index]) for index in some]
+        matrices = [update.reshape(1, update.shape[0], -1) for update in whole]
+        for index, update in zip(some, orthogonalized(matrices, narrow=True), strict=True):
+            param = params[index]
+            sharding, update = sharding_of(param), update.reshape(param.shape)
+            found[index] = update if sharding is None else sharding.part_of(update)
+    return found
+
+
+def _together(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Which matrices to compute at once, by index: those of one shape, as far as memory goes."""
+    indices = [index for index, param in enumerate(params) if is_matrix(param.shape)]
+    indices.sort(key=lambda index: (tuple(params[index].shape), index))
+    some: list[int] = []
+    for index in indices:
+        param = params[index]
+        alike = bool(some) and param.shape == params[some[0]].shape
+        full = (len(some) + 1) * param.numel() > _MOST
+        if some and (not alike or full or sharding_of(param) is not None):
+            yield some
+            some = []
+        some.append(index)
+    if some:
+        yield some
+
+
+def _whole(param: Tensor, update: Tensor) -> Tensor:
+    """A parameter's update, of all processes' parts."""
+    sharding = sharding_of(param)
+    if sharding is None:
+        return update
+    stride = torch.empty(param.shape, device="meta").stride()
+    return sharding.whole(update, param.shape, stride).full_tensor()
+
+
+class Updates:
+    """Where the operation writes the updates of parameters that do not take them as they are.
+
+    To the operation these are parameters that are zero before a step, and minus the update after
+    one of rate 1.
+
+    Args:
+        params: The parameters, on one device.
+        row: The number of a parameter's row, by which its bits are drawn where it is rounded at
+            random.
+    """
+
+    def __init__(self, params: Sequence[Tensor], row: int) -> None:
+        self._params = params
+        self._row = row
+        self._parts = list(map(local_part, params))
+        self.tensors = [
+            torch.zeros(part.shape, dtype=computing_dtype(part.dtype), device=part.device)
+            for part in self._parts
+        ]
+
+    def fit(self) -> bool:
+        """Whether the parameters still have the shapes that they had."""
+        return all(map(Tensor.is_same_size, self.tensors, self._parts))
+
+    def clear(self) -> None:
+        """Make them zero, before the operation."""
+        torch._foreach_zero_(self.tensors)
+
+    def take(
+        self,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+        *,
+        steps: Sequence[Tensor] | None = None,
+        warmup_steps: int = 0,
+        skip: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        """Have the parameters take them, after the operation.
+
+        Args:
+            lr: Factor on them.
+            weight_decay: Decoupled weight decay, multiplied by ``lr``.
+            steps: How many steps each parameter has taken, tensors of shape ().
+            warmup_steps: Parameters that have taken fewer take theirs as it is.
+            skip: Not 0 where nothing is to change, shape ().
+            seeds: One a parameter, to round bfloat16 parameters at random.
+        """
+        taken = orthogonalized_of(self._params, self.tensors)
+        if warmup_steps and steps is not None:
+            taken = [
+                torch.where(step < warmup_steps, plain, update)
+                for step, plain, update in zip(steps, self.tensors, taken, strict=True)
+            ]
+        plain = all(
+            update.dtype == part.dtype for update, part in zip(taken, self._parts, strict=True)
+        )
+        numbers = isinstance(lr, int | float) and isinstance(weight_decay, int | float)
+        if plain and numbers and skip is None:
+            if lr * weight_decay:
+                torch._foreach_mul_(self._parts, 1 - lr * weight_decay)
+            torch._foreach_add_(self._parts, taken, alpha=float(lr))
+            return
+        for index, (part, update) in enumerate(zip(self._parts, taken, strict=True)):
+            value = part.to(update.dtype)
+            new = value * (1 - lr * weight_decay) + lr * update
+            if seeds:
+                step = steps[index] if steps else torch.zeros((), device=part.device)
+                key, places = key_of(seeds[index], step), range(part.numel())
+                new = as_stored(new.reshape(-1), part.dtype, key, self._row, places)
+            new = new.view(part.shape).to(part.dtype)
+            part.copy_(new if skip is None else torch.where(skip != 0, part, new))

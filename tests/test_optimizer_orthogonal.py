@@ -1,0 +1,273 @@
+"""A student whose updates of matrices are orthogonalised, as an optimizer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from students import nominal
+from torch import Tensor, nn
+
+from amalgam import AmalgamatedOptimizer, PolicyOptimizer, estimate_memory
+from amalgam.layout import Layout
+
+SHAPES = [(5, 3), (7,), (), (0, 2), (4, 2, 3, 3), (1, 6), (6, 1, 2), (5, 3)]
+MATRICES = {0, 4, 6, 7}
+
+
+def student(**config: Any) -> Any:
+    return nominal(**{"orthogonal": True, "pacing": 0.1} | config)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in SHAPES
+    ]
+
+
+def give_gradients(params: list[nn.Parameter], step: int, sign: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = (sign * (drawn + 0.5)).to(param.dtype)
+
+
+def stepped(steps: int = 5, dtype: torch.dtype = torch.float32, **how: Any) -> list[nn.Parameter]:
+    params = parameters(dtype)
+    optimizer = AmalgamatedOptimizer(params, **{"student": student()} | how)
+    for step in range(steps):
+        give_gradients(params, step)
+        optimizer.step()
+    return params
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-6) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.detach(), other.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_it_steps_as_the_policy_does(backend: str, dtype: torch.dtype) -> None:
+    of, params = student(), parameters(dtype)
+    optimizer = AmalgamatedOptimizer(params, student=of, backend=backend, lr=0.7, weight_decay=1e-4)
+    policy = copy.deepcopy(of).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    layout = Layout({str(n): tuple(p.shape) for n, p in enumerate(params)})
+    values = torch.cat([p.detach().reshape(-1) for p in params])
+    state = policy.initial_state(values.to(policy.head.weight.dtype), layout)
+    for step in range(6):
+        give_gradients(params, step)
+        grad = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
+        optimizer.step()
+        update, state = policy.step(grad.to(state.m.dtype), state, layout=layout)
+        kept = values.to(update.dtype) * (1 - 0.7 * 1e-4)
+        values = (kept - 0.7 * update.detach()).to(dtype)
+    ours = torch.cat([p.detach().reshape(-1) for p in params])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(ours, values, rtol=tolerance, atol=tolerance)
+
+
+def test_only_matrices_step_otherwise_and_as_far() -> None:
+    plain, whole = (stepped(1, student=student(orthogonal=flag)) for flag in (False, True))
+    for number, (begin, one, other) in enumerate(zip(parameters(), plain, whole, strict=True)):
+        if number not in MATRICES:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+            continue
+        steps = [(p - begin).detach() for p in (one, other)]
+        torch.testing.assert_close(steps[0].norm(), steps[1].norm(), rtol=1e-4, atol=0)
+        # Two columns of signs may be orthogonal as they are.
+        assert number == 6 or (steps[0] - steps[1]).norm() > 0.05 * steps[0].norm()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"capturable": True},
+        {"nonfinite": "skip-tensor"},
+        {"nonfinite": "skip-tensor", "capturable": True},
+        {"rounding": "stochastic"},
+        {"lr": torch.tensor(1.0)},
+        {"lr": torch.tensor(1.0), "capturable": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_every_way_to_step_is_the_same(how: dict[str, Any], warmup_steps: int) -> None:
+    common = {"weight_decay": 1e-4, "warmup_steps": warmup_steps, "warmup_lr": 0.1}
+    assert_close(stepped(**common, **how), stepped(**common))
+
+
+def test_the_policys_own_optimizer_is_the_same() -> None:
+    params = parameters()
+    optimizer = PolicyOptimizer(params, student())
+    for step in range(5):
+        give_gradients(params, step)
+        optimizer.step()
+    assert_close(params, stepped(), 1e-5)
+
+
+def test_groups_may_differ_and_settings_are_taken() -> None:
+    of = student()
+    whole, plain = stepped(student=of), stepped(student=of, orthogonal=False)
+    assert_close(plain, stepped(student=student(orthogonal=False)), 0)
+    assert_close(stepped(student=student(orthogonal=False), orthogonal=True), whole, 0)
+    params = parameters()
+    groups = [{"params": params[:4]}, {"params": params[4:], "orthogonal": False}]
+    optimizer = AmalgamatedOptimizer(groups, student=of)
+    for step in range(5):
+        give_gradients(params, step)
+        optimizer.step()
+    assert_close(params, [*whole[:4], *plain[4:]], 0)
+    with pytest.raises(TypeError, match="orthogonal must be True or False, not 1"):
+        AmalgamatedOptimizer(params, student=of, orthogonal=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("nonfinite", ["skip-step", "skip-tensor"])
+@pytest.mark.filterwarnings("ignore:a gradient was not finite")
+def test_what_is_skipped_keeps_its_bits(capturable: bool, nonfinite: str) -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(
+        params, student=student(), capturable=capturable, nonfinite=nonfinite, weight_decay=1e-4
+    )
+    for step in range(2):
+        give_gradients(params, step)
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    give_gradients(params, 2)
+    assert params[0].grad is not None
+    params[0].grad[1, 1] = math.inf
+    optimizer.step()
+    kept = [torch.equal(one, other) for one, other in zip(params, before, strict=True)]
+    assert kept == [nonfinite == "skip-step" or n in (0, 3) for n in range(len(SHAPES))]
+
+
+def test_what_never_had_a_gradient_does_not_move() -> None:
+    param = nn.Parameter(torch.ones(4, 5))
+    optimizer = AmalgamatedOptimizer([param], student=student())
+    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.7
+    for step in range(4):
+        param.grad = mask * torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert torch.equal(param != 1, mask)
+
+
+def test_mirrored_gradients_have_the_mirrored_run() -> None:
+    runs = []
+    for sign in (1.0, -1.0):
+        params = [nn.Parameter(sign * p.detach()) for p in parameters()]
+        optimizer = AmalgamatedOptimizer(params, student=student())
+        for step in range(4):
+            give_gradients(params, step, sign)
+            optimizer.step()
+        runs.append([sign * p.detach() for p in params])
+    assert all(map(torch.equal, *runs))
+
+
+def test_gradients_and_parameters_may_lie_in_any_order() -> None:
+    runs = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        generator = torch.Generator().manual_seed(1)
+        kernel = torch.randn(4, 3, 3, 3, generator=generator)
+        param = nn.Parameter(kernel.to(memory_format=order))
+        optimizer = AmalgamatedOptimizer([param], student=student())
+        for _ in range(3):
+            grad = torch.randn(4, 3, 3, 3, generator=generator)
+            param.grad = grad.to(memory_format=order)
+            optimizer.step()
+        runs.append(param.detach().contiguous())
+    assert torch.equal(*runs)
+
+
+def test_bfloat16_is_rounded_at_random_and_right_on_average() -> None:
+    runs = []
+    for dtype, rounding in ((torch.float32, "nearest"), (torch.bfloat16, "stochastic")):
+        param = nn.Parameter(torch.ones(64, 64, dtype=dtype))
+        optimizer = AmalgamatedOptimizer([param], student=student(), lr=0.02, rounding=rounding)
+        for step in range(8):
+            drawn = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+            param.grad = (drawn + 1).to(dtype)
+            optimizer.step()
+        runs.append(param.detach().float())
+    exact, rounded = runs
+    assert (1 - exact).abs().mean() < 2**-7  # steps that nearest would lose
+    assert rounded.unique().numel() > 1
+    assert rounded.mean().item() == pytest.approx(exact.mean().item(), abs=2e-4)
+
+
+def test_a_run_goes_on_from_its_state_and_from_that_of_an_earlier_version() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    again = [nn.Parameter(p.detach().clone()) for p in params]
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["orthogonal"]
+    other = AmalgamatedOptimizer(again, student=student())
+    other.load_state_dict(saved)
+    for step in range(3, 6):
+        for each, run in ((params, optimizer), (again, other)):
+            give_gradients(each, step)
+            run.step()
+    assert all(map(torch.equal, params, again))
+
+
+def test_stats_tell_the_step() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    give_gradients(params, 0)
+    optimizer.step()
+    give_gradients(params, 1)
+    told, before = optimizer.stats(), [p.detach().clone() for p in params]
+    optimizer.step()
+    for number in (0, 1, 4):
+        moved = (params[number].detach() - before[number]).norm() / before[number].norm()
+        assert told[f"0.{number}"].update_over_parameter == pytest.approx(moved.item(), rel=1e-4)
+
+
+def test_memory_is_told_with_that_of_updates() -> None:
+    params = parameters()
+    found = [estimate_memory(params, student(orthogonal=flag)) for flag in (False, True)]
+    elements = sum(p.numel() for p in params)
+    assert found[0].state_bytes == found[1].state_bytes
+    assert found[1].update_bytes == 4 * elements
+    assert found[0].update_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_is_the_same(dtype: torch.dtype) -> None:
+    runs = []
+    for compiled in (False, True):
+        params = parameters(dtype)
+        optimizer = AmalgamatedOptimizer(
+            params, student=student(), warmup_steps=1, warmup_lr=0.1, weight_decay=1e-4
+        )
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for number in range(4):
+            give_gradients(params, number)
+            if number == 2:
+                assert params[0].grad is not None
+                params[0].grad[0, 0] = math.inf
+            step()
+        runs.append([p.detach() for p in params])
+    assert_close(*runs, 1e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_steps_need_no_numbers_on_the_meta_device() -> None:
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    for param in params:
+        param.grad = torch.empty_like(param)
+    optimizer.step()
+    assert all(
+        tensor.is_meta
+        for p in params
+        for tensor in optimizer.state[p].values()
+        if isinstance(tensor, Tensor) and tensor.dim()
+    )
