@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from amalgam.digest import digest_of
@@ -145,14 +145,45 @@ class Together(Optimizer):
     def state(self, value: Any) -> None:
         """Ignored: the optimizers have states of their own."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of each."""
+        for one in self._optimizers:
+            one.zero_grad(set_to_none)
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step each of them."""
         for one in self._optimizers:
             one.step()
 
 
+class _KernelMuon(torch.optim.Muon):
+    """Muon that takes kernels of convolutions, too, as matrices of a row an output.
+
+    Args:
+        params: Tensors of two dimensions or more, whose first is one of rows in memory.
+        settings: As PyTorch's takes them.
+    """
+
+    def __init__(self, params: Sequence[Tensor], **settings: Any) -> None:
+        self._given = params
+        self._matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in params]
+        super().__init__(self._matrices, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the tensors that were given."""
+        for param in self._given:
+            if param.grad is not None:
+                param.grad = None if set_to_none else torch.zeros_like(param.grad)
+
+    def step(self, closure: Any = None) -> Any:
+        """Step, by the gradients of the tensors that were given."""
+        for param, matrix in zip(self._given, self._matrices, strict=True):
+            matrix.grad = None if param.grad is None else param.grad.reshape(matrix.shape)
+        return super().step(closure)
+
+
 def muon(params: Iterable[Tensor], lr: float) -> Optimizer:
-    """Muon for matrices, and AdamW for all else, at one rate and without weight decay.
+    """Muon for matrices and kernels, AdamW for all else, at one rate and without weight decay.
 
     Muon's updates are scaled to the root mean square of AdamW's, so that one rate suits both.
 
@@ -161,12 +192,12 @@ def muon(params: Iterable[Tensor], lr: float) -> Optimizer:
         lr: The rate.
     """
     everything = list(params)
-    matrices = [param for param in everything if param.dim() == 2]
-    others = [param for param in everything if param.dim() != 2]
+    matrices = [param for param in everything if param.dim() >= 2]
+    others = [param for param in everything if param.dim() < 2]
     optimizers: list[Optimizer] = []
     if matrices:
         optimizers.append(
-            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            _KernelMuon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         )
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=lr, weight_decay=0.0))
@@ -180,6 +211,7 @@ _MAKERS: dict[str, Any] = {
     "RMSprop": torch.optim.RMSprop,
     "Muon": muon,
 }
+_VERSIONS = {"Muon": 2}  # for the cache: what a name stood for has changed so often
 BASELINES = tuple(_MAKERS)
 """The optimizers that can be tuned; Muon is :func:`muon`, the others are PyTorch's."""
 
@@ -204,9 +236,12 @@ def baseline(optimizer: str, setting: Setting, decay: str) -> Contender:
         decay: One of :data:`DECAYS`.
     """
     arguments = dict(setting)
+    identity: dict[str, Any] = {"optimizer": optimizer, "arguments": arguments}
+    if optimizer in _VERSIONS:
+        identity["version"] = _VERSIONS[optimizer]
     return Contender(
         optimizer,
         partial(_MAKERS[optimizer], **arguments),
         settings=", ".join(f"{name}={value:g}" for name, value in setting),
-        identity={"optimizer": optimizer, "arguments": arguments},
+        identity=identity,
     ).decaying(decay)

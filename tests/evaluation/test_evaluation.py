@@ -222,27 +222,33 @@ def test_tuning_finds_the_best_of_a_grid_on_other_seeds(monkeypatch) -> None:
 by_decay = ("constant", "linear")
 
 
-def test_muon_steps_matrices_and_adamw_the_rest() -> None:
+def test_muon_steps_matrices_and_kernels_and_adamw_the_rest() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
-    twin = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
-    twin.load_state_dict(module.state_dict())
+    twins = [nn.Parameter(p.detach().clone()) for p in module.parameters()]
+    twins[0] = nn.Parameter(twins[0].detach().reshape(2, 9))
     optimizer = muon(module.parameters(), lr=0.1)
-    matrix = [p for p in twin.parameters() if p.dim() == 2]
-    others = [p for p in twin.parameters() if p.dim() != 2]
     apart = (
-        torch.optim.Muon(matrix, lr=0.05, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.05, weight_decay=0),
+        torch.optim.Muon(twins[::2], lr=0.05, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(twins[1::2], lr=0.05, weight_decay=0),
     )
     for group in optimizer.param_groups:
         group["lr"] /= 2
-    for of, step in ((module, optimizer.step), (twin, lambda: [one.step() for one in apart])):
-        of(torch.ones(2, 1, 4, 4)).square().sum().backward()
-        step()
-    assert all(map(torch.equal, module.parameters(), twin.parameters()))
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in module.parameters())
-    assert set(optimizer.state) == set(module.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in module.parameters())
+        module(torch.ones(2, 1, 4, 4)).square().sum().backward()
+        for param, twin in zip(module.parameters(), twins, strict=True):
+            assert param.grad is not None
+            twin.grad = param.grad.reshape(twin.shape).clone()
+        optimizer.step()
+        for one in apart:
+            one.step()
+        for param, twin in zip(module.parameters(), twins, strict=True):
+            assert torch.equal(param.reshape(twin.shape), twin)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+    assert len(optimizer.state) == 4
     for alone in (nn.Linear(2, 2, bias=False), nn.LayerNorm(2)):
         assert len(muon(alone.parameters(), lr=0.1).param_groups) == 1
 
