@@ -62,6 +62,9 @@ class Protocol:
         tuning_seeds: Runs of each point of a grid.
         decays: Of students and baselines; teachers' rates are constant.
         grids: For each baseline, the settings to tune over.
+        falling_rates: Whether, with a decay, a baseline is tuned only over rates from the best
+            constant one on. A rate that falls to zero covers less of the way than one that stays,
+            so that a smaller one to begin with is hardly the best.
         one_setting: Whether AdamW runs also at the one setting that is best over all tasks.
         every: Steps between two readings of a curve; ``None`` for :attr:`curve` readings, at steps
             that are spaced evenly on a logarithmic axis.
@@ -79,6 +82,7 @@ class Protocol:
     tuning_seeds: int = 1
     decays: tuple[str, ...] = DECAYS
     grids: Mapping[str, tuple[Setting, ...]] = field(default_factory=lambda: dict(_FULL_GRIDS))
+    falling_rates: bool = False
     one_setting: bool = True
     every: int | None = None
     curve: int = 24
@@ -158,6 +162,7 @@ def short_protocol() -> Protocol:
         budgets=(0.25, 1.0),
         seeds=2,
         grids=dict(_SHORT_GRIDS),
+        falling_rates=True,
         curve=6,
         curve_samples=250,
         training_samples=250,
@@ -252,7 +257,7 @@ class Tuning:
         task: The task's name.
         optimizer: The baseline's.
         decay: Its decay.
-        settings: The grid's points, as text.
+        settings: The grid's points that were tried, as text.
         losses: The mean validation loss of each, infinite where a run diverged.
         chosen: The index of the best.
         edge: What of the chosen setting is the smallest or largest of its values in the grid.
@@ -337,13 +342,14 @@ def evaluate(
     # What was asked for comes first: a contender that fails does so before all the tuning.
     plans = [(task, contender) for task in tasks for contender in everybody]
     results = _run(runner, protocol, plans)
-    tunings = _tune(runner, protocol)
+    found_settings = _tune(runner, protocol)
+    tunings = [tuning for tuning, _ in found_settings]
     shared = _best_over_tasks(tunings, protocol) if one_setting else None
     tuned: list[_Plan] = []
     for task in tasks:
         tuned += [
-            (task, baseline(one.optimizer, protocol.grids[one.optimizer][one.chosen], one.decay))
-            for one in tunings
+            (task, baseline(one.optimizer, setting, one.decay))
+            for one, setting in found_settings
             if one.task == known[task]
         ]
         if shared is not None:
@@ -427,14 +433,40 @@ def _check_differ(what: str, names: Sequence[str]) -> None:
             raise ValueError(f"{what}' names must differ, and {name!r} is there twice")
 
 
-def _tune(runner: Runner, protocol: Protocol) -> list[Tuning]:
-    """Every grid's results, task by task."""
+_Cell = tuple[int, str, str]  # a task's index, a baseline's name, and a decay
+
+
+def _tune(runner: Runner, protocol: Protocol) -> list[tuple[Tuning, Setting]]:
+    """Every grid's results, task by task, and the settings that are the best."""
     cells = [
         (task, optimizer, decay)
         for task in range(len(runner.about))
         for optimizer in protocol.grids
         for decay in protocol.decays
     ]
+    if not protocol.falling_rates:
+        found = _tune_cells(runner, protocol, {c: protocol.grids[c[1]] for c in cells})
+        return [found[cell] for cell in cells]
+    constant = {c: protocol.grids[c[1]] for c in cells if c[2] == "constant"}
+    found = _tune_cells(runner, protocol, constant)
+    left = {}
+    for cell in cells:
+        if cell not in found:
+            task, optimizer, _ = cell
+            grid = protocol.grids[optimizer]
+            stays = found.get((task, optimizer, "constant"))
+            least = dict(stays[1])["lr"] if stays else 0.0
+            left[cell] = tuple(setting for setting in grid if dict(setting)["lr"] >= least)
+            spared = (len(grid) - len(left[cell])) * protocol.tuning_seeds * protocol.horizon
+            runner.total -= runner.cost(task, spared)
+    found |= _tune_cells(runner, protocol, left)
+    return [found[cell] for cell in cells]
+
+
+def _tune_cells(
+    runner: Runner, protocol: Protocol, grids: Mapping[_Cell, Sequence[Setting]]
+) -> dict[_Cell, tuple[Tuning, Setting]]:
+    """The results of these grids, and the settings that are the best."""
     runs = [
         Run(
             task,
@@ -443,34 +475,32 @@ def _tune(runner: Runner, protocol: Protocol) -> list[Tuning]:
             protocol.horizon,
             protocol.tuning_readings(),
         )
-        for task, optimizer, decay in cells
-        for setting in protocol.grids[optimizer]
+        for (task, optimizer, decay), settings in grids.items()
+        for setting in settings
         for seed in range(protocol.tuning_seeds)
     ]
     made = iter(runner.run(runs))
-    tunings = []
-    for task, optimizer, decay in cells:
-        settings = protocol.grids[optimizer]
+    found = {}
+    for (task, optimizer, decay), settings in grids.items():
         losses = []
         for _ in settings:
             curves = [next(made) for _ in range(protocol.tuning_seeds)]
             diverged = any(curve.diverged for curve in curves)
             losses.append(math.inf if diverged else fmean(curve.final for curve in curves))
         chosen = min(range(len(losses)), key=losses.__getitem__)
-        tunings.append(
-            Tuning(
-                runner.about[task].name,
-                optimizer,
-                decay,
-                tuple(baseline(optimizer, setting, decay).settings for setting in settings),
-                tuple(losses),
-                chosen,
-                _at_edge(settings, settings[chosen]),
-                len(settings) * protocol.tuning_seeds,
-                protocol.horizon,
-            )
+        tuning = Tuning(
+            runner.about[task].name,
+            optimizer,
+            decay,
+            tuple(baseline(optimizer, setting, decay).settings for setting in settings),
+            tuple(losses),
+            chosen,
+            _at_edge(protocol.grids[optimizer], settings[chosen]),
+            len(settings) * protocol.tuning_seeds,
+            protocol.horizon,
         )
-    return tunings
+        found[task, optimizer, decay] = tuning, settings[chosen]
+    return found
 
 
 def _at_edge(settings: Sequence[Setting], chosen: Setting) -> tuple[str, ...]:
@@ -487,13 +517,17 @@ def _best_over_tasks(tunings: Sequence[Tuning], protocol: Protocol) -> Contender
     """AdamW at the setting and decay whose mean rank over the tasks, in tuning, is the smallest."""
     from scipy.stats import rankdata
 
+    grid = protocol.grids["AdamW"]
     of_task: dict[str, list[float]] = {}
     for tuned in tunings:
         if tuned.optimizer == "AdamW":
-            of_task.setdefault(tuned.task, []).extend(tuned.losses)
-    # Ranks bear losses of any sign and scale, and diverged runs.
+            known = dict(zip(tuned.settings, tuned.losses, strict=True))
+            every = [known.get(baseline("AdamW", one, "constant").settings) for one in grid]
+            losses = [math.inf if loss is None else loss for loss in every]
+            of_task.setdefault(tuned.task, []).extend(losses)
+    # Ranks bear losses of any sign and scale, diverged runs, and what was not tried.
     ranks = np.mean([rankdata(losses) for losses in of_task.values()], axis=0)
-    points = [(setting, decay) for decay in protocol.decays for setting in protocol.grids["AdamW"]]
+    points = [(setting, decay) for decay in protocol.decays for setting in grid]
     found = baseline("AdamW", *points[int(np.argmin(ranks))])
     settings = f"{found.settings}, {found.decay}"
     return replace(found, name=ONE_SETTING, settings=settings)

@@ -253,6 +253,31 @@ def test_muon_steps_matrices_and_kernels_and_adamw_the_rest() -> None:
         assert len(muon(alone.parameters(), lr=0.1).param_groups) == 1
 
 
+def test_rates_that_fall_may_be_tuned_from_the_best_constant_one_on() -> None:
+    rates = (1e-4, 1e-3, 0.03, 0.1)
+    grids = {
+        "Adam": grid(lr=rates),
+        "AdamW": grid(lr=rates, weight_decay=(0.0, 0.5)),
+    }
+    whole = made([], dataclasses.replace(SMALL, grids=grids))
+    less = made([], dataclasses.replace(SMALL, grids=grids, falling_rates=True))
+    for ours, theirs in zip(less.tunings, whole.tunings, strict=True):
+        assert (ours.task, ours.optimizer, ours.decay) == (
+            *(theirs.task, theirs.optimizer, theirs.decay),
+        )
+        losses = dict(zip(theirs.settings, theirs.losses, strict=True))
+        assert all(losses[name] == x for name, x in zip(ours.settings, ours.losses, strict=True))
+        if ours.decay == "constant":
+            assert ours == theirs
+            least = float(ours.settings[ours.chosen].split(",")[0].removeprefix("lr="))
+            assert least > rates[0]  # or nothing is left out
+        else:
+            tried = [float(name.split(",")[0].removeprefix("lr=")) for name in ours.settings]
+            assert sorted(set(tried)) == [rate for rate in rates if rate >= least]
+            assert ours.runs == len(ours.settings) < theirs.runs
+    assert {one.name for one in less.results[0][1]} == {one.name for one in whole.results[0][1]}
+
+
 def test_a_diverged_contender_is_a_row_and_the_rest_stands(tmp_path) -> None:
     found = made([EXPLODING, SGD])
     at = found.results[0][1]
