@@ -1,8 +1,10 @@
-"""Students that the tests of optimizers step by."""
+"""What the tests of optimizers step: students, parameters and gradients."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from amalgam import NominalConfig, NominalStudent
 
@@ -14,3 +16,22 @@ def nominal(**config: Any) -> NominalStudent:
     with torch.no_grad():
         student.head.weight.copy_(torch.linspace(-1, 1, 8).view(2, 4))
     return student
+
+
+def parameters(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
+    """The same ones in every call, up to the dtype's rounding."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
+
+
+def give_gradients(params: Sequence[nn.Parameter], step: int, sign: float = 1.0) -> None:
+    """Gradients that depend on the step, and agree more often than not."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = (sign * (drawn + 0.5)).to(param.dtype)

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import pytest
+import students
 import torch
-from students import nominal
+from students import give_gradients, nominal
 from torch import Tensor, nn
 
 from amalgam import AmalgamatedOptimizer, PolicyOptimizer, estimate_memory
@@ -23,18 +24,7 @@ def student(**config: Any) -> Any:
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for shape in SHAPES
-    ]
-
-
-def give_gradients(params: list[nn.Parameter], step: int, sign: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for param in params:
-        drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        param.grad = (sign * (drawn + 0.5)).to(param.dtype)
+    return students.parameters(SHAPES, dtype)
 
 
 def stepped(steps: int = 5, dtype: torch.dtype = torch.float32, **how: Any) -> list[nn.Parameter]:
@@ -271,3 +261,33 @@ def test_steps_need_no_numbers_on_the_meta_device() -> None:
         for tensor in optimizer.state[p].values()
         if isinstance(tensor, Tensor) and tensor.dim()
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_gpu_steps_as_a_cpu_does(captured: bool) -> None:
+    """Up to bfloat16, in which a GPU takes the products; also in a CUDA graph."""
+    host, begin = parameters(), parameters()
+    device = [nn.Parameter(p.detach().cuda()) for p in begin]
+    for param in device:
+        param.grad = torch.zeros_like(param)
+    ours = AmalgamatedOptimizer(host, student=student())
+    theirs = AmalgamatedOptimizer(device, student=student(), capturable=captured)
+    graph = torch.cuda.CUDAGraph() if captured else None
+    for step in range(5):
+        give_gradients(host, step)
+        for param, twin in zip(host, device, strict=True):
+            assert param.grad is not None
+            assert twin.grad is not None
+            twin.grad.copy_(param.grad)
+        ours.step()
+        if graph is None or step == 0:
+            theirs.step()
+        elif step == 1:
+            with torch.cuda.graph(graph):
+                theirs.step()
+        if graph is not None and step:
+            graph.replay()
+    for before, one, other in zip(begin, host, device, strict=True):
+        moved = (one - before).norm()
+        assert (one - other.cpu()).norm() <= 0.03 * moved

@@ -7,7 +7,9 @@ import math
 from typing import Any
 
 import pytest
+import students
 import torch
+from students import give_gradients
 from torch import Tensor, nn
 
 from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, estimate_memory
@@ -26,18 +28,7 @@ def student(pacing: float = 0.3, **config: Any) -> NominalStudent:
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for shape in SHAPES
-    ]
-
-
-def give_gradients(params: list[nn.Parameter], step: int, sign: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for param in params:
-        drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        param.grad = (sign * (drawn + 0.5)).to(param.dtype)
+    return students.parameters(SHAPES, dtype)
 
 
 def paces(optimizer: AmalgamatedOptimizer) -> list[float]:
