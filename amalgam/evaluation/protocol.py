@@ -32,6 +32,8 @@ REFERENCE = "Adam"
 """The baseline that others are measured against, at the better of its decays."""
 
 ONE_SETTING = "AdamW, one setting"
+DEFAULTS = "AdamW, PyTorch's defaults"
+_UNTUNED = (ONE_SETTING, DEFAULTS)
 ORACLE = "oracle"
 
 _FULL_GRIDS: dict[str, tuple[Setting, ...]] = {
@@ -65,7 +67,8 @@ class Protocol:
         falling_rates: Whether, with a decay, a baseline is tuned only over rates from the best
             constant one on. A rate that falls to zero covers less of the way than one that stays,
             so that a smaller one to begin with is hardly the best.
-        one_setting: Whether AdamW runs also at the one setting that is best over all tasks.
+        one_setting: Whether AdamW runs also at the one setting that is best over all tasks, and at
+            PyTorch's defaults.
         every: Steps between two readings of a curve; ``None`` for :attr:`curve` readings, at steps
             that are spaced evenly on a logarithmic axis.
         curve: How many they are then.
@@ -334,7 +337,7 @@ def evaluate(
     known = [about.name for about in runner.about]
     tuned_names = [baseline(name, (), d).name for name in protocol.grids for d in protocol.decays]
     _check_differ("tasks", known)
-    _check_differ("contenders", [*(one.name for one in everybody), *tuned_names, ONE_SETTING])
+    _check_differ("contenders", [*(one.name for one in everybody), *tuned_names, *_UNTUNED])
     one_setting = protocol.one_setting and "AdamW" in protocol.grids
     steps = _steps_of_task([one.decay for one in everybody], protocol, one_setting)
     runner.total += sum(runner.cost(task, steps) for task in tasks)
@@ -353,7 +356,9 @@ def evaluate(
             if one.task == known[task]
         ]
         if shared is not None:
-            tuned.append((task, shared))
+            settings = "lr=0.001, weight_decay=0.01"
+            defaults = replace(baseline("AdamW", (), "constant"), name=DEFAULTS, settings=settings)
+            tuned += [(task, shared), (task, defaults)]
     plans += tuned
     results += _run(runner, protocol, tuned)
     found = tuple(
@@ -419,7 +424,7 @@ def _steps_of_task(decays: Sequence[str], protocol: Protocol, one_setting: bool)
     reported = [*decays, *(decay for _ in protocol.grids for decay in protocol.decays)]
     if one_setting:
         # Its decay is yet to be found; the costlier one is expected.
-        reported.append("linear")
+        reported += ["linear", "constant"]
     points = sum(map(len, protocol.grids.values())) * len(protocol.decays)
     return (
         sum(sum(_lengths(decay, protocol)) for decay in reported) * protocol.seeds
@@ -550,7 +555,7 @@ def oracle_of(results: Sequence[Result]) -> Result | None:
     Args:
         results: The task's results within one budget.
     """
-    return _best([r for r in results if r.kind == "baseline" and r.name != ONE_SETTING])
+    return _best([r for r in results if r.kind == "baseline" and r.name not in _UNTUNED])
 
 
 def _best(results: Sequence[Result]) -> Result | None:

@@ -38,7 +38,13 @@ from amalgam.evaluation.contenders import (
     student_contender,
     teacher_contenders,
 )
-from amalgam.evaluation.protocol import ONE_SETTING, TUNING_SEED, oracle_of, reference_of
+from amalgam.evaluation.protocol import (
+    DEFAULTS,
+    ONE_SETTING,
+    TUNING_SEED,
+    oracle_of,
+    reference_of,
+)
 from amalgam.policies import Pool, TorchTeacher
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
@@ -214,7 +220,11 @@ def test_tuning_finds_the_best_of_a_grid_on_other_seeds(monkeypatch) -> None:
     oracle, reference = oracle_of(results), reference_of(results)
     assert oracle is not None
     assert reference is not None
-    tuned_ones = [r for r in results if r.name != ONE_SETTING]
+    defaults = next(r for r in results if r.name == DEFAULTS)
+    assert defaults.kind == "baseline"
+    alone = train(linear(), torch.optim.AdamW, steps=8, seed=0, readings=Readings())
+    assert defaults.curves[0].until(8).losses[-1] == alone.losses[-1]
+    tuned_ones = [r for r in results if r.name not in (ONE_SETTING, DEFAULTS)]
     assert oracle.summary("final")[0] == min(r.summary("final")[0] for r in tuned_ones)
     assert reference.name.split(",")[0] == "Adam"
 
