@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,43 @@ def assert_within(costs: Mapping[str, float], budget: Mapping[str, float]) -> No
         assert costs[what] >= budget[what], (what, costs, budget)
 
 
+def budgets(operation: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The table of an operation's kernels: Triton's rows, and CUDA's, whose names begin so."""
+    file = Path(__file__).parent / f"operations/budgets_{operation}.json"
+    rows = json.loads(file.read_text())
+    of_cuda = {case: row for case, row in rows.items() if case.startswith("cuda ")}
+    return {case: row for case, row in rows.items() if case not in of_cuda}, of_cuda
+
+
+def cuda_core() -> tuple[list[str], Path]:
+    """The architectures in the compiled core and its file, or skip the test."""
+    from amalgam.backends import core
+
+    pytest.importorskip("triton")
+    module, _ = core.load()
+    if module is None or module.cuda is None:
+        pytest.skip("the core here has no CUDA kernels")
+    return module.cuda.archs.split(";"), Path(module.__file__)
+
+
+def assert_cuda_within(rows: Mapping[str, Any], fragments: Mapping[str, str]) -> None:
+    """Hold the compiled core's kernels to their rows of the table, or skip the test.
+
+    Of a thread, as kernels hold paths for one coordinate and for several.
+
+    Args:
+        rows: CUDA's rows.
+        fragments: What of a kernel's mangled name tells it from all others, by the rows' names.
+    """
+    archs, file = cuda_core()
+    if "90" not in archs:
+        pytest.skip("the core here has no kernels for sm_90")
+    codes = cuda_codes(file, "sm_90", fragments.values())
+    assert rows.keys() == fragments.keys()
+    for case, row in rows.items():
+        assert_within(codes[fragments[case]].costs(1), row)
+
+
 def compile_kernel(
     function: Any,
     arch: int,
@@ -137,9 +177,7 @@ def compile_kernel(
 def _instructions(sass: str) -> Counter[str]:
     """How often each instruction stands in what either of NVIDIA's tools prints, or Triton."""
     found = Counter(
-        re.findall(
-            r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE
-        )
+        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
         or re.findall(r"\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass)
     )
     found.pop("NOP", None)
@@ -159,9 +197,15 @@ def cuda_codes(file: Path, arch: str, fragments: Iterable[str]) -> dict[str, Mac
         if len(found) != 1:
             raise ValueError(f"{fragment} is in {len(found)} names of kernels for {arch}: {found}")
         names[fragment] = found[0]
-    dump = _dump("-sass", "-arch", arch, "-fun", ",".join(names.values()), str(file))
-    parts = re.split(r"^\s*Function : (\w+)$", dump, flags=re.MULTILINE)
-    sass = dict(zip(parts[1::2], parts[2::2], strict=True))
+    sass: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        _dump("-xelf", arch, str(file.absolute()), into=folder)
+        for cubin in Path(folder).iterdir():  # those that hold one alone, as each takes a second
+            held = cubin.read_bytes()
+            if any(name.encode() in held for name in names.values()):
+                dump = _dump("-sass", str(cubin))
+                parts = re.split(r"^\s*Function : (\w+)$", dump, flags=re.MULTILINE)
+                sass |= zip(parts[1::2], parts[2::2], strict=True)
     return {
         fragment: MachineCode("", *usage[name], _instructions(sass[name]))
         for fragment, name in names.items()
@@ -185,11 +229,14 @@ def _dump_resource_usage(file: Path) -> str:
     return _dump("--dump-resource-usage", str(file))
 
 
-def _dump(*arguments: str) -> str:
+def _dump(*arguments: str, into: str | None = None) -> str:
+    """What cuobjdump prints; files that it writes come into a folder."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    command = [tool, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=into)
+    return done.stdout
 
 
 def amd_assembly(

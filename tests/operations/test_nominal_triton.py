@@ -245,7 +245,7 @@ BUDGETS = {
 @pytest.mark.compiles(by=costs_of_student)
 @pytest.mark.parametrize("case", BUDGETS)
 def test_memory_decides_how_long_a_nominal_step_takes(
-    case: str, compilation: dict[str, int]
+    case: str, compilation: dict[str, float]
 ) -> None:
     """Not instructions; and then it is at most so many times AdamW's bytes."""
     assert_within(compilation, BUDGETS[case])
