@@ -50,6 +50,7 @@ MEMCHECKED = (
     "student_step_ 2x20 stochastic *",
     "student_step_ 1x4 control *",
     "choice_step * k=2 default",
+    "choice_step * cuda",
     "nominal student_* cuda",
     "teacher_*",
 )

@@ -21,7 +21,14 @@ from typing import Any
 import pytest
 import torch
 
-from amalgam.backends import core, cuda, nominal_on_cuda, student_step_in_place, triton
+from amalgam.backends import (
+    choice_step,
+    core,
+    cuda,
+    nominal_on_cuda,
+    student_step_in_place,
+    triton,
+)
 from amalgam.operations import registry
 from amalgam.ops import backends
 
@@ -104,6 +111,7 @@ def put_cuda_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (student_step_in_place, ("_blocks", "_words")),
         (nominal_on_cuda, ("_units",)),
+        (choice_step, ("_units",)),
     ):
         for name in names:  # what the core that is built knows, they may have kept
             function = getattr(module, name).__wrapped__

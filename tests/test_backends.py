@@ -6,15 +6,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from amalgam.backends import build_info, core, cpu, cuda, nominal_on_cuda, triton
+from amalgam.backends import build_info, choice_step, core, cpu, cuda, nominal_on_cuda, triton
 from amalgam.backends.memory import check_written, contiguous
 from amalgam.operations import registry
 from amalgam.operations.checks import check_like
+from amalgam.operations.choice_step import ChoiceArguments
 from amalgam.operations.registry import Numerics, resolve
+from amalgam.operations.teacher_step import PoolSettings
 from amalgam.ops import StepSettings, StudentState, backends, teacher_distance
 
 
@@ -84,7 +87,9 @@ def test_what_is_permitted_reaches_kernels_that_use_it_and_no_others() -> None:
         ("teacher_step", "", 1, 4, "triton"),
         ("teacher_step_backward", "", 1, 4, "triton"),
         ("teacher_distance", "", 1, 4, "cuda"),
-        ("choice_step", "", 1, 4, "triton"),
+        ("choice_step", "choice", 1, 4, "cuda"),
+        ("choice_step_backward", "choice", 1, 8, "cuda"),
+        ("choice_step", "choice", 2, 20, "triton"),
     ],
 )
 def test_auto_on_a_gpu_takes_what_docs_say(
@@ -103,11 +108,15 @@ def test_auto_on_a_gpu_takes_what_docs_say(
         monkeypatch.setitem(registry._backends, backend.name, here)
     without = dataclasses.replace(cpu.backend, probe=lambda: "of no interest here")
     monkeypatch.setitem(registry._backends, "cpu", without)
-    monkeypatch.setattr(nominal_on_cuda, "_units", lambda: [4, 8])
+    for module in (nominal_on_cuda, choice_step):
+        monkeypatch.setattr(module, "_units", lambda: [4, 8])
     cells = torch.zeros(layers, hidden, 3)
     state = StudentState(cells[0, 0], cells[0, 0], cells, cells)
     corrections = torch.ones(1, 3) if form == "nominal" else None
-    arguments = (state, [], StepSettings(corrections=corrections)) if form else ()
+    settings: Any = StepSettings(corrections=corrections)
+    if form == "choice":
+        settings = ChoiceArguments(cells, PoolSettings.of(["sgd"], *([[0.1]] * 4)), 0.0, 1.0)
+    arguments = (state, [], settings) if form else ()
     assert resolve(operation, "auto", state.m, *arguments) == taken
 
 

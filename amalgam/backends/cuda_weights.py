@@ -19,18 +19,40 @@ def pack(weights: Sequence[Tensor], approximate: bool) -> Tensor:
     Returns:
         A float32 vector, of a length that is a multiple of four.
     """
+    parts = [
+        _scaled((b[:, None], w_ih, w_hh), approximate).flatten()
+        for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True)
+    ]
+    flat = torch.cat([*parts, *(part.double().flatten() for part in weights[-2:])])
+    return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
+
+
+def _scaled(columns: Sequence[Tensor], approximate: bool) -> Tensor:
+    """A layer's columns as activations take their sums, shape (hidden, inputs, 4)."""
     # What activations would multiply their sums by: see csrc/cuda/activations.cuh.
     of_sigmoid, of_tanh = -math.log2(math.e), 2 * math.log2(math.e)
     if approximate:
         of_sigmoid, of_tanh = 0.5, 1.0
-    parts = []
-    for w_ih, w_hh, b in zip(weights[0:-2:3], weights[1:-2:3], weights[2:-2:3], strict=True):
-        gates = torch.cat((b[:, None], w_ih, w_hh), 1).double().chunk(4)
-        scales = (of_sigmoid, of_sigmoid, of_tanh, of_sigmoid)
-        scaled = [scale * gate for scale, gate in zip(scales, gates, strict=True)]
-        parts.append(torch.stack(scaled, -1).flatten())  # (hidden, 1 + inputs + hidden, 4)
-    flat = torch.cat([*parts, *(part.double().flatten() for part in weights[-2:])])
-    return torch.nn.functional.pad(flat, (0, -len(flat) % 4)).float()
+    gates = torch.cat(tuple(columns), 1).double().chunk(4)
+    scales = (of_sigmoid, of_sigmoid, of_tanh, of_sigmoid)
+    return torch.stack([scale * gate for scale, gate in zip(scales, gates, strict=True)], -1)
+
+
+def pack_choice(weights: Sequence[Tensor], teachers: int) -> Tensor:
+    """Pack the weights of a choice by one layer: see csrc/cuda/choice_step.h.
+
+    Args:
+        weights: W_ih, W_hh and b, then the head and its bias.
+        teachers: How many the pool has: the first of W_ih's inputs are theirs.
+
+    Returns:
+        A float32 vector.
+    """
+    w_ih, w_hh, b, head, head_bias = weights
+    of_teachers, others = w_ih[:, :teachers], w_ih[:, teachers:]
+    scaled = _scaled((b[:, None], others, of_teachers, w_hh), approximate=False)
+    parts = scaled.transpose(0, 1), head.double(), head_bias.double()
+    return torch.cat([part.flatten() for part in parts]).float()
 
 
 def pack_nominal(shared: Sequence[Tensor], approximate: bool) -> Tensor:

@@ -156,10 +156,10 @@ def choice_step(
     pool = settings.pool()
     time, learning_rate = state.steps / settings.time_scale, settings.learning_rate
     carried = StudentState(*state[:4])
-    chosen = registry.resolve(_NAME, backend, grad)
+    arguments = ChoiceArguments(ranks, pool, time, learning_rate)
+    chosen = registry.resolve(_NAME, backend, grad, grad, carried, weights, arguments)
     if chosen == registry.REFERENCE:
         _check(grad, carried, weights, ranks, pool)
-        arguments = ChoiceArguments(ranks, pool, time, learning_rate)
         update, new, mixture = _reference(grad, carried, weights, arguments)
     else:
         update, *moved, mixture = torch.ops.amalgam.choice_step(

@@ -27,9 +27,11 @@ def nominal_weights(
     return weights, StepSettings(0.005, beta1, beta2, 1e-15, corrections)
 
 
-def choice_inputs(place: Place, direction: str, k: int, n: int, seed: int) -> tuple[Any, ...]:
-    """Arguments of a choice of two layers of 20 units among k teachers, or of its backward."""
-    layers, hidden = 2, 20
+def choice_inputs(
+    place: Place, direction: str, student: tuple[int, int], k: int, n: int, seed: int
+) -> tuple[Any, ...]:
+    """Arguments of a choice of (layers, units) among k teachers, or of its backward."""
+    layers, hidden = student
     weights = [w.to(place.device) for w in lstm_weights(k + 4, hidden, layers, k)]
     of_each = [[value] * k for value in (0.01, 0.9, 0.999, 1e-8)]
     grad = place.draw(n, seed=seed)

@@ -131,11 +131,21 @@ def student_case(
     return compare("student_step_backward", backward, f"{backend}{words}", claim and 4 * claim)
 
 
-def choice_case(place: Place, direction: str, k: int, words: str, claim: float | None) -> Row:
-    draws = [choice_inputs(place, direction, k, 1029, SEED + 100 * draw) for draw in range(DRAWS)]
+def choice_case(
+    place: Place,
+    direction: str,
+    student: tuple[int, int],
+    k: int,
+    words: str,
+    claim: float | None = None,
+) -> Row:
+    draws = [
+        choice_inputs(place, direction, student, k, 1029, SEED + 100 * draw)
+        for draw in range(DRAWS)
+    ]
     if direction == "forward":
-        return compare("choice_step", draws, f"triton{words}", claim)
-    return compare("choice_step_backward", draws, f"triton{words}", claim and 4 * claim)
+        return compare("choice_step", draws, words, claim)
+    return compare("choice_step_backward", draws, words, claim and 4 * claim)
 
 
 def teachers_case(place: Place, name: str, backend: str, direction: str) -> Row:
@@ -369,7 +379,11 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
             (k, i) for k in (1, 2, 6) for i in list(CLAIMS.items())[:1] + [(":tf32", 5e-3)]
         ):
             name = f"choice_step {direction} k={k} {words[1:] or 'default'}"
-            yield name, part(choice_case, place, direction, k, words, claim)
+            yield name, part(choice_case, place, direction, (2, 20), k, f"triton{words}", claim)
+        for backend in ("triton", "cuda") if place.real else ("triton",):
+            for student, k in (((1, 4), 2), ((1, 8), 6)):
+                name = f"choice_step {direction} 1x{student[1]} k={k} {backend}"
+                yield name, part(choice_case, place, direction, student, k, backend)
         for name, backend in (
             ("teacher_step", "triton"),
             ("teacher_step", "cuda"),

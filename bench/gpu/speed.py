@@ -233,15 +233,24 @@ def functional_case(
         return row | timed_both(place, call, size, moved)
 
 
-def choice_case(place: Place, direction: str, words: str, k: int, n: int) -> Row:
-    size, (layers, hidden) = place.size(n), PAPERS
-    step = choice_inputs(place, direction, k, size, 1)
+def choice_case(
+    place: Place, direction: str, words: str, student: tuple[int, int], k: int, n: int
+) -> Row:
+    size, (layers, hidden) = place.size(n), student
+    step = choice_inputs(place, direction, student, k, size, 1)
     name = "choice_step" if direction == "forward" else "choice_step_backward"
     operation = getattr(torch.ops.amalgam, name)
     times = timed(place, lambda: operation(*step, words))
     states = (1 if direction == "forward" else 2) * 4 * layers * hidden * 4
     moved = size * (states + (16 + 20 * k if direction == "forward" else 24 + 36 * k))
-    row = {"operation": name, "backend": words, "teachers": k, "n": size, **times.row()}
+    row = {
+        "operation": name,
+        "backend": words,
+        "student": "x".join(map(str, student)),
+        "teachers": k,
+        "n": size,
+        **times.row(),
+    }
     row["ns_per_coordinate"] = round(1e9 * times.median / size, 4)
     return row | traffic(place, times, moved)
 
@@ -417,7 +426,11 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
         for k in (2, 6):
             for words in ("triton", "triton:tf32"):
                 name = f"choice {direction} {words} k={k}"
-                yield name, part(choice_case, place, direction, words, k, 10**6)
+                yield name, part(choice_case, place, direction, words, PAPERS, k, 10**6)
+            for words in ("triton", "cuda") if place.real else ("triton",):
+                for student in ((1, 4), (1, 8)):
+                    name = f"choice {direction} {words} 1x{student[1]} k={k}"
+                    yield name, part(choice_case, place, direction, words, student, k, 10**6)
     for n in (10**4, 10**7):
         for direction in ("forward", "backward"):
             for name, backend in (

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../binding.h"
+#include "choice_step.h"
 #include "runtime.h"
 #include "student_step.h"
 #include "student_unroll.h"
@@ -253,6 +254,71 @@ void bind_teacher_distance(py::module_& module, const std::string& dtype) {
       py::kw_only(), "n"_a, "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a, WithoutGil());
 }
 
+using Ints = std::vector<int>;
+using Doubles = std::vector<double>;
+
+// A pool's settings, by column.
+struct Columns {
+  const Ints& kinds;
+  const Doubles &lr, &beta1, &beta2, &eps;
+
+  cuda::TeacherSettings settings() const {
+    return {kinds.data(), lr.data(), beta1.data(), beta2.data(), eps.data()};
+  }
+};
+
+// `from`: addresses of weights, grad, ranks, m, v, h and c.
+cuda::ChoiceCall choice_call(const std::array<Address, 7>& from, int64_t n, size_t teachers,
+                             double time, double learning_rate) {
+  return {at<const float>(from[0]),      at<const float>(from[1]), at<const int64_t>(from[2]),
+          at<const float>(from[3]),      at<const float>(from[4]), at<const float>(from[5]),
+          at<const float>(from[6]),      n,                        static_cast<int>(teachers),
+          static_cast<float>(time), static_cast<float>(learning_rate)};
+}
+
+cuda::ChoiceState choice_state(const StateAddresses& state) {
+  return {at<float>(state[0]), at<float>(state[1]), at<float>(state[2]), at<float>(state[3])};
+}
+
+void bind_choice_step(py::module_& module) {
+  using namespace py::literals;
+  module.def("choice_sizes", &cuda::choice_sizes);
+  module.def("choice_pool", &cuda::choice_pool, "teachers"_a);
+  module.def("choice_sums", &cuda::choice_sums, "hidden"_a, "teachers"_a);
+  module.def("choice_warps", &cuda::choice_warps, "hidden"_a, "teachers"_a, "n"_a, "device"_a);
+  module.def(
+      "choice_step",
+      [](const std::array<Address, 7>& inputs, Address update, const StateAddresses& to,
+         Address mixture, int64_t n, int hidden, const Ints& kinds, const Doubles& lr,
+         const Doubles& beta1, const Doubles& beta2, const Doubles& eps, double time,
+         double learning_rate, int device, Address stream) {
+        const Columns pool{kinds, lr, beta1, beta2, eps};
+        cuda::choice_step(choice_call(inputs, n, kinds.size(), time, learning_rate),
+                          pool.settings(), hidden, at<float>(update), choice_state(to),
+                          at<float>(mixture), device, at<void>(stream));
+      },
+      "inputs"_a, py::kw_only(), "update"_a, "new"_a, "mixture"_a, "n"_a, "hidden"_a, "kinds"_a,
+      "lr"_a, "beta1"_a, "beta2"_a, "eps"_a, "time"_a, "learning_rate"_a, "device"_a, "stream"_a,
+      WithoutGil());
+  module.def(
+      "choice_step_backward",
+      [](const std::array<Address, 7>& inputs, Address d_update, const StateAddresses& d_new,
+         Address d_mixture, Address d_grad, const StateAddresses& d_state, Address sums,
+         int64_t warps, int64_t n, int hidden, const Ints& kinds, const Doubles& lr,
+         const Doubles& beta1, const Doubles& beta2, const Doubles& eps, double time,
+         double learning_rate, int device, Address stream) {
+        const Columns pool{kinds, lr, beta1, beta2, eps};
+        cuda::choice_step_backward(
+            choice_call(inputs, n, kinds.size(), time, learning_rate), pool.settings(), hidden,
+            at<const float>(d_update), choice_state(d_new), at<const float>(d_mixture),
+            at<float>(d_grad), choice_state(d_state), at<double>(sums), warps, device,
+            at<void>(stream));
+      },
+      "inputs"_a, py::kw_only(), "d_update"_a, "d_new"_a, "d_mixture"_a, "d_grad"_a, "d_state"_a,
+      "sums"_a, "warps"_a, "n"_a, "hidden"_a, "kinds"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
+      "time"_a, "learning_rate"_a, "device"_a, "stream"_a, WithoutGil());
+}
+
 const Binding binding("cuda", [](py::module_& module) {
   module.attr("archs") = AMALGAM_CUDA_ARCHS;
   module.def("runtime_version", &cuda::runtime_version);
@@ -261,6 +327,7 @@ const Binding binding("cuda", [](py::module_& module) {
   bind_teacher_distance<double>(module, "float64");
   bind_teacher_step<float>(module, "float32");
   bind_teacher_step<double>(module, "float64");
+  bind_choice_step(module);
   bind_cuda_student_step(module);
   bind_cuda_unroll(module);
 });

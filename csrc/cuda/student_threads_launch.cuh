@@ -41,7 +41,7 @@ template <typename T>
 std::vector<ThreadsLaunch> nominal_launches() {
   return {by_threads<Nominal, T, T, 1, 4, 4, 2, 64, 6, 2>(),
           by_threads<Nominal, T, T, 1, 8, 4, 2, 64, 6, 2>(),
-          by_threads<Nominal, T, T, 1, 16, 4, 2, 64, 5, 1>()};
+          by_threads<Nominal, T, T, 1, 16, 4, 2, 128, 3, 1>()};
 }
 
 }  // namespace amalgam::cuda

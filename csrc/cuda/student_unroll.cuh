@@ -10,10 +10,9 @@
 #include "launch.cuh"
 #include "student_forms.cuh"
 #include "student_unroll_launches.h"
+#include "warp_sums.cuh"
 
 namespace amalgam::cuda {
-
-constexpr int kLaneCount = 32;
 
 // How lanes share the products of a gradient's 4 hidden rows and of the inputs' rows, which are the
 // features, h and a row of ones.
@@ -29,8 +28,6 @@ struct Shares {
   static_assert(kGates % kGateGroups == 0 && kInputs % kInputGroups == 0 && kHeadSums <= kLaneCount,
                 "every lane has as many");
 
-  // A row of 32 numbers and four to spare: eight rows next to each other then lie in different banks.
-  static constexpr int kStride = kLaneCount + 4;
   static constexpr int kOutputRows = kGates + kInputs, kHeadRows = kOutputRows + kOutputs;
   static constexpr int kRows = kHeadRows + hidden;
 
@@ -43,7 +40,7 @@ struct Shares {
 // What is staged, 16-byte accesses included.
 template <int hidden>
 struct alignas(16) Stage {
-  float rows[Shares<hidden>::kRows][Shares<hidden>::kStride];
+  float rows[Shares<hidden>::kRows][kStageStride];
   float4 bias[hidden];  // of the tile's tensor in the step, scaled
 
   __device__ void put(int row, float x) { rows[row][Shares<hidden>::lane()] = x; }
@@ -52,29 +49,7 @@ struct alignas(16) Stage {
   }
 };
 
-// A sum and what it has lost (Kahan): a warp adds thousands of tiles' sums.
-struct LongSum {
-  float sum = 0.0f, lost = 0.0f;
-
-  __device__ void add(float x) {
-    const float mended = __fsub_rn(x, lost);
-    const float next = __fadd_rn(sum, mended);
-    lost = __fsub_rn(__fsub_rn(next, sum), mended);
-    sum = next;
-  }
-  __device__ double value() const { return double(sum) - double(lost); }
-};
-
-__device__ inline float dot(float4 x, float4 y, float onto) {
-  onto = __fmaf_rn(x.x, y.x, onto);
-  onto = __fmaf_rn(x.y, y.y, onto);
-  onto = __fmaf_rn(x.z, y.z, onto);
-  return __fmaf_rn(x.w, y.w, onto);
-}
-
 __device__ inline float sign_of(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
-
-__device__ inline float only(bool inside, float x) { return inside ? x : 0.0f; }
 
 template <int hidden>
 struct CoordinateState {
@@ -198,13 +173,6 @@ struct CoordinateStep {
             __fmaf_rn(weights[kHead + output * hidden + unit], state.h[unit], out[output]);
       }
     }
-  }
-
-  __device__ static void add(float4& sums, float4 weight, float x) {
-    sums.x = __fmaf_rn(weight.x, x, sums.x);
-    sums.y = __fmaf_rn(weight.y, x, sums.y);
-    sums.z = __fmaf_rn(weight.z, x, sums.z);
-    sums.w = __fmaf_rn(weight.w, x, sums.w);
   }
 
   __device__ float below() const { return __fmaf_rn(fabsf(b), float(1 / kSoft), 1.0f); }

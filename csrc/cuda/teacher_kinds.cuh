@@ -255,4 +255,23 @@ __device__ Moments<T> moments(const TeacherConstants<T>& c, T g, Moments<T> old)
   return old;
 }
 
+// From the gradients in a step's update and in the moments that it leaves, those in g and in the old
+// moments; `now` are the moments that have seen g.
+template <typename Kind, typename T>
+__device__ Gradients<T> step_gradients(const TeacherConstants<T>& c, T d_update, Moments<T> d_now,
+                                       T g, Moments<T> now) {
+  Gradients<T> d = Kind::gradients(c, d_update, g, now);
+  d.m += d_now.m;
+  d.v += d_now.v;
+  if constexpr (Kind::has_m) {
+    d.g = fused(c.rest1, d.m, d.g);
+    d.m = c.beta1 * d.m;
+  }
+  if constexpr (Kind::has_v) {
+    d.g = fused(T(2) * c.rest2 * g, d.v, d.g);
+    d.v = c.beta2 * d.v;
+  }
+  return d;
+}
+
 }  // namespace amalgam::cuda

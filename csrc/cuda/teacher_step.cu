@@ -1,12 +1,10 @@
 #include "teacher_step.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "launch.cuh"
 #include "pack.cuh"
-#include "teacher_kinds.cuh"
+#include "teacher_pool.cuh"
 
 namespace amalgam::cuda {
 namespace {
@@ -89,8 +87,9 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+// Of float64 two blocks a processor: where ptxas aims at three it spills, for sm_100.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) > sizeof(float) ? 2 : 3)
     teachers_backward(const Pool<T> pool, const Rows<T, 6> rows) {
   const TeacherConstants<T> c = pool.teachers[blockIdx.y];
   with_kind(c.kind, [&](auto kind) {
@@ -98,41 +97,12 @@ __global__ void __launch_bounds__(kThreads)
     for_each_coordinate(rows, [&](const T(&in)[6], T(&out)[3]) {
       const T g = in[3];
       const Moments<T> now = moments<Kind, T>(c, g, {in[4], in[5]});
-      Gradients<T> d = Kind::gradients(c, in[0], g, now);
-      d.m += in[1];
-      d.v += in[2];
-      if constexpr (Kind::has_m) {
-        d.g = fused(c.rest1, d.m, d.g);
-        d.m = c.beta1 * d.m;
-      }
-      if constexpr (Kind::has_v) {
-        d.g = fused(T(2) * c.rest2 * g, d.v, d.g);
-        d.v = c.beta2 * d.v;
-      }
+      const Gradients<T> d = step_gradients<Kind, T>(c, in[0], {in[1], in[2]}, g, now);
       out[0] = d.g;
       out[1] = d.m;
       out[2] = d.v;
     });
   });
-}
-
-template <typename T>
-TeacherConstants<T> constants_of(const TeacherSettings& settings, int64_t row) {
-  const int kind = settings.kinds[row];
-  if (kind < 0 || kind >= kTeacherKinds) {
-    throw std::invalid_argument("kinds must be numbers below " + std::to_string(kTeacherKinds) +
-                                ", not " + std::to_string(kind));
-  }
-  const double rest1 = 1 - settings.beta1[row], rest2 = 1 - settings.beta2[row];
-  return {kind,
-          static_cast<T>(settings.lr[row]),
-          static_cast<T>(settings.beta1[row]),
-          static_cast<T>(settings.beta2[row]),
-          static_cast<T>(settings.eps[row]),
-          static_cast<T>(rest1),
-          static_cast<T>(rest2),
-          static_cast<T>(1 / rest1),
-          static_cast<T>(1 / rest2)};
 }
 
 template <typename T, int inputs>

@@ -11,8 +11,11 @@ from amalgam.backends import core, cuda
 from amalgam.operations import registry
 from amalgam.ops import (
     KINDS,
+    ChoiceSettings,
+    ChoiceState,
     StepSettings,
     StudentState,
+    choice_step,
     student_step,
     student_step_,
     student_unroll_backward,
@@ -75,6 +78,26 @@ def _in_place_rnnprop() -> None:
     student_step_([grad.clone()], [grad], [state], weights, backend="cuda")
 
 
+def _choice() -> tuple[ChoiceState, list[torch.Tensor], ChoiceSettings]:
+    state = ChoiceState(torch.ones(2, 5), torch.ones(2, 5), *(torch.zeros(1, 4, 5) for _ in "hc"))
+    weights = [torch.ones(*shape) for shape in ((16, 6), (16, 4), (16,), (2, 4), (2,))]
+    return state, weights, ChoiceSettings(KINDS[:2], *([0.5] * 2 for _ in range(4)))
+
+
+def _choices() -> None:
+    state, weights, settings = _choice()
+    ranks = torch.ones(5, dtype=torch.int64)
+    choice_step(torch.ones(5), state, weights, ranks, settings, backend="cuda")
+
+
+def _choice_gradients() -> None:
+    (*state, _), weights, settings = _choice()
+    inputs = torch.ones(5), *state, weights, torch.ones(5, dtype=torch.int64)
+    upstream = [torch.ones(5), *state, state[0]]
+    constants = *settings.pool(), 0.0, 1.0
+    torch.ops.amalgam.choice_step_backward(upstream, *inputs, *constants, "cuda")
+
+
 def _distance() -> None:
     teacher_distance(torch.ones(3), torch.ones(2, 3), backend="cuda")
 
@@ -83,7 +106,7 @@ def _distance() -> None:
     "operation",
     [
         *(_teachers, _teacher_gradients, _functional, _gradients, _unroll),
-        *(_in_place, _in_place_rnnprop, _distance),
+        *(_in_place, _in_place_rnnprop, _choices, _choice_gradients, _distance),
     ],
 )
 def test_functions_take_what_they_are_passed(

@@ -46,9 +46,11 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(built))
     of_nominal = ("step", "step_backward", "unroll_backward")
     problems = (f"nominal_{name}_of" for name in of_nominal)
-    for name in ("teacher_step_of", "student_step_in_place", *problems):
+    of_choice = "choice_step_of", "choice_step_backward_of"
+    for name in ("teacher_step_of", "student_step_in_place", *of_choice, *problems):
         getattr(found, name).restype = ctypes.c_char_p
-    for name in ("student_block", "unroll_size", "unroll_sums_of", "unroll_warps_of"):
+    numbers = ("student_block", "unroll_size", "unroll_sums_of", "unroll_warps_of")
+    for name in (*numbers, "choice_size", "choice_pool_of", "choice_sums_of", "choice_warps_of"):
         getattr(found, name).restype = ctypes.c_int64
     found.unroll_call.restype = ctypes.c_void_p
     return found
@@ -71,6 +73,29 @@ def _array(kind: Any, values: Sequence[Any]) -> Any:
 def _number(name: str, *arguments: int) -> int:
     number: int = getattr(library(), name)(*map(_argument, arguments))
     return number
+
+
+def _sizes(name: str) -> list[int]:
+    sizes = (_number(name, index) for index in itertools.count())
+    return list(itertools.takewhile(bool, sizes))
+
+
+def _columns(lr: Any, beta1: Any, beta2: Any, eps: Any) -> list[Any]:
+    return [_array(ctypes.c_double, column) for column in (lr, beta1, beta2, eps)]
+
+
+def _choice(
+    inputs: Sequence[int],
+    n: int,
+    hidden: int,
+    kinds: Sequence[int],
+    time: float,
+    learning_rate: float,
+    **numbers: Sequence[float],
+) -> tuple[Any, ...]:
+    """What both functions of a choice begin with."""
+    of_pool = len(kinds), _array(ctypes.c_int, kinds), *_columns(**numbers)
+    return _array(ctypes.c_int64, inputs), n, hidden, *of_pool, float(time), float(learning_rate)
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -102,11 +127,56 @@ class CudaOnHost:
         stream: int,
         **numbers: Sequence[float],
     ) -> None:
-        columns = [_array(ctypes.c_double, numbers[c]) for c in ("lr", "beta1", "beta2", "eps")]
+        columns = _columns(**numbers)
         where = _array(ctypes.c_int64, addresses)
         _call(
             "teacher_step_of", dtype, backward, where, n, k, _array(ctypes.c_int, kinds), *columns
         )
+
+    def choice_sizes(self) -> list[int]:
+        return _sizes("choice_size")
+
+    def choice_pool(self, teachers: int) -> int:
+        return _number("choice_pool_of", teachers)
+
+    def choice_sums(self, hidden: int, teachers: int) -> int:
+        return _number("choice_sums_of", hidden, teachers)
+
+    def choice_warps(self, hidden: int, teachers: int, n: int, device: int) -> int:
+        return _number("choice_warps_of", hidden, teachers, n)
+
+    def choice_step(
+        self,
+        inputs: Sequence[int],
+        *,
+        update: int,
+        new: Sequence[int],
+        mixture: int,
+        device: int,
+        stream: int,
+        **settings: Any,
+    ) -> None:
+        to = _array(ctypes.c_int64, new)
+        _call("choice_step_of", *_choice(inputs, **settings), update, to, mixture)
+
+    def choice_step_backward(
+        self,
+        inputs: Sequence[int],
+        *,
+        d_update: int,
+        d_new: Sequence[int],
+        d_mixture: int,
+        d_grad: int,
+        d_state: Sequence[int],
+        sums: int,
+        warps: int,
+        device: int,
+        stream: int,
+        **settings: Any,
+    ) -> None:
+        of_new, of_old = (_array(ctypes.c_int64, each) for each in (d_new, d_state))
+        of_state = d_update, of_new, d_mixture, d_grad, of_old
+        _call("choice_step_backward_of", *_choice(inputs, **settings), *of_state, sums, warps)
 
     def student_step_blocks(self, *, nominal: bool) -> dict[tuple[int, int], int]:
         blocks = {}
@@ -116,8 +186,7 @@ class CudaOnHost:
         return blocks
 
     def unroll_sizes(self) -> list[int]:
-        sizes = (_number("unroll_size", index) for index in itertools.count())
-        return list(itertools.takewhile(bool, sizes))
+        return _sizes("unroll_size")
 
     def unroll_sums(self, hidden: int) -> int:
         return _number("unroll_sums_of", hidden)

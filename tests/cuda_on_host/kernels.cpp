@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../../csrc/cuda/choice_step.cu"
 #include "../../csrc/cuda/runtime.cu"
 #include "../../csrc/cuda/student_threads.cu"
 #include "../../csrc/cuda/student_threads_launch.cuh"
@@ -53,6 +54,16 @@ const char* backward(const int64_t* a, int64_t n, int64_t k, const TeacherSettin
   });
 }
 
+ChoiceCall choice_call(const int64_t* a, int64_t n, int64_t k, double time, double learning_rate) {
+  return {at<float>(a[0]), at<float>(a[1]), at<int64_t>(a[2]), at<float>(a[3]),
+          at<float>(a[4]), at<float>(a[5]), at<float>(a[6]),   n,
+          static_cast<int>(k), static_cast<float>(time), static_cast<float>(learning_rate)};
+}
+
+ChoiceState choice_state(const int64_t* a) {
+  return {at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
+}
+
 UnrollState state_at(const int64_t* a) {
   return {at<float>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3])};
 }
@@ -64,6 +75,47 @@ UnrollSums sums_at(const int64_t* a, int64_t warps) {
 }  // namespace
 
 extern "C" {
+
+int64_t choice_size(int64_t index) {
+  return index < static_cast<int64_t>(choice_sizes().size()) ? choice_sizes()[index] : 0;
+}
+
+int64_t choice_pool_of(int64_t teachers) { return choice_pool(static_cast<int>(teachers)); }
+
+int64_t choice_sums_of(int64_t hidden, int64_t teachers) {
+  return choice_sums(static_cast<int>(hidden), static_cast<int>(teachers));
+}
+
+int64_t choice_warps_of(int64_t hidden, int64_t teachers, int64_t n) {
+  return choice_warps(static_cast<int>(hidden), static_cast<int>(teachers), n, 0);
+}
+
+// Of the addresses that a ChoiceCall begins with, in its order.
+const char* choice_step_of(const int64_t* from, int64_t n, int64_t hidden, int64_t k,
+                           const int* kinds, const double* lr, const double* beta1,
+                           const double* beta2, const double* eps, double time,
+                           double learning_rate, int64_t update, const int64_t* to,
+                           int64_t mixture) {
+  const ChoiceCall call = choice_call(from, n, k, time, learning_rate);
+  return caught([&] {
+    choice_step(call, {kinds, lr, beta1, beta2, eps}, hidden, at<float>(update),
+                choice_state(to), at<float>(mixture), 0, nullptr);
+  });
+}
+
+const char* choice_step_backward_of(const int64_t* from, int64_t n, int64_t hidden, int64_t k,
+                                    const int* kinds, const double* lr, const double* beta1,
+                                    const double* beta2, const double* eps, double time,
+                                    double learning_rate, int64_t d_update,
+                                    const int64_t* d_new, int64_t d_mixture, int64_t d_grad,
+                                    const int64_t* d_old, int64_t sums, int64_t warps) {
+  const ChoiceCall call = choice_call(from, n, k, time, learning_rate);
+  return caught([&] {
+    choice_step_backward(call, {kinds, lr, beta1, beta2, eps}, hidden, at<float>(d_update),
+                         choice_state(d_new), at<float>(d_mixture), at<float>(d_grad),
+                         choice_state(d_old), at<double>(sums), warps, 0, nullptr);
+  });
+}
 
 const char* teacher_step_of(const char* dtype, int64_t is_backward, const int64_t* addresses,
                             int64_t n, int64_t k, const int* kinds, const double* lr,

@@ -1,6 +1,5 @@
 """``choice_step``: plain PyTorch, and the compiled kernels that are held to it."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_as_accurate, flat
-from machine_code import assert_within, costs_of
+from machine_code import assert_cuda_within, assert_within, budgets, costs_of
 from places import by_triton, compiled, compiled_once
 from student_cases import moved
 from torch import Tensor
@@ -640,10 +639,10 @@ TYPES = {
     **{"ranks": "*i64", "n": "i32", "blocks": "i32", "size": "i32"},
     **{"time": "fp32", "learning_rate": "fp32", "partials": "*fp64"},
 }
-BUDGETS = json.loads((Path(__file__).parent / "budgets_choice_step.json").read_text())
+BUDGETS, CUDA_BUDGETS = budgets("choice_step")
 
 
-def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
+def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, float]:
     """The costs of a choice of 2 x 20 units among k teachers."""
     from amalgam.kernels import choice_step as kernels
     from amalgam.kernels import lstm_weights
@@ -668,12 +667,27 @@ def triton_costs(name: str, arch: int, k: int, numerics: str) -> dict[str, int]:
     )
 
 
-def costs_of_choice(case: str) -> dict[str, int]:
+def costs_of_choice(case: str) -> dict[str, float]:
     name, arch, k, numerics = case.split()
     return triton_costs(name, int(arch.removeprefix("sm_")), int(k), numerics)
 
 
 @pytest.mark.compiles(by=costs_of_choice)
 @pytest.mark.parametrize("case", BUDGETS)
-def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, int]) -> None:
+def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, float]) -> None:
     assert_within(compilation, BUDGETS[case])
+
+
+CUDA_KERNELS = {
+    "cuda forward sm_90 1x4": "choice_forwardILi4E",
+    "cuda forward sm_90 1x8": "choice_forwardILi8E",
+    "cuda backward sm_90 1x4 4": "choice_backwardILi4ELi4E",
+    "cuda backward sm_90 1x4 8": "choice_backwardILi4ELi8E",
+    "cuda backward sm_90 1x8 4": "choice_backwardILi8ELi4E",
+    "cuda backward sm_90 1x8 8": "choice_backwardILi8ELi8E",
+}
+"""Fragments of the mangled names of CUDA's kernels; a backward is for so many teachers at most."""
+
+
+def test_cuda_kernels_keep_to_their_budgets() -> None:
+    assert_cuda_within(CUDA_BUDGETS, CUDA_KERNELS)

@@ -229,15 +229,15 @@ ADAMW = 28  # bytes a coordinate, all in float32: p, g, m, v read, and p, m, v w
 BUDGETS = {
     "in_place sm_90 nominal:1x4 bfloat16+bfloat16 3xtf32": {
         **{"registers": 168, "stack": 0, "instructions": 391, "special": 48},
-        **{"tensor": 0, "wide": 60},
+        **{"tensor": 0, "wide": 60, "load": 11.5},
     },
     "in_place sm_90 nominal:1x8 bfloat16+bfloat16 3xtf32": {
         **{"registers": 255, "stack": 0, "instructions": 820, "special": 88},
-        **{"tensor": 0, "wide": 142},
+        **{"tensor": 0, "wide": 142, "load": 12.7},
     },
     "in_place sm_90 nominal:1x8 bfloat16+bfloat16 bf16,approximate,stochastic": {
         **{"registers": 255, "stack": 0, "instructions": 801, "special": 46},
-        **{"tensor": 0, "wide": 148},
+        **{"tensor": 0, "wide": 148, "load": 12.5},
     },
 }
 
@@ -245,7 +245,7 @@ BUDGETS = {
 @pytest.mark.compiles(by=costs_of_student)
 @pytest.mark.parametrize("case", BUDGETS)
 def test_memory_decides_how_long_a_nominal_step_takes(
-    case: str, compilation: dict[str, int]
+    case: str, compilation: dict[str, float]
 ) -> None:
     """Not instructions; and then it is at most so many times AdamW's bytes."""
     assert_within(compilation, BUDGETS[case])
