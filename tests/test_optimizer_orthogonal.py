@@ -83,6 +83,7 @@ def test_only_matrices_step_otherwise_and_as_far() -> None:
         {"rounding": "stochastic"},
         {"lr": torch.tensor(1.0)},
         {"lr": torch.tensor(1.0), "capturable": True},
+        {"lr": torch.ones(1), "capturable": True},
     ],
     ids=str,
 )
@@ -115,6 +116,54 @@ def test_groups_may_differ_and_settings_are_taken() -> None:
     assert_close(params, [*whole[:4], *plain[4:]], 0)
     with pytest.raises(TypeError, match="orthogonal must be True or False, not 1"):
         AmalgamatedOptimizer(params, student=of, orthogonal=1)  # type: ignore[arg-type]
+
+
+def test_a_group_may_be_set_between_steps_and_absent_ones_are_the_students() -> None:
+    runs = []
+    for flags in ((True, False, True), (True, True, True)):
+        params = parameters()
+        groups = [{"params": params, "orthogonal": None}]
+        optimizer = AmalgamatedOptimizer(groups, student=student())
+        assert optimizer.param_groups[0]["orthogonal"] is True
+        for step, flag in enumerate(flags):
+            optimizer.param_groups[0]["orthogonal"] = flag
+            give_gradients(params, step)
+            told, before = optimizer.stats(), params[0].detach().clone()
+            optimizer.step()
+            moved = (params[0].detach() - before).norm() / before.norm()
+            assert told["0.0"].update_over_parameter == pytest.approx(moved.item(), rel=1e-4)
+        runs.append(params[0].detach())
+    assert not torch.equal(*runs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_changes_nothing(compiled: bool) -> None:
+    runs = []
+    for surrounded in (False, True):
+        params = parameters()
+        optimizer = AmalgamatedOptimizer(params, student=student())
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        told = []
+        for number in range(2):
+            give_gradients(params, number)
+            with torch.autocast("cpu", torch.bfloat16, enabled=surrounded):
+                told.append(optimizer.stats()["0.0"].update_over_parameter)
+                step()
+        runs.append([*params, torch.tensor(told)])
+    assert_close(*runs, 0)
+
+
+def test_a_first_step_in_inference_mode_does_not_bind_later_ones() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.inference_mode():
+        optimizer.step()
+    give_gradients(params, 1)
+    optimizer.step()
+    assert all(p.isfinite().all() for p in params)
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -160,13 +160,13 @@ class _KernelMuon(torch.optim.Muon):
     """Muon that takes kernels of convolutions, too, as matrices of a row an output.
 
     Args:
-        params: Tensors of two dimensions or more, whose first is one of rows in memory.
+        params: Contiguous tensors of two dimensions or more.
         settings: As PyTorch's takes them.
     """
 
     def __init__(self, params: Sequence[Tensor], **settings: Any) -> None:
         self._given = params
-        self._matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in params]
+        self._matrices = [nn.Parameter(p.detach().view(len(p), p[:1].numel())) for p in params]
         super().__init__(self._matrices, **settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

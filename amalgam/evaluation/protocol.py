@@ -65,8 +65,8 @@ class Protocol:
         decays: Of students and baselines; teachers' rates are constant.
         grids: For each baseline, the settings to tune over.
         falling_rates: Whether, with a decay, a baseline is tuned only over rates from the best
-            constant one on. A rate that falls to zero covers less of the way than one that stays,
-            so that a smaller one to begin with is hardly the best.
+            constant one on: a rate that falls to zero covers less of the way than one that stays.
+            AdamW is not where ``one_setting`` is, for which all its settings are ranked.
         one_setting: Whether AdamW runs also at the one setting that is best over all tasks, and at
             PyTorch's defaults.
         every: Steps between two readings of a curve; ``None`` for :attr:`curve` readings, at steps
@@ -459,13 +459,21 @@ def _tune(runner: Runner, protocol: Protocol) -> list[tuple[Tuning, Setting]]:
         if cell not in found:
             task, optimizer, _ = cell
             grid = protocol.grids[optimizer]
-            stays = found.get((task, optimizer, "constant"))
-            least = dict(stays[1])["lr"] if stays else 0.0
-            left[cell] = tuple(setting for setting in grid if dict(setting)["lr"] >= least)
+            least = _least_falling(found.get((task, optimizer, "constant")))
+            if protocol.one_setting and optimizer == "AdamW":
+                least = -math.inf  # its settings are ranked over all tasks
+            left[cell] = tuple(one for one in grid if dict(one).get("lr", math.inf) >= least)
             spared = (len(grid) - len(left[cell])) * protocol.tuning_seeds * protocol.horizon
             runner.total -= runner.cost(task, spared)
     found |= _tune_cells(runner, protocol, left)
     return [found[cell] for cell in cells]
+
+
+def _least_falling(constant: tuple[Tuning, Setting] | None) -> float:
+    """The smallest rate to tune with a decay, of what tuning without one found."""
+    if constant is None or math.isinf(min(constant[0].losses)):
+        return -math.inf
+    return dict(constant[1]).get("lr", -math.inf)
 
 
 def _tune_cells(
@@ -500,7 +508,7 @@ def _tune_cells(
             tuple(baseline(optimizer, setting, decay).settings for setting in settings),
             tuple(losses),
             chosen,
-            _at_edge(protocol.grids[optimizer], settings[chosen]),
+            _at_edge((settings, protocol.grids[optimizer]), settings[chosen]),
             len(settings) * protocol.tuning_seeds,
             protocol.horizon,
         )
@@ -508,12 +516,12 @@ def _tune_cells(
     return found
 
 
-def _at_edge(settings: Sequence[Setting], chosen: Setting) -> tuple[str, ...]:
-    """Names of arguments whose chosen value is the smallest or the largest of several."""
+def _at_edge(grids: Sequence[Sequence[Setting]], chosen: Setting) -> tuple[str, ...]:
+    """Names of arguments whose chosen value is the smallest or the largest of several in a grid."""
     found = []
     for name, value in chosen:
-        values = sorted({dict(setting)[name] for setting in settings})
-        if len(values) > 1 and value in (values[0], values[-1]):
+        each = [sorted({dict(setting)[name] for setting in grid}) for grid in grids]
+        if any(len(values) > 1 and value in (values[0], values[-1]) for values in each):
             found.append(name)
     return tuple(found)
 
@@ -526,11 +534,8 @@ def _best_over_tasks(tunings: Sequence[Tuning], protocol: Protocol) -> Contender
     of_task: dict[str, list[float]] = {}
     for tuned in tunings:
         if tuned.optimizer == "AdamW":
-            known = dict(zip(tuned.settings, tuned.losses, strict=True))
-            every = [known.get(baseline("AdamW", one, "constant").settings) for one in grid]
-            losses = [math.inf if loss is None else loss for loss in every]
-            of_task.setdefault(tuned.task, []).extend(losses)
-    # Ranks bear losses of any sign and scale, diverged runs, and what was not tried.
+            of_task.setdefault(tuned.task, []).extend(tuned.losses)
+    # Ranks bear losses of any sign and scale, and diverged runs.
     ranks = np.mean([rankdata(losses) for losses in of_task.values()], axis=0)
     points = [(setting, decay) for decay in protocol.decays for setting in grid]
     found = baseline("AdamW", *points[int(np.argmin(ranks))])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amalgam.lr_decays import factor_at
+from amalgam.lr_decays import LR_DECAYS, factor_at
 from amalgam.seeding import drawing, generator_for
 from amalgam.tasks import SeededBatch, Task
 
@@ -201,7 +201,12 @@ def train(
             (dropout), and of what an optimizer draws.
         readings: What to read.
         decay: How rates go on over the steps: one of :data:`amalgam.lr_decays.LR_DECAYS`.
+
+    Raises:
+        ValueError: There is no such decay.
     """
+    if decay not in LR_DECAYS:
+        raise ValueError(f"decay must be one of {list(LR_DECAYS)}, not {decay!r}")
     # Optimizees draw by their batches' seeds; this is for optimizers that draw.
     with drawing(generator_for(seed, "optimizers").initial_seed(), task.device):
         return _train(task, make, steps, seed, readings, decay)

@@ -358,11 +358,11 @@ def of_tunings(evaluation: Evaluation) -> Table:
         for name, settings in evaluation.protocol.grids.items()
     ]
     seeds = evaluation.protocol.tuning_seeds
-    tried = "With a decay, every point from the best constant rate on was run whole, else every one"
-    if not evaluation.protocol.falling_rates:
-        tried = "Every point of a grid was run whole"
+    which = "Every point of a grid was"
+    if evaluation.protocol.falling_rates:
+        which = "Points of grids (with a decay, but for AdamW, from the best constant rate on) were"
     notes = (
-        f"{tried}, with {seeds} seed{'s' * (seeds > 1)} from "
+        f"{which} run whole, with {seeds} seed{'s' * (seeds > 1)} from "
         f"{TUNING_SEED} on: {runs:,} runs, {steps:,} steps in all.",
         *(f"{one}." for one in grids),
     )

@@ -39,11 +39,11 @@ class Memory:
     Every window of which a meta-gradient is wanted records a tape: in float32, 4 bytes per
     coordinate and step for the gradients, 4 more where there are teachers, 4 more where samples are
     held out (``Amalgamation.held_out``), 4 more while on-policy teachers have a part in the
-    executed steps, and 4 more where the student orthogonalises its updates. Points and graphs come
-    on top. A window keeps no point, and these settings have no effect on it, where all of this
-    holds: meta-gradients are first-order, the policy is a student (its steps have
-    ``PolicySteps.by_coordinates``), and neither its weights nor its input get noise that is drawn
-    at every step.
+    executed steps, and 4 more where the student orthogonalises its updates, whose backward pass
+    takes some 12 more for one optimizee at a time. Points and graphs come on top. A window keeps no
+    point, and these settings have no effect on it, where all of this holds: meta-gradients are
+    first-order, the policy is a student (its steps have ``PolicySteps.by_coordinates``), and
+    neither its weights nor its input get noise that is drawn at every step.
 
     Attributes:
         budget: Bytes for all that the backward pass holds, as in ``"4GiB"``: the tape, three points

@@ -74,7 +74,11 @@ def orthogonalized(updates: Sequence[Tensor], *, narrow: bool = False) -> list[T
 
 
 def _orthogonalized(u: Tensor, narrow: bool) -> Tensor:
-    """A batch of matrices that are not taller than wide."""
+    """A batch of matrices that are not taller than wide, in their own precision under autocast."""
+    kind = u.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _orthogonalized(u, narrow)
     # Squares of what is small would be zero. Which unit lengths are told in makes no difference.
     unit = u.detach().abs().amax((1, 2), keepdim=True)
     unit = torch.where(unit > 0, unit, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amalgam.operations.cell_codes import units_of
 from amalgam.ops import StudentState, StudentTensors
-from amalgam.optimizers.orthogonal import Updates
+from amalgam.optimizers.orthogonal import PendingUpdates
 from amalgam.optimizers.sharding import agreements_of, any_sharded, local_part, norms_of
 from amalgam.optimizers.state import names_of, planar
 from amalgam.policies import FusedStudent
@@ -57,7 +57,7 @@ class Batch:
         self._paces = paces[0] if paces else []
         columns = (m, v, list(map(planar, h)), list(map(planar, c)))
         self.parts = self._parts(params)
-        self.updates = Updates(params, units_in(h[0])) if orthogonal and params else None
+        self.updates = PendingUpdates(params, units_in(h[0])) if orthogonal and params else None
         written = self.parts if self.updates is None else self.updates.tensors
         self.tensors = StudentTensors(written, list(map(StudentState, *columns)))
         self._together = _one_tensor(self.steps) if kept else None

@@ -15,26 +15,27 @@ from amalgam.optimizers.sharding import local_part, sharding_of
 _MOST = 1 << 25  # elements of matrices that are computed at once, unless one alone has more
 
 
-def orthogonalized_of(params: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-    """Updates with those of whole matrices orthogonalised.
+def orthogonalize_(
+    params: Sequence[Tensor], updates: Sequence[Tensor], stay: Sequence[Tensor] | None = None
+) -> None:
+    """Orthogonalise the updates of whole matrices in place.
 
     Args:
         params: The parameters, on one device. Of DTensors all processes have to call this: each
             gathers a matrix's update, one matrix after another.
         updates: Their updates, of this process's parts; of one dtype.
-
-    Returns:
-        As many, of this process's parts.
+        stay: Which of them are to stay as they are, a flag of shape () for each.
     """
-    found = list(updates)
     for some in _together(params):
         whole = [_whole(params[index], updates[index]) for index in some]
         matrices = [update.reshape(1, update.shape[0], -1) for update in whole]
-        for index, update in zip(some, orthogonalized(matrices, narrow=True), strict=True):
-            param = params[index]
-            sharding, update = sharding_of(param), update.reshape(param.shape)
-            found[index] = update if sharding is None else sharding.part_of(update)
-    return found
+        for index, found in zip(some, orthogonalized(matrices, narrow=True), strict=True):
+            sharding, new = sharding_of(params[index]), found.reshape(params[index].shape)
+            if sharding is not None:
+                new = sharding.part_of(new).to(updates[index].device)
+            if stay is not None:
+                new = torch.where(stay[index], updates[index], new)
+            updates[index].copy_(new)
 
 
 def _together(params: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -63,7 +64,7 @@ def _whole(param: Tensor, update: Tensor) -> Tensor:
     return sharding.whole(update, param.shape, stride).full_tensor()
 
 
-class Updates:
+class PendingUpdates:
     """Where the operation writes the updates of parameters that do not take them as they are.
 
     To the operation these are parameters that are zero before a step, and minus the update after
@@ -79,10 +80,11 @@ class Updates:
         self._params = params
         self._row = row
         self._parts = list(map(local_part, params))
-        self.tensors = [
-            torch.zeros(part.shape, dtype=computing_dtype(part.dtype), device=part.device)
-            for part in self._parts
-        ]
+        with torch.inference_mode(False):  # steps outside it write to them, too
+            self.tensors = [
+                torch.zeros(part.shape, dtype=computing_dtype(part.dtype), device=part.device)
+                for part in self._parts
+            ]
 
     def fit(self) -> bool:
         """Whether the parameters still have the shapes that they had."""
@@ -112,27 +114,33 @@ class Updates:
             skip: Not 0 where nothing is to change, shape ().
             seeds: One a parameter, to round bfloat16 parameters at random.
         """
-        taken = orthogonalized_of(self._params, self.tensors)
+        stay = None
         if warmup_steps and steps is not None:
-            taken = [
-                torch.where(step < warmup_steps, plain, update)
-                for step, plain, update in zip(steps, self.tensors, taken, strict=True)
-            ]
-        plain = all(
-            update.dtype == part.dtype for update, part in zip(taken, self._parts, strict=True)
-        )
+            stay = [step.to(part.device) < warmup_steps for step, part in self._with_parts(steps)]
+        orthogonalize_(self._params, self.tensors, stay)
+        plain = all(update.dtype == part.dtype for update, part in self._with_parts(self.tensors))
         numbers = isinstance(lr, int | float) and isinstance(weight_decay, int | float)
         if plain and numbers and skip is None:
             if lr * weight_decay:
                 torch._foreach_mul_(self._parts, 1 - lr * weight_decay)
-            torch._foreach_add_(self._parts, taken, alpha=float(lr))
+            torch._foreach_add_(self._parts, self.tensors, alpha=float(lr))
             return
-        for index, (part, update) in enumerate(zip(self._parts, taken, strict=True)):
-            value = part.to(update.dtype)
-            new = value * (1 - lr * weight_decay) + lr * update
+        for index, (update, part) in enumerate(self._with_parts(self.tensors)):
+            rate, decay = (_on_device(value, part) for value in (lr, weight_decay))
+            new = part.to(update.dtype) * (1 - rate * decay) + rate * update
             if seeds:
                 step = steps[index] if steps else torch.zeros((), device=part.device)
                 key, places = key_of(seeds[index], step), range(part.numel())
                 new = as_stored(new.reshape(-1), part.dtype, key, self._row, places)
             new = new.view(part.shape).to(part.dtype)
             part.copy_(new if skip is None else torch.where(skip != 0, part, new))
+
+    def _with_parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(tensors, self._parts, strict=True)
+
+
+def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number, or a tensor of one, of shape () where ``like`` is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(()).to(like.device, non_blocking=True)

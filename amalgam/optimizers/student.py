@@ -36,7 +36,7 @@ from amalgam.optimizers.base import (
 )
 from amalgam.optimizers.batch import Batch, paces_after, same, units_in
 from amalgam.optimizers.identity import identity_of, is_identity
-from amalgam.optimizers.orthogonal import Updates, orthogonalized_of
+from amalgam.optimizers.orthogonal import PendingUpdates, orthogonalize_
 from amalgam.optimizers.sharding import (
     agreements_of,
     any_sharded,
@@ -240,6 +240,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if group["orthogonal"] is None:
+            group["orthogonal"] = self._student.orthogonal
         check_choice("rounding", group["rounding"], ("nearest", "stochastic"))
         check_whole("seed", group["seed"])
         if not 0 <= group["seed"] < 2**32:
@@ -475,7 +477,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             control = control_of(
                 group["lr"], group["weight_decay"], group["warmup_lr"], flag, params[0].device
             )
-            updates = Updates(params, units_in(h[0])) if group["orthogonal"] else None
+            updates = PendingUpdates(params, units_in(h[0])) if group["orthogonal"] else None
             written = params
             if updates is not None:
                 written = updates.tensors
@@ -556,8 +558,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             update, m, v = torch.where(new.v == 0, 0, update), new.m, new.v
             if group["orthogonal"]:
                 part = local_part(param)
-                (update,) = orthogonalized_of([param], [update.view(part.shape)])
-                update = update.reshape(-1)
+                orthogonalize_([param], [update.view(part.shape)])
         before, groups = local_part(param).to(dtype).reshape(-1), groups_of(param, "auto")
         return stats_of(
             *(before, float(group["lr"]) * update, grad, m, v, taken + 1),
@@ -647,7 +648,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             return self._new_batches(group, params, kept=False)
         key = id(group), unit
         made = self._batches.get(key)
-        places = [list(map(_device, params)), list(map(_dtype, params)), _home(group, params[0])]
+        places: list[Any] = [list(map(_device, params)), list(map(_dtype, params))]
+        places += [_home(group, params[0]), group["orthogonal"]]
         if (
             made is not None
             and same(made.params, params)
@@ -838,7 +840,7 @@ def _weights_of(student: FusedStudent, own: list[Tensor]) -> _Weights:
 
 
 class _Made(NamedTuple):
-    """A group's batches, the parameters that they were made of, and where and what these were."""
+    """A group's batches, and of which parameters, where and how they were made."""
 
     params: list[Tensor]
     places: list[Any]
