@@ -568,6 +568,9 @@ def test_info(wide) -> None:
     assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student with a pace", text)
 
 
+TYPERS = ["--install-completion", "--show-completion", "--help"]
+
+
 def test_a_newcomer_on_a_narrow_terminal(here) -> None:
     """Defaults are shown, tables fit, and there is a version."""
     for arguments, shown in (
@@ -582,7 +585,10 @@ def test_a_newcomer_on_a_narrow_terminal(here) -> None:
         for words in shown:
             assert words in text
         assert max(map(len, out.splitlines())) <= 60
+        # An option without a value names none, but for Typer's own.
+        assert re.findall(r"(--[a-z-]+) *<bool>", out) in (["--help"], TYPERS)
     code, out, _ = here("info")
+    assert re.search(r"^core: (?!core)", out, re.MULTILINE)
     tables_begin = out.index("\nstudents\n")
     assert max(map(len, out[tables_begin:].splitlines())) <= 60
     code, out, _ = here("--version")
@@ -610,3 +616,8 @@ def test_progress_in_a_log_file(tiny, tmp_path, here, monkeypatch) -> None:
     assert len(lines) > 1
     assert [int(step) for step, _ in lines] == list(range(1, len(lines) + 1))
     assert lines[-1][0] == lines[-1][1]
+    assert "\nevaluating\n" in out
+    written = io.StringIO()
+    with redirect_stdout(written), cli._evaluation_progress() as report:
+        report("digits-mlp: Adam, lr=[0.001]")
+    assert written.getvalue() == "evaluating\nevaluating: digits-mlp: Adam, lr=[0.001]\n"
