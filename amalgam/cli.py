@@ -132,6 +132,8 @@ def train(
     if out is not None and not out.strip():
         raise ValueError(f"--out must name a folder, not {out!r}; '.' is the working directory")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(recipe).stem}-{seed}"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out must name a folder, and {str(folder)!r} is a file")
     distributed.join()
     overrides = [*(override or []), *([f"device={device}"] if device is not None else [])]
     with _told_how_to_resume(folder):

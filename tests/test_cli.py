@@ -376,6 +376,7 @@ def test_errors_have_no_traceback(here, tiny, tmp_path) -> None:
     done = subprocess.run(command(*wrong), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error:")
+    assert "tiny.toml with strategy.unrol=3: there is no key" in done.stderr
     assert "the nearest is 'strategy.unroll'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
@@ -390,7 +391,7 @@ def test_faults_have_exit_codes_and_one_line(here, tiny, tmp_path, monkeypatch) 
     train = ("train", tiny, "--device", "cpu", *SHORT)
     assert_one_line(here(*train, "--out", ""), 2, "--out must name a folder, not ''")
     assert_one_line(here("train", "digit"), 2, "did you mean 'digits'")
-    assert_one_line(here(*train, "--out", tiny), 2, "tiny.toml")
+    assert_one_line(here(*train, "--out", tiny), 2, "--out must name a folder, and '.*tiny.toml'")
     cuda = ("--set", "amalgamation.backend=cuda")
     assert_one_line(here(*train, "--out", out, *cuda), 2, "amalgamation.backend='cuda' can't")
     assert not out.exists()
