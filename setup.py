@@ -29,6 +29,7 @@ from typing import Any
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")
@@ -166,18 +167,40 @@ def isas() -> list[str]:
     return list(ISA_FLAGS) if x86 else ["portable"]
 
 
+def commit() -> str | None:
+    """The commit of these sources: git's, or the one written down in the sdist that they are of."""
+    if (ROOT / ".git").exists() and shutil.which("git") is not None:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout if done.returncode == 0 else None
+    written = ROOT / "amalgam" / "COMMIT"
+    return written.read_text(encoding="utf-8") if written.exists() else None
+
+
+def write_commit(folder: Path) -> None:
+    """Write ``amalgam/COMMIT`` in a folder, where a commit is known."""
+    known = commit()
+    if known is not None:
+        (folder / "amalgam" / "COMMIT").write_text(known, encoding="utf-8")
+
+
 class BuildPython(build_py):
     """Copies the modules, and writes down the commit they come from for the students they train."""
 
     def run(self) -> None:
-        """Build, and write ``amalgam/COMMIT`` where git knows one."""
+        """Build, and write ``amalgam/COMMIT`` where a commit is known."""
         super().run()
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        if self.editable_mode or not (ROOT / ".git").exists() or shutil.which("git") is None:
-            return
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            (Path(self.build_lib) / "amalgam" / "COMMIT").write_text(done.stdout, encoding="utf-8")
+        if not self.editable_mode:
+            write_commit(Path(self.build_lib))
+
+
+class SourceDistribution(sdist):
+    """Writes down the commit, too, which git does not know where an sdist is built."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy the sources, and write ``amalgam/COMMIT`` beside them where a commit is known."""
+        super().make_release_tree(base_dir, files)
+        write_commit(Path(base_dir))
 
 
 class BuildCore(build_ext):
@@ -312,7 +335,11 @@ def arguments() -> dict[str, Any]:
                 language="c++",
             )
         ],
-        "cmdclass": {"build_ext": BuildCore, "build_py": BuildPython},
+        "cmdclass": {
+            "build_ext": BuildCore,
+            "build_py": BuildPython,
+            "sdist": SourceDistribution,
+        },
     }
 
 

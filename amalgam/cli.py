@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from amalgam import ops, recipes, tasks, weight_files
 from amalgam.evaluation import commands
+from amalgam.evaluation.commands import FLAG
 from amalgam.evaluation.tables import Table
 from amalgam.extras import MissingExtra
 from amalgam.heap import keep_freed_memory
@@ -70,7 +71,11 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+            "--version",
+            metavar=FLAG,
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -82,33 +87,43 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="A shipped recipe's name (`amalgam info` lists them), or a path to a TOML file."
+            metavar="RECIPE",
+            help="A shipped recipe's name (`amalgam info` lists them), or a path to a TOML file.",
         ),
     ],
     out: Annotated[
-        str | None, typer.Option(help="Run folder.", show_default="runs/RECIPE-SEED")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Run folder.", show_default="runs/RECIPE-SEED"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides everything random.")] = 0,
     override: Annotated[
         list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", help="Override a key, as strategy.unroll=20; repeatable."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on where the run stopped.")
+    ] = False,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default="the recipe's")
+        str | None,
+        typer.Option(
+            metavar="DEVICE", help="auto, cpu, cuda or cuda:1.", show_default="the recipe's"
+        ),
     ] = None,
     own_code: Annotated[
         bool,
         typer.Option(
             "--own-code",
+            metavar=FLAG,
             help="Let a recipe from outside the working directory run the modules it names.",
         ),
     ] = False,
     tensorboard: Annotated[
         bool,
-        typer.Option("--tensorboard", help="Write the metrics to OUT/tensorboard, too."),
+        typer.Option(
+            "--tensorboard", metavar=FLAG, help="Write the metrics to FOLDER/tensorboard, too."
+        ),
     ] = False,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
@@ -117,6 +132,8 @@ def train(
     if out is not None and not out.strip():
         raise ValueError(f"--out must name a folder, not {out!r}; '.' is the working directory")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(recipe).stem}-{seed}"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out must name a folder, and {str(folder)!r} is a file")
     distributed.join()
     overrides = [*(override or []), *([f"device={device}"] if device is not None else [])]
     with _told_how_to_resume(folder):
@@ -168,8 +185,8 @@ def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
         progress.end(run.meta_steps)
     distributed.leave()
 
-    with _console.status("evaluating") as status:
-        found = run.evaluate(lambda who: status.update(escape(f"evaluating: {who}")))
+    with _evaluation_progress() as report:
+        found = run.evaluate(report)
     for table, results in zip(tables_of(found, wide=False), found.at(0), strict=True):
         _console.print(table)
         if len(students) > 1:
@@ -248,6 +265,25 @@ def _training_progress() -> Iterator[_Bars | _Lines]:
         yield _Bars(bars)
 
 
+@contextmanager
+def _evaluation_progress() -> Iterator[Callable[[str], None]]:
+    """What shows which run the closing evaluation is at: a status, or a line now and then."""
+    if _console.is_terminal:
+        with _console.status("evaluating") as status:
+            yield lambda what: status.update(escape(f"evaluating: {what}"))
+        return
+    _plain("evaluating")
+    said = time.monotonic()
+
+    def say(what: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _EVERY:
+            _plain(f"evaluating: {what}")
+            said = time.monotonic()
+
+    yield say
+
+
 def _plain(text: str) -> None:
     """Print text as it is: brackets are no markup, and no path is broken in two."""
     _console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -264,10 +300,17 @@ app.command("compare")(commands.compare_command)
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="An .npz, or a TensorFlow checkpoint's folder.")],
-    dest: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
-    key: Annotated[str | None, typer.Option(help="Which student of an .npz, as min-max/1.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST.")] = False,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="An .npz, or a TensorFlow checkpoint's folder."),
+    ],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The .safetensors file to write.")],
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Which student of an .npz, as min-max/1.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar=FLAG, help="Replace DEST.")
+    ] = False,
 ) -> None:
     """Convert one of the paper's authors' released students into one of ours."""
     from amalgam.convert import convert as convert_student
@@ -280,10 +323,13 @@ def convert(
 
 @app.command()
 def push(
-    student: Annotated[str, typer.Argument(help="A shipped student's name, or a path.")],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="A shipped student's name, or a path.")
+    ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private, if it is made.")
+        bool,
+        typer.Option("--private", metavar=FLAG, help="Make the repository private, if it is made."),
     ] = False,
 ) -> None:
     """Upload a student to the Hugging Face hub; hf://OWNER/NAME then is its name."""
@@ -294,7 +340,9 @@ def push(
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar=FLAG, help="Print JSON, for scripts.")
+    ] = False,
 ) -> None:
     """Show what works on this machine, and why the rest does not."""
     from amalgam.backends.core import build_info
@@ -317,7 +365,9 @@ def info(
         typer.echo(json.dumps(report, indent=2))
         return
     for key, value in report.items():
-        if key not in ("backends", "students"):
+        if key == "core":
+            _plain(_listed(value))
+        elif key not in ("backends", "students"):
             _plain(f"{key}: {_listed(value)}")
     _console.print(
         "", _table_of_students(report["students"]), _table_of_backends(report["backends"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from amalgam import files, hub
+from amalgam.hints import did_you_mean
 
 SHIPPED = Path(__file__).parent / "weights"
 _SUFFIX = ".safetensors"
@@ -52,7 +53,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     raise FileNotFoundError(
         f"{str(name_or_path)!r} is neither a file nor a student that ships with amalgam; "
-        f"those are {list(shipped())}"
+        f"those are {list(shipped())}{did_you_mean(name_or_path, shipped())}"
     )
 
 

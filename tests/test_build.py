@@ -86,6 +86,21 @@ def test_kernels_are_no_top_level_package(build: ModuleType) -> None:
     assert all(name.split(".")[0] == "amalgam" for name in names)
 
 
+def test_the_commit_goes_on_from_an_sdist(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """git knows none there, and the wheel that is built from it names the same."""
+    sources, built = tmp_path / "sdist", tmp_path / "lib"
+    for folder in (sources, built):
+        (folder / "amalgam").mkdir(parents=True)
+    monkeypatch.setattr(build, "ROOT", sources)
+    build.write_commit(built)
+    assert not (built / "amalgam" / "COMMIT").exists()
+    (sources / "amalgam" / "COMMIT").write_text("0123456789ab\n")
+    build.write_commit(built)
+    assert (built / "amalgam" / "COMMIT").read_text() == "0123456789ab\n"
+
+
 def test_the_core_is_of_this_version(build: ModuleType) -> None:
     from amalgam.version import __version__
 

@@ -376,6 +376,7 @@ def test_errors_have_no_traceback(here, tiny, tmp_path) -> None:
     done = subprocess.run(command(*wrong), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error:")
+    assert "tiny.toml with strategy.unrol=3: there is no key" in done.stderr
     assert "the nearest is 'strategy.unroll'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
@@ -390,7 +391,7 @@ def test_faults_have_exit_codes_and_one_line(here, tiny, tmp_path, monkeypatch) 
     train = ("train", tiny, "--device", "cpu", *SHORT)
     assert_one_line(here(*train, "--out", ""), 2, "--out must name a folder, not ''")
     assert_one_line(here("train", "digit"), 2, "did you mean 'digits'")
-    assert_one_line(here(*train, "--out", tiny), 2, "tiny.toml")
+    assert_one_line(here(*train, "--out", tiny), 2, "--out must name a folder, and '.*tiny.toml'")
     cuda = ("--set", "amalgamation.backend=cuda")
     assert_one_line(here(*train, "--out", out, *cuda), 2, "amalgamation.backend='cuda' can't")
     assert not out.exists()
@@ -568,6 +569,9 @@ def test_info(wide) -> None:
     assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student with a pace", text)
 
 
+TYPERS = ["--install-completion", "--show-completion", "--help"]
+
+
 def test_a_newcomer_on_a_narrow_terminal(here) -> None:
     """Defaults are shown, tables fit, and there is a version."""
     for arguments, shown in (
@@ -582,7 +586,10 @@ def test_a_newcomer_on_a_narrow_terminal(here) -> None:
         for words in shown:
             assert words in text
         assert max(map(len, out.splitlines())) <= 60
+        # An option without a value names none, but for Typer's own.
+        assert re.findall(r"(--[a-z-]+) *<bool>", out) in (["--help"], TYPERS)
     code, out, _ = here("info")
+    assert re.search(r"^core: (?!core)", out, re.MULTILINE)
     tables_begin = out.index("\nstudents\n")
     assert max(map(len, out[tables_begin:].splitlines())) <= 60
     code, out, _ = here("--version")
@@ -610,3 +617,8 @@ def test_progress_in_a_log_file(tiny, tmp_path, here, monkeypatch) -> None:
     assert len(lines) > 1
     assert [int(step) for step, _ in lines] == list(range(1, len(lines) + 1))
     assert lines[-1][0] == lines[-1][1]
+    assert "\nevaluating\n" in out
+    written = io.StringIO()
+    with redirect_stdout(written), cli._evaluation_progress() as report:
+        report("digits-mlp: Adam, lr=[0.001]")
+    assert written.getvalue() == "evaluating\nevaluating: digits-mlp: Adam, lr=[0.001]\n"

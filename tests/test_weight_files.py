@@ -166,8 +166,11 @@ def test_missing_file_lists_what_ships(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "notes.txt").write_text("x")
     assert weight_files.shipped() == ("a", "b")
     assert bits(Student.load("b")) == bits(student(seed=1))
-    with pytest.raises(FileNotFoundError, match=r"'c' is neither a file.*\['a', 'b'\]"):
+    with pytest.raises(FileNotFoundError, match=r"'c' is neither a file.*\['a', 'b'\]$"):
         Student.load("c")
+    student(seed=1).save(tmp_path / "standard.safetensors")
+    with pytest.raises(FileNotFoundError, match="; did you mean 'standard'\\?$"):
+        Student.load("standrd")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         weight_files.read(tmp_path / "nowhere", "student")
     with pytest.raises(FileNotFoundError, match="neither a file"):

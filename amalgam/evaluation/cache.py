@@ -53,10 +53,21 @@ class RunCache:
 
     Args:
         folder: The folder; made where missing, once there is a run to keep.
+
+    Raises:
+        ValueError: It, or what it would be made in, is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        there = next(
+            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
+        )
+        if not there.is_dir():
+            raise ValueError(
+                f"cache must be a folder, not {str(folder)!r}: {str(there)!r} is a file; choose "
+                "another by --cache or AMALGAM_CACHE"
+            )
 
     def get(self, key: Mapping[str, Any]) -> Curve | None:
         """The run of a key; ``None`` where there is none, or its file is damaged.

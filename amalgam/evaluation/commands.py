@@ -34,6 +34,7 @@ from amalgam.policies import POOLS, Pool, load_policy
 
 _console = Console()
 
+FLAG = ""  # what an option without a value takes, where help would say <bool>
 _WIDE_SUMMARY, _WIDE_TASK = 120, 190  # columns of a terminal that the widest tables need
 _EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
@@ -41,7 +42,10 @@ _EVERY = 30.0  # seconds between two lines of progress where there is no termina
 def evaluate_command(
     students: Annotated[
         list[str],
-        typer.Argument(help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME."),
+        typer.Argument(
+            metavar="STUDENT",
+            help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME.",
+        ),
     ],
     tasks: Annotated[
         list[str] | None,
@@ -52,17 +56,23 @@ def evaluate_command(
             show_default="paper, or with --short short",
         ),
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for tables, curves and report.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder for tables, curves and report.")
+    ] = None,
     short: Annotated[
-        bool, typer.Option("--short", help="Shorter runs, smaller grids, 2 seeds.")
+        bool, typer.Option("--short", metavar=FLAG, help="Shorter runs, smaller grids, 2 seeds.")
     ] = False,
     protocol: Annotated[
-        str, typer.Option(help="tuned, or paper: its 25 epochs, ten runs, its teachers.")
+        str,
+        typer.Option(
+            metavar="NAME", help="tuned, or paper: its 25 epochs, ten runs, its teachers."
+        ),
     ] = "tuned",
     horizon: Annotated[
         int | None,
         typer.Option(
             min=1,
+            metavar="N",
             help="Steps that budgets are multiples of.",
             show_default="1000, or with --short 100",
         ),
@@ -70,28 +80,51 @@ def evaluate_command(
     budgets: Annotated[
         str | None,
         typer.Option(
+            metavar="X,X...",
             help="Multiples of the horizon to read at.",
             show_default="0.25,1,4,10, or with --short 0.25,1",
         ),
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs of each contender.", show_default="5, or with --short 2"),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Runs of each contender.",
+            show_default="5, or with --short 2",
+        ),
     ] = None,
     decays: Annotated[
-        str | None, typer.Option(help="How rates go on.", show_default="constant,linear")
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME...",
+            help="How rates go on: constant, linear.",
+            show_default="constant,linear",
+        ),
     ] = None,
     teacher: Annotated[
-        list[str] | None, typer.Option(help="A teacher to compare with, at the paper's rate.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A teacher to compare with, at the paper's rate; repeatable."
+        ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs side by side, a thread each.", show_default="one a core"),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Runs side by side, a thread each.",
+            show_default="one a core",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")
+    ] = "auto",
     cache: Annotated[
         Path | None,
-        typer.Option(help="Where runs are kept.", show_default="the user's cache folder"),
+        typer.Option(
+            metavar="FOLDER", help="Where runs are kept.", show_default="the user's cache folder"
+        ),
     ] = None,
 ) -> None:
     """Compare students with tuned baselines; stopped, the same command goes on where it was."""
@@ -164,17 +197,26 @@ class _Paper:
 
 def compare_command(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders that `amalgam evaluate --out` wrote.")
+        list[Path],
+        typer.Argument(metavar="FOLDER", help="Folders that `amalgam evaluate --out` wrote."),
     ],
     reference: Annotated[
         str | None,
-        typer.Option(help="Whom to compare with.", show_default="the first other student"),
+        typer.Option(
+            metavar="NAME", help="Whom to compare with.", show_default="the first other student"
+        ),
     ] = None,
     contender: Annotated[
-        list[str] | None, typer.Option(help="Whom to compare.", show_default="the other students")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Whom to compare; repeatable.", show_default="the other students"
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps to compare after.", show_default="the horizon")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Steps to compare after.", show_default="the horizon"
+        ),
     ] = None,
 ) -> None:
     """Compare optimizers task by task and over all, paired over the seeds that they share."""

@@ -181,6 +181,7 @@ def _drawn(results: Sequence[Result], ink: str = "black") -> tuple[Figure, Any]:
         decade = known.max() / known.min() < 10
         ax.yaxis.set_minor_formatter("{x:g}" if decade else "")
     ax.set_xscale("symlog", linthresh=10)
+    ax.set_xlim(left=0)  # margins on this scale would reach far below 0
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.tick_params(which="both", colors=ink)
     for spine in ax.spines.values():

@@ -85,16 +85,19 @@ def load(
         raise RecipeError(f"{str(path)!r} is not a TOML file: {error}") from error
     for override in overrides:
         _override(content, override)
+    source = str(path)
+    if overrides:
+        source += f" with {textwrap.shorten(', '.join(overrides), _MOST_LETTERS // 10)}"
     if own_code is None:
         own_code = path.resolve().is_relative_to(Path.cwd())
     if own_code:
-        return from_dict(content, str(path))
+        return from_dict(content, source)
     elsewhere = (
         "that is refused, as the recipe does not lie in the working directory or below it; pass "
         "--own-code (in Python, own_code=True) if you trust it"
     )
     with dotted.without_own_code(elsewhere):
-        return from_dict(content, str(path))
+        return from_dict(content, source)
 
 
 def _find(name_or_path: str | os.PathLike[str]) -> Path:

@@ -35,6 +35,8 @@ def test_training_without_teachers(tmp_path) -> None:
 def test_curves(tmp_path) -> None:
     plots.curves([result("student", 2.0, 0.5), result("adam", 2.0, 0.0)], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
+    _, axes = plots._drawn([result("student", 2.0, 0.5)])
+    assert axes.get_xlim()[0] == 0
 
 
 def result(name: str, *losses: float, kind: str = "student") -> Result:

@@ -42,6 +42,14 @@ def test_a_run_comes_back_as_it_was(tmp_path: Path) -> None:
     assert all(cache.get({**KEY, "seed": other}) is None for other in (2, None))
 
 
+def test_a_file_is_no_folder_of_runs(tmp_path: Path) -> None:
+    there = tmp_path / "file"
+    there.touch()
+    for given in (there, there / "below" / "it"):
+        with pytest.raises(ValueError, match=f"cache must be a folder, not '{given}': '{there}'"):
+            RunCache(given)
+
+
 def test_a_damaged_file_is_no_run(tmp_path: Path) -> None:
     cache = RunCache(tmp_path)
     cache.put(KEY, CURVE)
