@@ -566,7 +566,7 @@ def test_info(wide) -> None:
     assert "student_step_, student_unroll_backward, teacher_distance, teacher_step\n" in text
     assert "_into" not in text
     assert "student_step" in text
-    assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The nominal student with a pace", text)
+    assert re.search(r"standard .* nominal .* 1 x 8 .* 72 .* The default student", text)
 
 
 TYPERS = ["--install-completion", "--show-completion", "--help"]
