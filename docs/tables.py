@@ -240,8 +240,36 @@ def _milliseconds(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 
+def schemes(folder: str) -> str:
+    """Final losses task by task: of some alone, and of groups of replicates the best and the mean.
+
+    Replicates are named by their group and a number, as ``mean-1``.
+
+    Args:
+        folder: What an evaluation wrote.
+    """
+    found = report.read(ROOT / folder)
+    losses: dict[str, dict[str, list[float]]] = {}
+    for of in found.at(found.horizon):
+        for result in of:
+            group = re.sub(r"-\d+$", "", result.name)
+            of_tasks = losses.setdefault(group, {})
+            of_tasks.setdefault(result.task, []).append(result.summary("final")[0])
+    rows = []
+    for group, of_tasks in losses.items():
+        each = list(of_tasks.values())
+        count = len(each[0])
+        if count == 1:
+            rows.append([group, *(f"{of[0]:.3f}" for of in each)])
+            continue
+        rows.append([f"{group}, best of {count}", *(f"{min(of):.3f}" for of in each)])
+        rows.append([f"{group}, mean", *(f"{sum(of) / count:.3f}" for of in each)])
+    return _markdown(["optimizer", *(about.name for about in found.tasks)], rows)
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "evaluation": evaluation,
+    "schemes": schemes,
     "task": task,
     "ablations": ablations,
     "from-markdown": from_markdown,
