@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from amalgam import NominalConfig, NominalStudent
+from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent
 
 
 def nominal(**config: Any) -> NominalStudent:
@@ -35,3 +36,14 @@ def give_gradients(params: Sequence[nn.Parameter], step: int, sign: float = 1.0)
     for param in params:
         drawn = torch.randn(param.shape, generator=generator, dtype=torch.float64)
         param.grad = (sign * (drawn + 0.5)).to(param.dtype)
+
+
+def check_stats_tell_the_step(
+    optimizer: AmalgamatedOptimizer, params: Sequence[nn.Parameter], numbers: Sequence[int]
+) -> None:
+    """Step, and hold how far these parameters went to what stats said of them before."""
+    told, before = optimizer.stats(), [p.detach().clone() for p in params]
+    optimizer.step()
+    for number in numbers:
+        moved = (params[number].detach() - before[number]).norm() / before[number].norm()
+        assert told[f"0.{number}"].update_over_parameter == pytest.approx(moved.item(), rel=1e-4)

@@ -474,14 +474,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 else None,
             )
             weights, settings = self._student.with_context(operation, own, context)
-            control = control_of(
-                group["lr"], group["weight_decay"], group["warmup_lr"], flag, params[0].device
-            )
-            updates = PendingUpdates(params, units_in(h[0])) if group["orthogonal"] else None
-            written = params
-            if updates is not None:
-                written = updates.tensors
-                control = control_of(1.0, 0.0, group["warmup_lr"], flag, params[0].device)
+            rates, written, updates = (group["lr"], group["weight_decay"]), params, None
+            if group["orthogonal"]:
+                updates = PendingUpdates(params, units_in(h[0]))
+                rates, written = (1.0, 0.0), updates.tensors
+            control = control_of(*rates, group["warmup_lr"], flag, params[0].device)
             torch.ops.amalgam.student_step_(
                 *(written, grads, m, v, list(map(planar, h)), list(map(planar, c)), list(weights)),
                 *settings._replace(sizes=()),
