@@ -83,6 +83,11 @@ def ablations(path: str) -> str:
     return str(module.table(module.read(ROOT / path))) + "\n"
 
 
+def claims(path: str) -> str:
+    """The table of ``bench/claims.py``."""
+    return str(_module("bench/claims.py").table(ROOT / path)) + "\n"
+
+
 def _module(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec
@@ -272,6 +277,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "schemes": schemes,
     "task": task,
     "ablations": ablations,
+    "claims": claims,
     "from-markdown": from_markdown,
     "step-in-place": step_in_place,
     "nominal-steps": nominal_steps,
