@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def resolve(device: str | torch.device = "auto") -> torch.device:
@@ -36,6 +38,28 @@ def resolve(device: str | torch.device = "auto") -> torch.device:
         seen += f", and this process has LOCAL_RANK {index}"
         works.remove("'auto'")
     raise ValueError(f"device must be one of {', '.join(works)}, not {str(device)!r}: {seen}")
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, for which the host does not wait.
+
+    The CPU's may be written to right after: what is not in pinned memory is copied first.
+    """
+    return tensor.to(device, non_blocking=True)
+
+
+def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What tensors of one device hold, on the CPU, by one copy for which the host waits once.
+
+    Args:
+        tensors: Tensors of any shapes, and of dtypes whose values float64 holds; themselves where
+            they are on the CPU.
+    """
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _own_gpu() -> int:

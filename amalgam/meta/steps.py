@@ -72,7 +72,7 @@ class PolicySteps(Protocol):
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
@@ -83,7 +83,7 @@ class PolicySteps(Protocol):
             grads: The gradients, shape (B, N).
             state: The state before the step; not changed unless ``reuse``.
             weights: The policy's weights.
-            moved: Which rows are to move, shape (B,).
+            moved: Which rows are to move, shape (B,); ``None`` means all.
             draws: Returns the generator of a row's noise that the policy trains with.
             reuse: Whether the new state may overwrite the old one.
 
@@ -110,7 +110,7 @@ class PolicySteps(Protocol):
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """Back through one step.
@@ -124,7 +124,7 @@ class PolicySteps(Protocol):
             grads: The gradients.
             state: The state before the step.
             weights: The policy's weights.
-            moved: Which rows moved.
+            moved: Which rows moved; ``None`` means all.
             draws: Returns the generator of a row's noise, as in the forward step.
 
         Returns:
@@ -188,7 +188,7 @@ class FusedSteps:
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
@@ -216,12 +216,12 @@ class FusedSteps:
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_moved = d_state
-        if not moved.all():
+        if moved is not None and not moved.all():
             d_updates = torch.where(moved[:, None], d_updates, 0)
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
@@ -326,19 +326,17 @@ class AutogradSteps:
         grads: Tensor,
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """See :class:`PolicySteps`."""
-        updates, new = [], []
-        for row, (grad, old, ok) in enumerate(zip(grads, state, moved, strict=True)):
-            update, after = torch.zeros_like(grad), old
-            if ok:
-                update, after = self._step(params[row], grad, old, weights, draws(row))
-            updates.append(update)
-            new.append(after)
-        return torch.stack(updates), tuple(new)
+        updates, new = torch.zeros_like(grads), list(state)
+        for row in _rows(moved, len(grads)):
+            updates[row], new[row] = self._step(
+                params[row], grads[row], state[row], weights, draws(row)
+            )
+        return updates, tuple(new)
 
     def backward(
         self,
@@ -348,13 +346,13 @@ class AutogradSteps:
         grads: Tensor,
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
     ) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_grads, before = torch.zeros_like(grads), list(d_state)
         d_weights = [torch.zeros_like(w) for w in weights]
-        for row in moved.nonzero().flatten().tolist():
+        for row in _rows(moved, len(grads)):
             old = nests.tensors(state[row])
             leaves = [t.detach().requires_grad_() for t in (grads[row], *old, *weights)]
             rest = len(old) + 1
@@ -428,3 +426,8 @@ class AutogradSteps:
                     f"is given"
                 )
         return stepped
+
+
+def _rows(moved: Tensor | None, rows: int) -> Sequence[int]:
+    """The numbers of the rows that move."""
+    return range(rows) if moved is None else moved.nonzero().flatten().tolist()

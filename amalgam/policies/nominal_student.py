@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.device import put
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations.checks import check_like
@@ -305,7 +306,7 @@ def _constants(
     with torch.inference_mode(False):  # steps outside it read them, too
 
         def on_device(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+            return put(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
         found = {name: on_device(of_each[name]) for name in config.inputs if name in of_each}
         return ContextConstants(found, on_device(roots), sizes)
