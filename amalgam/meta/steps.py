@@ -9,7 +9,8 @@ that does not move in a step keeps its part of the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -140,6 +141,9 @@ class PolicySteps(Protocol):
         The same goes for a gradient with respect to a state.
         """
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Within the block, states are in other memory than before and after it."""
+
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """A copy of the state to keep, whose recurrent state (h and c) has the dtype ``cells``.
 
@@ -258,6 +262,15 @@ class FusedSteps:
     def release(self, state: Any) -> None:
         """See :class:`PolicySteps`."""
         self._spare.setdefault((state.h.shape, state.h.dtype), []).append(state)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """See :class:`PolicySteps`."""
+        before, self._spare = self._spare, {}
+        try:
+            yield
+        finally:
+            self._spare = before
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """See :class:`PolicySteps`."""
@@ -393,6 +406,10 @@ class AutogradSteps:
 
     def release(self, state: tuple[Any, ...]) -> None:
         """See :class:`PolicySteps`; does nothing, because every step has memory of its own."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """See :class:`PolicySteps`."""
+        return nullcontext()
 
     def stored(self, state: tuple[Any, ...], cells: torch.dtype) -> tuple[Any, ...]:
         """See :class:`PolicySteps`; returns the state itself, whatever ``cells`` says."""

@@ -13,7 +13,7 @@ that computes while the host goes on. Where nothing is skipped, both give the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
@@ -94,6 +94,10 @@ class Window:
         """Which of the students' rows took no step, or had no finite loss, shape (R,)."""
         return (self.skipped[:, 0] == len(self.losses)) | ~self.counted.any(0)
 
+    def map(self, change: Callable[[Any], Any]) -> Window:
+        """The window with all its tensors, and its end, changed."""
+        return Window(*(change(getattr(self, field.name)) for field in fields(self)))
+
     def read(self, *others: Tensor) -> tuple[Window, list[Tensor]]:
         """The window with all but its end on the CPU, and other tensors likewise, by one copy."""
         names = [f.name for f in fields(self) if f.name != "end"]
@@ -102,66 +106,86 @@ class Window:
         return replace(self, **ours), found[len(names) :]
 
 
-def run_window(
-    episodes: Episodes,
-    begin: Trajectories,
-    batches: Sequence[Batch],
-    weights: Sequence[Sequence[Tensor]],
-    noise: WeightNoise | None,
-    draws: Draws | None,
-    input_noise: float,
-    conditions: StepConditions | None = None,
-    teaching: Teaching | None = None,
-    held_out: Sequence[Batch] | None = None,
-) -> Window:
-    """Run a window whose losses autograd can differentiate with respect to the weights.
+class Given(NamedTuple):
+    """What a window is run with; :meth:`amalgam.meta.Unroll.window` says what each is."""
 
-    The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
+    begin: Trajectories
+    batches: Sequence[Batch]
+    weights: Sequence[Sequence[Tensor]]
+    noise: WeightNoise | None = None
+    draws: Draws | None = None
+    input_noise: float = 0.0
+    conditions: StepConditions | None = None
+    teaching: Teaching | None = None
+    held_out: Sequence[Batch] | None = None
+
+
+class Gradient(NamedTuple):
+    """A window and its meta-gradient, outside any graph.
+
+    Attributes:
+        window: What the window gave.
+        grads: The gradients of each student's loss with respect to its weights; ``None`` where
+            none of these requires any.
+        wrong: Whether anything was skipped, or should have been, or has no log, shape ().
     """
-    arguments: tuple[Any, ...] = (
-        episodes,
-        begin,
-        batches,
-        weights,
-        noise,
-        draws,
-        input_noise,
-        conditions,
-        teaching,
-        held_out,
-    )
-    run = _Run(*arguments, trusting=episodes.trusting)
-    window, failed = run()
-    if run.trusting and failed:
-        del run, window  # their memory is the next run's
-        run = _Run(*arguments, trusting=False)
-        window, failed = run()
-    episodes.trusting = episodes.may_trust and not failed
+
+    window: Window
+    grads: list[list[Tensor]] | None
+    wrong: Tensor
+
+
+def run_window(episodes: Episodes, given: Given) -> Window:
+    """Run a window whose losses autograd can differentiate with respect to the weights."""
+    run, window = _run(episodes, given)
     if not run.recorded:
         return window
-    flat = chain.from_iterable(weights)
+    flat = chain.from_iterable(given.weights)
     meta_loss, imitation_loss = _Differentiable.apply(run.tape, window, *flat)
     return replace(window, meta_loss=meta_loss, imitation_loss=imitation_loss)
 
 
-def check_budget(
-    episodes: Episodes,
-    begin: Trajectories,
-    batches: Sequence[Batch],
-    teaching: Teaching | None = None,
-    held_out: Sequence[Batch] | None = None,
-) -> None:
+def meta_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gradient:
+    """Run a window, and take the gradients of a sum of its two losses.
+
+    Args:
+        episodes: The engine.
+        given: What the window is run with.
+        coefficients: The weights of the meta-loss and of the imitation loss in the sum, shape (2,).
+    """
+    run, window = _run(episodes, given)
+    return Gradient(window, run.gradients(coefficients), run.wrong)
+
+
+def trusting_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gradient:
+    """:func:`meta_gradient`, trusting, without a look at ``wrong``: nothing here waits."""
+    run = _Run(episodes, given, trusting=True)
+    window = run()
+    return Gradient(window, run.gradients(coefficients), run.wrong)
+
+
+def check_budget(episodes: Episodes, given: Given) -> None:
     """Raise ValueError unless the budget of memory suffices for such a window.
 
     Only a budget that was set is looked at. Noise that is drawn at every step may need one where
     this window needs none.
     """
     if episodes.memory.budget is not None:
-        weights = [student.weights() for student in episodes.students]
-        given = (episodes, begin, batches, weights, None, None, 0.0, None, teaching, held_out)
-        run = _Run(*given, trusting=False)
+        run = _Run(episodes, given, trusting=False)
         if run.tape.by_steps:
             run.plan()
+
+
+def _run(episodes: Episodes, given: Given) -> tuple[_Run, Window]:
+    """Run a window, trusting if the engine is, and carefully if that has failed."""
+    run = _Run(episodes, given, trusting=episodes.trusting)
+    window, failed = run(), bool(run.wrong)
+    if run.trusting and failed:
+        del run, window  # their memory is the next run's
+        run = _Run(episodes, given, trusting=False)
+        window, failed = run(), bool(run.wrong)
+    episodes.trusting = episodes.may_trust and not failed
+    return run, window
 
 
 class _Differentiable(torch.autograd.Function):
@@ -195,23 +219,18 @@ class _Gradients(NamedTuple):
 
 
 class _Run:
-    """Runs one window forward, trusting or not; its arguments are those of :func:`run_window`."""
+    """Runs one window forward, trusting or not.
 
-    def __init__(
-        self,
-        episodes: Episodes,
-        begin: Trajectories,
-        batches: Sequence[Batch],
-        weights: Sequence[Sequence[Tensor]],
-        noise: WeightNoise | None,
-        draws: Draws | None,
-        input_noise: float,
-        conditions: StepConditions | None,
-        teaching: Teaching | None,
-        held_out: Sequence[Batch] | None,
-        *,
-        trusting: bool,
-    ) -> None:
+    Attributes:
+        trusting: Whether it trusts.
+        recorded: Whether a meta-gradient is wanted.
+        tape: What its backward pass needs.
+        wrong: Afterwards, whether anything in it was skipped, or should have been, or has no log,
+            shape (). To look is to wait for the device.
+    """
+
+    def __init__(self, episodes: Episodes, given: Given, *, trusting: bool) -> None:
+        begin, batches, weights, noise, draws, input_noise, conditions, teaching, held_out = given
         if held_out is not None and len(held_out) != len(batches):
             raise ValueError(
                 f"held_out must hold {len(batches)} batches, one for each step, not {len(held_out)}"
@@ -266,16 +285,21 @@ class _Run:
         self._taken = self._losses[..., 0] if held_out is None else like.new_empty((t, len(like)))
         self._counted = torch.ones_like(self.tape.moved)
         self._graphs = 0
-        self._no_logs = torch.zeros((), dtype=torch.bool, device=like.device)
+        self.wrong = torch.zeros((), dtype=torch.bool, device=like.device)
+
+    def gradients(self, coefficients: Tensor) -> list[list[Tensor]] | None:
+        """Gradients of the losses' sum by coefficients (2,), for each student's weights."""
+        if not self.recorded:
+            return None
+        students = len(self._episodes.students)
+        with torch.no_grad():
+            flat = self.tape.backward(*(each.expand(students) for each in coefficients))
+        each = len(flat) // students
+        return [flat[first : first + each] for first in range(0, len(flat), each)]
 
     @torch.no_grad()
-    def __call__(self) -> tuple[Window, bool]:
-        """Take all steps, outside any graph.
-
-        Returns:
-            What the window gave; and whether anything in it was skipped, or should have been, or
-            has no log. To know that, a trusting run waits for the device, once.
-        """
+    def __call__(self) -> Window:
+        """Take all steps, outside any graph, and return what the window gave."""
         begin, tape = self._begin, self.tape
         teachers, state = begin.teacher_params, begin.teacher_state
         point, k = tape.points.first, len(teachers)
@@ -334,7 +358,8 @@ class _Run:
         if on_policy:
             teachers = point.params.expand_as(teachers).clone()
         end = Trajectories(begin.scale, point.params, point.states, teachers, state)
-        window = Window(
+        self.wrong |= self._unusable() if self.trusting else skipped.any()
+        return Window(
             *self._mean_losses(),
             end,
             self._losses,
@@ -344,7 +369,6 @@ class _Run:
             self._log_ratios,
             self._counted,
         )
-        return window, bool(self._no_logs | (self._unusable() if self.trusting else skipped.any()))
 
     def _usable(self, grads: Tensor) -> Tensor:
         """Whether the students' gradients (R, N) are, as they are and as they are seen."""
@@ -524,7 +548,7 @@ class _Run:
         if self._how.log_objective:
             for each in (losses, start):
                 if self.trusting:
-                    self._no_logs |= without_log(each, self._how.eps).any()
+                    self.wrong |= without_log(each, self._how.eps).any()
                 else:
                     check_logs(each.flatten().tolist(), self._how.eps, self._episodes.task.name)
         terms, slopes = meta_terms(self._how, losses, start)

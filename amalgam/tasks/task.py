@@ -81,14 +81,22 @@ class Batches(Sequence[Batch]):
         chosen: For each batch, the numbers of the samples that are in it, shape (batches, batch
             size), on the data's device; or (batches, rows, batch size) for stacked batches.
         seeds: For each batch, the seed by which an optimizee draws on it; or one a row.
+
+    Attributes:
+        data: As above.
+        chosen: As above.
     """
 
     def __init__(
         self, data: Sequence[Tensor], chosen: Tensor, seeds: Sequence[int | Sequence[int]]
     ) -> None:
-        self._data = data
-        self._chosen = chosen
+        self.data = data
+        self.chosen = chosen
         self._seeds = seeds
+
+    def of(self, chosen: Tensor) -> Batches:
+        """Batches of other samples, as many and as large, drawn on by the same seeds."""
+        return Batches(self.data, chosen, self._seeds)
 
     @classmethod
     def stack(cls, by_row: Sequence[Batches]) -> Batches:
@@ -99,17 +107,17 @@ class Batches(Sequence[Batch]):
         """
         first = by_row[0]
         for each in by_row:
-            if each._data is not first._data or each._chosen.shape != first._chosen.shape:
+            if each.data is not first.data or each.chosen.shape != first.chosen.shape:
                 raise ValueError(
                     f"by_row must be batches of one task, as many and as large, "
-                    f"{tuple(first._chosen.shape)}, not {tuple(each._chosen.shape)}"
+                    f"{tuple(first.chosen.shape)}, not {tuple(each.chosen.shape)}"
                 )
-        chosen = torch.stack([each._chosen for each in by_row], 1)
-        return cls(first._data, chosen, list(zip(*(each._seeds for each in by_row), strict=True)))
+        chosen = torch.stack([each.chosen for each in by_row], 1)
+        return cls(first.data, chosen, list(zip(*(each._seeds for each in by_row), strict=True)))
 
     def __len__(self) -> int:
         """How many batches there are."""
-        return len(self._chosen)
+        return len(self.chosen)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -120,10 +128,10 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | Batches:
         """One batch, or several that are still to be gathered."""
         if isinstance(index, slice):
-            return Batches(self._data, self._chosen[index], self._seeds[index])
-        chosen, seeds = self._chosen[index], self._seeds[index]
+            return Batches(self.data, self.chosen[index], self._seeds[index])
+        chosen, seeds = self.chosen[index], self._seeds[index]
         return SeededBatch(
-            (tensor[chosen] for tensor in self._data),
+            (tensor[chosen] for tensor in self.data),
             (seeds,) if isinstance(seeds, int) else seeds,
         )
 
@@ -378,7 +386,7 @@ class Task:
         Raises:
             ValueError: The optimizee draws, and the batch has no seed.
         """
-        if not self._draws:
+        if not self.draws_random_numbers:
             return nullcontext()
         if not isinstance(batch, SeededBatch):
             raise ValueError(
@@ -389,7 +397,8 @@ class Task:
         return self._drawing(batch.seeds[0])
 
     @property
-    def _draws(self) -> bool:
+    def draws_random_numbers(self) -> bool:
+        """Whether module or loss draw random numbers while they run."""
         return self._drew if self.draws is None else self.draws
 
     @contextmanager
@@ -420,7 +429,7 @@ class Task:
         ``None`` where they can. What draws can't: as one, optimizees would draw other numbers than
         each alone.
         """
-        if self._draws:
+        if self.draws_random_numbers:
             return "its optimizees draw random numbers"
         if self.device.type == "meta":
             return None
