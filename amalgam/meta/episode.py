@@ -386,7 +386,8 @@ class Episodes:
         if not len(self.pool):
             return params, state
         how = self.amalgamation
-        own = params if how.scale_teachers else params * scale
+        # Teachers that work coordinate by coordinate do not look at parameters.
+        own = params if how.scale_teachers or self.pool.coordinatewise else params * scale
         updates, states = [], []
         for rows, old in zip(self._pool_rows, state, strict=True):
             k, _, n = params.shape
