@@ -122,7 +122,7 @@ class Case:
         ]
         backend = "reference" if engine == "eager" else backend
         self.how = Amalgamation(
-            second_order=order == 2, scale_spread=1.0, backend=backend, graph=graph
+            second_order=order == 2, scale_spread=1.0, backend=backend, cuda_graph=graph
         )
         self.unroll = Unroll(
             self.task,

@@ -48,8 +48,9 @@ class Trajectories(NamedTuple):
         teacher_state: The pool's states, each a :class:`amalgam.policies.PoolState`. A single one
             for all R * N coordinates if all teachers work coordinate by coordinate; otherwise one
             per row, for its N coordinates.
-        together: Whether it is known that all teachers stand where their student does, as they do
-            at an episode's beginning. Then one gradient is everybody's.
+        together: Whether all teachers stand where their student does, as they do at an episode's
+            beginning. Then one gradient is everybody's. Nobody compares: who puts other parameters
+            in their place sets it to false.
     """
 
     scale: Tensor

@@ -81,8 +81,8 @@ class Amalgamation:
         stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
             where that is faster (see :attr:`amalgam.tasks.Task.stacks`).
         backend: The backend that computes the students' and the teachers' operations.
-        graph: Whether, on a GPU, a window and its meta-gradient run as one CUDA graph, if they can
-            (:mod:`amalgam.meta.graph`). The numbers are the same.
+        cuda_graph: Whether, on a GPU, a window and its meta-gradient run as one CUDA graph, if they
+            can (:mod:`amalgam.meta.cuda_graph`). The numbers are the same.
         on_policy: Where given, teachers act at the students' parameters in place of training
             optimizees of their own: see :mod:`amalgam.meta.on_policy`. Then ``huber_delta`` has no
             effect, and ``log_objective`` none on the imitation loss.
@@ -100,7 +100,7 @@ class Amalgamation:
     eps: float = 1e-10
     stack: bool | None = None
     backend: str = "auto"
-    graph: bool = field(default=True, repr=False)  # a run may resume with another
+    cuda_graph: bool = field(default=True, repr=False)  # a run may resume with another
     on_policy: OnPolicy | None = None
 
     def __post_init__(self) -> None:

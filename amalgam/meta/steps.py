@@ -344,12 +344,12 @@ class AutogradSteps:
         reuse: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """See :class:`PolicySteps`."""
-        updates, new = torch.zeros_like(grads), list(state)
+        updates, new = list(torch.zeros_like(grads)), list(state)
         for row in _rows(moved, len(grads)):
             updates[row], new[row] = self._step(
                 params[row], grads[row], state[row], weights, draws(row)
             )
-        return updates, tuple(new)
+        return torch.stack(updates), tuple(new)
 
     def backward(
         self,

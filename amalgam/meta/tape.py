@@ -147,7 +147,7 @@ class Tape:
             total = [torch.zeros_like(w) for w in weights]
             for index in range(each):
                 row = student * each + index
-                if not (self.trusting or self.moved[:, row].any()):
+                if not len(self.moved) or not (self.trusting or self.moved[:, row].any()):
                     continue
                 adjoints = partial(self._update_adjoints, row, d_slopes[row], d_grads[:, row])
                 if self.steps.raw is not None:  # matrices are orthogonalised whole

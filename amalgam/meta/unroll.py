@@ -14,8 +14,8 @@ from torch import Tensor
 
 from amalgam.device import put
 from amalgam.meta.conditions import StepConditions
+from amalgam.meta.cuda_graph import WindowGraphs
 from amalgam.meta.episode import Episodes, Trajectories
-from amalgam.meta.graph import WindowGraphs
 from amalgam.meta.student_steps import Draws, WeightNoise
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import Given, Window, meta_gradient, run_window
@@ -86,7 +86,7 @@ class Unroll(Episodes):
     ) -> tuple[Window, Tensor, list[list[Tensor]] | None]:
         """Run a window, and take the gradients of each student's loss with respect to its weights.
 
-        On a GPU by one graph, where :attr:`graphs` can.
+        On a GPU by one graph, where :attr:`cuda_graphs` can.
 
         Args:
             given: What :meth:`window` takes.
@@ -94,18 +94,19 @@ class Unroll(Episodes):
 
         Returns:
             What the window gave, the students' losses (S,), and their gradients, a list a student;
-            ``None`` where no weight requires any. All of it is outside any graph of autograd's.
+            ``None`` where no weight requires any. All of it is outside autograd's graph.
 
         Raises:
             ValueError: As :meth:`window`.
         """
         like = given.begin.params
         both = put(torch.tensor(coefficients, dtype=like.dtype), like.device)
-        found = None if self.graphs is None else self.graphs.meta_gradient(given, both)
+        graphs = self.cuda_graphs
+        found = None if graphs is None else graphs.meta_gradient(self, given, both)
         window, grads, _ = meta_gradient(self, given, both) if found is None else found
         return window, both[0] * window.meta_loss + both[1] * window.imitation_loss, grads
 
     @cached_property
-    def graphs(self) -> WindowGraphs | None:
+    def cuda_graphs(self) -> WindowGraphs | None:
         """Its windows as CUDA graphs; ``None`` where its task is not on a GPU."""
         return WindowGraphs(self) if self.task.device.type == "cuda" else None

@@ -7,7 +7,9 @@ function of the two for autograd.
 A window is run *trusting*: all rows take all steps, whether values are finite is noted where they
 are, and whether anything should have been skipped is looked at once, in the end. If so, the window
 is run again *carefully*, with a look at every step. So the host waits once a window for a device
-that computes while the host goes on. Where nothing is skipped, both give the same bits.
+that computes while the host goes on. Where nothing is skipped, both give the same bits. A trusting
+run, too, leaves parameters where they are rather than make them unusable: what a loss does with
+such parameters, which it never sees otherwise, nobody knows.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Window:
 
     ``meta_loss`` and ``imitation_loss`` are to be minimised: lower is better. Both are means over
     the window's steps and the student's optimizees, and autograd reaches the students' weights from
-    them. All else here is outside any graph.
+    them. All else here is outside autograd's graph.
 
     Attributes:
         meta_loss: How large each student's losses are relative to those of the parameters that the
@@ -121,7 +123,7 @@ class Given(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """A window and its meta-gradient, outside any graph.
+    """A window and its meta-gradient, outside autograd's graph.
 
     Attributes:
         window: What the window gave.
@@ -299,7 +301,7 @@ class _Run:
 
     @torch.no_grad()
     def __call__(self) -> Window:
-        """Take all steps, outside any graph, and return what the window gave."""
+        """Take all steps, outside autograd's graph, and return what the window gave."""
         begin, tape = self._begin, self.tape
         teachers, state = begin.teacher_params, begin.teacher_state
         point, k = tape.points.first, len(teachers)
@@ -352,7 +354,11 @@ class _Run:
             if on_policy:
                 self._distances[t] = self._compare(t, own, updates)
             elif k:
-                teachers = teachers - updates
+                stepped = teachers - updates
+                if self.trusting:
+                    usable_updates = small(self._of_teachers[t, 1])[..., None]
+                    stepped = torch.where(usable_updates, stepped, teachers)
+                teachers = stepped
                 self._distances[t] = self._measure(t, point.params, teachers)
         tape.points.hold(point.states)
         if on_policy:
@@ -447,10 +453,11 @@ class _Run:
         tape = self.tape
         # Without a record the steps so far could not be taken again, so none is taken in place.
         reuse = self.recorded and tape.points.is_free(point)
+        before = point.params
         after, updates = tape.steps.forward(t, point, grads, ok, reuse)
         if ok is None:
-            largest(updates, self._of_students[t, 1])
-            return after, updates
+            moved = small(largest(updates, self._of_students[t, 1]))[:, None]
+            return after._replace(params=torch.where(moved, after.params, before)), updates
         moved = ok & usable(updates)
         if not torch.equal(moved, ok):
             # It shows only after the step, which may have overwritten the point it began from.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.device import put
+from amalgam.device import put, read_by_graphs
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations.checks import check_like
@@ -174,7 +174,9 @@ class NominalStudent(FusedStudent):
             parts = params.split(sizes * repeats)
         # What a mode has made, of fake tensors say, is not for those who come after it.
         made = _constants if torch._C._len_torch_dispatch_stack() else _cached_constants
-        constants = made(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        constants = read_by_graphs(
+            made(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        )
         agreements: Callable[[], Tensor] | None = None
         if self.paced and repeats * len(sizes):
             of_each = (tensor.split(sizes * repeats) for tensor in (grad, state.m))

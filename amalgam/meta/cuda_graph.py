@@ -2,7 +2,7 @@
 
 Some hundred small kernels make an inner step, and launching each takes longer than running it. A
 graph launches those of a whole window at once. It is captured when a window of its shape comes for
-the second time; the first one compiles and allocates what is made but once. All that differs from
+the second time: the first time, kernels are compiled and caches are filled. All that differs from
 window to window (trajectories, batches, weights, conditions) is copied to where the graph reads it,
 and what it gives is copied from where it writes.
 
@@ -13,15 +13,16 @@ been skipped, it is run again without a graph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from amalgam import nests
+from amalgam.device import graph_reads
 from amalgam.meta.episode import Episodes
 from amalgam.meta.window import Given, Gradient, trusting_gradient
 from amalgam.tasks.task import Batches
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 class Graph(Protocol):
     """Work of a device that is captured once and then replayed."""
 
-    def capture(self) -> AbstractContextManager[Any]:
+    def capture(self) -> AbstractContextManager[None]:
         """Within the block, what is asked of the device is captured and not done."""
 
     def replay(self) -> None:
@@ -40,23 +41,36 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph; all of a process share memory, as none is replayed beside another."""
+    """A CUDA graph; those of a device share memory, as none is replayed beside another.
 
-    _pool: Any = None
+    Args:
+        device: The GPU.
+    """
 
-    def __init__(self) -> None:
+    _pools: ClassVar[dict[torch.device, Any]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._graph = torch.cuda.CUDAGraph()
 
-    def capture(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def capture(self) -> Iterator[None]:
         """See :class:`Graph`."""
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
-        context: AbstractContextManager[Any] = torch.cuda.graph(self._graph, pool=CudaGraph._pool)
-        return context
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream(self._device)
+            pool = self._pools.setdefault(self._device, torch.cuda.graph_pool_handle())
+            stream = torch.cuda.Stream(self._device)
+            try:
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+                    yield
+            finally:
+                # A capture that fails leaves its own stream the current one.
+                torch.cuda.set_stream(before)
 
     def replay(self) -> None:
         """See :class:`Graph`."""
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
 class _Captured(NamedTuple):
@@ -64,14 +78,14 @@ class _Captured(NamedTuple):
 
     Attributes:
         graph: The graph.
-        given: What its window is run with, the data that it gathers batches from included.
-        inputs: The tensors of it that differ from window to window.
+        inputs: Copies of what differs from window to window.
+        reads: What else it reads: the data that batches are gathered from, and what caches gave.
         gradient: What it gives.
     """
 
     graph: Graph
-    given: Given
     inputs: list[Tensor]
+    reads: list[Any]
     gradient: Gradient
 
 
@@ -79,20 +93,23 @@ class WindowGraphs:
     """The graphs of one engine's windows, one for each shape of a window.
 
     Args:
-        episodes: The engine.
-        make: Makes a graph.
+        episodes: The engine. It is not kept, as it keeps this.
+        make: Makes a graph of a device.
 
     Attributes:
         obstacle: Why windows run without a graph; ``None`` where they may run as one.
     """
 
-    def __init__(self, episodes: Episodes, make: Callable[[], Graph] = CudaGraph) -> None:
-        self._episodes = episodes
+    def __init__(
+        self, episodes: Episodes, make: Callable[[torch.device], Graph] = CudaGraph
+    ) -> None:
         self._make = make
         self._captured: dict[Any, _Captured | None] = {}
         self.obstacle = _obstacle(episodes)
 
-    def meta_gradient(self, given: Given, coefficients: Tensor) -> Gradient | None:
+    def meta_gradient(
+        self, episodes: Episodes, given: Given, coefficients: Tensor
+    ) -> Gradient | None:
         """As :func:`amalgam.meta.window.meta_gradient`, by a graph.
 
         Returns:
@@ -101,7 +118,7 @@ class WindowGraphs:
             drawn at every step or teachers have a part in the steps, and wherever there is an
             obstacle.
         """
-        if self.obstacle is not None or not self._episodes.trusting:
+        if self.obstacle is not None or not episodes.trusting:
             return None
         if given.noise is not None or given.input_noise or (given.teaching and given.teaching.fade):
             return None
@@ -115,43 +132,49 @@ class WindowGraphs:
         captured = self._captured[key]
         if captured is None:
             try:
-                captured = self._captured[key] = self._capture(given, nest, inputs)
-            except RuntimeError as error:
-                first_line = str(error).partition("\n")[0]
-                self.obstacle = f"it could not be captured: {first_line}"
-                name = self._episodes.task.name
-                _log.warning("windows of task %r run without a CUDA graph: %s", name, first_line)
+                captured = self._captured[key] = self._capture(episodes, given, nest, inputs)
+            except Exception as error:
+                # What ends a capture that went wrong raises an error of its own.
+                cause = error.__context__ or error
+                self.obstacle = f"it could not be captured: {str(cause).partition(chr(10))[0]}"
+                name = episodes.task.name
+                _log.warning("windows of task %r run without a CUDA graph: %s", name, self.obstacle)
                 return None
         else:
             with torch.no_grad():
                 torch._foreach_copy_(captured.inputs, inputs)
         captured.graph.replay()
         if captured.gradient.wrong.item():
-            self._episodes.trusting = False
+            episodes.trusting = False
             return None
         return _copied(captured.gradient)
 
-    def _capture(self, given: Given, nest: Any, inputs: Sequence[Tensor]) -> _Captured:
+    def _capture(
+        self, episodes: Episodes, given: Given, nest: Any, inputs: Sequence[Tensor]
+    ) -> _Captured:
         own = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
         like, coefficients = _given(given, nests.with_tensors(nest, own))
-        given_weights, own_weights = (chain.from_iterable(g.weights) for g in (given, like))
-        wanted = torch.is_grad_enabled() and any(w.requires_grad for w in given_weights)
-        for weight in own_weights:
-            weight.requires_grad_(wanted)
-        graph = self._make()
-        with self._episodes.steps.apart(), graph.capture():
-            gradient = trusting_gradient(self._episodes, like, coefficients)
-        return _Captured(graph, like, own, gradient)
+        for weight in chain.from_iterable(like.weights):
+            weight.requires_grad_(_wants_gradients(given))
+        graph, reads = self._make(episodes.task.device), [like]
+        with episodes.steps.apart(), graph_reads(reads), graph.capture():
+            gradient = trusting_gradient(episodes, like, coefficients)
+        return _Captured(graph, own, reads, gradient)
 
 
 def _obstacle(episodes: Episodes) -> str | None:
-    if not episodes.amalgamation.graph:
-        return "the settings have graph=False"
+    if not episodes.amalgamation.cuda_graph:
+        return "the settings have cuda_graph=False"
     if not episodes.may_trust:
         return "the student or a teacher is none whose steps this package's kernels take"
     if episodes.task.draws_random_numbers:
         return f"optimizees of task {episodes.task.name!r} draw random numbers"
     return None
+
+
+def _wants_gradients(given: Given) -> bool:
+    weights = chain.from_iterable(given.weights)
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
 def _nest(given: Given, coefficients: Tensor) -> tuple[Any, ...]:
@@ -163,7 +186,7 @@ def _nest(given: Given, coefficients: Tensor) -> tuple[Any, ...]:
         given.conditions,
         given.teaching,
         None if given.held_out is None else _of_batches(given.held_out),
-        torch.is_grad_enabled(),
+        _wants_gradients(given),
         coefficients,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,10 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 from amalgam.meta import Amalgamation, Conditions, Memory, OnPolicy, Unroll
 from amalgam.meta.conditions import StepConditions
-from amalgam.meta.graph import CudaGraph, WindowGraphs
+from amalgam.meta.cuda_graph import CudaGraph, WindowGraphs
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import Given
-from amalgam.policies import Choice, ChoiceConfig, NominalConfig, NominalStudent, Policy, Pool
+from amalgam.policies import (
+    Choice,
+    ChoiceConfig,
+    NominalConfig,
+    NominalStudent,
+    Policy,
+    Pool,
+)
+from amalgam.policies.fused_student import ContextConstants
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 from amalgam.tasks.task import Batches
@@ -35,7 +45,7 @@ class Repeated(TorchDispatchMode):
     refuses to be read from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
@@ -145,7 +155,7 @@ class Windows:
             optimizees=optimizees,
         )  # fmt: skip
         if make is not None:
-            vars(self.unroll)["graphs"] = WindowGraphs(self.unroll, make)
+            vars(self.unroll)["cuda_graphs"] = WindowGraphs(self.unroll, make)
         self.rows = range(students * optimizees)
         self.begin = self.unroll.begin(*(generator_for(row, "episode") for row in self.rows))
         self._conditions = conditions
@@ -209,8 +219,8 @@ class Counted(Repeated):
     made: ClassVar[list[Counted]] = []
     replays = 0
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         Counted.made.append(self)
 
     def replay(self) -> None:
@@ -230,8 +240,8 @@ def test_a_graph_gives_what_the_window_gives(case, counted) -> None:
     plain, graphed = Windows(None, **CASES[case]), Windows(counted, **CASES[case])
     for window in range(6):
         assert_same(plain.take(window), graphed.take(window))
-    assert graphed.unroll.graphs is not None
-    assert graphed.unroll.graphs.obstacle is None
+    assert graphed.unroll.cuda_graphs is not None
+    assert graphed.unroll.cuda_graphs.obstacle is None
     # An episode's first window knows that all stand together, so it has another graph.
     assert len(counted.made) == 1
     assert counted.replays == 4
@@ -240,11 +250,11 @@ def test_a_graph_gives_what_the_window_gives(case, counted) -> None:
 def test_each_shape_has_its_graph(counted) -> None:
     plain, graphed = Windows(None), Windows(counted)
     first = plain.begin
-    for again in range(3):
+    for _ in range(3):
         for windows in (plain, graphed):
             windows.begin = first
         for window in range(3):
-            assert_same(plain.take(window), graphed.take(window)), again
+            assert_same(plain.take(window), graphed.take(window))
     assert len(counted.made) == 2
 
 
@@ -319,26 +329,62 @@ def test_what_reads_from_the_device_has_no_graph_and_says_why(counted, monkeypat
     monkeypatch.setattr(Unroll, "gradients", reading)
     for window in range(4):
         assert_same(plain.take(window), graphed.take(window))
-    assert graphed.unroll.graphs is not None
-    assert "reads from a stream that is capturing" in str(graphed.unroll.graphs.obstacle)
-    assert "task 'network' run without a CUDA graph: aten._local" in caplog.text
+    assert graphed.unroll.cuda_graphs is not None
+    assert "reads from a stream that is capturing" in str(graphed.unroll.cuda_graphs.obstacle)
+    assert "task 'network' run without a CUDA graph: it could not be captured: aten._local" in (
+        caplog.text
+    )
     assert counted.replays == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"how": {"graph": False}}, "graph=False"),
+        ({"how": {"cuda_graph": False}}, "cuda_graph=False"),
         ({"student": lambda seed: Choice(ChoiceConfig(hidden=3))}, "kernels"),
     ],
 )
 def test_an_obstacle_is_named(changes, why, counted) -> None:
     windows = Windows(counted, **changes)
-    assert windows.unroll.graphs is not None
-    assert why in str(windows.unroll.graphs.obstacle)
+    assert windows.unroll.cuda_graphs is not None
+    assert why in str(windows.unroll.cuda_graphs.obstacle)
     for window in range(3):
         windows.take(window)
     assert not counted.made
+
+
+def test_weights_that_want_no_gradients_have_a_graph_of_their_own(counted) -> None:
+    """Not one that gives none to those that do."""
+    windows = Windows(counted)
+    given = windows.given(0)
+    frozen = given._replace(weights=[[w.detach() for w in ours] for ours in given.weights])
+    for _ in range(3):
+        assert windows.unroll.meta_gradient(frozen, (1.0, 0.1))[2] is None
+        assert windows.unroll.meta_gradient(given, (1.0, 0.1))[2] is not None
+
+
+def test_a_graph_keeps_what_caches_gave_it(counted) -> None:
+    """Or they might drop it, and something else be where a replay reads."""
+    windows = Windows(counted, student=nominal, how={"scale_spread": 0.0})
+    for window in range(3):
+        windows.take(window)
+    graphs = windows.unroll.cuda_graphs
+    assert graphs is not None
+    (captured,) = (one for one in graphs._captured.values() if one is not None)
+    assert {type(read) for read in captured.reads} == {Given, ContextConstants}
+
+
+def test_an_engine_goes_with_its_graphs(counted) -> None:
+    windows = Windows(counted)
+    for window in range(3):
+        windows.take(window)
+    gone = weakref.ref(windows.unroll)
+    gc.disable()
+    try:
+        del windows
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_noise_at_every_step_has_no_graph(counted) -> None:
@@ -355,7 +401,7 @@ def test_noise_at_every_step_has_no_graph(counted) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_cuda_graph_gives_what_the_window_gives(case) -> None:
     plain = Windows(None, "cuda", "auto", **CASES[case])
-    vars(plain.unroll)["graphs"] = None
+    vars(plain.unroll)["cuda_graphs"] = None
     graphed = Windows(CudaGraph, "cuda", "auto", **CASES[case])
     torch.backends.cudnn.deterministic = True
     try:
@@ -363,5 +409,5 @@ def test_a_cuda_graph_gives_what_the_window_gives(case) -> None:
             assert_same(plain.take(window), graphed.take(window))
     finally:
         torch.backends.cudnn.deterministic = False
-    assert graphed.unroll.graphs is not None
-    assert graphed.unroll.graphs.obstacle is None
+    assert graphed.unroll.cuda_graphs is not None
+    assert graphed.unroll.cuda_graphs.obstacle is None
