@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+T = TypeVar("T")
 
 
 def resolve(device: str | torch.device = "auto") -> torch.device:
@@ -36,6 +42,53 @@ def resolve(device: str | torch.device = "auto") -> torch.device:
         seen += f", and this process has LOCAL_RANK {index}"
         works.remove("'auto'")
     raise ValueError(f"device must be one of {', '.join(works)}, not {str(device)!r}: {seen}")
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, for which the host does not wait.
+
+    The CPU's may be written to right after: what is not in pinned memory is copied first.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, whose replays would read the CPU's again.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} is copied from the CPU")
+    return tensor.to(device, non_blocking=True)
+
+
+_reads: list[list[Any]] = []
+
+
+@contextmanager
+def graph_reads(into: list[Any]) -> Iterator[None]:
+    """Within the block, what :func:`read_by_graphs` is called with is added to a list."""
+    _reads.append(into)
+    try:
+        yield
+    finally:
+        _reads.pop()
+
+
+def read_by_graphs(value: T) -> T:
+    """Tell a graph that is being captured of a value out of a cache: the graph has to keep it."""
+    for into in _reads:
+        into.append(value)
+    return value
+
+
+def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What tensors of one device hold, on the CPU, by one copy for which the host waits once.
+
+    Args:
+        tensors: Tensors of any shapes, and of dtypes whose values float64 holds; themselves where
+            they are on the CPU.
+    """
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
 def _own_gpu() -> int:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from amalgam.device import put
+
 
 def generator_for(seed: int, *path: str | int) -> torch.Generator:
     """A CPU generator for the purpose that ``path`` names, such as ``("episode", 3)``."""
@@ -36,7 +38,7 @@ def normal_like(
         dtype=like.dtype,
         device=generator.device,
     )
-    return drawn.to(like.device)
+    return put(drawn, like.device)
 
 
 @contextmanager

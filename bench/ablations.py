@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from amalgam.heap import keep_freed_memory
 from amalgam.layout import Layout
 from amalgam.meta import Amalgamation, Trajectories, Unroll
-from amalgam.meta.sampling import StackedBatches
 from amalgam.operations import lstm
 from amalgam.policies import Pool
 from amalgam.policies.lstm_policy import Cell
 from amalgam.policies.policy import PolicyConfig, ReferencePolicy, zero_head
 from amalgam.seeding import generator_for
 from amalgam.tasks import HELD_OUT, SMALL, Task, small
+from amalgam.tasks.task import Batches
 from amalgam.version import describe
 
 # Decays of the further momenta.
@@ -331,7 +331,7 @@ class MetaTraining:
         unroll, length = self._unrolls[task], self._variant.window
         episode = self._episodes[task] or self._begin(task)
         generator = generator_for(self._seed, "batches", task, step)
-        batches = StackedBatches([unroll.task.batches(generator, length)])
+        batches = Batches.stack([unroll.task.batches(generator, length)])
         window = unroll.window(episode.at, batches)
         grads = torch.autograd.grad(window.meta_loss.sum(), weights)
         norm = torch.stack([g.norm() for g in grads]).norm()

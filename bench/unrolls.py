@@ -30,10 +30,12 @@ from amalgam.backends import build_info
 from amalgam.heap import keep_freed_memory
 from amalgam.meta import Amalgamation, Memory, Trajectories, Unroll
 from amalgam.meta.reference import window as eager_window
+from amalgam.meta.window import Given
 from amalgam.policies import Pool, Student
 from amalgam.seeding import generator_for
-from amalgam.tasks import Batch, Task, load
+from amalgam.tasks import Task, load
 from amalgam.tasks.networks import glorot
+from amalgam.tasks.task import Batches
 from amalgam.version import describe
 
 POOL = Pool(["adam", "rmsprop"])
@@ -80,20 +82,6 @@ def task_of(name: str) -> Task:
     return Task(name, BUILDERS[name], (x, y), (x[:128], y[:128]))
 
 
-class Rows:
-    """Batches of several rows, gathered when they are asked for."""
-
-    def __init__(self, task: Task, rows: int, steps: int) -> None:
-        self.rows = [task.batches(generator_for(row, "batches"), steps) for row in range(rows)]
-
-    def __len__(self) -> int:
-        return len(self.rows[0])
-
-    def __getitem__(self, t: int) -> Batch:
-        batches = [row[t] for row in self.rows]
-        return tuple(torch.stack(tensors) for tensors in zip(*batches, strict=True))
-
-
 class Case:
     """One window of one engine.
 
@@ -109,6 +97,7 @@ class Case:
         pool: Whether there are teachers.
         device: Where.
         backend: Of ``ours``.
+        graph: Whether ``ours`` runs as a CUDA graph, from its second run on.
     """
 
     def __init__(
@@ -124,6 +113,7 @@ class Case:
         pool: bool = True,
         device: str = "cpu",
         backend: str = "auto",
+        graph: bool = True,
     ) -> None:
         self.task, self.steps, self.engine = task_of(task).to(device), steps, engine
         self.students = [
@@ -131,7 +121,9 @@ class Case:
             for seed in range(replicates)
         ]
         backend = "reference" if engine == "eager" else backend
-        self.how = Amalgamation(second_order=order == 2, scale_spread=1.0, backend=backend)
+        self.how = Amalgamation(
+            second_order=order == 2, scale_spread=1.0, backend=backend, cuda_graph=graph
+        )
         self.unroll = Unroll(
             self.task,
             self.students,
@@ -139,18 +131,21 @@ class Case:
             self.how,
             memory=Memory(budget, segment, cells),
         )
+        self.gradient: list[list[Tensor]] | None = None
         self.begin = self.unroll.begin(
             *(generator_for(row, "episode") for row in range(replicates))
         )
-        self.batches = Rows(self.task, replicates, steps)
+        self.batches = Batches.stack(
+            [self.task.batches(generator_for(row, "batches"), steps) for row in range(replicates)]
+        )
         self.coordinates = replicates * self.task.layout.numel
 
     def run(self) -> None:
         {"ours": self.ours, "eager": self.eager, "floor": self.floor}[self.engine]()
 
     def ours(self) -> None:
-        window = self.unroll.window(self.begin, self.batches)
-        self.differentiate((window.meta_loss + 0.1 * window.imitation_loss).sum())
+        given = Given(self.begin, self.batches, [student.weights() for student in self.students])
+        _, _, self.gradient = self.unroll.meta_gradient(given, (1.0, 0.1))
 
     def eager(self) -> None:
         total: Any = 0
@@ -161,11 +156,10 @@ class Case:
                 self.task, student, self.unroll.pool, self.how, self.begin, batches, weights, row
             )
             total = total + meta + 0.1 * imitation
-        self.differentiate(total)
-
-    def differentiate(self, loss: Tensor) -> None:
         weights = [w for student in self.students for w in student.weights()]
-        self.gradient = torch.autograd.grad(loss, weights)
+        found = torch.autograd.grad(total, weights)
+        each = len(found) // len(self.students)
+        self.gradient = [list(found[at : at + each]) for at in range(0, len(found), each)]
 
     def floor(self) -> None:
         """The passes that no engine can spare: gradients for all, a Hessian product a step."""

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amalgam.device import read_by_graphs
 from amalgam.kernels import lstm, lstm_weights
 from amalgam.kernels.configurations import configuration
 from amalgam.kernels.launch import on_device_of, on_nvidia, processors, wide
@@ -478,7 +479,7 @@ def student_step(
     chosen = configuration("student_step", h.shape[0], h.shape[1], precision, form is NOMINAL)
     bounds, blocks = None, triton.cdiv(n, chosen.block)
     if form is NOMINAL:
-        bounds = _bounds(tuple(settings.sizes), chosen.block, 1, h.device)
+        bounds = read_by_graphs(_bounds(tuple(settings.sizes), chosen.block, 1, h.device))
         blocks = bounds.blocks
     tensors, counts = _of_tensors(weights, settings, bounds)
     if n:
@@ -529,7 +530,7 @@ def student_step_backward(
     most = PROGRAMS_PER_PROCESSOR * processors(grad.device)
     bounds, blocks = None, triton.cdiv(n, chosen.block)
     if form is NOMINAL:
-        bounds = _bounds(tuple(settings.sizes), chosen.block, most, h.device)
+        bounds = read_by_graphs(_bounds(tuple(settings.sizes), chosen.block, most, h.device))
         blocks = bounds.blocks
     tensors, counts = _of_tensors(weights, settings, bounds)
     programs = min(blocks, most)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from elsewhere import ELSEWHERE, Census, Elsewhere
 
-from amalgam.device import resolve
+from amalgam.device import put, read, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +71,31 @@ def test_what_is_not_there_is_named(gpus, local_rank, given, named, machine) -> 
     machine(gpus, local_rank)
     with pytest.raises(ValueError, match=named):
         resolve(given)
+
+
+def test_what_is_read_is_what_was_there() -> None:
+    with Elsewhere(census := Census()):
+        there = [
+            torch.tensor([True, False]).to(ELSEWHERE),
+            torch.tensor([[1, -(2**40)]]).to(ELSEWHERE),
+            torch.tensor([0.1, torch.nan]).to(ELSEWHERE),
+            torch.zeros(2, 0, dtype=torch.float64).to(ELSEWHERE),
+        ]
+        census.waits.clear()
+        found = read(there)
+        assert len(census.waits) == 1
+    for one, like in zip(found, there, strict=True):
+        assert one.device.type == "cpu"
+        assert one.dtype == like.dtype
+        assert one.shape == like.shape
+    assert found[0].tolist() == [True, False]
+    assert found[1].tolist() == [[1, -(2**40)]]
+    assert found[2][0] == torch.tensor(0.1)
+    assert found[2][1].isnan()
+
+
+def test_nothing_is_put_on_a_gpu_while_a_graph_is_captured(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"a tensor of shape \(3,\) is copied from the CPU"):
+        put(torch.zeros(3), torch.device("cuda:0"))
+    assert put(torch.zeros(3), torch.device("cpu")).tolist() == [0.0] * 3

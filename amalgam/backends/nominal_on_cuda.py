@@ -13,6 +13,7 @@ from torch import Tensor
 from amalgam.backends import core, cuda
 from amalgam.backends.cuda_weights import pack_nominal
 from amalgam.backends.memory import contiguous, with_contiguous_rows
+from amalgam.device import read_by_graphs
 from amalgam.operations.kept import kept
 from amalgam.operations.student_forms import NOMINAL, StepSettings
 from amalgam.operations.student_step import StudentState
@@ -79,7 +80,7 @@ def _call_of(
     """Of steps (T, N), whose biases and corrections are each step's, or of one they all share."""
     assert settings.corrections is not None
     n, hidden = grads.shape[1], state.h.shape[1]
-    bounds, tiles = _bounds(tuple(settings.sizes), grads.device)
+    bounds, tiles = read_by_graphs(_bounds(tuple(settings.sizes), grads.device))
     grads, grads_stride = with_contiguous_rows(grads)
     adjoints, adjoints_stride = (None, 0) if adjoints is None else with_contiguous_rows(adjoints)
     weights, dense = contiguous(weights), contiguous(state)

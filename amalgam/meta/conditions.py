@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.device import put
 from amalgam.lr_decays import LR_DECAYS, LRDecay, factor_at
 from amalgam.ranges import check_fields
 
@@ -166,12 +167,14 @@ class StepConditions(NamedTuple):
             dtype=torch.float64,
         ).view(steps, len(rows))
         decay = torch.tensor([row.weight_decay for row in rows], dtype=torch.float64)
-        return cls(lr.to(like), (1 - lr * decay).to(like), loss_scales(rows, like))
+        lr, kept = (put(each.to(like.dtype), like.device) for each in (lr, 1 - lr * decay))
+        return cls(lr, kept, loss_scales(rows, like))
 
 
 def loss_scales(rows: Sequence[Drawn], like: Tensor) -> Tensor:
     """The rows' factors on the gradients that students see, shape (R,), of ``like``'s dtype."""
-    return torch.tensor([row.loss_scale for row in rows], dtype=torch.float64).to(like)
+    scales = torch.tensor([row.loss_scale for row in rows], dtype=torch.float64)
+    return put(scales.to(like.dtype), like.device)
 
 
 def _log_uniform(ends: tuple[float, float], drawn: float) -> float:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.meta.finite import usable
+from amalgam.meta.finite import largest, usable
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation
 from amalgam.meta.on_policy import OnPolicy
@@ -48,6 +48,9 @@ class Trajectories(NamedTuple):
         teacher_state: The pool's states, each a :class:`amalgam.policies.PoolState`. A single one
             for all R * N coordinates if all teachers work coordinate by coordinate; otherwise one
             per row, for its N coordinates.
+        together: Whether all teachers stand where their student does, as they do at an episode's
+            beginning. Then one gradient is everybody's. Nobody compares: who puts other parameters
+            in their place sets it to false.
     """
 
     scale: Tensor
@@ -55,6 +58,7 @@ class Trajectories(NamedTuple):
     states: tuple[Any, ...]
     teacher_params: Tensor
     teacher_state: tuple[Any, ...]
+    together: bool = False
 
 
 class Episodes:
@@ -71,6 +75,11 @@ class Episodes:
             losses are means over them.
         shared: Whether all rows have the same optimizee and batches, as particles do. Off-policy
             teachers then run once, on a single row. The caller has to give every row the same ones.
+
+    Attributes:
+        trusting: Whether the next window is run in trust that nothing is skipped in it; see
+            :mod:`amalgam.meta.window`. A window in which something was has the next one run with
+            care. The numbers are the same in any case.
     """
 
     def __init__(
@@ -105,6 +114,7 @@ class Episodes:
         self.memory = memory or Memory()
         self.optimizees = optimizees
         self.shared = shared
+        self.trusting = self.may_trust
         self._graph_bytes: int | None = None
         first = self.students[0]
         self._dtype = first.weights()[0].dtype
@@ -113,6 +123,14 @@ class Episodes:
             if isinstance(first, FusedStudent)
             else AutogradSteps(first, task.layout, amalgamation.backend)
         )
+
+    @property
+    def may_trust(self) -> bool:
+        """Whether students and teachers can be given values that are not finite.
+
+        Those of the fused operations can. What others make of such values nobody knows.
+        """
+        return isinstance(self.students[0], FusedStudent) and self.pool.coordinatewise
 
     @property
     def rows(self) -> int:
@@ -172,6 +190,7 @@ class Episodes:
                     self.pool.initial_state(params[rows].reshape(-1), self.task.layout)
                     for rows in self._pool_rows
                 ),
+                together=True,
             )
 
     def by_student(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -198,7 +217,7 @@ class Episodes:
             loss_scale: A factor on the gradients that the students' states see, shape (R,), and on
                 nothing else.
         """
-        scale, params, states, _, teacher_state = begin
+        scale, params, states, _, teacher_state, _ = begin
         lr = self.students[0].config.warmup_lr if lr is None else lr
         for batch in batches:
             _, grads, _ = self.gradients(params[:, None], scale, batch)
@@ -224,7 +243,7 @@ class Episodes:
                         everybody, teacher_state, seen, scale[own], moved, warming=True
                     )
         teacher_params = params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone()
-        return Trajectories(scale, params, states, teacher_params, teacher_state)
+        return Trajectories(scale, params, states, teacher_params, teacher_state, together=True)
 
     def gradients(
         self, params: Tensor, scale: Tensor, batch: Batch, graph: bool = False
@@ -296,7 +315,8 @@ class Episodes:
         scale: Tensor,
         ok: Tensor | None = None,
         factors: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Any, ...], Tensor]:
+        noted: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor | None]:
         """The updates that all teachers make in all their rows.
 
         Args:
@@ -306,20 +326,28 @@ class Episodes:
             scale: The scaling, of all rows.
             ok: In which rows teachers may act, shape (R,); in all where absent.
             factors: Factors on the teachers' updates, shape (K,); 1 where absent.
+            noted: Gets the largest magnitudes of gradients and of updates, shape (2, K, R). Where
+                it is given, all teachers act, come what may.
 
         Returns:
             The updates (K, R, N), to be subtracted, the new states, and which teachers acted in
-            which rows, shape (K, R). Where a gradient or an update is not finite, a teacher does
-            not act: its update is 0, and its state stays.
+            which rows, shape (K, R); ``None`` where all did. Where a gradient or an update is not
+            finite, a teacher does not act: its update is 0, and its state stays.
         """
         scale = scale[: self.teacher_rows]
         seen = self.to_teachers(grads, scale)
-        may_act = usable(seen) if ok is None else usable(seen) & ok
+        acted = None
         with torch.no_grad():
-            updates, new = self._pool_step(params, state, seen, scale, may_act)
-            acted = may_act & usable(updates)
-            if not torch.equal(acted, may_act):
-                updates, new = self._pool_step(params, state, seen, scale, acted)
+            if noted is not None:
+                updates, new = self._pool_step(params, state, seen, scale, None)
+                for values, out in zip((seen, updates), noted, strict=True):
+                    largest(values, out)
+            else:
+                may_act = usable(seen) if ok is None else usable(seen) & ok
+                updates, new = self._pool_step(params, state, seen, scale, may_act)
+                acted = may_act & usable(updates)
+                if not torch.equal(acted, may_act):
+                    updates, new = self._pool_step(params, state, seen, scale, acted)
             if factors is not None:
                 updates = updates * factors[:, None, None]
             return updates, new, acted
@@ -339,7 +367,7 @@ class Episodes:
         state: tuple[Any, ...],
         seen: Tensor,
         scale: Tensor,
-        ok: Tensor,
+        ok: Tensor | None,
         warming: bool = False,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The teachers' updates of scaled parameters, and their new states.
@@ -349,8 +377,8 @@ class Episodes:
             state: Their states, as in :class:`Trajectories`.
             seen: The gradients that they see, shape (K, R, N).
             scale: The scaling of these rows, shape (R, N).
-            ok: Which teachers are to step in which rows, shape (K, R). All others keep their state,
-                and their updates are zero.
+            ok: Which teachers are to step in which rows, shape (K, R); ``None`` means all in all.
+                All others keep their state, and their updates are zero.
             warming: Whether this is a step of the warm-up: states move, and all updates are zero.
 
         Returns:
@@ -359,8 +387,9 @@ class Episodes:
         if not len(self.pool):
             return params, state
         how = self.amalgamation
-        own = params if how.scale_teachers else params * scale
-        updates, states = torch.zeros_like(params), []
+        # Teachers that work coordinate by coordinate do not look at parameters.
+        own = params if how.scale_teachers or self.pool.coordinatewise else params * scale
+        updates, states = [], []
         for rows, old in zip(self._pool_rows, state, strict=True):
             k, _, n = params.shape
             grads = seen[:, rows].reshape(k, -1)
@@ -373,11 +402,14 @@ class Episodes:
                 new = self.pool.warm_up(grads, old, **options)
             else:
                 flat, new = self.pool.step(grads, old, **options)
-                updates[:, rows] = flat.view(k, -1, n)
-            states.append(self.pool.keep(ok[:, rows], new, old))
+                updates.append(flat.view(k, -1, n))
+            states.append(self.pool.keep(None if ok is None else ok[:, rows], new, old))
+        if warming:
+            return torch.zeros_like(params), tuple(states)
+        every = torch.cat(updates, 1) if len(updates) > 1 else updates[0]
         if not how.scale_teachers:
-            updates /= scale
-        return torch.where(ok[..., None], updates, 0), tuple(states)
+            every = every / scale
+        return every if ok is None else torch.where(ok[..., None], every, 0), tuple(states)
 
     @property
     def _pool_rows(self) -> list[slice]:

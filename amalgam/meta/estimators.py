@@ -21,7 +21,7 @@ from amalgam.meta.episode import Trajectories
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.unroll import Unroll
-from amalgam.meta.window import Window
+from amalgam.meta.window import Given, Window
 from amalgam.ranges import check_fields
 from amalgam.seeding import normal_like
 from amalgam.tasks import Batch
@@ -153,32 +153,24 @@ class Truncation:
     ) -> Estimate:
         """See :class:`Estimator`."""
         weights = [list(student.weights()) for student in unroll.students]
-        meta, imitation = coefficients
 
         def draws(purpose: str, step: int, row: int) -> torch.Generator:
             student, index = divmod(row, unroll.optimizees)
             first = distributed.rank() * unroll.optimizees
             return generators(student, purpose, step, first + index)
 
-        def window_at(
-            chosen: Weights, noise: Callable[[int], Weights] | None = None
-        ) -> tuple[Window, Tensor]:
-            window = unroll.window(
-                begin,
-                batches,
-                chosen,
-                noise=noise,
-                draws=draws,
-                input_noise=input_noise,
-                conditions=conditions,
-                teaching=teaching,
-                held_out=held_out,
-            )
-            return window, meta * window.meta_loss + imitation * window.imitation_loss
-
-        chosen, noise = weights, None
+        given = Given(
+            begin,
+            batches,
+            weights,
+            draws=draws,
+            input_noise=input_noise,
+            conditions=conditions,
+            teaching=teaching,
+            held_out=held_out,
+        )
         if isinstance(perturbation, AdversarialPerturbation):
-            chosen = _climbed(weights, perturbation, lambda leaves: window_at(leaves)[1])
+            given = given._replace(weights=_climbed(unroll, given, coefficients, perturbation))
         elif perturbation is not None:
 
             def drawn(*purpose: int) -> Weights:
@@ -188,18 +180,12 @@ class Truncation:
                 ]
 
             if perturbation.fresh_each_step:
-                noise = drawn
+                given = given._replace(noise=drawn)
             else:
-                chosen = _added(weights, drawn())
-        window, loss = window_at(chosen, noise)
-        grads = _gradients(loss, weights)
-        # The losses' graph would keep the window's tape as long as the losses.
-        window = replace(
-            window,
-            meta_loss=window.meta_loss.detach(),
-            imitation_loss=window.imitation_loss.detach(),
-        )
-        return Estimate(window, loss.detach(), grads, [])
+                given = given._replace(weights=_added(weights, drawn()))
+        # What is added to the weights is constant, so the gradients are those in the weights.
+        window, loss, grads = unroll.meta_gradient(given, coefficients)
+        return Estimate(window, loss, grads, [])
 
 
 @dataclass(frozen=True)
@@ -273,16 +259,16 @@ class PersistentEvolution:
             for pair in range(self.pairs)
             for sign in (1, -1)
         ]
+        given = Given(
+            begin,
+            batches,
+            particles,
+            conditions=conditions,
+            teaching=teaching,
+            held_out=held_out,
+        )
         with torch.no_grad():
-            window = unroll.window(
-                begin,
-                batches,
-                particles,
-                conditions=conditions,
-                teaching=teaching,
-                held_out=held_out,
-            )
-        losses = coefficients[0] * window.meta_loss + coefficients[1] * window.imitation_loss
+            window, losses, _ = unroll.meta_gradient(given, coefficients)
         slopes = (losses[::2] - losses[1::2]) / (2 * self.pairs * self.std**2)
         grads = [torch.tensordot(slopes, xi, 1) for xi in total]
         window = replace(
@@ -298,34 +284,28 @@ ESTIMATORS: dict[str, type] = {"truncation": Truncation, "pes": PersistentEvolut
 
 
 def _climbed(
-    weights: Weights, adversary: AdversarialPerturbation, loss_at: Callable[[Weights], Tensor]
+    unroll: Unroll,
+    given: Given,
+    coefficients: tuple[float, float],
+    adversary: AdversarialPerturbation,
 ) -> Weights:
     """The weights plus a perturbation by which an adversary raises the losses (S,) of a window."""
+    weights = given.weights
     psi = [adversary.start(ours) for ours in weights]
     for _ in range(adversary.steps):
-        moved = _added(weights, psi)
-        leaves = [[w.detach().requires_grad_() for w in ours] for ours in moved]
-        loss = loss_at(leaves)
+        moved = given._replace(weights=_added(weights, psi))
+        _, _, grads = unroll.meta_gradient(moved, coefficients)
         # A loss that does not depend on the weights has a gradient of zero.
-        grads = _gradients(loss, leaves) or [[torch.zeros_like(w) for w in ours] for ours in moved]
+        slopes = grads or [[torch.zeros_like(w) for w in ours] for ours in weights]
         psi = [
-            adversary.ascend(one, ours, distributed.average(slopes))
-            for one, ours, slopes in zip(psi, weights, grads, strict=True)
+            adversary.ascend(one, ours, distributed.average(found))
+            for one, ours, found in zip(psi, weights, slopes, strict=True)
         ]
     return _added(weights, psi)
 
 
-def _added(weights: Weights, psi: Weights) -> Weights:
+def _added(weights: Sequence[Sequence[Tensor]], psi: Weights) -> Weights:
     return [
         [w + z for w, z in zip(ours, moves, strict=True)]
         for ours, moves in zip(weights, psi, strict=True)
     ]
-
-
-def _gradients(loss: Tensor, weights: Weights) -> Weights | None:
-    """Gradients of the losses (S,), each with respect to its own student's weights."""
-    if not loss.requires_grad:
-        return None
-    found = torch.autograd.grad(loss.sum(), [w for ours in weights for w in ours])
-    each = len(weights[0])
-    return [list(found[first : first + each]) for first in range(0, len(found), each)]

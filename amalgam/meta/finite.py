@@ -11,21 +11,33 @@ from torch import Tensor
 
 def usable(values: Tensor) -> Tensor:
     """Whether all values along the last dimension are finite and have finite squares."""
+    return small(largest(values.detach()))
+
+
+def largest(values: Tensor, out: Tensor | None = None) -> Tensor:
+    """The largest magnitude along the last dimension, NaN where there is a NaN; 0 of no values."""
     if not values.shape[-1]:
-        return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
-    return values.detach().abs().amax(-1) < math.sqrt(torch.finfo(values.dtype).max)
+        return values.new_zeros(values.shape[:-1]) if out is None else out.zero_()
+    # Not as a norm, for which PyTorch has no vectors on a CPU.
+    return torch.amax(values.abs(), -1, out=out)
 
 
-def keep(new: Any, old: Any, ok: Tensor) -> Any:
+def small(largest: Tensor) -> Tensor:
+    """Whether what has this largest magnitude is finite and has finite squares."""
+    return largest < math.sqrt(torch.finfo(largest.dtype).max)
+
+
+def keep(new: Any, old: Any, ok: Tensor | None) -> Any:
     """A state with the new values in the rows that are ok, and the old ones in all others.
 
     Args:
         new: The new state, a named tuple. Its tensors have the shape (..., rows * n), one row's n
             coordinates, or n tensors, after another's.
         old: The old state, of the same form.
-        ok: Which rows are ok, shape (rows,); or (K, rows) for tensors of shape (K, rows * n).
+        ok: Which rows are ok, shape (rows,); or (K, rows) for tensors of shape (K, rows * n);
+            ``None`` means all, without a look at them.
     """
-    if ok.all():
+    if ok is None or ok.all():
         return new
 
     def kept(a: Tensor, b: Tensor) -> Tensor:

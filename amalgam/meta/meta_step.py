@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
+from amalgam.device import put
 from amalgam.meta import distributed
 from amalgam.meta.conditions import Conditions, Drawn, StepConditions, loss_scales
 from amalgam.meta.engines import Engines
@@ -19,16 +21,17 @@ from amalgam.meta.objective import Amalgamation, loss_weights
 from amalgam.meta.periods import INITIAL, Period, Slots, UnrollSettings
 from amalgam.meta.perturbation import Perturbation
 from amalgam.meta.run_state import EpisodeAt, RunState, Slot
-from amalgam.meta.sampling import Sampler, Split, StackedBatches, begin_episode, split
+from amalgam.meta.sampling import Sampler, Split, begin_episode, split
 from amalgam.meta.slot_means import SlotMeans
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
-from amalgam.meta.window import Window, check_budget
+from amalgam.meta.window import Given, Window, check_budget
 from amalgam.operations.registry import BackendError
 from amalgam.policies import Pool
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task, TaskFamily
+from amalgam.tasks.task import Batches
 
 
 class SlotWindow(NamedTuple):
@@ -38,7 +41,7 @@ class SlotWindow(NamedTuple):
         slot: The episode's slot.
         episode: The episode, and which of its windows this was.
         task: The episode's task.
-        window: What the window gave.
+        window: What the window gave, all but its end on the CPU.
         norms: The norm of each student's meta-gradient in this window, before any clipping.
     """
 
@@ -55,9 +58,9 @@ class MetaStep(NamedTuple):
     Attributes:
         parts: This process's windows: one, or in a period with slots one for each of its slots.
         losses: The students' meta-losses, then their imitation losses, averaged over the processes
-            or over the slots that did not fail, shape (2, S).
-        norms: The norm of each student's meta-gradient, as
-            :meth:`amalgam.meta.replicate.Replicate.update` returns it.
+            or over the slots that did not fail, shape (2, S), on the CPU.
+        norms: The norm of each student's meta-gradient over all weights, before clipping; NaN if
+            the student took no step, or had no finite loss.
     """
 
     parts: list[SlotWindow]
@@ -173,7 +176,14 @@ class MetaSteps:
                 batches = self._batches(unroll, episode, longer, 0)
                 teaching = self._teaching(episode, longer, 0)
                 held_out = self._held_out(unroll, episode, longer)
-                check_budget(unroll, begun.trajectories, batches, teaching, held_out)
+                given = Given(
+                    begun.trajectories,
+                    batches,
+                    [student.weights() for student in unroll.students],
+                    teaching=teaching,
+                    held_out=held_out,
+                )
+                check_budget(unroll, given)
 
     def rows_of(self, index: int) -> slice:
         """The rows of a window that belong to a replicate (and its particles)."""
@@ -209,25 +219,30 @@ class MetaSteps:
             state.slots[rank] = self._begin_episode(unroll, episode, period)
         estimate = self._estimate(unroll, state.slots[rank], episode, period)
         window = estimate.window
-        norms, failed = [], False
-        for index in range(len(self._students)):
-            loss = estimate.loss[index]
-            shares = [self._moved(index, window), self._stuck(index, window)]
-            of_rows = torch.tensor(shares, dtype=loss.dtype, device="cpu").to(loss.device)
-            *grads, means = distributed.average(
-                [*self._grads(index, estimate), torch.cat((loss[None], of_rows))]
-            )
-            mean_loss, share_moved, share_stuck = means.tolist()
-            norm = self._update(index, grads, mean_loss, bool(share_moved))
-            failed |= share_stuck > 0 or not (math.isfinite(norm) and math.isfinite(mean_loss))
+        failed = window.failed.view(len(self._students), -1)
+        moved_stuck = torch.stack((~failed.all(1), failed.any(1)), 1).to(estimate.loss.dtype)
+        averaged = [
+            distributed.average([*self._grads(index, estimate), torch.cat((loss[None], shares))])
+            for index, (loss, shares) in enumerate(zip(estimate.loss, moved_stuck, strict=True))
+        ]
+        (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
+        window, (losses, found, means) = window.read(
+            losses,
+            torch.stack([get_total_norm(grads) for *grads, _ in averaged]),
+            torch.stack([each for *_, each in averaged]),
+        )
+        norms, failed_any = [], False
+        for index, (loss, moved, stuck) in enumerate(means.tolist()):
+            norm = found[index].item() if moved else math.nan
+            self._update(index, averaged[index][:-1], norm, loss)
+            failed_any |= stuck > 0 or not (math.isfinite(norm) and math.isfinite(loss))
             norms.append(norm)
         following = replace(episode, window=episode.window + 1)
-        if failed or following.window == following.windows:
+        if failed_any or following.window == following.windows:
             following = self._episode_of_all(period, episode.number + 1, progress.done + 1)
         progress.running = [following]
-        progress.failed_episodes += failed
+        progress.failed_episodes += failed_any
         state.slots[rank] = Slot(window.end, estimate.carried)
-        (losses,) = distributed.average([torch.stack((window.meta_loss, window.imitation_loss))])
         part = SlotWindow(rank, episode, unroll.task, window, norms)
         return MetaStep([part], losses, norms)
 
@@ -249,26 +264,19 @@ class MetaSteps:
                 if slot not in state.slots:
                     state.slots[slot] = self._begin_episode(unroll, episode, period)
                 estimate = self._estimate(unroll, state.slots[slot], episode, period, slot)
-            window = estimate.window
-            norms = [
-                means.add(
-                    slot,
-                    index,
-                    self._grads(index, estimate),
-                    torch.stack((window.meta_loss[index], window.imitation_loss[index])),
-                    moved=self._moved(index, window),
-                    stuck=self._stuck(index, window),
-                    clip=slots.clip,
-                )
-                for index in range(len(self._students))
-            ]
+            grads = [self._grads(index, estimate) for index in range(len(self._students))]
+            window, (found,) = estimate.window.read(torch.stack([*map(get_total_norm, grads)]))
+            failed_rows = window.failed.view(len(self._students), -1)
+            norms = torch.where(failed_rows.all(1), math.nan, found).tolist()
+            for index, norm in enumerate(norms):
+                losses = torch.stack((window.meta_loss[index], window.imitation_loss[index]))
+                stuck = bool(failed_rows[index].any())
+                means.add(slot, index, grads[index], norm, losses, stuck=stuck, clip=slots.clip)
             parts.append(SlotWindow(slot, episode, unroll.task, window, norms))
             state.slots[slot] = Slot(window.end, estimate.carried)
-        grads, losses, counted, failed = means.over_all()
-        norms = [
-            self._update(index, grads[index], losses[0, index].item(), bool(counted[index]))
-            for index in range(len(self._students))
-        ]
+        mean_grads, norms, losses, failed = means.over_all()
+        for index, norm in enumerate(norms):
+            self._update(index, mean_grads[index], norm, losses[0, index].item())
         for slot, episode in enumerate(progress.running):
             following = replace(episode, window=episode.window + 1)
             if failed[slot] or following.window == following.windows:
@@ -322,17 +330,13 @@ class MetaSteps:
         generators = self._sampler.generators("split", episode.number)
         return split(unroll.task, unroll.amalgamation.held_out, generators)
 
-    def _batches(
-        self, unroll: Unroll, episode: EpisodeAt, period: Period, window: int
-    ) -> StackedBatches:
+    def _batches(self, unroll: Unroll, episode: EpisodeAt, period: Period, window: int) -> Batches:
         """The batches of one of an episode's windows."""
         draw = period.training.unroll, "window", episode.number, window
         among = self._split(unroll, episode).trained
         return self._sampler.batches(unroll.task, *draw, among=among)
 
-    def _held_out(
-        self, unroll: Unroll, episode: EpisodeAt, period: Period
-    ) -> StackedBatches | None:
+    def _held_out(self, unroll: Unroll, episode: EpisodeAt, period: Period) -> Batches | None:
         """The batches of held-out samples in an episode's next window; ``None`` without any."""
         draw = period.training.unroll, "held-out", episode.number, episode.window
         among = self._split(unroll, episode).held_out
@@ -363,7 +367,7 @@ class MetaSteps:
                 torch.randint(len(self._pool), (), generator=generator)
                 for generator in self._sampler.generators("executed", episode.number)
             ]
-            executed = torch.stack(drawn).to(like.device)
+            executed = put(torch.stack(drawn), like.device)
         horizon = episode.windows * steps
         return Teaching.of(self._pool, window * steps, steps, horizon, like, fade, executed)
 
@@ -415,15 +419,7 @@ class MetaSteps:
             return estimate.grads[index]
         return [torch.zeros_like(w) for w in self._students[index].weights()]
 
-    def _moved(self, index: int, window: Window) -> bool:
-        """Whether a window says anything of a student: whether any of its rows did not fail."""
-        return not window.failed[self.rows_of(index)].all()
-
-    def _stuck(self, index: int, window: Window) -> bool:
-        """Whether any of a student's rows failed in a window."""
-        return bool(window.failed[self.rows_of(index)].any())
-
-    def _update(self, index: int, grads: Sequence[Tensor], loss: float, moved: bool) -> float:
-        """Update a replicate, and return the norm of its meta-gradient."""
+    def _update(self, index: int, grads: Sequence[Tensor], norm: float, loss: float) -> None:
+        """Update a replicate, by a meta-gradient of this norm."""
         rate = self._training.rate(self._state.progress.meta_step, self._meta_steps)
-        return self._state.replicates[index].update(grads, loss, moved, rate)
+        self._state.replicates[index].update(grads, norm, loss, rate)

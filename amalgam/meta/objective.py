@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -81,6 +81,8 @@ class Amalgamation:
         stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
             where that is faster (see :attr:`amalgam.tasks.Task.stacks`).
         backend: The backend that computes the students' and the teachers' operations.
+        cuda_graph: Whether, on a GPU, a window and its meta-gradient run as one CUDA graph, if they
+            can (:mod:`amalgam.meta.cuda_graph`). The numbers are the same.
         on_policy: Where given, teachers act at the students' parameters in place of training
             optimizees of their own: see :mod:`amalgam.meta.on_policy`. Then ``huber_delta`` has no
             effect, and ``log_objective`` none on the imitation loss.
@@ -98,6 +100,7 @@ class Amalgamation:
     eps: float = 1e-10
     stack: bool | None = None
     backend: str = "auto"
+    cuda_graph: bool = field(default=True, repr=False)  # a run may resume with another
     on_policy: OnPolicy | None = None
 
     def __post_init__(self) -> None:
@@ -191,6 +194,11 @@ def last_of(counted: Tensor) -> Tensor:
     return counted & (from_here_on == 1)
 
 
+def without_log(losses: Tensor, eps: float) -> Tensor:
+    """Which losses have no log when ``eps`` is added; what is not finite is let pass."""
+    return (losses > -math.inf) & (losses <= -eps)
+
+
 def check_logs(losses: Iterable[float], eps: float, task: str) -> None:
     """Refuse losses that have no logs.
 
@@ -212,33 +220,33 @@ def check_logs(losses: Iterable[float], eps: float, task: str) -> None:
 
 
 def imitation_terms(how: Amalgamation, distances: Tensor) -> Tensor:
-    """One step's terms of the imitation loss.
+    """The terms of the imitation loss.
 
     Args:
         how: The settings.
-        distances: Log distances to the teachers, or the teachers' on-policy terms, shape (R, K).
+        distances: Log distances to the teachers, or the teachers' on-policy terms, shape (..., K).
 
     Returns:
-        One term per row, shape (R,).
+        One term per step and row, shape (...).
     """
-    reduced = distances.mean(1) if how.mechanism == "mean" else distances.amax(1)
+    reduced = distances.mean(-1) if how.mechanism == "mean" else distances.amax(-1)
     return reduced.exp() if how.exp_distances else reduced
 
 
 def imitation_slopes(how: Amalgamation, distances: Tensor) -> Tensor:
-    """The gradient of one row's imitation term with respect to what it is made of, shape (K,).
+    """The gradient of the rows' imitation terms with respect to what they are made of, (R, K).
 
     Where several distances are the largest, they share the gradient alike.
 
     Args:
         how: The settings of the losses.
-        distances: The row's log distances or on-policy terms, shape (K,).
+        distances: The rows' log distances or on-policy terms, shape (R, K).
     """
     if how.mechanism == "mean":
-        slopes = torch.full_like(distances, 1 / len(distances))
-        reduced = distances.mean()
+        slopes = torch.full_like(distances, 1 / distances.shape[-1])
+        reduced = distances.mean(-1, keepdim=True)
     else:
-        reduced = distances.max()
+        reduced = distances.amax(-1, keepdim=True)
         largest = distances == reduced
-        slopes = largest.to(distances.dtype) / largest.sum()
+        slopes = largest.to(distances.dtype) / largest.sum(-1, keepdim=True)
     return slopes * reduced.exp() if how.exp_distances else slopes

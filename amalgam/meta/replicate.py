@@ -56,27 +56,22 @@ class Replicate:
         assert isinstance(averaged, Policy)
         return averaged
 
-    def update(self, grads: Sequence[Tensor], loss: float, moved: bool, rate: float) -> float:
+    def update(self, grads: Sequence[Tensor], norm: float, loss: float, rate: float) -> None:
         """Clip a meta-gradient, step the meta-optimizer, and average the weights if asked to.
 
-        The step is skipped if the gradient or the loss is not finite, or if the student took no
-        step of any window, or had no finite loss in any.
+        The step is skipped if the gradient's norm or the loss is not finite.
 
         Args:
             grads: The meta-gradient, averaged over the processes or the slots.
+            norm: Its norm over all weights; NaN if the student took no step of any window, or had
+                no finite loss in any.
             loss: The student's loss, averaged alike.
-            moved: Whether the student took any step of a window, and had any finite loss in it.
             rate: The meta-optimizer's learning rate.
-
-        Returns:
-            The norm of the meta-gradient over all weights, before clipping. NaN if the student took
-            no step of any window.
         """
         weights = self.student.weights()
-        norm = torch.nn.utils.get_total_norm(grads).item() if moved else math.nan
         if not math.isfinite(norm) or not math.isfinite(loss):
             self.skipped_meta_steps += 1
-            return norm
+            return
         clipped = clip_adaptively(
             weights, grads, ratio=self._training.clip_ratio, floor=self._training.clip_floor
         )
@@ -88,7 +83,6 @@ class Replicate:
         self._optimizer.zero_grad()
         if self._average is not None:
             self._average.update_parameters(self.student)
-        return norm
 
     def note_score(self, score: float, meta_step: int) -> None:
         """Remember the weights if a meta-validation's score is the lowest so far."""

@@ -8,7 +8,7 @@ how the run was cut and resumed.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +17,7 @@ from amalgam.meta import distributed
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.seeding import generator_for
 from amalgam.tasks import Batch, Task, TaskFamily
-from amalgam.tasks.task import stacked
-
-
-class StackedBatches(Sequence[Batch]):
-    """A sequence of batches for all rows; a step's batches are stacked when they are asked for.
-
-    Args:
-        by_row: One sequence of batches per row, all of one length.
-    """
-
-    def __init__(self, by_row: Sequence[Sequence[Batch]]) -> None:
-        self._by_row = by_row
-
-    def __len__(self) -> int:
-        return len(self._by_row[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return StackedBatches([batches[index] for batches in self._by_row])
-        return stacked([batches[index] for batches in self._by_row])
+from amalgam.tasks.task import Batches
 
 
 class Split(NamedTuple):
@@ -70,8 +51,8 @@ def stacked_batches(
     generators: Sequence[torch.Generator],
     steps: int,
     among: Sequence[Tensor] | None = None,
-) -> StackedBatches:
-    """Batches of a task for all rows.
+) -> Batches:
+    """Batches of a task for all rows, each tensor (R, samples, ...).
 
     Args:
         task: The task.
@@ -80,7 +61,7 @@ def stacked_batches(
         among: The numbers of the training samples that each row draws from; all where ``None``.
     """
     parts: Sequence[Tensor | None] = among or [None] * len(generators)
-    return StackedBatches(
+    return Batches.stack(
         [
             task.batches(generator, steps, part)
             for generator, part in zip(generators, parts, strict=True)
@@ -195,7 +176,7 @@ class Sampler:
         steps: int,
         *purpose: str | int,
         among: Sequence[Tensor] | None = None,
-    ) -> StackedBatches:
+    ) -> Batches:
         """Batches of a task for all rows.
 
         Args:

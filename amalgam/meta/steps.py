@@ -9,7 +9,8 @@ that does not move in a step keeps its part of the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -72,7 +73,7 @@ class PolicySteps(Protocol):
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
@@ -83,7 +84,7 @@ class PolicySteps(Protocol):
             grads: The gradients, shape (B, N).
             state: The state before the step; not changed unless ``reuse``.
             weights: The policy's weights.
-            moved: Which rows are to move, shape (B,).
+            moved: Which rows are to move, shape (B,); ``None`` means all.
             draws: Returns the generator of a row's noise that the policy trains with.
             reuse: Whether the new state may overwrite the old one.
 
@@ -110,7 +111,7 @@ class PolicySteps(Protocol):
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """Back through one step.
@@ -124,7 +125,7 @@ class PolicySteps(Protocol):
             grads: The gradients.
             state: The state before the step.
             weights: The policy's weights.
-            moved: Which rows moved.
+            moved: Which rows moved; ``None`` means all.
             draws: Returns the generator of a row's noise, as in the forward step.
 
         Returns:
@@ -139,6 +140,9 @@ class PolicySteps(Protocol):
 
         The same goes for a gradient with respect to a state.
         """
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Within the block, states are in other memory than before and after it."""
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """A copy of the state to keep, whose recurrent state (h and c) has the dtype ``cells``.
@@ -188,7 +192,7 @@ class FusedSteps:
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
@@ -216,12 +220,12 @@ class FusedSteps:
         grads: Tensor,
         state: Any,
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_moved = d_state
-        if not moved.all():
+        if moved is not None and not moved.all():
             d_updates = torch.where(moved[:, None], d_updates, 0)
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
@@ -258,6 +262,15 @@ class FusedSteps:
     def release(self, state: Any) -> None:
         """See :class:`PolicySteps`."""
         self._spare.setdefault((state.h.shape, state.h.dtype), []).append(state)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """See :class:`PolicySteps`."""
+        before, self._spare = self._spare, {}
+        try:
+            yield
+        finally:
+            self._spare = before
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """See :class:`PolicySteps`."""
@@ -326,18 +339,16 @@ class AutogradSteps:
         grads: Tensor,
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
         reuse: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """See :class:`PolicySteps`."""
-        updates, new = [], []
-        for row, (grad, old, ok) in enumerate(zip(grads, state, moved, strict=True)):
-            update, after = torch.zeros_like(grad), old
-            if ok:
-                update, after = self._step(params[row], grad, old, weights, draws(row))
-            updates.append(update)
-            new.append(after)
+        updates, new = list(torch.zeros_like(grads)), list(state)
+        for row in _rows(moved, len(grads)):
+            updates[row], new[row] = self._step(
+                params[row], grads[row], state[row], weights, draws(row)
+            )
         return torch.stack(updates), tuple(new)
 
     def backward(
@@ -348,13 +359,13 @@ class AutogradSteps:
         grads: Tensor,
         state: tuple[Any, ...],
         weights: Sequence[Tensor],
-        moved: Tensor,
+        moved: Tensor | None,
         draws: RowDraws,
     ) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_grads, before = torch.zeros_like(grads), list(d_state)
         d_weights = [torch.zeros_like(w) for w in weights]
-        for row in moved.nonzero().flatten().tolist():
+        for row in _rows(moved, len(grads)):
             old = nests.tensors(state[row])
             leaves = [t.detach().requires_grad_() for t in (grads[row], *old, *weights)]
             rest = len(old) + 1
@@ -396,6 +407,10 @@ class AutogradSteps:
     def release(self, state: tuple[Any, ...]) -> None:
         """See :class:`PolicySteps`; does nothing, because every step has memory of its own."""
 
+    def apart(self) -> AbstractContextManager[None]:
+        """See :class:`PolicySteps`."""
+        return nullcontext()
+
     def stored(self, state: tuple[Any, ...], cells: torch.dtype) -> tuple[Any, ...]:
         """See :class:`PolicySteps`; returns the state itself, whatever ``cells`` says."""
         return state
@@ -428,3 +443,8 @@ class AutogradSteps:
                     f"is given"
                 )
         return stepped
+
+
+def _rows(moved: Tensor | None, rows: int) -> Sequence[int]:
+    """The numbers of the rows that move."""
+    return range(rows) if moved is None else moved.nonzero().flatten().tolist()

@@ -83,7 +83,7 @@ class StudentSteps:
         return self._noise is not None or self._input_noise is not None
 
     def forward(
-        self, step: int, point: Point, grads: Tensor, moved: Tensor, reuse: bool
+        self, step: int, point: Point, grads: Tensor, moved: Tensor | None, reuse: bool
     ) -> tuple[Point, Tensor]:
         """One step of all students, without a graph.
 
@@ -91,7 +91,8 @@ class StudentSteps:
             step: The step's number.
             point: Where the students stand.
             grads: Their gradients, shape (R, N).
-            moved: Which rows move, shape (R,); the others stay where they stand.
+            moved: Which rows move, shape (R,); the others stay where they stand. ``None`` means
+                that all move.
             reuse: Whether the new states may overwrite the old ones. They do so only if all rows
                 move.
 
@@ -100,16 +101,18 @@ class StudentSteps:
             Rows with an unusable update are in the next point as it leaves them: the caller has to
             look.
         """
-        if not moved.any():
-            return point, torch.zeros_like(point.params)
-        reuse = reuse and bool(moved.all())
+        if moved is not None:
+            if not moved.any():
+                return point, torch.zeros_like(point.params)
+            moved = None if moved.all() else moved
+        reuse = reuse and moved is None
         updates, states = [], []
         inputs = zip(
             self._episodes.by_student(point.params),
             self._episodes.by_student(self._seen(step, grads)),
             point.states,
             self._weights_at(step),
-            self._episodes.by_student(moved),
+            self._moved_by_student(moved),
             strict=True,
         )
         for student, (params, seen, state, weights, to_move) in enumerate(inputs):
@@ -123,7 +126,7 @@ class StudentSteps:
             self.raw[step] = update
         update = self._episodes.steps.finished(update)
         params = self._stepped(step, point.params, update)
-        if not moved.all():
+        if moved is not None:
             params = torch.where(moved[:, None], params, point.params)
             update = torch.where(moved[:, None], update, 0)
         return Point(params, tuple(states)), update
@@ -133,7 +136,7 @@ class StudentSteps:
         step: int,
         point: Point,
         grads: Tensor,
-        moved: Tensor,
+        moved: Tensor | None,
         adjoint: Adjoint,
         d_imitation: Tensor | None = None,
     ) -> Tensor:
@@ -143,7 +146,7 @@ class StudentSteps:
             step: The step's number.
             point: Where the students stood before it.
             grads: Their gradients there, shape (R, N).
-            moved: Which rows moved, shape (R,).
+            moved: Which rows moved, shape (R,); ``None`` means all.
             adjoint: The adjoint after the step; changed in place. ``states`` become those before
                 the step, ``weights`` get the step's share added, and ``params`` lose what weight
                 decay takes.
@@ -162,11 +165,11 @@ class StudentSteps:
         d_updates = episodes.by_student(to_updates)
         seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
         params = episodes.by_student(point.params)
-        d_grads = torch.zeros_like(grads)
-        for student, rows_moved in enumerate(episodes.by_student(moved)):
-            if not rows_moved.any():
+        d_grads = [torch.zeros_like(part) for part in seen] if moved is not None else list(seen)
+        for student, rows_moved in enumerate(self._moved_by_student(moved)):
+            if rows_moved is not None and not rows_moved.any():
                 continue
-            d_grad, adjoint.states[student], d_weights = episodes.steps.backward(
+            d_grads[student], adjoint.states[student], d_weights = episodes.steps.backward(
                 d_updates[student],
                 adjoint.states[student],
                 params[student],
@@ -177,8 +180,7 @@ class StudentSteps:
                 self._draws_of(step, student),
             )
             torch._foreach_add_(adjoint.weights[student], d_weights)
-            episodes.by_student(d_grads)[student].copy_(d_grad)
-        return self.scaled(d_grads)
+        return self.scaled(torch.cat(d_grads) if len(d_grads) > 1 else d_grads[0])
 
     def _stepped(self, step: int, params: Tensor, update: Tensor) -> Tensor:
         """The parameters (R, N) after an update of all rows."""
@@ -189,7 +191,7 @@ class StudentSteps:
         lr, kept = self.conditions.lr[step, :, None], self.conditions.kept[step, :, None]
         return params * kept - lr * update
 
-    def _back_to_updates(self, step: int, moved: Tensor, adjoint: Adjoint) -> Tensor:
+    def _back_to_updates(self, step: int, moved: Tensor | None, adjoint: Adjoint) -> Tensor:
         """Back through :meth:`_stepped`: gradients with respect to the updates, shape (R, N).
 
         Those with respect to the parameters become what reaches them past the updates, in place.
@@ -198,7 +200,8 @@ class StudentSteps:
             d_updates = -adjoint.params
         else:
             d_updates = -self.conditions.lr[step, :, None] * adjoint.params
-            adjoint.params *= torch.where(moved, self.conditions.kept[step], 1)[:, None]
+            kept = self.conditions.kept[step]
+            adjoint.params *= (kept if moved is None else torch.where(moved, kept, 1))[:, None]
         return d_updates if self.blend is None else self.blend.own * d_updates
 
     def scaled(self, grads: Tensor) -> Tensor:
@@ -222,6 +225,11 @@ class StudentSteps:
         """Returns the generator of a row's policy noise, by the row's number in its student."""
         first = student * self._episodes.optimizees
         return lambda row: None if self._draws is None else self._draws("policy", step, first + row)
+
+    def _moved_by_student(self, moved: Tensor | None) -> Sequence[Tensor | None]:
+        """Which of each student's rows move, shape (B,); ``None`` where all do."""
+        students = len(self._episodes.students)
+        return [None] * students if moved is None else self._episodes.by_student(moved)
 
     def _weights_at(self, step: int) -> Sequence[Sequence[Tensor]]:
         if self._noise is None:

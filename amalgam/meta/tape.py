@@ -86,6 +86,7 @@ class Tape:
             shape (T, R, N); on-policy with respect to the step's update. Empty without teachers,
             and where no meta-gradient is wanted.
         moved: Which rows took each step, shape (T, R).
+        trusting: Whether it is known without a look at ``moved`` that all rows took all steps.
         loss_slopes: The derivatives of the meta-losses with respect to the losses that they take,
             shape (T, R).
         contexts: What each student was told of tensors in each step, a list of T a student; empty
@@ -104,6 +105,7 @@ class Tape:
     loss_grads: Tensor
     slopes: Tensor
     moved: Tensor
+    trusting: bool
     loss_slopes: Tensor
     contexts: list[list[TensorContext]] = field(default_factory=list)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -111,8 +113,12 @@ class Tape:
     def advance(self, step: int, point: Point) -> Point:
         """Take a recorded step again, in the point's own memory unless that is still needed."""
         reuse = self.points.is_free(point)
-        after, _ = self.steps.forward(step, point, self.grads[step], self.moved[step], reuse)
+        after, _ = self.steps.forward(step, point, self.grads[step], self._moved(step), reuse)
         return after
+
+    def _moved(self, step: int) -> Tensor | None:
+        """Which rows took a step, shape (R,); ``None`` where it is known that all did."""
+        return None if self.trusting else self.moved[step]
 
     def backward(self, d_meta: Tensor, d_imitation: Tensor) -> list[Tensor]:
         """Gradients with respect to all students' weights, one student's after another's.
@@ -141,7 +147,7 @@ class Tape:
             total = [torch.zeros_like(w) for w in weights]
             for index in range(each):
                 row = student * each + index
-                if not self.moved[:, row].any():
+                if not len(self.moved) or not (self.trusting or self.moved[:, row].any()):
                     continue
                 adjoints = partial(self._update_adjoints, row, d_slopes[row], d_grads[:, row])
                 if self.steps.raw is not None:  # matrices are orthogonalised whole
@@ -172,7 +178,7 @@ class Tape:
         conditions = self.steps.conditions
         if conditions is not None:
             grads = grads * conditions.loss_scale[row]
-        if not moved.all():
+        if not (self.trusting or moved.all()):
             adjoints, grads = adjoints[moved], grads[moved]
         in_state = slice(index * n + part.start, index * n + part.stop)
         policy = episodes.students[0]
@@ -193,7 +199,9 @@ class Tape:
         """What a student was told in the steps that it took, of some coordinates' tensors."""
         if not self.contexts:
             return None
-        taken = [context for context, ok in zip(self.contexts[student], moved, strict=True) if ok]
+        taken = self.contexts[student]
+        if not self.trusting:
+            taken = [context for context, ok in zip(taken, moved.tolist(), strict=True) if ok]
         tensors = len(taken[0].sizes) // self.episodes.optimizees
         among, inside = tensors_of_part(taken[0].sizes[:tensors], part)
         own = slice(index * tensors + among.start, index * tensors + among.stop)
@@ -219,9 +227,11 @@ class Tape:
             for t in range(len(sums) - 2, -1, -1):
                 sums[t] += sums[t + 1]
         else:
-            kept = torch.where(self.moved[:, row], conditions.kept[:, row], 1).tolist()
+            kept = conditions.kept[:, row]
+            if not self.trusting:
+                kept = torch.where(self.moved[:, row], kept, 1)
             for t in range(len(sums) - 2, -1, -1):
-                sums[t].add_(sums[t + 1], alpha=kept[t + 1])
+                sums[t].addcmul_(sums[t + 1], kept[t + 1])
             sums.mul_(conditions.lr[:, row, None])
         if blend is not None:
             sums.mul_(blend.own)
@@ -247,7 +257,7 @@ class Tape:
         self, step: int, point: Point, adjoint: Adjoint, d_slopes: Tensor, d_grads: Tensor
     ) -> None:
         """Turn the adjoints after a step into those before it, in place."""
-        moved, grads = self.moved[step], self.grads[step]
+        moved, grads = self._moved(step), self.grads[step]
         d_imitation = d_slopes[:, None] * self.slopes[step] if len(self.slopes) else None
         if d_imitation is not None and self.episodes.on_policy is None:
             adjoint.params += d_imitation
@@ -257,8 +267,8 @@ class Tape:
         if of_loss >= 0:
             adjoint.params += d_grads[:, None] * self.loss_grads[of_loss]
         if self.episodes.amalgamation.second_order:
-            curved = self._hessian_product(step, point, torch.where(moved[:, None], d_seen, 0))
-            adjoint.params += torch.where(moved[:, None], curved, 0)
+            curved = self._hessian_product(step, point, _where(moved, d_seen))
+            adjoint.params += _where(moved, curved)
 
     def _hessian_product(self, step: int, point: Point, vector: Tensor) -> Tensor:
         """The product of each row's Hessian before a step and a vector (R, N)."""
@@ -275,6 +285,11 @@ class Tape:
                 grads, leaf, vector[:, None], allow_unused=True, materialize_grads=True
             )
         return product[:, 0]
+
+
+def _where(moved: Tensor | None, rows: Tensor) -> Tensor:
+    """The rows (R, N) that moved, and zeros for the others."""
+    return rows if moved is None else torch.where(moved[:, None], rows, 0)
 
 
 def _columns(rows: Tensor, part: slice) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from amalgam.device import put
 from amalgam.policies import Pool
 
 
@@ -49,4 +50,5 @@ class Teaching(NamedTuple):
         if not pool.decays:
             return cls(fade, executed)
         factors = [pool.lr_factors(first + step, horizon) for step in range(steps)]
-        return cls(fade, executed, torch.tensor(factors, dtype=torch.float64).to(like))
+        left = torch.tensor(factors, dtype=torch.float64).to(like.dtype)
+        return cls(fade, executed, put(left, like.device))

@@ -7,14 +7,18 @@ and :mod:`amalgam.meta.window`, which runs their windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from amalgam.device import put
 from amalgam.meta.conditions import StepConditions
+from amalgam.meta.cuda_graph import WindowGraphs
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.student_steps import Draws, WeightNoise
 from amalgam.meta.teaching import Teaching
-from amalgam.meta.window import Window, run_window
+from amalgam.meta.window import Given, Window, meta_gradient, run_window
 from amalgam.tasks import Batch
 
 
@@ -71,5 +75,38 @@ class Unroll(Episodes):
         """
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
         return run_window(
-            self, begin, batches, chosen, noise, draws, input_noise, conditions, teaching, held_out
+            self,
+            Given(
+                begin, batches, chosen, noise, draws, input_noise, conditions, teaching, held_out
+            ),
         )
+
+    def meta_gradient(
+        self, given: Given, coefficients: tuple[float, float]
+    ) -> tuple[Window, Tensor, list[list[Tensor]] | None]:
+        """Run a window, and take the gradients of each student's loss with respect to its weights.
+
+        On a GPU by one graph, where :attr:`cuda_graphs` can.
+
+        Args:
+            given: What :meth:`window` takes.
+            coefficients: The weights of the meta-loss and of the imitation loss in the loss.
+
+        Returns:
+            What the window gave, the students' losses (S,), and their gradients, a list a student;
+            ``None`` where no weight requires any. All of it is outside autograd's graph.
+
+        Raises:
+            ValueError: As :meth:`window`.
+        """
+        like = given.begin.params
+        both = put(torch.tensor(coefficients, dtype=like.dtype), like.device)
+        graphs = self.cuda_graphs
+        found = None if graphs is None else graphs.meta_gradient(self, given, both)
+        window, grads, _ = meta_gradient(self, given, both) if found is None else found
+        return window, both[0] * window.meta_loss + both[1] * window.imitation_loss, grads
+
+    @cached_property
+    def cuda_graphs(self) -> WindowGraphs | None:
+        """Its windows as CUDA graphs; ``None`` where its task is not on a GPU."""
+        return WindowGraphs(self) if self.task.device.type == "cuda" else None

@@ -3,13 +3,20 @@
 All students and teachers take a step on each batch. A :class:`amalgam.meta.tape.Tape` records what
 the backward pass through the students' steps needs. :func:`run_window` makes one differentiable
 function of the two for autograd.
+
+A window is run *trusting*: all rows take all steps, whether values are finite is noted where they
+are, and whether anything should have been skipped is looked at once, in the end. If so, the window
+is run again *carefully*, with a look at every step. So the host waits once a window for a device
+that computes while the host goes on. Where nothing is skipped, both give the same bits. A trusting
+run, too, leaves parameters where they are rather than make them unusable: what a loss does with
+such parameters, which it never sees otherwise, nobody knows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam import nests
+from amalgam import device, nests
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Episodes, Trajectories
-from amalgam.meta.finite import usable
+from amalgam.meta.finite import largest, small, usable
 from amalgam.meta.memory import Plan, plan
 from amalgam.meta.objective import (
     check_logs,
@@ -28,6 +35,7 @@ from amalgam.meta.objective import (
     imitation_terms,
     last_of,
     meta_terms,
+    without_log,
 )
 from amalgam.meta.on_policy import Blend, Comparison
 from amalgam.meta.points import KeptPoints, Point
@@ -45,7 +53,7 @@ class Window:
 
     ``meta_loss`` and ``imitation_loss`` are to be minimised: lower is better. Both are means over
     the window's steps and the student's optimizees, and autograd reaches the students' weights from
-    them. All else here is outside any graph.
+    them. All else here is outside autograd's graph.
 
     Attributes:
         meta_loss: How large each student's losses are relative to those of the parameters that the
@@ -88,61 +96,98 @@ class Window:
         """Which of the students' rows took no step, or had no finite loss, shape (R,)."""
         return (self.skipped[:, 0] == len(self.losses)) | ~self.counted.any(0)
 
+    def map(self, change: Callable[[Any], Any]) -> Window:
+        """The window with all its tensors, and its end, changed."""
+        return Window(*(change(getattr(self, field.name)) for field in fields(self)))
 
-def run_window(
-    episodes: Episodes,
-    begin: Trajectories,
-    batches: Sequence[Batch],
-    weights: Sequence[Sequence[Tensor]],
-    noise: WeightNoise | None,
-    draws: Draws | None,
-    input_noise: float,
-    conditions: StepConditions | None = None,
-    teaching: Teaching | None = None,
-    held_out: Sequence[Batch] | None = None,
-) -> Window:
-    """Run a window whose losses autograd can differentiate with respect to the weights.
+    def read(self, *others: Tensor) -> tuple[Window, list[Tensor]]:
+        """The window with all but its end on the CPU, and other tensors likewise, by one copy."""
+        names = [f.name for f in fields(self) if f.name != "end"]
+        found = device.read([*(getattr(self, name) for name in names), *others])
+        ours: dict[str, Any] = dict(zip(names, found, strict=False))
+        return replace(self, **ours), found[len(names) :]
 
-    The arguments are those of :meth:`amalgam.meta.Unroll.window`, after the engine itself.
+
+class Given(NamedTuple):
+    """What a window is run with; :meth:`amalgam.meta.Unroll.window` says what each is."""
+
+    begin: Trajectories
+    batches: Sequence[Batch]
+    weights: Sequence[Sequence[Tensor]]
+    noise: WeightNoise | None = None
+    draws: Draws | None = None
+    input_noise: float = 0.0
+    conditions: StepConditions | None = None
+    teaching: Teaching | None = None
+    held_out: Sequence[Batch] | None = None
+
+
+class Gradient(NamedTuple):
+    """A window and its meta-gradient, outside autograd's graph.
+
+    Attributes:
+        window: What the window gave.
+        grads: The gradients of each student's loss with respect to its weights; ``None`` where
+            none of these requires any.
+        wrong: Whether anything was skipped, or should have been, or has no log, shape ().
     """
-    run = _Run(
-        episodes,
-        begin,
-        batches,
-        weights,
-        noise,
-        draws,
-        input_noise,
-        conditions,
-        teaching,
-        held_out,
-    )
-    with torch.no_grad():
-        window = run()
+
+    window: Window
+    grads: list[list[Tensor]] | None
+    wrong: Tensor
+
+
+def run_window(episodes: Episodes, given: Given) -> Window:
+    """Run a window whose losses autograd can differentiate with respect to the weights."""
+    run, window = _run(episodes, given)
     if not run.recorded:
         return window
-    flat = chain.from_iterable(weights)
+    flat = chain.from_iterable(given.weights)
     meta_loss, imitation_loss = _Differentiable.apply(run.tape, window, *flat)
     return replace(window, meta_loss=meta_loss, imitation_loss=imitation_loss)
 
 
-def check_budget(
-    episodes: Episodes,
-    begin: Trajectories,
-    batches: Sequence[Batch],
-    teaching: Teaching | None = None,
-    held_out: Sequence[Batch] | None = None,
-) -> None:
+def meta_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gradient:
+    """Run a window, and take the gradients of a sum of its two losses.
+
+    Args:
+        episodes: The engine.
+        given: What the window is run with.
+        coefficients: The weights of the meta-loss and of the imitation loss in the sum, shape (2,).
+    """
+    run, window = _run(episodes, given)
+    return Gradient(window, run.gradients(coefficients), run.wrong)
+
+
+def trusting_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gradient:
+    """:func:`meta_gradient`, trusting, without a look at ``wrong``: nothing here waits."""
+    run = _Run(episodes, given, trusting=True)
+    window = run()
+    return Gradient(window, run.gradients(coefficients), run.wrong)
+
+
+def check_budget(episodes: Episodes, given: Given) -> None:
     """Raise ValueError unless the budget of memory suffices for such a window.
 
     Only a budget that was set is looked at. Noise that is drawn at every step may need one where
     this window needs none.
     """
     if episodes.memory.budget is not None:
-        weights = [student.weights() for student in episodes.students]
-        run = _Run(episodes, begin, batches, weights, None, None, 0.0, None, teaching, held_out)
+        run = _Run(episodes, given, trusting=False)
         if run.tape.by_steps:
             run.plan()
+
+
+def _run(episodes: Episodes, given: Given) -> tuple[_Run, Window]:
+    """Run a window, trusting if the engine is, and carefully if that has failed."""
+    run = _Run(episodes, given, trusting=episodes.trusting)
+    window, failed = run(), bool(run.wrong)
+    if run.trusting and failed:
+        del run, window  # their memory is the next run's
+        run = _Run(episodes, given, trusting=False)
+        window, failed = run(), bool(run.wrong)
+    episodes.trusting = episodes.may_trust and not failed
+    return run, window
 
 
 class _Differentiable(torch.autograd.Function):
@@ -176,25 +221,23 @@ class _Gradients(NamedTuple):
 
 
 class _Run:
-    """Runs one window forward; its arguments are those of :func:`run_window`."""
+    """Runs one window forward, trusting or not.
 
-    def __init__(
-        self,
-        episodes: Episodes,
-        begin: Trajectories,
-        batches: Sequence[Batch],
-        weights: Sequence[Sequence[Tensor]],
-        noise: WeightNoise | None,
-        draws: Draws | None,
-        input_noise: float,
-        conditions: StepConditions | None,
-        teaching: Teaching | None,
-        held_out: Sequence[Batch] | None,
-    ) -> None:
+    Attributes:
+        trusting: Whether it trusts.
+        recorded: Whether a meta-gradient is wanted.
+        tape: What its backward pass needs.
+        wrong: Afterwards, whether anything in it was skipped, or should have been, or has no log,
+            shape (). To look is to wait for the device.
+    """
+
+    def __init__(self, episodes: Episodes, given: Given, *, trusting: bool) -> None:
+        begin, batches, weights, noise, draws, input_noise, conditions, teaching, held_out = given
         if held_out is not None and len(held_out) != len(batches):
             raise ValueError(
                 f"held_out must hold {len(batches)} batches, one for each step, not {len(held_out)}"
             )
+        self.trusting = trusting
         self._episodes = episodes
         self._begin = begin
         self._batches = batches
@@ -227,7 +270,8 @@ class _Run:
             grads=grads,
             loss_grads=grads if held_out is None else like.new_empty((judged, *like.shape)),
             slopes=like.new_empty((t if self.recorded and k else 0, *like.shape)),
-            moved=torch.zeros((t, len(like)), dtype=torch.bool, device=like.device),
+            moved=torch.full((t, len(like)), trusting, dtype=torch.bool, device=like.device),
+            trusting=trusting,
             loss_slopes=like.new_empty((0, len(like))),
         )
         # Made whole: small tensors made one by one would keep the heap between them from shrinking.
@@ -235,14 +279,29 @@ class _Run:
         self._losses = like.new_empty((t, len(like), 1 + apart))
         self._distances = like.new_empty((t, len(like), k))
         self._cosines, self._log_ratios = like.new_empty((2, t, len(like), compared))
-        self._terms = like.new_empty((t, len(like)))
+        # What a trusting run notes: largest magnitudes, of gradients and of updates.
+        noted = t if trusting else 0
+        self._of_students = like.new_empty((noted, 2, len(like)))
+        self._of_teachers = like.new_empty((noted, 2, *begin.teacher_params.shape[:2]))
         # The losses that the meta-loss takes.
         self._taken = self._losses[..., 0] if held_out is None else like.new_empty((t, len(like)))
-        self._counted = torch.zeros_like(self.tape.moved)
+        self._counted = torch.ones_like(self.tape.moved)
         self._graphs = 0
+        self.wrong = torch.zeros((), dtype=torch.bool, device=like.device)
 
+    def gradients(self, coefficients: Tensor) -> list[list[Tensor]] | None:
+        """Gradients of the losses' sum by coefficients (2,), for each student's weights."""
+        if not self.recorded:
+            return None
+        students = len(self._episodes.students)
+        with torch.no_grad():
+            flat = self.tape.backward(*(each.expand(students) for each in coefficients))
+        each = len(flat) // students
+        return [flat[first : first + each] for first in range(0, len(flat), each)]
+
+    @torch.no_grad()
     def __call__(self) -> Window:
-        """Take all steps, and return what the window gave, outside any graph."""
+        """Take all steps, outside autograd's graph, and return what the window gave."""
         begin, tape = self._begin, self.tape
         teachers, state = begin.teacher_params, begin.teacher_state
         point, k = tape.points.first, len(teachers)
@@ -256,9 +315,15 @@ class _Run:
             losses, grads, teacher_losses, teacher_grads = self._gradients(
                 t, point, teachers[:0] if on_policy else teachers, batch
             )
-            ok = losses.isfinite() & usable(tape.steps.scaled(grads)) & usable(grads)
-            self._counted[t] = ok if self._held_out is None else self._look_at_held_out(t, point)
-            grads = torch.where(ok[:, None], grads, 0)
+            ok = None
+            if self.trusting:
+                largest(grads, self._of_students[t, 0])
+            else:
+                ok = losses.isfinite() & self._usable(grads)
+                grads = torch.where(ok[:, None], grads, 0)
+                self._counted[t] = ok
+            if self._held_out is not None:
+                self._look_at_held_out(t, point)
             if self.recorded:
                 tape.grads[t] = grads
                 if not tape.by_steps:
@@ -275,25 +340,31 @@ class _Run:
                         begin.scale,
                         ok if on_policy else None,
                         None if factors is None else factors[t],
+                        self._of_teachers[t] if self.trusting else None,
                     )
-                skipped[:, 1:] += ~acted.T
+                if acted is not None:
+                    skipped[:, 1:] += ~acted.T
                 if tape.steps.blend is not None:
                     self._add(updates, to=tape.steps.blend.of_teachers(t))
-            point, moved, own = self._step(t, point, grads, ok)
-            tape.moved[t] = moved
-            skipped[:, 0] += ~moved
+            point, own = self._step(t, point, grads, ok)
+            if not self.trusting:
+                skipped[:, 0] += ~tape.moved[t]
             tape.points.offer(t + 1, point)
             self._losses[t, :, :1], self._losses[t, :, 1:] = losses[:, None], teacher_losses
             if on_policy:
                 self._distances[t] = self._compare(t, own, updates)
             elif k:
-                teachers = teachers - updates
+                stepped = teachers - updates
+                if self.trusting:
+                    usable_updates = small(self._of_teachers[t, 1])[..., None]
+                    stepped = torch.where(usable_updates, stepped, teachers)
+                teachers = stepped
                 self._distances[t] = self._measure(t, point.params, teachers)
-            self._terms[t] = imitation_terms(self._how, self._distances[t]) if k else 0
         tape.points.hold(point.states)
         if on_policy:
             teachers = point.params.expand_as(teachers).clone()
         end = Trajectories(begin.scale, point.params, point.states, teachers, state)
+        self.wrong |= self._unusable() if self.trusting else skipped.any()
         return Window(
             *self._mean_losses(),
             end,
@@ -305,6 +376,21 @@ class _Run:
             self._counted,
         )
 
+    def _usable(self, grads: Tensor) -> Tensor:
+        """Whether the students' gradients (R, N) are, as they are and as they are seen."""
+        if self.tape.steps.conditions is None:
+            return usable(grads)
+        return usable(self.tape.steps.scaled(grads)) & usable(grads)
+
+    def _unusable(self) -> Tensor:
+        """Whether anything should have been skipped in a run that skips nothing."""
+        of_students, conditions = self._of_students, self.tape.steps.conditions
+        fine = small(of_students).all() & small(self._of_teachers).all()
+        fine &= self._losses[..., 0].isfinite().all()
+        if conditions is not None:
+            fine &= small(of_students[:, 0] * conditions.loss_scale.abs()).all()
+        return ~fine
+
     def _gradients(self, t: int, point: Point, teachers: Tensor, batch: Batch) -> _Gradients:
         """Losses and gradients of students and teachers before step t."""
         episodes, scale, k = self._episodes, self._begin.scale, len(teachers)
@@ -312,7 +398,7 @@ class _Run:
         curved = self.tape.by_steps and self._how.second_order
         graph = curved and t >= len(self._batches) - self._graphs
         # At an episode's first step all teachers stand where the student does.
-        together = t == 0 and k > 0 and bool((by_row == student).all())
+        together = t == 0 and k > 0 and self._begin.together
         # In one batch with teachers the student's gradients would have other last bits than in the
         # backward pass, which builds their graph again for the student alone.
         if not (curved or together or not k or episodes.shared):
@@ -334,19 +420,16 @@ class _Run:
             teacher_losses, teacher_grads = losses[:, :0], grads[:, :0]
         return _Gradients(losses[:, 0], grads[:, 0], teacher_losses, teacher_grads.transpose(0, 1))
 
-    def _look_at_held_out(self, t: int, point: Point) -> Tensor:
+    def _look_at_held_out(self, t: int, point: Point) -> None:
         """Look at the loss before step t on held-out samples; its gradient goes on the tape.
 
         Where the meta-loss is the final loss alone, only the first and the last one are looked at.
-
-        Returns:
-            Whether each row's loss was looked at and is finite, shape (R,).
         """
         assert self._held_out is not None
         steps = len(self._batches)
         if self._how.objective == "final" and t not in (0, steps - 1):
             self._taken[t] = math.nan
-            return torch.zeros_like(self._counted[t])
+            return
         episodes, scale, batch = self._episodes, self._begin.scale, self._held_out[t]
         on_tape = t - steps + len(self.tape.loss_grads)
         if on_tape >= 0:
@@ -357,16 +440,24 @@ class _Run:
             params = (point.params * scale)[:, None]
             losses = episodes.task.objectives(params, batch, self._how.stack)
         self._taken[t] = losses[:, 0]
-        return self._taken[t].isfinite()
 
-    def _step(
-        self, t: int, point: Point, grads: Tensor, ok: Tensor
-    ) -> tuple[Point, Tensor, Tensor]:
-        """The students' point after step t, which rows took it (R,), and their updates (R, N)."""
+    def _step(self, t: int, point: Point, grads: Tensor, ok: Tensor | None) -> tuple[Point, Tensor]:
+        """The students' point after step t, and their updates (R, N).
+
+        Args:
+            t: The step.
+            point: Where they stand before it.
+            grads: Their gradients, shape (R, N).
+            ok: Which rows may take it, shape (R,); ``None`` in a run that trusts that all may.
+        """
         tape = self.tape
         # Without a record the steps so far could not be taken again, so none is taken in place.
         reuse = self.recorded and tape.points.is_free(point)
+        before = point.params
         after, updates = tape.steps.forward(t, point, grads, ok, reuse)
+        if ok is None:
+            moved = small(largest(updates, self._of_students[t, 1]))[:, None]
+            return after._replace(params=torch.where(moved, after.params, before)), updates
         moved = ok & usable(updates)
         if not torch.equal(moved, ok):
             # It shows only after the step, which may have overwritten the point it began from.
@@ -376,7 +467,8 @@ class _Run:
                     point = tape.advance(step, point)
             reuse = self.recorded and tape.points.is_free(point)
             after, updates = tape.steps.forward(t, point, grads, moved, reuse)
-        return after, moved, updates
+        tape.moved[t] = moved
+        return after, updates
 
     def _add(self, updates: Tensor, *, to: Tensor) -> None:
         """Keep what the executed teachers add to the executed step, of their updates (K, R, N)."""
@@ -397,8 +489,7 @@ class _Run:
         found = Comparison(self._on_policy, own, updates, self._episodes.task.layout)
         self._cosines[t], self._log_ratios[t] = found.cosines, found.log_ratios
         if self.recorded:
-            slopes = [imitation_slopes(self._how, terms) for terms in found.terms]
-            self.tape.slopes[t] = found.gradient(torch.stack(slopes))
+            self.tape.slopes[t] = found.gradient(imitation_slopes(self._how, found.terms))
         return found.terms
 
     def _note_context(self, point: Point, grads: Tensor) -> None:
@@ -457,11 +548,16 @@ class _Run:
         if not steps:
             nothing = self._begin.params.new_zeros(students)
             return nothing, nothing
+        if self._held_out is not None:
+            self._counted = self._taken.isfinite()
         losses, counted = self._taken, self._counted
         start = self._start_losses(losses)
         if self._how.log_objective:
             for each in (losses, start):
-                check_logs(each.flatten().tolist(), self._how.eps, self._episodes.task.name)
+                if self.trusting:
+                    self.wrong |= without_log(each, self._how.eps).any()
+                else:
+                    check_logs(each.flatten().tolist(), self._how.eps, self._episodes.task.name)
         terms, slopes = meta_terms(self._how, losses, start)
         of_steps = steps
         if self._how.objective == "final":
@@ -474,8 +570,14 @@ class _Run:
 
         return (
             per_student(torch.where(counted, terms, 0), share),
-            per_student(self._terms, steps * self._episodes.optimizees),
+            per_student(self._imitation(), steps * self._episodes.optimizees),
         )
+
+    def _imitation(self) -> Tensor:
+        """The terms of the imitation loss, shape (T, R); 0 without teachers."""
+        if self._distances.shape[-1]:
+            return imitation_terms(self._how, self._distances)
+        return self._distances.new_zeros(self._distances.shape[:2])
 
     def _start_losses(self, losses: Tensor) -> Tensor:
         """Losses of the window's first parameters: on its first batch (R,), or on each (T, R).

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.device import put, read_by_graphs
 from amalgam.hints import did_you_mean
 from amalgam.layout import Layout
 from amalgam.operations.checks import check_like
@@ -173,7 +174,9 @@ class NominalStudent(FusedStudent):
             parts = params.split(sizes * repeats)
         # What a mode has made, of fake tensors say, is not for those who come after it.
         made = _constants if torch._C._len_torch_dispatch_stack() else _cached_constants
-        constants = made(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        constants = read_by_graphs(
+            made(self.config, shapes * repeats, state.t.dtype, state.t.device)
+        )
         agreements: Callable[[], Tensor] | None = None
         if self.paced and repeats * len(sizes):
             of_each = (tensor.split(sizes * repeats) for tensor in (grad, state.m))
@@ -305,7 +308,7 @@ def _constants(
     with torch.inference_mode(False):  # steps outside it read them, too
 
         def on_device(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device="cpu").to(device)
+            return put(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
         found = {name: on_device(of_each[name]) for name in config.inputs if name in of_each}
         return ContextConstants(found, on_device(roots), sizes)

@@ -196,16 +196,16 @@ class Pool:
             others = tuple(teacher.warm_up(*arguments) for _, teacher, arguments in calls)
         return PoolState(m, v, others)
 
-    def keep(self, moved: Tensor, new: PoolState, old: PoolState) -> PoolState:
+    def keep(self, moved: Tensor | None, new: PoolState, old: PoolState) -> PoolState:
         """The new state of the teachers that moved, and the old one of the others.
 
         Args:
             moved: Which teachers moved, booleans (K,); or (K, optimizees), where the coordinates
-                are those of several optimizees, one after another.
+                are those of several optimizees, one after another; ``None`` means all.
             new: The state after the step.
             old: The state before it.
         """
-        if moved.all():
+        if moved is None or moved.all():
             return new
         rows = self._of_analytical(moved.reshape(len(self), -1))
         rows = rows.repeat_interleave(new.m.shape[1] // max(rows.shape[1], 1), 1)

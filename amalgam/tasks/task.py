@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
+from amalgam.device import put
 from amalgam.digest import digest_of
 from amalgam.layout import Layout
 from amalgam.seeding import drawing, global_states
@@ -72,35 +73,51 @@ def row_of(batch: Batch, row: int) -> Batch:
     return SeededBatch(parts, (batch.seeds[row],)) if isinstance(batch, SeededBatch) else parts
 
 
-def stacked(batches: Sequence[Batch]) -> Batch:
-    """One batch of several rows, with their seeds if all have some."""
-    if len(batches) == 1:
-        parts = tuple(tensor[None] for tensor in batches[0])
-    else:
-        parts = tuple(torch.stack(tensors) for tensors in zip(*batches, strict=True))
-    seeds = [seed for batch in batches if isinstance(batch, SeededBatch) for seed in batch.seeds]
-    return SeededBatch(parts, seeds) if len(seeds) == len(batches) else parts
-
-
 class Batches(Sequence[Batch]):
     """Batches that are gathered when they are asked for, and not kept.
 
     Args:
         data: Tensors of one length.
-        chosen: For each batch, the samples that are in it, shape (batch size,).
-        seeds: For each batch, the seed by which an optimizee draws on it.
+        chosen: For each batch, the numbers of the samples that are in it, shape (batches, batch
+            size), on the data's device; or (batches, rows, batch size) for stacked batches.
+        seeds: For each batch, the seed by which an optimizee draws on it; or one a row.
+
+    Attributes:
+        data: As above.
+        chosen: As above.
     """
 
     def __init__(
-        self, data: Sequence[Tensor], chosen: Sequence[Tensor], seeds: Sequence[int]
+        self, data: Sequence[Tensor], chosen: Tensor, seeds: Sequence[int | Sequence[int]]
     ) -> None:
-        self._data = data
-        self._chosen = chosen
+        self.data = data
+        self.chosen = chosen
         self._seeds = seeds
+
+    def of(self, chosen: Tensor) -> Batches:
+        """Batches of other samples, as many and as large, drawn on by the same seeds."""
+        return Batches(self.data, chosen, self._seeds)
+
+    @classmethod
+    def stack(cls, by_row: Sequence[Batches]) -> Batches:
+        """Batches of several rows, each tensor (rows, batch size, ...), of those of each row.
+
+        Raises:
+            ValueError: They are not of the same data, or not as many and as large.
+        """
+        first = by_row[0]
+        for each in by_row:
+            if each.data is not first.data or each.chosen.shape != first.chosen.shape:
+                raise ValueError(
+                    f"by_row must be batches of one task, as many and as large, "
+                    f"{tuple(first.chosen.shape)}, not {tuple(each.chosen.shape)}"
+                )
+        chosen = torch.stack([each.chosen for each in by_row], 1)
+        return cls(first.data, chosen, list(zip(*(each._seeds for each in by_row), strict=True)))
 
     def __len__(self) -> int:
         """How many batches there are."""
-        return len(self._chosen)
+        return len(self.chosen)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -111,9 +128,12 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | Batches:
         """One batch, or several that are still to be gathered."""
         if isinstance(index, slice):
-            return Batches(self._data, self._chosen[index], self._seeds[index])
-        chosen = self._chosen[index]
-        return SeededBatch((tensor[chosen] for tensor in self._data), (self._seeds[index],))
+            return Batches(self.data, self.chosen[index], self._seeds[index])
+        chosen, seeds = self.chosen[index], self._seeds[index]
+        return SeededBatch(
+            (tensor[chosen] for tensor in self.data),
+            (seeds,) if isinstance(seeds, int) else seeds,
+        )
 
 
 class SecondOrder(NamedTuple):
@@ -347,14 +367,14 @@ class Task:
         samples = len(self.train[0]) if among is None else len(among)
         size = min(self.batch_size, samples)
         per_epoch = samples // size
-        chosen: list[Tensor] = []
-        while len(chosen) < steps:
+        epochs = []
+        for _ in range(0, steps, per_epoch):
             order = torch.randperm(samples, generator=generator)
-            order = (order if among is None else among[order]).to(self.device)
-            whole = order[: per_epoch * size].split(size)
-            chosen += whole[: steps - len(chosen)]
+            order = order if among is None else among[order]
+            epochs.append(order[: per_epoch * size].view(per_epoch, size))
+        chosen = torch.cat(epochs)[:steps] if epochs else torch.empty((0, size), dtype=torch.long)
         first = int(torch.randint(2**62, (), generator=generator))
-        return Batches(self.train, chosen, range(first, first + steps))
+        return Batches(self.train, put(chosen, self.device), range(first, first + steps))
 
     def drawing(self, batch: Batch) -> AbstractContextManager[None]:
         """Inside, an optimizee draws by the batch's seed; outside, torch's state is untouched.
@@ -366,7 +386,7 @@ class Task:
         Raises:
             ValueError: The optimizee draws, and the batch has no seed.
         """
-        if not self._draws:
+        if not self.draws_random_numbers:
             return nullcontext()
         if not isinstance(batch, SeededBatch):
             raise ValueError(
@@ -377,7 +397,8 @@ class Task:
         return self._drawing(batch.seeds[0])
 
     @property
-    def _draws(self) -> bool:
+    def draws_random_numbers(self) -> bool:
+        """Whether module or loss draw random numbers while they run."""
         return self._drew if self.draws is None else self.draws
 
     @contextmanager
@@ -408,7 +429,7 @@ class Task:
         ``None`` where they can. What draws can't: as one, optimizees would draw other numbers than
         each alone.
         """
-        if self._draws:
+        if self.draws_random_numbers:
             return "its optimizees draw random numbers"
         if self.device.type == "meta":
             return None

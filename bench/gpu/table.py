@@ -32,16 +32,19 @@ def in_place(rows: list[dict[str, Any]]) -> list[str]:
 
 def windows(rows: list[dict[str, Any]]) -> list[str]:
     """Milliseconds of an inner step of meta-training, on the GPU and on that machine's cores."""
-    found = {
-        (row["task"], row["replicates"], row["order"], row["device"]): row["ms_per_step"]
-        for row in rows
-        if row.get("phase") == "windows" and "ms_per_step" in row
-    }
-    lines = ["| task | replicates | order | GPU, ms | CPU, ms |", "|---|---:|---:|---:|---:|"]
-    for (task, replicates, order, device), ms in found.items():
-        if device == "cuda":
-            beside = found.get((task, replicates, order, "cpu"))
-            lines.append(f"| {task} | {replicates} | {order} | {ms} | {beside} |")
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row.get("phase") == "windows" and "ms_per_step" in row:
+            where = "graph" if row.get("graph") else row["device"]
+            beside = found.setdefault((row["task"], row["replicates"], row["order"]), {})
+            beside[where] = row["ms_per_step"]
+    lines = [
+        "| task | replicates | order | GPU, in a graph, ms | GPU, ms | CPU, ms |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for (task, replicates, order), ms in found.items():
+        three = " | ".join(str(ms.get(where, "")) for where in ("graph", "cuda", "cpu"))
+        lines.append(f"| {task} | {replicates} | {order} | {three} |")
     return lines
 
 

@@ -21,10 +21,10 @@ from amalgam.meta import (
     Unroll,
 )
 from amalgam.meta.reference import window as naive_window
-from amalgam.meta.sampling import StackedBatches
 from amalgam.policies import DM, DMConfig, Pool, Student, StudentConfig, TorchTeacher
 from amalgam.seeding import generator_for
 from amalgam.tasks import SeededBatch, Task
+from amalgam.tasks.task import Batches
 
 POOL = Pool(["adam", "rmsprop", "sgd"])
 STEPS, BATCH, HIDDEN, P = 8, 6, 5, 0.4
@@ -92,7 +92,7 @@ def test_the_meta_gradient_is_plain_autograds_with_the_same_masks(
     task = dropping_task()
     unroll = Unroll(task, student, POOL, how, memory=memory, optimizees=2)
     begin = unroll.begin(*(generator_for(row, "episode") for row in range(2)))
-    batches = StackedBatches(
+    batches = Batches.stack(
         [task.batches(generator_for(row, "batches"), STEPS + 3) for row in range(2)]
     )
     torch.manual_seed(5)
@@ -136,7 +136,7 @@ def test_other_masks_are_another_meta_gradient() -> None:
 
 def test_seeds_differ_from_step_to_step_and_row_to_row() -> None:
     task = dropping_task()
-    batches = StackedBatches([task.batches(generator_for(row), 4) for row in range(3)])
+    batches = Batches.stack([task.batches(generator_for(row), 4) for row in range(3)])
     seeds = [batch.seeds for batch in batches]
     assert len({seed for of_step in seeds for seed in of_step}) == 12
     assert [batch.seeds for batch in batches[1:3]] == seeds[1:3]
@@ -153,7 +153,7 @@ def test_students_and_teachers_draw_alike_on_a_row() -> None:
     task, pool = dropping_task(), Pool([teacher.at(0.0) for teacher in POOL.teachers])
     unroll = Unroll(task, student, pool, how, optimizees=2)
     begin = unroll.begin(*(generator_for(row) for row in range(2)))
-    batches = StackedBatches([task.batches(generator_for(row, "b"), 4) for row in range(2)])
+    batches = Batches.stack([task.batches(generator_for(row, "b"), 4) for row in range(2)])
     with torch.no_grad():
         losses = unroll.window(begin, batches).losses
     assert torch.equal(losses[..., 1:], losses[..., :1].expand(-1, -1, len(pool)))

@@ -164,3 +164,15 @@ def test_bits_do_not_depend_on_what_is_kept(orthogonal: bool) -> None:
             found.append([*grads, window.end.params, *window.end.states[0]])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_window_of_no_steps_has_gradients_of_zero(second_order: bool) -> None:
+    students = learners(1)
+    how = Amalgamation(second_order=second_order, scale_spread=1.0)
+    unroll = Unroll(task_of(Net), students, POOL, how)
+    begin, _ = episode(unroll)
+    window = unroll.window(begin, [])
+    loss = (window.meta_loss + window.imitation_loss).sum()
+    found = gradients_of(loss, [student.weights() for student in students])
+    assert all(not gradient.any() for gradient in found)

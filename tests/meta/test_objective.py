@@ -298,7 +298,7 @@ def test_no_step_of_an_episode_sees_what_the_meta_loss_is_taken_on(
 ) -> None:
     """Warm-up and windows that come before the first meta-step included."""
     seen: dict[tuple[float, ...], tuple[set[int], set[int]]] = {}
-    window, warm_up = Unroll.window, Unroll.warm_up
+    window, meta_gradient, warm_up = Unroll.window, Unroll.meta_gradient, Unroll.warm_up
 
     def of(begin: Any, row: int) -> tuple[set[int], set[int]]:
         return seen.setdefault(tuple(begin.scale[row].tolist()), (set(), set()))
@@ -308,14 +308,20 @@ def test_no_step_of_an_episode_sees_what_the_meta_loss_is_taken_on(
             of(begin, row)[0].update(numbers(batches, row))
         return warm_up(self, begin, batches, *more)
 
-    def noting_window(self, begin, batches, *more, held_out=None, **how):
-        assert torch.is_grad_enabled() == (held_out is not None)
+    def noting_window(self, begin, batches, **how):
+        assert not torch.is_grad_enabled()
         for row in range(self.rows):
             of(begin, row)[0].update(numbers(batches, row))
-            of(begin, row)[1].update(numbers(held_out or [], row))
-        return window(self, begin, batches, *more, held_out=held_out, **how)
+        return window(self, begin, batches, **how)
+
+    def noting_meta_gradient(self, given, coefficients):
+        for row in range(self.rows):
+            of(given.begin, row)[0].update(numbers(given.batches, row))
+            of(given.begin, row)[1].update(numbers(given.held_out, row))
+        return meta_gradient(self, given, coefficients)
 
     monkeypatch.setattr(Unroll, "window", noting_window)
+    monkeypatch.setattr(Unroll, "meta_gradient", noting_meta_gradient)
     monkeypatch.setattr(Unroll, "warm_up", noting_warm_up)
     how = {
         "stages": Stages((Stage(3, 3, 0.1),), 4),

@@ -1,5 +1,6 @@
 """A replicate's averaged weights: what they are, who looks at them, and what a run keeps."""
 
+import math
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def test_the_average_is_corrected_for_its_beginning() -> None:
     history = []
     for step in range(6):
         grads = [normal_like(w, generator_for(step), w.shape) for w in student.weights()]
-        replicate.update(grads, 1.0 if step != 3 else float("nan"), True, 0.01)
+        replicate.update(grads, 1.0, 1.0 if step != 3 else math.nan, 0.01)
         if step != 3:  # a meta-step that is skipped is none
             history.append(copies(student))
         assert_close(replicate.judged, averaged(0.9, history))

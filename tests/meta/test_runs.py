@@ -35,13 +35,13 @@ from amalgam.meta.objective import Amalgamation
 from amalgam.meta.periods import INITIAL, Finish, Period, UnrollSettings
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 from amalgam.meta.run_folder import PERIODS
-from amalgam.meta.sampling import StackedBatches
 from amalgam.policies import (
     PolicyTeacher,
     Pool,
     TorchTeacher,
 )
 from amalgam.seeding import generator_for
+from amalgam.tasks.task import Batches
 
 EVERY_STEP = Training(validate_every=2, validation_steps=4, validation_seeds=1, checkpoint_every=1)
 
@@ -366,7 +366,7 @@ def one_window(student, particles: int = 1, pool=("adam",)):
     )
     begin = unroll.begin(*(generator_for(1) for _ in range(particles)))
     task = unroll.task
-    batches = StackedBatches([task.batches(generator_for(2), 4) for _ in range(particles)])
+    batches = Batches.stack([task.batches(generator_for(2), 4) for _ in range(particles)])
     return unroll, begin, batches
 
 

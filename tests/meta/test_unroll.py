@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +51,11 @@ def episode(unroll: Unroll, steps: int, seed: int = 0) -> tuple:
     return begin, [tuple(tensor[None] for tensor in batch) for batch in batches]
 
 
-def same(one: Tensor | tuple, two: Tensor | tuple) -> bool:
-    """Whether two nests of tensors hold the same bits."""
+def same(one: Any, two: Any) -> bool:
+    """Whether the tensors of two nests hold the same bits."""
     if isinstance(one, tuple):
         return all(same(a, b) for a, b in zip(one, two, strict=True))
-    return torch.equal(one, two)
+    return not isinstance(one, Tensor) or torch.equal(one, two)
 
 
 def test_orders_differ(task, student) -> None:
@@ -131,6 +132,26 @@ def test_unusable_gradients_are_skipped_and_counted(task, student, poison, at) -
     assert loss.isfinite().all()
     grads = torch.autograd.grad(loss.sum(), student.weights())
     assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_loss_never_sees_parameters_that_are_not_finite(second_order, task, student) -> None:
+    """It may refuse them, as distributions do, or a GPU may."""
+    unroll = unroll_of(task, student, second_order=second_order, scale_spread=1.0, stack=False)
+    begin, batches = episode(unroll, 5)
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        if not out.isfinite().all():
+            raise ValueError(f"out must be finite, not {out}")
+        factor = math.inf if target.data_ptr() == batches[2][1].data_ptr() else 1.0
+        return nn.functional.cross_entropy(out, target) * factor
+
+    task.loss = loss
+    window = unroll.window(begin, batches)
+    assert window.skipped.tolist() == [[1] * ALL]
+    careful = unroll_of(task, student, second_order=second_order, scale_spread=1.0, stack=False)
+    careful.trusting = False
+    assert same(window.end, careful.window(begin, batches).end)
 
 
 def test_warm_up_skips_unusable_gradients(task, student) -> None:
