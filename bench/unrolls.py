@@ -30,7 +30,7 @@ from amalgam.backends import build_info
 from amalgam.heap import keep_freed_memory
 from amalgam.meta import Amalgamation, Memory, Trajectories, Unroll
 from amalgam.meta.reference import window as eager_window
-from amalgam.meta.window import Given
+from amalgam.meta.window import WindowInputs
 from amalgam.policies import Pool, Student
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task, load
@@ -144,7 +144,9 @@ class Case:
         {"ours": self.ours, "eager": self.eager, "floor": self.floor}[self.engine]()
 
     def ours(self) -> None:
-        given = Given(self.begin, self.batches, [student.weights() for student in self.students])
+        given = WindowInputs(
+            self.begin, self.batches, [student.weights() for student in self.students]
+        )
         _, _, self.gradient = self.unroll.meta_gradient(given, (1.0, 0.1))
 
     def eager(self) -> None:

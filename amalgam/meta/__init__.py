@@ -44,7 +44,7 @@ from amalgam.meta.stages import Stage, Stages
 from amalgam.meta.trainer import NothingLearned, Trainer
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
-from amalgam.meta.window import Window
+from amalgam.meta.window import Window, WindowInputs
 
 __all__ = [
     "MECHANISMS",
@@ -67,5 +67,6 @@ __all__ = [
     "Truncation",
     "Unroll",
     "Window",
+    "WindowInputs",
     "clip_adaptively",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from amalgam import nests
 from amalgam.device import graph_reads
 from amalgam.meta.episode import Episodes
-from amalgam.meta.window import Given, Gradient, trusting_gradient
+from amalgam.meta.window import Gradient, WindowInputs, trusting_gradient
 from amalgam.tasks.task import Batches
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class WindowGraphs:
         self.obstacle = _obstacle(episodes)
 
     def meta_gradient(
-        self, episodes: Episodes, given: Given, coefficients: Tensor
+        self, episodes: Episodes, given: WindowInputs, coefficients: Tensor
     ) -> Gradient | None:
         """As :func:`amalgam.meta.window.meta_gradient`, by a graph.
 
@@ -150,7 +150,7 @@ class WindowGraphs:
         return _copied(captured.gradient)
 
     def _capture(
-        self, episodes: Episodes, given: Given, nest: Any, inputs: Sequence[Tensor]
+        self, episodes: Episodes, given: WindowInputs, nest: Any, inputs: Sequence[Tensor]
     ) -> _Captured:
         own = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
         like, coefficients = _given(given, nests.with_tensors(nest, own))
@@ -172,12 +172,12 @@ def _obstacle(episodes: Episodes) -> str | None:
     return None
 
 
-def _wants_gradients(given: Given) -> bool:
+def _wants_gradients(given: WindowInputs) -> bool:
     weights = chain.from_iterable(given.weights)
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
-def _nest(given: Given, coefficients: Tensor) -> tuple[Any, ...]:
+def _nest(given: WindowInputs, coefficients: Tensor) -> tuple[Any, ...]:
     """All that a window depends on, as a nest."""
     return (
         given.begin,
@@ -191,7 +191,7 @@ def _nest(given: Given, coefficients: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _given(like: Given, nest: tuple[Any, ...]) -> tuple[Given, Tensor]:
+def _given(like: WindowInputs, nest: tuple[Any, ...]) -> tuple[WindowInputs, Tensor]:
     """What :func:`_nest` was made of."""
     begin, batches, weights, conditions, teaching, held_out, _, coefficients = nest
     given = like._replace(

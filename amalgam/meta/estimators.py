@@ -21,7 +21,7 @@ from amalgam.meta.episode import Trajectories
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.unroll import Unroll
-from amalgam.meta.window import Given, Window
+from amalgam.meta.window import Window, WindowInputs
 from amalgam.ranges import check_fields
 from amalgam.seeding import normal_like
 from amalgam.tasks import Batch
@@ -159,7 +159,7 @@ class Truncation:
             first = distributed.rank() * unroll.optimizees
             return generators(student, purpose, step, first + index)
 
-        given = Given(
+        given = WindowInputs(
             begin,
             batches,
             weights,
@@ -259,7 +259,7 @@ class PersistentEvolution:
             for pair in range(self.pairs)
             for sign in (1, -1)
         ]
-        given = Given(
+        given = WindowInputs(
             begin,
             batches,
             particles,
@@ -285,7 +285,7 @@ ESTIMATORS: dict[str, type] = {"truncation": Truncation, "pes": PersistentEvolut
 
 def _climbed(
     unroll: Unroll,
-    given: Given,
+    given: WindowInputs,
     coefficients: tuple[float, float],
     adversary: AdversarialPerturbation,
 ) -> Weights:

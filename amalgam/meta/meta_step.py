@@ -26,7 +26,7 @@ from amalgam.meta.slot_means import SlotMeans
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
-from amalgam.meta.window import Given, Window, check_budget
+from amalgam.meta.window import Window, WindowInputs, check_budget
 from amalgam.operations.registry import BackendError
 from amalgam.policies import Pool
 from amalgam.seeding import generator_for
@@ -176,7 +176,7 @@ class MetaSteps:
                 batches = self._batches(unroll, episode, longer, 0)
                 teaching = self._teaching(episode, longer, 0)
                 held_out = self._held_out(unroll, episode, longer)
-                given = Given(
+                given = WindowInputs(
                     begun.trajectories,
                     batches,
                     [student.weights() for student in unroll.students],

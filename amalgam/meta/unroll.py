@@ -18,7 +18,7 @@ from amalgam.meta.cuda_graph import WindowGraphs
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.student_steps import Draws, WeightNoise
 from amalgam.meta.teaching import Teaching
-from amalgam.meta.window import Given, Window, meta_gradient, run_window
+from amalgam.meta.window import Window, WindowInputs, meta_gradient, run_window
 from amalgam.tasks import Batch
 
 
@@ -76,13 +76,13 @@ class Unroll(Episodes):
         chosen = [list(s.weights()) for s in self.students] if weights is None else weights
         return run_window(
             self,
-            Given(
+            WindowInputs(
                 begin, batches, chosen, noise, draws, input_noise, conditions, teaching, held_out
             ),
         )
 
     def meta_gradient(
-        self, given: Given, coefficients: tuple[float, float]
+        self, given: WindowInputs, coefficients: tuple[float, float]
     ) -> tuple[Window, Tensor, list[list[Tensor]] | None]:
         """Run a window, and take the gradients of each student's loss with respect to its weights.
 

@@ -108,7 +108,7 @@ class Window:
         return replace(self, **ours), found[len(names) :]
 
 
-class Given(NamedTuple):
+class WindowInputs(NamedTuple):
     """What a window is run with; :meth:`amalgam.meta.Unroll.window` says what each is."""
 
     begin: Trajectories
@@ -137,7 +137,7 @@ class Gradient(NamedTuple):
     wrong: Tensor
 
 
-def run_window(episodes: Episodes, given: Given) -> Window:
+def run_window(episodes: Episodes, given: WindowInputs) -> Window:
     """Run a window whose losses autograd can differentiate with respect to the weights."""
     run, window = _run(episodes, given)
     if not run.recorded:
@@ -147,7 +147,7 @@ def run_window(episodes: Episodes, given: Given) -> Window:
     return replace(window, meta_loss=meta_loss, imitation_loss=imitation_loss)
 
 
-def meta_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gradient:
+def meta_gradient(episodes: Episodes, given: WindowInputs, coefficients: Tensor) -> Gradient:
     """Run a window, and take the gradients of a sum of its two losses.
 
     Args:
@@ -159,14 +159,14 @@ def meta_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gra
     return Gradient(window, run.gradients(coefficients), run.wrong)
 
 
-def trusting_gradient(episodes: Episodes, given: Given, coefficients: Tensor) -> Gradient:
+def trusting_gradient(episodes: Episodes, given: WindowInputs, coefficients: Tensor) -> Gradient:
     """:func:`meta_gradient`, trusting, without a look at ``wrong``: nothing here waits."""
     run = _Run(episodes, given, trusting=True)
     window = run()
     return Gradient(window, run.gradients(coefficients), run.wrong)
 
 
-def check_budget(episodes: Episodes, given: Given) -> None:
+def check_budget(episodes: Episodes, given: WindowInputs) -> None:
     """Raise ValueError unless the budget of memory suffices for such a window.
 
     Only a budget that was set is looked at. Noise that is drawn at every step may need one where
@@ -178,7 +178,7 @@ def check_budget(episodes: Episodes, given: Given) -> None:
             run.plan()
 
 
-def _run(episodes: Episodes, given: Given) -> tuple[_Run, Window]:
+def _run(episodes: Episodes, given: WindowInputs) -> tuple[_Run, Window]:
     """Run a window, trusting if the engine is, and carefully if that has failed."""
     run = _Run(episodes, given, trusting=episodes.trusting)
     window, failed = run(), bool(run.wrong)
@@ -231,7 +231,7 @@ class _Run:
             shape (). To look is to wait for the device.
     """
 
-    def __init__(self, episodes: Episodes, given: Given, *, trusting: bool) -> None:
+    def __init__(self, episodes: Episodes, given: WindowInputs, *, trusting: bool) -> None:
         begin, batches, weights, noise, draws, input_noise, conditions, teaching, held_out = given
         if held_out is not None and len(held_out) != len(batches):
             raise ValueError(

@@ -29,7 +29,7 @@ from amalgam.meta import (
 )
 from amalgam.meta.episode import Episodes
 from amalgam.meta.tape import Tape
-from amalgam.meta.window import Given
+from amalgam.meta.window import WindowInputs
 from amalgam.operations import registry
 from amalgam.policies import NominalConfig, NominalStudent, Policy, Pool, Student, StudentConfig
 from amalgam.policies import pool as pools
@@ -100,7 +100,7 @@ class Counts:
                     Batches.stack([task.batches(each, steps) for each in generators(purpose)])
                     for purpose in ("batches", "held out")
                 ]
-                given = Given(begin, drawn[0], [s.weights() for s in students])
+                given = WindowInputs(begin, drawn[0], [s.weights() for s in students])
                 if held_out:
                     given = given._replace(held_out=drawn[1])
                 census.launches.clear()

@@ -19,7 +19,7 @@ from amalgam.meta import Amalgamation, Conditions, Memory, OnPolicy, Unroll
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.cuda_graph import CudaGraph, WindowGraphs
 from amalgam.meta.teaching import Teaching
-from amalgam.meta.window import Given
+from amalgam.meta.window import WindowInputs
 from amalgam.policies import (
     Choice,
     ChoiceConfig,
@@ -165,7 +165,7 @@ class Windows:
         generators = (generator_for(row, "batches", window, *purpose) for row in self.rows)
         return Batches.stack([self.unroll.task.batches(each, STEPS) for each in generators])
 
-    def given(self, window: int) -> Given:
+    def given(self, window: int) -> WindowInputs:
         like = self.begin.params
         conditions = None
         if self._conditions:
@@ -174,7 +174,7 @@ class Windows:
             )
             rows = [drawn.draw(generator_for(row, window)) for row in self.rows]
             conditions = StepConditions.of(rows, STEPS * window, STEPS, 50, like)
-        return Given(
+        return WindowInputs(
             self.begin,
             self.batches(window),
             [student.weights() for student in self.students],
@@ -183,7 +183,7 @@ class Windows:
             held_out=self.batches(window, "held out") if self._held_out else None,
         )
 
-    def take(self, window: int, given: Given | None = None) -> list[Tensor]:
+    def take(self, window: int, given: WindowInputs | None = None) -> list[Tensor]:
         """A window, and a step of the weights against its meta-gradient; all that came of it."""
         ran, loss, grads = self.unroll.meta_gradient(
             given or self.given(window), (1.0, 0.1 * (window + 1))
@@ -371,7 +371,7 @@ def test_a_graph_keeps_what_caches_gave_it(counted) -> None:
     graphs = windows.unroll.cuda_graphs
     assert graphs is not None
     (captured,) = (one for one in graphs._captured.values() if one is not None)
-    assert {type(read) for read in captured.reads} == {Given, ContextConstants}
+    assert {type(read) for read in captured.reads} == {WindowInputs, ContextConstants}
 
 
 def test_an_engine_goes_with_its_graphs(counted) -> None:
