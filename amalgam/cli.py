@@ -127,7 +127,7 @@ def train(
     ] = False,
 ) -> None:
     """Meta-train a student, then compare it with its teachers, Adam and AdamW."""
-    from amalgam.meta import distributed
+    from amalgam import distributed
 
     if out is not None and not out.strip():
         raise ValueError(f"--out must name a folder, not {out!r}; '.' is the working directory")
@@ -161,8 +161,8 @@ def _told_how_to_resume(folder: Path) -> Iterator[None]:
 def _train(
     chosen: recipes.Recipe, name: str, folder: Path, seed: int, resume: bool, tensorboard: bool
 ) -> None:
+    from amalgam import distributed
     from amalgam.experiment import Experiment
-    from amalgam.meta import distributed
 
     run = Experiment(chosen, folder, name=name, seed=seed, resume=resume, tensorboard=tensorboard)
     if distributed.rank():
@@ -175,8 +175,8 @@ def _train(
 
 def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
     """What the first process does, which reports."""
+    from amalgam import distributed
     from amalgam.evaluation.report import between_replicates, tables_of
-    from amalgam.meta import distributed
 
     _plain(f"{name}: {run.recipe.description}\nrun folder: {folder}")
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from amalgam import files
+from amalgam import distributed, files
 from amalgam.device import resolve
 from amalgam.evaluation import Contender, Evaluation, Protocol, Runner, evaluate, plots
 from amalgam.evaluation.contenders import grid, student_contender, teacher_contenders
 from amalgam.evaluation.protocol import RATES
 from amalgam.evaluation.report import record_closing
-from amalgam.meta import Trainer, distributed
+from amalgam.meta import Trainer
 from amalgam.meta.run_folder import CHECKPOINT, METRICS, STUDENT
 from amalgam.policies import Choice, Policy, PolicyTeacher, Pool, policy_type
 from amalgam.recipes import Recipe, RecipeError

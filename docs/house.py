@@ -40,8 +40,8 @@ FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
 
 GROUND = frozenset(
     {
-        *("device", "digest", "dotted", "extras", "files", "heap", "hints", "hub", "layout"),
-        *("lr_decays", "nests", "ranges", "seeding", "version", "weight_files"),
+        *("device", "digest", "distributed", "dotted", "extras", "files", "heap", "hints", "hub"),
+        *("layout", "lr_decays", "nests", "ranges", "seeding", "version", "weight_files"),
     }
 )
 """The modules of the ground floor."""

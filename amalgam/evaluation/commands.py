@@ -128,7 +128,7 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Compare students with tuned baselines; stopped, the same command goes on where it was."""
-    from amalgam.meta import distributed
+    from amalgam import distributed
 
     distributed.join()
     named = _tasks(tasks or ["short" if short else "paper"])
@@ -146,7 +146,6 @@ def evaluate_command(
     }
     # As a file has it, to be compared with one.
     asked = json.loads(json.dumps(asked))
-    folder = None if out is None else distributed.by_first(lambda: _folder(out, asked))
     where = resolve(device)
     with (
         _progress(show=distributed.rank() == 0) as show,
@@ -158,6 +157,8 @@ def evaluate_command(
             report=show,
         ) as runner,
     ):
+        # Not before tasks are made: a folder for one that there is not is litter.
+        folder = None if out is None else distributed.by_first(lambda: _folder(out, asked))
         try:
             if isinstance(chosen, Protocol):
                 found = evaluate(runner, contenders, chosen)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from amalgam.meta import distributed
+from amalgam import distributed
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.episode import Trajectories
 from amalgam.meta.perturbation import AdversarialPerturbation, Perturbation

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from amalgam import distributed
 from amalgam.device import put
-from amalgam.meta import distributed
 from amalgam.meta.conditions import Conditions, Drawn, StepConditions, loss_scales
 from amalgam.meta.engines import Engines
 from amalgam.meta.estimators import Estimate, Estimator

@@ -22,8 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from amalgam import files, nests, weight_files
-from amalgam.meta import distributed
+from amalgam import distributed, files, nests, weight_files
 from amalgam.meta.episode import Episodes
 from amalgam.meta.run_state import Progress, RunState
 from amalgam.policies import Policy

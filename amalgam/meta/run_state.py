@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam import nests
-from amalgam.meta import distributed
+from amalgam import distributed, nests
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.meta.periods import INITIAL, Record
 from amalgam.meta.replicate import Replicate

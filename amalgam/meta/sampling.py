@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amalgam.meta import distributed
+from amalgam import distributed
 from amalgam.meta.episode import Episodes, Trajectories
 from amalgam.seeding import generator_for
 from amalgam.tasks import Batch, Task, TaskFamily

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from amalgam import distributed
 from amalgam.device import put, read
-from amalgam.meta import distributed
 from amalgam.policies import Policy
 
 

@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import torch
 
+from amalgam import distributed
 from amalgam.device import resolve
-from amalgam.meta import distributed, validation
+from amalgam.meta import validation
 from amalgam.meta.conditions import Conditions
 from amalgam.meta.estimators import Estimator, Truncation
 from amalgam.meta.memory import Memory

@@ -23,9 +23,9 @@ from itertools import product
 
 import torch
 
+from amalgam import distributed
 from amalgam.evaluation.runs import MakeOptimizer, Readings
 from amalgam.evaluation.runs import train as train_optimizee
-from amalgam.meta import distributed
 from amalgam.meta.objective import Amalgamation, check_logs
 from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.sampling import begin_episode, split, stacked_batches

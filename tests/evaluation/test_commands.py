@@ -279,3 +279,10 @@ def test_wrong_options_are_refused_before_any_work(student, tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             commands.evaluate_command([str(student)], **(given | wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_task_that_there_is_not_leaves_no_folder(student, tmp_path) -> None:
+    for name in ("absent", "absent_module.make", "small:optimizee=absent"):
+        with pytest.raises(ValueError, match="absent"):
+            evaluated(student, tmp_path, tasks=[name])
+        assert not (tmp_path / "out").exists()

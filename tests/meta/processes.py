@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runs import Killed, LinearFamily, killer, linear_task, trainer
 
+from amalgam import distributed
 from amalgam.meta import (
     Amalgamation,
     Curriculum,
@@ -16,7 +17,6 @@ from amalgam.meta import (
     Stage,
     Stages,
     Training,
-    distributed,
 )
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 

@@ -28,7 +28,7 @@ from runs import (
 )
 from torch import Tensor, nn
 
-from amalgam import tasks
+from amalgam import distributed, tasks
 from amalgam.meta import (
     Amalgamation,
     Conditions,
@@ -42,7 +42,6 @@ from amalgam.meta import (
     Trainer,
     Training,
     Unroll,
-    distributed,
 )
 from amalgam.meta.memory import free_bytes
 from amalgam.meta.periods import UnrollSettings

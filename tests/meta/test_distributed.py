@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from runs import metrics
 
-from amalgam.meta import distributed
+from amalgam import distributed
 from amalgam.policies import Student
 
 HERE = Path(__file__).parent
