@@ -18,8 +18,9 @@ from amalgam.tasks import SeededBatch, Task
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
-# No output of so many samples at once takes much memory, and small data sets are read in one go.
-_CHUNK = 2000
+# Samples read at once: on a CPU so few that images stay in cache from one layer to the next.
+_CHUNK = {"cpu": 128}
+_LARGE_CHUNK = 2000
 
 
 @dataclass(frozen=True)
@@ -285,9 +286,10 @@ def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[flo
     training = module.training
     module.eval()
     loss, right, judged, samples = 0.0, 0.0, 0, len(data[0])
-    for start in range(0, samples, _CHUNK):
-        *inputs, target = (tensor[start : start + _CHUNK] for tensor in data)
-        with task.drawing(SeededBatch((*inputs, target), [start])):
+    chunk = _CHUNK.get(task.device.type, _LARGE_CHUNK)
+    for start in range(0, samples, chunk):
+        *inputs, target = (tensor[start : start + chunk] for tensor in data)
+        with task.drawing(SeededBatch((*inputs, target), [start])), task.convolving():
             output = module(*inputs)
             loss += task.loss(output, target).item() * (len(target) / samples)
         if not target.is_floating_point() and output.dim() == target.dim() + 1:

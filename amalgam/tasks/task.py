@@ -518,7 +518,7 @@ class Task:
         Returns:
             The batch's loss.
         """
-        with self.drawing(batch), self._convolving():
+        with self.drawing(batch), self.convolving():
             if self.gradient is not None:
                 return self.gradient(module, self.loss, tuple(batch), generator)
             loss = self.loss(module(*batch[:-1]), batch[-1])
@@ -547,13 +547,13 @@ class Task:
         if flat.dtype != self._dtype:
             params = {name: param.to(self._dtypes[name]) for name, param in params.items()}
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-        with self.drawing(batch), self._convolving():
+        with self.drawing(batch), self.convolving():
             output = torch.func.functional_call(
                 self._module, (params, buffers), tuple(batch[:-1]), tie_weights=self._tied
             )
             return self.loss(output, batch[-1]).to(flat.dtype)
 
-    def _convolving(self) -> AbstractContextManager[Any]:
+    def convolving(self) -> AbstractContextManager[Any]:
         """Inside, convolutions are those that ``fast_convolutions`` says."""
         pays = self._large if self.fast_convolutions is None else self._convolves
         return convolution.fast(self.fast_convolutions if pays else False)
