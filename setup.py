@@ -210,6 +210,7 @@ class BuildCore(build_ext):
         """Compile and link the one extension module."""
         import pybind11
 
+        self._check_compiler()
         nvcc = cuda_compiler(os.environ)
         sanitizing = sanitizers(os.environ)
         # At -O1 a report's line numbers are those of the fault.
@@ -275,6 +276,23 @@ class BuildCore(build_ext):
         else:
             self.compiler.link_shared_object(
                 objects, str(library), extra_postargs=[*openmp, *sanitizing], target_lang="c++"
+            )
+
+    def _check_compiler(self) -> None:
+        """Stop unless there is a compiler that knows C++17."""
+        name, program = self.compiler.compiler_cxx[0], "#include <optional>\nint main() {}\n"
+        try:
+            works = self._compiles(program, ["-std=c++17"])
+        except OSError:
+            raise BuildError(
+                f"there is no C++ compiler {name!r}. Install one, such as g++ "
+                "(apt install g++, dnf install gcc-c++, on macOS xcode-select --install), or say "
+                "which by CXX. A wheel needs none."
+            ) from None
+        if not works:
+            raise BuildError(
+                f"the C++ compiler {name!r} builds no C++17. Say by CXX which one does: GCC since "
+                "8, Clang since 7."
             )
 
     def _openmp_flags(self) -> list[str]:

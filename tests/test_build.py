@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from setuptools import Distribution
 
 from amalgam.backends import core
 
@@ -59,6 +60,20 @@ def test_a_forced_part_that_cannot_be_built_is_an_error(build: ModuleType, toolk
         build.cuda_compiler({"PATH": str(toolkit), "AMALGAM_CUDA": "1"})
     with pytest.raises(SystemExit, match="must be auto, 0 or 1, not 'yes'"):
         build.cuda_compiler({"PATH": "", "AMALGAM_CUDA": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("no-such-compiler", "there is no C[+][+] compiler 'no-such-compiler'. Install one"),
+        ("false", "the C[+][+] compiler 'false' builds no C[+][+]17"),
+    ],
+)
+def test_a_compiler_that_does_not_do_is_named(build, compiler: str, message: str) -> None:
+    command = build.BuildCore(Distribution())
+    command.compiler = SimpleNamespace(compiler_cxx=[compiler])
+    with pytest.raises(SystemExit, match=message):
+        command._check_compiler()
 
 
 def test_architectures(build: ModuleType) -> None:
