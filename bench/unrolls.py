@@ -97,7 +97,7 @@ class Case:
         pool: Whether there are teachers.
         device: Where.
         backend: Of ``ours``.
-        graph: Whether ``ours`` runs as a CUDA graph, from its second run on.
+        graph: Whether ``ours`` runs as a CUDA graph, after some runs without.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """A window and its meta-gradient as one CUDA graph.
 
 Some hundred small kernels make an inner step, and launching each takes longer than running it. A
-graph launches those of a whole window at once. It is captured when a window of its shape comes for
-the second time: the first time, kernels are compiled and caches are filled. All that differs from
+graph launches those of a whole window at once. A capture takes about as long as a window, and the
+first window of a shape compiles kernels and fills caches; so it waits until :data:`BEFORE` windows
+of a shape have come, which in an episode of few windows they never do. All that differs from
 window to window (trajectories, batches, weights, conditions) is copied to where the graph reads it,
 and what it gives is copied from where it writes.
 
@@ -13,6 +14,7 @@ been skipped, it is run again without a graph.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
@@ -28,6 +30,9 @@ from amalgam.meta.window import Gradient, WindowInputs, trusting_gradient
 from amalgam.tasks.task import Batches
 
 _log = logging.getLogger(__name__)
+
+BEFORE = 3
+"""How many windows of a shape run without a graph before one is captured."""
 
 
 class Graph(Protocol):
@@ -104,7 +109,8 @@ class WindowGraphs:
         self, episodes: Episodes, make: Callable[[torch.device], Graph] = CudaGraph
     ) -> None:
         self._make = make
-        self._captured: dict[Any, _Captured | None] = {}
+        self._came: Counter[Any] = Counter()
+        self._captured: dict[Any, _Captured] = {}
         self.obstacle = _obstacle(episodes)
 
     def meta_gradient(
@@ -113,10 +119,10 @@ class WindowGraphs:
         """As :func:`amalgam.meta.window.meta_gradient`, by a graph.
 
         Returns:
-            What it gives, or ``None`` where that has to be computed without a graph: the first time
-            that a window of this shape comes, where something has to be skipped, where noise is
-            drawn at every step or teachers have a part in the steps, and wherever there is an
-            obstacle.
+            What it gives, or ``None`` where that has to be computed without a graph: the first
+            :data:`BEFORE` times that a window of this shape comes, where something has to be
+            skipped, where noise is drawn at every step or teachers have a part in the steps, and
+            wherever there is an obstacle.
         """
         if self.obstacle is not None or not episodes.trusting:
             return None
@@ -125,11 +131,11 @@ class WindowGraphs:
         nest = _nest(given, coefficients)
         shapes: Any = ((t.shape, t.dtype) for t in nests.tensors(nest))
         key = nests.with_tensors(nest, shapes)
-        if key not in self._captured:
-            self._captured[key] = None
+        self._came[key] += 1
+        if self._came[key] <= BEFORE:
             return None
         inputs = nests.tensors(nest)
-        captured = self._captured[key]
+        captured = self._captured.get(key)
         if captured is None:
             try:
                 captured = self._captured[key] = self._capture(episodes, given, nest, inputs)

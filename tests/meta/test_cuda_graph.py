@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from amalgam.meta import Amalgamation, Conditions, Memory, OnPolicy, Unroll
+from amalgam.meta import Amalgamation, Conditions, Memory, OnPolicy, Unroll, cuda_graph
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.cuda_graph import CudaGraph, WindowGraphs
 from amalgam.meta.teaching import Teaching
@@ -228,6 +228,12 @@ class Counted(Repeated):
         super().replay()
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second window of a shape is captured: tests have few."""
+    monkeypatch.setattr(cuda_graph, "BEFORE", 1)
+
+
 @pytest.fixture
 def counted() -> type[Counted]:
     Counted.made, Counted.replays = [], 0
@@ -245,6 +251,24 @@ def test_a_graph_gives_what_the_window_gives(case, counted) -> None:
     # An episode's first window knows that all stand together, so it has another graph.
     assert len(counted.made) == 1
     assert counted.replays == 4
+
+
+def test_a_window_has_come_some_times_before_it_is_captured(counted, monkeypatch) -> None:
+    """An episode of few windows would pay for a capture and never replay it."""
+    monkeypatch.setattr(cuda_graph, "BEFORE", 3)
+    windows = Windows(counted)
+    made = []
+    for window in range(6):
+        windows.take(window)
+        made.append(len(counted.made))
+    assert made == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]  # the first one, which knows that all stand together, is apart
 
 
 def test_each_shape_has_its_graph(counted) -> None:
@@ -370,7 +394,7 @@ def test_a_graph_keeps_what_caches_gave_it(counted) -> None:
         windows.take(window)
     graphs = windows.unroll.cuda_graphs
     assert graphs is not None
-    (captured,) = (one for one in graphs._captured.values() if one is not None)
+    (captured,) = graphs._captured.values()
     assert {type(read) for read in captured.reads} == {WindowInputs, ContextConstants}
 
 
