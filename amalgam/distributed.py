@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -107,6 +108,20 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * world()
     dist.gather_object(value, found if rank() == 0 else None)
     return found if rank() == 0 else []
+
+
+def from_all(value: Any) -> list[Any]:
+    """All processes' values, in the order of their ranks, in each of them.
+
+    Some may have days more to run than others.
+    """
+    if world() == 1:
+        return [value]
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value, group=group)
+    dist.destroy_process_group(group)
+    return found
 
 
 def from_first(value: Any) -> Any:

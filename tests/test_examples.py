@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from amalgam import AmalgamatedOptimizer
 
@@ -109,3 +114,31 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(dict(ours), dict(theirs), rtol=0, atol=0)
     (resumed,) = train(str(tmp_path), 90, 90, checkpoint).optimizers
     assert {int(entry["step"]) for entry in resumed.state.values()} == {90}
+
+
+def test_sharded_pretraining(tmp_path: Path) -> None:
+    """Two processes, straight on and stopped; then one goes on from what two saved."""
+
+    def run(folder: str, processes: int, until: int = 12) -> dict[str, Any]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        script = str(EXAMPLES / "loops" / "sharded_pretraining.py")
+        given = ["--folder", str(tmp_path / folder), "--until", str(until)]
+        subprocess.run(
+            [*launch, f"--nproc-per-node={processes}", script, *given],
+            check=True,
+            capture_output=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        whole = tmp_path / f"{folder}.pt"
+        dcp_to_torch_save(tmp_path / folder / str(until), whole)
+        state: dict[str, Any] = torch.load(whole)
+        return state
+
+    straight = run("straight", 2)
+    run("stopped", 2, 6)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "fewer")
+    resumed, fewer = run("stopped", 2), run("fewer", 1)
+    assert straight["scheduler"]["last_epoch"] == fewer["scheduler"]["last_epoch"] == 12
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name])
+        torch.testing.assert_close(weight, fewer["model"][name], rtol=0.02, atol=0.002)

@@ -13,16 +13,15 @@ import os
 import signal
 import threading
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from amalgam import tasks
+from amalgam import distributed, tasks
 from amalgam.evaluation.cache import VERSION, RunCache, fingerprint
 from amalgam.evaluation.contenders import Contender
 from amalgam.evaluation.runs import Curve, Readings, train
@@ -222,7 +221,7 @@ class Runner:
         # Contenders may share runs, as AdamW does where its best setting is everyone's.
         first_of = {self._name(index, run): index for index, run in reversed([*enumerate(runs)])}
         distinct = sorted(first_of.values())
-        for index in distinct[_rank() :: _world()]:
+        for index in distinct[distributed.rank() :: distributed.world()]:
             found = self._kept(runs[index])
             if found is None:
                 missing.append((index, runs[index]))
@@ -234,12 +233,12 @@ class Runner:
             if self._cache is not None and run.contender.identity is not None:
                 self._cache.put(self._key(run), curve)
             self._finished(run, cached=False)
-        everywhere = _from_all(curves)
+        everywhere = dict(ChainMap(*distributed.from_all(curves)))
         ordered = []
         for index, run in enumerate(runs):
             first = first_of[self._name(index, run)]
             ordered.append(everywhere[first])
-            if first != index and index % _world() == _rank():
+            if first != index and index % distributed.world() == distributed.rank():
                 self._finished(run, cached=False)
         return ordered
 
@@ -285,7 +284,7 @@ class Runner:
 
     def _finished(self, run: Run, *, cached: bool) -> None:
         # Each process sees its own share, and knows no more of the others'.
-        cost = self.cost(run.task, run.steps) * _world()
+        cost = self.cost(run.task, run.steps) * distributed.world()
         self._done += cost
         self._saved += cost if cached else 0.0
         self._runs += 1
@@ -304,26 +303,6 @@ class Runner:
 
 def _task_of(task: NamedTask | Task, device: torch.device) -> Task:
     return task if isinstance(task, Task) else task.load(device)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _from_all(curves: dict[int, Curve]) -> dict[int, Curve]:
-    """The curves of all processes of torchrun."""
-    if _world() == 1:
-        return curves
-    # Some processes may have hours more to run than others.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    found: list[Any] = [None] * _world()
-    dist.all_gather_object(found, curves, group=group)
-    dist.destroy_process_group(group)
-    return {index: curve for some in found for index, curve in some.items()}
 
 
 def _run(task: NamedTask | Task, run: Run, device: torch.device) -> Curve:
