@@ -451,27 +451,27 @@ def _of_tensors(
 
 
 def student_step(
-    results: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
     precision: str | None,
     approximate: bool,
-) -> None:
+) -> tuple[Tensor, ...]:
     """Launch the functional step.
 
-    What is read of a place is read before anything is written to it, so that results may be inputs.
-
     Args:
-        results: Get the update (N,), and the new m, v, h, c, all contiguous and float32.
         inputs: grad, m, v (N,), h and c (layers, hidden, N), all contiguous and float32.
         weights: As the operation has them.
         settings: The student's constants.
         precision: Of the matrix products: "ieee", "3xtf32", "tf32" or "bf16"; ``None`` for the
             fastest that errs as float32 does.
         approximate: Whether tanh and sigmoid are NVIDIA's tanh.approx.
+
+    Returns:
+        The update (N,), and the new m, v, h, c.
     """
     grad, _, _, h, _ = inputs
+    results = tuple(map(torch.empty_like, inputs))
     n = grad.numel()
     form = settings.form
     precision = precision_of(precision, h, form)
@@ -497,21 +497,19 @@ def student_step(
                 WIDE=wide(h),
                 **chosen.options,
             )
+    return results
 
 
 def student_step_backward(
-    results: Sequence[Tensor],
     grads_out: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
     precision: str | None,
-) -> list[Tensor]:
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Launch the backward of the functional step.
 
     Args:
-        results: Get the gradients in grad, m, v, h, c, contiguous, float32; may be ``grads_out``,
-            as :func:`student_step` says.
         grads_out: Gradients in the update and in the new m, v, h, c, contiguous, float32.
         inputs: As in :func:`student_step`.
         weights: As the operation has them.
@@ -519,9 +517,11 @@ def student_step_backward(
         precision: As in :func:`student_step`; activations are precise.
 
     Returns:
-        Gradients in the weights, summed in an order that depends on n and the device alone.
+        Gradients in grad, m, v, h, c, and in the weights. The weights' are summed in an order that
+        depends on n and the device alone.
     """
     grad, _, _, h, _ = inputs
+    results = tuple(map(torch.empty_like, inputs))
     n = grad.numel()
     precision = lstm.precision_of(precision)
     form = settings.form
@@ -561,4 +561,4 @@ def student_step_backward(
         rows = d_biases[..., :hidden].flatten(1)
         sums = torch.segment_reduce(rows, "sum", lengths=bounds.lengths, unsafe=True)
         d_weights.insert(2, sums.to(grad.dtype))
-    return d_weights
+    return results, d_weights

@@ -19,7 +19,7 @@ from amalgam.backends.memory import (
 from amalgam.operations import registry
 from amalgam.operations.registry import Numerics
 from amalgam.operations.student_forms import StepSettings
-from amalgam.operations.student_step import StudentState
+from amalgam.operations.student_step import StudentState, register_into
 from amalgam.operations.table import addresses
 
 _WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
@@ -42,19 +42,15 @@ def _register(
     """
 
     def functional(
-        grad: Tensor,
-        state: StudentState,
-        weights: Sequence[Tensor],
-        settings: StepSettings,
-        **numerics: Any,
+        grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
     ) -> tuple[Tensor, StudentState]:
         update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
-        step(update, new, grad, state, weights, settings, **numerics)
+        step(update, new, grad, state, weights, settings)
         return update, new
 
-    def into(update: Tensor, new: StudentState, *arguments: Any, **numerics: Any) -> None:
+    def into(update: Tensor, new: StudentState, *arguments: Any) -> None:
         check_written(_WRITTEN, (update, *new))
-        step(update, new, *arguments, **numerics)
+        step(update, new, *arguments)
 
     def functional_backward(
         d_update: Tensor,
@@ -63,19 +59,16 @@ def _register(
         state: StudentState,
         weights: Sequence[Tensor],
         settings: StepSettings,
-        **numerics: Any,
     ) -> tuple[Tensor, StudentState, list[Tensor]]:
         d_state = StudentState(*unwritten(state))
-        d_grad, d_weights = backward(
-            d_state, d_update, d_new, grad, state, weights, settings, **numerics
-        )
+        d_grad, d_weights = backward(d_state, d_update, d_new, grad, state, weights, settings)
         return d_grad, d_state, d_weights
 
     def backward_into(
-        d_update: Tensor, d_state: StudentState, *arguments: Any, **numerics: Any
+        d_update: Tensor, d_state: StudentState, *arguments: Any
     ) -> tuple[Tensor, list[Tensor]]:
         check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
-        return backward(d_state, d_update, d_state, *arguments, **numerics)
+        return backward(d_state, d_update, d_state, *arguments)
 
     backend.kernel("student_step", **how)(functional)
     backend.kernel("student_step_into", **how)(into)
@@ -214,43 +207,6 @@ def run_on_cpu(
     )
 
 
-def _triton_step(
-    update: Tensor,
-    new: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-    *,
-    numerics: Numerics,
-) -> None:
-    from amalgam.kernels import student_step as kernels
-
-    inputs, weights = contiguous((grad, *state)), contiguous(weights)
-    kernels.student_step((update, *new), inputs, weights, settings, *numerics)
-
-
-def _triton_backward(
-    d_state: StudentState,
-    d_update: Tensor,
-    d_new: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-    *,
-    numerics: Numerics,
-) -> tuple[Tensor, list[Tensor]]:
-    from amalgam.kernels import student_step as kernels
-
-    grads_out, inputs = contiguous((d_update, *d_new)), contiguous((grad, *state))
-    d_grad = grad.new_empty(grad.shape)
-    d_weights = kernels.student_step_backward(
-        (d_grad, *d_state), grads_out, inputs, contiguous(weights), settings, numerics.precision
-    )
-    return d_grad, d_weights
-
-
 _register(cpu.backend, _step_on_cpu, _backward_on_cpu)
 _register(
     cuda.backend,
@@ -259,4 +215,44 @@ _register(
     dtypes=triton.SINGLE,
     accepts=nominal_on_cuda.accepts,
 )
-_register(triton.backend, _triton_step, _triton_backward, dtypes=triton.SINGLE, takes_numerics=True)
+
+
+@triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)
+def _triton_student_step(
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor, StudentState]:
+    from amalgam.kernels import student_step as kernels
+
+    inputs, weights = contiguous((grad, *state)), contiguous(weights)
+    update, *new = kernels.student_step(inputs, weights, settings, *numerics)
+    return update, StudentState(*new)
+
+
+@triton.backend.kernel("student_step_backward", dtypes=triton.SINGLE, takes_numerics=True)
+def _triton_student_step_backward(
+    d_update: Tensor,
+    d_state: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor, StudentState, list[Tensor]]:
+    from amalgam.kernels import student_step as kernels
+
+    grads_out, inputs = contiguous((d_update, *d_state)), contiguous((grad, *state))
+    (d_grad, *d_old), d_weights = kernels.student_step_backward(
+        grads_out, inputs, contiguous(weights), settings, numerics.precision
+    )
+    return d_grad, StudentState(*d_old), d_weights
+
+
+# Not into the memory that is read: several warps load the same number, and one may have written what
+# another has yet to load. The step in place has a barrier for that (bench/results/gpu/README.md).
+register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True)
