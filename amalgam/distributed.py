@@ -1,4 +1,4 @@
-"""Several processes that meta-train as one, by ``torch.distributed``.
+"""Several processes that work as one, by ``torch.distributed``.
 
 Every process runs the whole program. The processes that ``torchrun`` started meet in :func:`join`.
 A program without ``torchrun`` has a single process, the first; every function here works for it,

@@ -33,7 +33,7 @@ _AS_IT_IS = {
     torch.ops.aten._unsafe_view,
     torch.ops.aten.lift_fresh,
 }  # what launches nothing, beside views
-_READS = {
+READS = {
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.equal,
     torch.ops.aten.is_nonzero,
@@ -80,7 +80,7 @@ class Census:
             return
         packet = func.overloadpacket
         between = func in _BETWEEN_DEVICES and from_there != goes_there
-        if packet in _READS or (between and not kwargs.get("non_blocking")):
+        if packet in READS or (between and not kwargs.get("non_blocking")):
             self.wait(str(packet))
         elif not func.is_view and packet not in _AS_IT_IS:
             self.launches[str(packet).removeprefix("aten.")] += 1

@@ -253,6 +253,6 @@ def _triton_student_step_backward(
     return d_grad, StudentState(*d_old), d_weights
 
 
-# Not into the memory that is read: several warps load the same number, and one may have written what
-# another has yet to load. The step in place has a barrier for that (bench/results/gpu/README.md).
+# Not into the memory that is read: several warps load the same number, and one may have written
+# what another has yet to load. The step in place has a barrier (bench/results/gpu/README.md).
 register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True)

@@ -19,8 +19,7 @@ from amalgam.tasks import SeededBatch, Task
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
 # Samples read at once: on a CPU so few that images stay in cache from one layer to the next.
-_CHUNK = {"cpu": 128}
-_LARGE_CHUNK = 2000
+_CHUNK, _CHUNK_ON_GPU = 128, 2000
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[flo
     training = module.training
     module.eval()
     loss, right, judged, samples = 0.0, 0.0, 0, len(data[0])
-    chunk = _CHUNK.get(task.device.type, _LARGE_CHUNK)
+    chunk = _CHUNK if task.device.type == "cpu" else _CHUNK_ON_GPU
     for start in range(0, samples, chunk):
         *inputs, target = (tensor[start : start + chunk] for tensor in data)
         with task.drawing(SeededBatch((*inputs, target), [start])), task.convolving():

@@ -22,9 +22,9 @@ def largest(values: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.amax(values.abs(), -1, out=out)
 
 
-def small(largest: Tensor) -> Tensor:
-    """Whether what has this largest magnitude is finite and has finite squares."""
-    return largest < math.sqrt(torch.finfo(largest.dtype).max)
+def small(magnitudes: Tensor) -> Tensor:
+    """Whether what has these largest magnitudes is finite and has finite squares."""
+    return magnitudes < math.sqrt(torch.finfo(magnitudes.dtype).max)
 
 
 def keep(new: Any, old: Any, ok: Tensor | None) -> Any:

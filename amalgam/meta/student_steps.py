@@ -165,11 +165,12 @@ class StudentSteps:
         d_updates = episodes.by_student(to_updates)
         seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
         params = episodes.by_student(point.params)
-        d_grads = [torch.zeros_like(part) for part in seen] if moved is not None else list(seen)
+        d_grads = []
         for student, rows_moved in enumerate(self._moved_by_student(moved)):
             if rows_moved is not None and not rows_moved.any():
+                d_grads.append(torch.zeros_like(seen[student]))
                 continue
-            d_grads[student], adjoint.states[student], d_weights = episodes.steps.backward(
+            d_grad, adjoint.states[student], d_weights = episodes.steps.backward(
                 d_updates[student],
                 adjoint.states[student],
                 params[student],
@@ -180,6 +181,7 @@ class StudentSteps:
                 self._draws_of(step, student),
             )
             torch._foreach_add_(adjoint.weights[student], d_weights)
+            d_grads.append(d_grad)
         return self.scaled(torch.cat(d_grads) if len(d_grads) > 1 else d_grads[0])
 
     def _stepped(self, step: int, params: Tensor, update: Tensor) -> Tensor:

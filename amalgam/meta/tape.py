@@ -85,8 +85,8 @@ class Tape:
         slopes: The gradient of each imitation term with respect to the parameters after the step,
             shape (T, R, N); on-policy with respect to the step's update. Empty without teachers,
             and where no meta-gradient is wanted.
-        moved: Which rows took each step, shape (T, R).
-        trusting: Whether it is known without a look at ``moved`` that all rows took all steps.
+        moved: Which rows took each step, shape (T, R); ``None`` where it is known without a look
+            that all took all.
         loss_slopes: The derivatives of the meta-losses with respect to the losses that they take,
             shape (T, R).
         contexts: What each student was told of tensors in each step, a list of T a student; empty
@@ -104,8 +104,7 @@ class Tape:
     grads: Tensor
     loss_grads: Tensor
     slopes: Tensor
-    moved: Tensor
-    trusting: bool
+    moved: Tensor | None
     loss_slopes: Tensor
     contexts: list[list[TensorContext]] = field(default_factory=list)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -118,7 +117,7 @@ class Tape:
 
     def _moved(self, step: int) -> Tensor | None:
         """Which rows took a step, shape (R,); ``None`` where it is known that all did."""
-        return None if self.trusting else self.moved[step]
+        return None if self.moved is None else self.moved[step]
 
     def backward(self, d_meta: Tensor, d_imitation: Tensor) -> list[Tensor]:
         """Gradients with respect to all students' weights, one student's after another's.
@@ -142,12 +141,12 @@ class Tape:
         """
         each, (_, n) = self.episodes.optimizees, self.begin.params.shape
         chunk = min(max(n // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
-        found = []
+        found, steps = [], len(self.batches)
         for student, weights in enumerate(self.steps.weights):
             total = [torch.zeros_like(w) for w in weights]
             for index in range(each):
                 row = student * each + index
-                if not len(self.moved) or not (self.trusting or self.moved[:, row].any()):
+                if not steps or not (self.moved is None or self.moved[:, row].any()):
                     continue
                 adjoints = partial(self._update_adjoints, row, d_slopes[row], d_grads[:, row])
                 if self.steps.raw is not None:  # matrices are orthogonalised whole
@@ -174,11 +173,12 @@ class Tape:
         """
         episodes, n = self.episodes, self.begin.params.shape[1]
         row = student * episodes.optimizees + index
-        grads, moved = self.grads[:, row, part], self.moved[:, row]
+        grads = self.grads[:, row, part]
+        moved = None if self.moved is None else self.moved[:, row]
         conditions = self.steps.conditions
         if conditions is not None:
             grads = grads * conditions.loss_scale[row]
-        if not (self.trusting or moved.all()):
+        if moved is not None and not moved.all():
             adjoints, grads = adjoints[moved], grads[moved]
         in_state = slice(index * n + part.start, index * n + part.stop)
         policy = episodes.students[0]
@@ -194,13 +194,13 @@ class Tape:
         return policy.unfolded(found, context)
 
     def _context_of_part(
-        self, student: int, index: int, part: slice, moved: Tensor
+        self, student: int, index: int, part: slice, moved: Tensor | None
     ) -> TensorContext | None:
         """What a student was told in the steps that it took, of some coordinates' tensors."""
         if not self.contexts:
             return None
         taken = self.contexts[student]
-        if not self.trusting:
+        if moved is not None:
             taken = [context for context, ok in zip(taken, moved.tolist(), strict=True) if ok]
         tensors = len(taken[0].sizes) // self.episodes.optimizees
         among, inside = tensors_of_part(taken[0].sizes[:tensors], part)
@@ -228,7 +228,7 @@ class Tape:
                 sums[t] += sums[t + 1]
         else:
             kept = conditions.kept[:, row]
-            if not self.trusting:
+            if self.moved is not None:
                 kept = torch.where(self.moved[:, row], kept, 1)
             for t in range(len(sums) - 2, -1, -1):
                 sums[t].addcmul_(sums[t + 1], kept[t + 1])

@@ -259,6 +259,7 @@ class _Run:
         steps = StudentSteps(episodes, constants, noise, draws, input_noise, conditions, blend, raw)
         grads = like.new_empty((t if self.recorded else 0, *like.shape))
         judged = len(grads) if how.objective == "mean" else min(len(grads), 1)
+        moved = torch.zeros((t, len(like)), dtype=torch.bool, device=like.device)
         self.tape = Tape(
             episodes,
             begin,
@@ -270,8 +271,7 @@ class _Run:
             grads=grads,
             loss_grads=grads if held_out is None else like.new_empty((judged, *like.shape)),
             slopes=like.new_empty((t if self.recorded and k else 0, *like.shape)),
-            moved=torch.full((t, len(like)), trusting, dtype=torch.bool, device=like.device),
-            trusting=trusting,
+            moved=None if trusting else moved,
             loss_slopes=like.new_empty((0, len(like))),
         )
         # Made whole: small tensors made one by one would keep the heap between them from shrinking.
@@ -285,7 +285,7 @@ class _Run:
         self._of_teachers = like.new_empty((noted, 2, *begin.teacher_params.shape[:2]))
         # The losses that the meta-loss takes.
         self._taken = self._losses[..., 0] if held_out is None else like.new_empty((t, len(like)))
-        self._counted = torch.ones_like(self.tape.moved)
+        self._counted = torch.ones_like(moved)
         self._graphs = 0
         self.wrong = torch.zeros((), dtype=torch.bool, device=like.device)
 
@@ -347,7 +347,7 @@ class _Run:
                 if tape.steps.blend is not None:
                     self._add(updates, to=tape.steps.blend.of_teachers(t))
             point, own = self._step(t, point, grads, ok)
-            if not self.trusting:
+            if tape.moved is not None:
                 skipped[:, 0] += ~tape.moved[t]
             tape.points.offer(t + 1, point)
             self._losses[t, :, :1], self._losses[t, :, 1:] = losses[:, None], teacher_losses
@@ -467,6 +467,7 @@ class _Run:
                     point = tape.advance(step, point)
             reuse = self.recorded and tape.points.is_free(point)
             after, updates = tape.steps.forward(t, point, grads, moved, reuse)
+        assert tape.moved is not None
         tape.moved[t] = moved
         return after, updates
 

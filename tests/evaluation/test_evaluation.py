@@ -115,7 +115,7 @@ def test_a_reading_is_of_the_same_samples_however_many(task) -> None:
 
 def test_many_samples_are_read_in_pieces(task, monkeypatch) -> None:
     whole = train(task, SGD.make, steps=3, seed=0, readings=Readings(full=(3,)))
-    monkeypatch.setattr("amalgam.evaluation.runs._CHUNK", {"cpu": 7})
+    monkeypatch.setattr("amalgam.evaluation.runs._CHUNK", 7)
     pieces = train(task, SGD.make, steps=3, seed=0, readings=Readings(full=(3,)))
     assert pieces.losses == pytest.approx(whole.losses)
     assert pieces.full[-1] == pytest.approx(whole.full[-1])

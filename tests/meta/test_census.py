@@ -166,26 +166,22 @@ def waits_of_meta_steps(folder: Path, census: Census, **settings: Any) -> list[i
     return seen[1:]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_meta_step_waits_for_the_window_and_for_its_numbers(count, census, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"students": [tiny_student(0)]},
+        {"students": [tiny_student(seed) for seed in range(3)]},
+        {"students": tiny_student(0), "estimator": PersistentEvolution(pairs=3)},
+    ],
+    ids=["one", "replicates", "particles"],
+)
+def test_a_meta_step_waits_for_the_window_and_for_its_numbers(settings, census, tmp_path) -> None:
     waits = waits_of_meta_steps(
         tmp_path,
         census,
         tasks=linear_task(),
-        students=[tiny_student(seed) for seed in range(count)],
         strategy=Stages((Stage(1, 5, 0.1),), 3),
-    )
-    assert waits == [2] * 4
-
-
-def test_particles_wait_no_more(census, tmp_path) -> None:
-    waits = waits_of_meta_steps(
-        tmp_path,
-        census,
-        tasks=linear_task(),
-        students=tiny_student(0),
-        estimator=PersistentEvolution(pairs=3),
-        strategy=Stages((Stage(1, 5, 0.1),), 3),
+        **settings,
     )
     assert waits == [2] * 4
 
