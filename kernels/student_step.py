@@ -92,7 +92,8 @@ def _place_of(
         return at, at < tl.load(ends + 1), bias, correction1, correction2, pace, tensor, number
     else:
         at = block * BLOCK + tl.arange(0, BLOCK)
-        return at, at < n, biases, 1.0, 1.0, 1.0, 0, block
+        # No bias: Triton before 3.9 compiles no function that returns None.
+        return at, at < n, 0, 1.0, 1.0, 1.0, 0, block
 
 
 @triton.jit(
