@@ -1,4 +1,4 @@
-"""``step()`` on the parameters of ResNet-50 and of GPT-2 small, beside AdamW's.
+"""``step()`` on the parameters of ResNet-50, GPT-2 small and ViT-B/16, beside AdamW's.
 
 python -m pytest bench/bench_optimizer_models.py [--benchmark-json=rows.json]
 
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from harness import QUICK, memory, need, seconds, temporary_bytes, threads_of_each
+from model_shapes import MODELS, Shapes
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -29,50 +30,9 @@ from amalgam import (
 )
 from amalgam.meta.memory import free_bytes
 
-Shapes = list[tuple[int, ...]]
 ROUNDS = 3 if QUICK else 10
 COORDINATEWISE = "standard, orthogonal=False"
 SPARE_BYTES = 1 << 30  # left to everything else on the machine
-
-
-def resnet50() -> Shapes:
-    """The parameters of torchvision's ResNet-50, 25,557,032 numbers in 161 tensors."""
-    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                convolutions.append((4 * width, inputs, 1, 1))
-            for convolution in convolutions:
-                shapes += [convolution, (convolution[0],), (convolution[0],)]
-            inputs = 4 * width
-    return [*shapes, (1000, inputs), (1000,)]
-
-
-def gpt2() -> Shapes:
-    """The parameters of GPT-2 small, 124,439,808 numbers in 148 tensors; its head is tied."""
-    width = 768
-    norm: Shapes = [(width,), (width,)]
-    block: Shapes = [
-        *norm,
-        (width, 3 * width),
-        (3 * width,),
-        (width, width),
-        (width,),
-        *norm,
-        (width, 4 * width),
-        (4 * width,),
-        (4 * width, width),
-        (width,),
-    ]
-    return [(50257, width), (1024, width), *block * 12, *norm]
-
-
-MODELS: dict[str, tuple[Callable[[], Shapes], int, int]] = {
-    "ResNet-50": (resnet50, 25_557_032, 161),
-    "GPT-2 small": (gpt2, 124_439_808, 148),
-}
 
 
 def shrunk(shapes: Shapes) -> Shapes:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
-PREPARED = ROOT / "build" / "gpu" / "prepared.tar.gz"
+PREPARED = ROOT / "build" / "gpu" / "prepared.tar.xz"
 # Triton's files name each other by absolute paths, so they lie in the same place here and there.
 CACHE = Path(tempfile.gettempdir()) / "amalgam-kernels"
 ALL_SECONDS = 450.0
@@ -44,7 +44,7 @@ OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPAS
 # In files with tests that need a GPU.
 MARKED = re.compile(r"\bmark\.gpu\b|\bby_triton\b|\bon_gpus\b")
 SLOWER = 5  # times as long may a phase take where kernels are not computed by a GPU
-MEMCHECKED = (
+CHECKED = (
     "student_step * 2x20 n=64 default",
     "student_step * 1x4 n=63 default",
     "student_step_ 2x20 stochastic *",
@@ -227,13 +227,18 @@ def tests_phase(run: Run) -> list[list[str]] | str:
     return [[*command, str(file.relative_to(ROOT))] for file in marked]
 
 
-def memcheck_phase(run: Run) -> list[list[str]] | str:
-    tool = shutil.which("compute-sanitizer", path=run.environment()["PATH"])
-    if tool is None:
-        return "compute-sanitizer is not on PATH"
-    command = run.script("smoke", "--phase", "memcheck", only=MEMCHECKED)
-    before = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-    return [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *before, *command]]
+def sanitized_phase(checker: str) -> Callable[[Run], list[list[str]] | str]:
+    """Small cases of every kernel under one of compute-sanitizer's tools."""
+
+    def commands(run: Run) -> list[list[str]] | str:
+        tool = shutil.which("compute-sanitizer", path=run.environment()["PATH"])
+        if tool is None:
+            return "compute-sanitizer is not on PATH"
+        command = run.script("smoke", "--phase", checker, only=CHECKED)
+        before = [tool, "--tool", checker, "--error-exitcode", "9"]
+        return [["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *before, *command]]
+
+    return commands
 
 
 def ncu_phase(run: Run) -> list[list[str]] | str:
@@ -253,11 +258,13 @@ PHASES = (
     Phase("machine", 45, machine_phase),
     Phase("arithmetic", 20, script_phase("arithmetic")),
     Phase("smoke", 60, script_phase("smoke")),
-    Phase("speed", 150, script_phase("speed")),
-    Phase("model", 50, script_phase("model")),
-    Phase("windows", 60, script_phase("windows")),
+    Phase("windows", 90, script_phase("windows")),
     Phase("tests", 130, tests_phase),
-    Phase("memcheck", 45, memcheck_phase),
+    Phase("speed", 150, script_phase("speed")),
+    Phase("model", 60, script_phase("model")),
+    Phase("memcheck", 45, sanitized_phase("memcheck")),
+    Phase("racecheck", 60, sanitized_phase("racecheck")),
+    Phase("training", 240, script_phase("training")),
     Phase("ncu", 45, ncu_phase),
 )
 
@@ -289,9 +296,14 @@ def summary(run: Run) -> str:
             lines.append(f"{row['case']}: {row['us']:.1f} us{graph}, {share}")
         elif row.get("phase") == "windows" and "ms_per_step" in row:
             lines.append(f"{row['case']}: {row['ms_per_step']} ms a step")
-        elif row.get("phase") == "model" and "us" in row:
+        elif row.get("phase") == "model" and "optimizer_us" in row:
             step, alone = row["us"] / 1e3, row["optimizer_us"] / 1e3
             lines.append(f"{row['case']}: {step:.2f} ms a step, optimizer alone {alone:.2f}")
+        elif row.get("phase") == "model" and "us" in row:
+            alone, graph = row["us"] / 1e3, row["graph_us"] / 1e3
+            lines.append(f"{row['case']}: {alone:.2f} ms, in a graph {graph:.2f}")
+        elif "held_out_losses" in row:
+            lines.append(f"{row['case']}: {row['held_out_losses']}, {row['ms_per_step']} ms a step")
     return "\n".join(lines)
 
 
@@ -367,7 +379,7 @@ def prepare(python: str, again: bool) -> None:
     command = [python, __file__, "dry", "--stand-in", "compile", "--limit", "3600"]
     if subprocess.run([*command, "--out", str(out)], cwd=ROOT).returncode:
         print(f"a phase failed on the stand-in: {out / 'log.txt'} says why", file=sys.stderr)
-    with tarfile.open(PREPARED, "w:gz") as archive:
+    with tarfile.open(PREPARED, "w:xz") as archive:
         archive.add(core, f"core/{core.name}")
         for file in sorted(CACHE.rglob("*")):
             # Of what Triton keeps, a launch reads the machine code, its description, and stubs.

@@ -315,6 +315,7 @@ def _redirect() -> None:
     cuda.synchronize = lambda *_: None
     cuda.empty_cache = lambda: None
     cuda.mem_get_info = lambda *_: (0, 0)
+    cuda.get_rng_state = torch.get_rng_state
     for name in ("current_device", "memory_allocated", "memory_reserved"):
         setattr(cuda, name, lambda *_: 0)
     cuda.stream = cuda.graph = lambda *_, **__: contextlib.nullcontext()

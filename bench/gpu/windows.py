@@ -1,7 +1,9 @@
 """Milliseconds of an inner step of meta-training: a window's forward and backward, over its steps.
 
 The digits MLP and CNN with two teachers, 1, 8 and 64 replicates, on the device with a graph and
-without, and beside it on this machine's processor.
+without, and beside it on this machine's processor; the paper's CNN in the paper's windows of 100
+steps; and a million coordinates, beside plain autograd through the same steps on the same device.
+Profiles of some windows as graphs say which kernels their time goes to.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from gpu.place import Case, Place, Row, start
@@ -21,17 +24,26 @@ REPEATS = {1: 5, 8: 3, 64: 1}
 
 
 def window_case(
-    place: Place, task: str, replicates: int, order: int, device: str, graph: bool
+    place: Place,
+    task: str,
+    replicates: int,
+    order: int,
+    device: str,
+    graph: bool,
+    steps: int = STEPS,
+    engine: str = "ours",
 ) -> Row:
     on_device = device == "cuda"
-    steps = STEPS if place.real else 2
+    steps = steps if place.real else 2
     backend = "auto" if place.real else "triton"
     window = Window(
         task,
         steps,
+        engine,
         order=order,
         replicates=replicates,
-        budget="2GB",
+        # A budget of its own, so that what is kept does not depend on the card.
+        budget="40GB" if steps > STEPS or task == "million" else "2GB",
         device=place.device if on_device else "cpu",
         backend=backend if on_device else "auto",
         graph=graph,
@@ -50,6 +62,8 @@ def window_case(
     row: Row = {
         "operation": "window",
         "task": task,
+        "engine": engine,
+        "coordinates": window.coordinates,
         "replicates": replicates,
         "order": order,
         "device": device,
@@ -65,6 +79,28 @@ def window_case(
     return row
 
 
+def profile_case(place: Place, task: str, replicates: int, steps: int) -> Row:
+    """The kernels of a window as a graph by the time they take: calls and microseconds a step."""
+    if not place.real:
+        return {"left_out": "a profile needs a GPU"}
+    window = Window(task, steps, replicates=replicates, budget="40GB", device="cuda")
+    for _ in range(BEFORE + 1):
+        window.run()
+    place.wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        window.run()
+        place.wait()
+    found = sorted(profile.key_averages(), key=lambda each: -each.device_time_total)
+    return {
+        "kernels_per_step": sum(each.count for each in found) / steps,
+        "device_us_per_step": round(sum(each.device_time_total for each in found) / steps, 1),
+        "kernels": [
+            [each.key[:80], each.count / steps, round(each.device_time_total / steps, 2)]
+            for each in found[:40]
+        ],
+    }
+
+
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
     for device, graph in (("cuda", True), ("cuda", False), ("cpu", False)):
         # The stand-in sees what more of them are given to compile in eight.
@@ -76,6 +112,29 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
                     label = f"{task} replicates={replicates} order={order} {device}"
                     label += " in a graph" if graph else ""
                     yield label, functools.partial(window_case, place, *how)
+        if device == "cuda":
+            for label, how in long_windows(place, graph):
+                yield label, functools.partial(window_case, place, *how)
+        if graph:
+            for replicates in (1, 64):
+                case = functools.partial(profile_case, place, "digits-cnn", replicates, STEPS)
+                yield f"profile of digits-cnn replicates={replicates}", case
+
+
+def long_windows(place: Place, graph: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The paper's windows, and a million coordinates by this package and by plain autograd."""
+    in_graph = " in a graph" if graph else ""
+    for replicates in (1, 8):
+        label = f"the paper's CNN replicates={replicates} T=100{in_graph}"
+        yield label, ("cnn", replicates, 2, "cuda", graph, 100)
+    if not place.real:  # there is not memory enough
+        return
+    for steps in (10, 100):
+        label = f"a million coordinates T={steps}{in_graph}"
+        yield label, ("million", 1, 2, "cuda", graph, steps)
+        if not graph:
+            how = ("million", 1, 2, "cuda", False, steps, "eager")
+            yield f"a million coordinates T={steps} eager", how
 
 
 def main() -> None:

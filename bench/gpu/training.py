@@ -1,0 +1,170 @@
+"""What a student is worth on a model larger than any that it was meta-trained on.
+
+The GPT of 10.9 million parameters of ``gpu/model.py`` learns to predict the bytes of the sources
+of Python's standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates,
+the students that ship at ``lr=1``, untouched; all with a constant rate and with linear decay to
+zero. A row has the loss of files held out, after a quarter of the steps and at the end. Loss and
+gradients are a CUDA graph, the optimizer's step is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from gpu.model import build
+from gpu.place import Case, Place, Row, start
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from amalgam import AmalgamatedOptimizer
+from amalgam.digest import digest_of
+from amalgam.evaluation.contenders import muon
+
+STEPS = 800
+HELD_OUT = 20  # of so many files one is held out
+READINGS = 16  # batches of what is held out
+MAKERS: dict[str, Callable[..., Optimizer]] = {
+    "AdamW": functools.partial(torch.optim.AdamW, fused=True),
+    "Muon": muon,
+    "standard": functools.partial(AmalgamatedOptimizer, student="standard"),
+    "compact": functools.partial(AmalgamatedOptimizer, student="compact"),
+}
+
+
+@functools.cache
+def text(place: Place) -> tuple[Tensor, Tensor]:
+    """Bytes of sources to train on, and of files held out, each shape (bytes,)."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(root.rglob("*.py"))
+    files = [f for f in files if not {"site-packages", "dist-packages"} & {*f.parts}]
+    read = [f.read_bytes() for f in (files if place.real else files[:60])]
+    held_out = b"".join(read[::HELD_OUT])
+    train = b"".join(one for i, one in enumerate(read) if i % HELD_OUT)
+    both = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, held_out))
+    first, second = (part.to(place.device).long() for part in both)
+    return first, second
+
+
+def pieces(characters: Tensor, count: int, context: int, seed: int) -> Tensor:
+    """Where so many pieces of a text with what follows them begin, at random, and what they say."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(characters) - context, (count, 1), generator=generator)
+    places = starts + torch.arange(context + 1)
+    return characters[places.to(characters.device)]
+
+
+class Run:
+    """A model, and its loss and gradients on a batch that is copied to where they read it."""
+
+    def __init__(self, place: Place, seed: int) -> None:
+        self.place = place
+        self.model, self.x, self.y = build(place, seed)
+        self.params: list[nn.Parameter] = list(self.model.parameters())
+        self.context = self.x.shape[1]
+        self.slopes: Callable[[], object] = self._slopes
+        if place.real:
+            self._capture()
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(self.place.device, torch.bfloat16):
+            return functional.cross_entropy(self.model(x).flatten(0, 1).float(), y.flatten())
+
+    def _slopes(self) -> None:
+        for param in self.params:
+            param.grad = None
+        self.loss(self.x, self.y).backward()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._slopes()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._slopes()
+        self.slopes = graph.replay
+
+    def take(self, batch: Tensor) -> None:
+        """Compute loss and gradients of a batch (samples, context + 1)."""
+        self.x.copy_(batch[:, :-1])
+        self.y.copy_(batch[:, 1:])
+        self.slopes()
+
+    @torch.no_grad()
+    def held_out(self, batches: Tensor) -> float:
+        """The mean loss of batches (batches, samples, context + 1)."""
+        losses = [self.loss(batch[:, :-1], batch[:, 1:]) for batch in batches]
+        return torch.stack(losses).mean().item()
+
+
+def training_case(place: Place, name: str, lr: float, decay: str, seed: int) -> Row:
+    steps = STEPS if place.real else 4
+    run = Run(place, seed)
+    samples = len(run.x)
+    train, rest = text(place)
+    batches = pieces(train, steps * samples, run.context, seed + 1).unflatten(0, (steps, samples))
+    readings = READINGS if place.real else 1
+    held_out = pieces(rest, readings * samples, run.context, 0).unflatten(0, (readings, samples))
+    optimizer = MAKERS[name](run.params, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 1 - t / steps if decay == "linear" else 1.0
+    )
+    read = {0: run.held_out(held_out)}
+    place.wait()
+    begin, reading = time.perf_counter(), 0.0
+    for t in range(steps):
+        run.take(batches[t])
+        optimizer.step()
+        schedule.step()
+        if t + 1 in (steps // 4, steps // 2, steps):
+            place.wait()
+            before = time.perf_counter()
+            read[t + 1] = run.held_out(held_out)
+            reading += time.perf_counter() - before
+    place.wait()
+    spent = time.perf_counter() - begin - reading
+    return {
+        "operation": "training of a GPT on Python's sources",
+        "optimizer": name,
+        "lr": lr,
+        "decay": decay,
+        "seed": seed,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in run.params),
+        "epochs": round(steps * samples * run.context / len(train), 3),
+        "text": digest_of([train, rest]),
+        "held_out_losses": {step: round(loss, 5) for step, loss in read.items()},
+        "ms_per_step": round(1e3 * spent / steps, 3),
+    }
+
+
+def cases(place: Place) -> Iterator[tuple[str, Case]]:
+    def case(name: str, lr: float, decay: str, seed: int) -> tuple[str, Case]:
+        label = f"{name} lr={lr:g} {decay} seed={seed}"
+        return label, functools.partial(training_case, place, name, lr, decay, seed)
+
+    decays = ("linear", "constant")
+    ours = [(name, 1.0, decay) for name in ("standard", "compact") for decay in decays]
+    adamw = [("AdamW", lr, decay) for lr in (1e-3, 3e-3) for decay in decays]
+    muons = [("Muon", lr, "linear") for lr in (3e-3, 1e-2)]
+    further = [("AdamW", lr, decay) for lr in (3e-4, 1e-2) for decay in decays]
+    for seed, contenders in enumerate([[*ours, *adamw, *further, *muons], *[[*ours, *adamw]] * 2]):
+        for contender in contenders:
+            yield case(*contender, seed)
+
+
+def main() -> None:
+    place = start("training")
+    place.run_cases(cases(place))
+
+
+if __name__ == "__main__":
+    main()
