@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ class CudaGraph:
         device: The GPU.
     """
 
-    _pools: ClassVar[dict[torch.device, Any]] = {}
+    # Those that can be replayed. Memory that no graph is left to hold takes no further one.
+    _captured: ClassVar[WeakSet[CudaGraph]] = WeakSet()
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,7 +65,9 @@ class CudaGraph:
         """See :class:`Graph`."""
         with torch.cuda.device(self._device):
             before = torch.cuda.current_stream(self._device)
-            pool = self._pools.setdefault(self._device, torch.cuda.graph_pool_handle())
+            others = (graph for graph in self._captured if graph._device == self._device)
+            beside = next(others, None)
+            pool = None if beside is None else beside._graph.pool()
             stream = torch.cuda.Stream(self._device)
             try:
                 with torch.cuda.graph(self._graph, pool=pool, stream=stream):
@@ -71,6 +75,7 @@ class CudaGraph:
             finally:
                 # A capture that fails leaves its own stream the current one.
                 torch.cuda.set_stream(before)
+            self._captured.add(self)
 
     def replay(self) -> None:
         """See :class:`Graph`."""
