@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from amalgam.backends import core, cpu
+from amalgam.backends import core, cpu, cuda
 from amalgam.backends.memory import contiguous
 from amalgam.operations import registry
 from amalgam.operations.table import addresses
@@ -27,15 +28,33 @@ def _accepts(first: Sequence[Tensor], second: Sequence[Tensor]) -> str | None:
 
 @cpu.backend.kernel("sign_agreement", dtypes=_FORMATS, accepts=_accepts)
 def _cpu_sign_agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    ones, others = contiguous(first), contiguous(second)
-    sums = torch.empty(len(ones), dtype=torch.float64, device="cpu")
-    core.core().cpu.sign_agreements(
-        addresses(ones),
-        [_FORMATS[one.dtype] for one in ones],
-        addresses(others),
-        [_FORMATS[other.dtype] for other in others],
-        list(map(Tensor.numel, ones)),
-        sums.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
+    sums = torch.empty(len(first), dtype=torch.float64, device="cpu")
+    where = {"threads": torch.get_num_threads()}
+    _run(core.core().cpu, contiguous(first), contiguous(second), sums, where)
     return sums
+
+
+@cuda.backend.kernel("sign_agreement", dtypes=_FORMATS, accepts=_accepts)
+def _cuda_sign_agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    sums = torch.zeros(len(first), dtype=torch.int64, device=first[0].device)
+    with torch.cuda.device(sums.device):
+        _run(core.core().cuda, contiguous(first), contiguous(second), sums, cuda.place_of(sums))
+    return sums.double()
+
+
+def _run(
+    module: Any,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    sums: Tensor,
+    where: Mapping[str, int],
+) -> None:
+    module.sign_agreements(
+        addresses(first),
+        [_FORMATS[one.dtype] for one in first],
+        addresses(second),
+        [_FORMATS[other.dtype] for other in second],
+        list(map(Tensor.numel, first)),
+        sums.data_ptr(),
+        **where,
+    )

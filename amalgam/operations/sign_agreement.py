@@ -1,8 +1,9 @@
 """``sign_agreements``: how far two lists of tensors agree in their elements' signs.
 
 A student with a pace asks for it before every step, of gradients and first moments: where they
-agree, steps were too short, and where they disagree, too long. On the CPU PyTorch would take some
-calls for each tensor, which is most of a step's time where tensors are small.
+agree, steps were too short, and where they disagree, too long. PyTorch would take some calls for
+each tensor, which is most of a step's time where tensors are small, and on a GPU where they are
+not, either.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@
 #include "../binding.h"
 #include "choice_step.h"
 #include "runtime.h"
+#include "sign_agreement.h"
 #include "student_step.h"
 #include "student_unroll.h"
 #include "teacher_distance.h"
@@ -254,6 +255,27 @@ void bind_teacher_distance(py::module_& module, const std::string& dtype) {
       py::kw_only(), "n"_a, "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a, WithoutGil());
 }
 
+void bind_sign_agreement(py::module_& module) {
+  using namespace py::literals;
+  using Formats = std::vector<int>;
+  module.def(
+      "sign_agreements",
+      [](const std::vector<Address>& first, const Formats& first_formats,
+         const std::vector<Address>& second, const Formats& second_formats,
+         const std::vector<int64_t>& numels, Address sums, int device, Address stream) {
+        std::vector<cuda::SignPair> pairs;
+        for (size_t i = 0; i < first.size(); ++i) {
+          pairs.push_back({at<const void>(first[i]), at<const void>(second[i]), numels[i],
+                           static_cast<cuda::Format>(first_formats[i]),
+                           static_cast<cuda::Format>(second_formats[i])});
+        }
+        cuda::sign_agreements(pairs.data(), static_cast<int64_t>(pairs.size()), at<int64_t>(sums),
+                              device, at<void>(stream));
+      },
+      "first"_a, "first_formats"_a, "second"_a, "second_formats"_a, "numels"_a, "sums"_a,
+      py::kw_only(), "device"_a, "stream"_a, WithoutGil());
+}
+
 using Ints = std::vector<int>;
 using Doubles = std::vector<double>;
 
@@ -328,6 +350,7 @@ const Binding binding("cuda", [](py::module_& module) {
   bind_teacher_step<float>(module, "float32");
   bind_teacher_step<double>(module, "float64");
   bind_choice_step(module);
+  bind_sign_agreement(module);
   bind_cuda_student_step(module);
   bind_cuda_unroll(module);
 });

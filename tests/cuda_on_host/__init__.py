@@ -47,7 +47,8 @@ def library() -> ctypes.CDLL:
     of_nominal = ("step", "step_backward", "unroll_backward")
     problems = (f"nominal_{name}_of" for name in of_nominal)
     of_choice = "choice_step_of", "choice_step_backward_of"
-    for name in ("teacher_step_of", "student_step_in_place", *of_choice, *problems):
+    of_signs = "sign_agreements_of"
+    for name in ("teacher_step_of", "student_step_in_place", of_signs, *of_choice, *problems):
         getattr(found, name).restype = ctypes.c_char_p
     numbers = ("student_block", "unroll_size", "unroll_sums_of", "unroll_warps_of")
     for name in (*numbers, "choice_size", "choice_pool_of", "choice_sums_of", "choice_warps_of"):
@@ -177,6 +178,23 @@ class CudaOnHost:
         of_new, of_old = (_array(ctypes.c_int64, each) for each in (d_new, d_state))
         of_state = d_update, of_new, d_mixture, d_grad, of_old
         _call("choice_step_backward_of", *_choice(inputs, **settings), *of_state, sums, warps)
+
+    def sign_agreements(
+        self,
+        first: Sequence[int],
+        first_formats: Sequence[int],
+        second: Sequence[int],
+        second_formats: Sequence[int],
+        numels: Sequence[int],
+        sums: int,
+        *,
+        device: int,
+        stream: int,
+    ) -> None:
+        ones, others, counts = (_array(ctypes.c_int64, x) for x in (first, second, numels))
+        formats = [_array(ctypes.c_int, each) for each in (first_formats, second_formats)]
+        pairs = ones, formats[0], others, formats[1], counts
+        _call("sign_agreements_of", *pairs, len(first), sums)
 
     def student_step_blocks(self, *, nominal: bool) -> dict[tuple[int, int], int]:
         blocks = {}

@@ -17,6 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 #define __builtin_assume(condition) static_cast<void>(0)
 #define __isGlobal(pointer) true
@@ -173,6 +174,13 @@ template <typename T>
 T __shfl_down_sync(unsigned, T value, int by) {
   const int lane = static_cast<int>(threadIdx.x % on_host::kWarp), from = lane + by;
   return on_host::word_by_word(value, from < on_host::kWarp ? from : lane);
+}
+
+// One thread of the host runs all of a kernel's.
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  const unsigned long long before = *to;
+  *to += value;
+  return before;
 }
 
 template <typename... Parameters, typename... Arguments>

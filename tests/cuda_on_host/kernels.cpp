@@ -2,9 +2,11 @@
 // went wrong, or null.
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../../csrc/cuda/choice_step.cu"
 #include "../../csrc/cuda/runtime.cu"
+#include "../../csrc/cuda/sign_agreement.cu"
 #include "../../csrc/cuda/student_threads.cu"
 #include "../../csrc/cuda/student_threads_launch.cuh"
 #include "../../csrc/cuda/student_unroll.cu"
@@ -125,6 +127,17 @@ const char* teacher_step_of(const char* dtype, int64_t is_backward, const int64_
     return (is_backward ? backward<float> : forward<float>)(addresses, n, k, settings);
   }
   return (is_backward ? backward<double> : forward<double>)(addresses, n, k, settings);
+}
+
+const char* sign_agreements_of(const int64_t* first, const int* first_formats,
+                               const int64_t* second, const int* second_formats,
+                               const int64_t* numels, int64_t count, int64_t sums) {
+  std::vector<SignPair> pairs;
+  for (int64_t i = 0; i < count; ++i) {
+    pairs.push_back({at<const void>(first[i]), at<const void>(second[i]), numels[i],
+                     static_cast<Format>(first_formats[i]), static_cast<Format>(second_formats[i])});
+  }
+  return caught([&] { sign_agreements(pairs.data(), count, at<int64_t>(sums), 0, nullptr); });
 }
 
 // The coordinates of a block, or 0.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from places import compiled
+from places import ON_CPU, ON_HOST, at, on_gpus
 from torch import Tensor
 
 from amalgam.ops import sign_agreements
@@ -39,10 +39,23 @@ def by_hand(one: Tensor, other: Tensor) -> float:
     return float(sum(sign(a) * sign(b) for a, b in pairs))
 
 
-@compiled
+everywhere = at(*ON_CPU, *on_gpus("cuda", "reference"), *ON_HOST)
+
+
+def agreements(first: list[Tensor], second: list[Tensor], backend: str, device: str) -> list[float]:
+    ones, others = ([tensor.to(device) for tensor in tensors] for tensors in (first, second))
+    found = sign_agreements(ones, others, backend=backend)
+    assert found.dtype == torch.float64
+    assert found.device.type == device
+    return found.tolist()
+
+
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("other", DTYPES)
-def test_every_pair_of_numbers_counts(backend: str, dtype: torch.dtype, other: torch.dtype) -> None:
+def test_every_pair_of_numbers_counts(
+    backend: str, device: str, dtype: torch.dtype, other: torch.dtype
+) -> None:
     """Zeros and NaN have no sign, the smallest numbers and infinities have one."""
     pairs = torch.tensor(list(itertools.product(ODD, ODD)), dtype=torch.float64)
     first = [pairs[:, 0].to(dtype), draw(5, 7, dtype=dtype), torch.empty(0, dtype=dtype)]
@@ -50,25 +63,37 @@ def test_every_pair_of_numbers_counts(backend: str, dtype: torch.dtype, other: t
     second = [pairs[:, 1].to(other), draw(35, dtype=other, seed=1), torch.empty(0, dtype=other)]
     second += [draw(4, 9, dtype=other, seed=5), draw(dtype=other, seed=6)]
     second += [draw(1 << 16, dtype=other, seed=7)]
-    found = sign_agreements(first, second, backend=backend)
-    assert found.dtype == torch.float64
-    assert found.tolist() == [by_hand(a, b) for a, b in zip(first, second, strict=True)]
+    found = agreements(first, second, backend, device)
+    assert found == [by_hand(a, b) for a, b in zip(first, second, strict=True)]
 
 
-@compiled
-def test_dtypes_may_be_mixed(backend: str) -> None:
+@everywhere
+def test_dtypes_may_be_mixed(backend: str, device: str) -> None:
     first = [draw(50, dtype=dtype, seed=n) for n, dtype in enumerate(DTYPES)]
     second = [draw(50, dtype=dtype, seed=9) for dtype in reversed(DTYPES)]
-    found = sign_agreements(first, second, backend=backend)
-    assert found.tolist() == [by_hand(a, b) for a, b in zip(first, second, strict=True)]
+    found = agreements(first, second, backend, device)
+    assert found == [by_hand(a, b) for a, b in zip(first, second, strict=True)]
 
 
-@compiled
-def test_a_sum_is_exact_over_several_blocks(backend: str) -> None:
+@everywhere
+def test_more_pairs_than_a_launch_takes_and_empty_ones_among_them(
+    backend: str, device: str
+) -> None:
+    sizes = [n % 4 for n in range(300)]
+    first = [draw(n, dtype=torch.float32, seed=at) for at, n in enumerate(sizes)]
+    second = [draw(n, dtype=torch.bfloat16, seed=at + 1000) for at, n in enumerate(sizes)]
+    found = agreements(first, second, backend, device)
+    assert found == [by_hand(a, b) for a, b in zip(first, second, strict=True)]
+    nothing = [torch.empty(0)] * 3
+    assert agreements(nothing, nothing, backend, device) == [0.0] * 3
+
+
+@everywhere
+def test_a_sum_is_exact_over_several_blocks(backend: str, device: str) -> None:
     n = 3 * (1 << 16) + 5
     ones = torch.ones(n)
     ones[-1] = -1
-    (found,) = sign_agreements([ones], [torch.ones(n)], backend=backend).tolist()
+    (found,) = agreements([ones], [torch.ones(n)], backend, device)
     assert found == n - 2
 
 
