@@ -25,9 +25,11 @@ from student_cases import (
     two_tensors,
     wanting,
 )
+from torch import Tensor
 
 from amalgam.operations import registry
 from amalgam.operations.kept import Kept
+from amalgam.operations.student_step_in_place import InPlaceStep, StudentTensors
 from amalgam.ops import (
     StepSettings,
     StudentState,
@@ -373,12 +375,18 @@ def test_cuda_opcheck(hidden: int) -> None:
     )
 
 
+def in_place_step(grad: Tensor, state: StudentState, weights: list[Tensor]) -> InPlaceStep:
+    """A step of one tensor as backends are given it."""
+    tensors = StudentTensors([grad.clone()], [state])
+    return InPlaceStep(tensors, [grad], weights, SETTINGS, 1.0, 0.0, None, [], 0, [])
+
+
 @by_cuda
 def test_cuda_auto_takes_what_is_compiled_in_and_triton_the_rest() -> None:
     for hidden, expected in ((4, "cuda"), (20, "cuda"), (5, "triton")):
         grad, state, weights = moved(skewed_inputs(5, 2, hidden, torch.float32), "cuda")
-        tensors = ([grad], [grad], *([t] for t in state), weights)
-        assert registry.resolve("student_step_", "auto", state.m, *tensors) == expected
+        step = in_place_step(grad, state, weights)
+        assert registry.resolve("student_step_", "auto", state.m, step) == expected
         student_step_([grad.clone()], [grad], [state], weights)
     with pytest.raises(RuntimeError, match=r"1x4.*, this one is 2x5; backend='triton'"):
         student_step_([grad.clone()], [grad], [state], weights, backend="cuda")
@@ -388,8 +396,8 @@ def test_cuda_auto_takes_what_is_compiled_in_and_triton_the_rest() -> None:
 def test_cuda_leaves_products_in_float32_to_triton() -> None:
     for hidden, expected in ((4, "cuda:ieee"), (20, "triton:ieee")):
         grad, state, weights = moved(skewed_inputs(5, 2, hidden, torch.float32), "cuda")
-        tensors = ([grad], [grad], *([t] for t in state), weights)
-        assert registry.resolve("student_step_", "auto:ieee", state.m, *tensors) == expected
+        step = in_place_step(grad, state, weights)
+        assert registry.resolve("student_step_", "auto:ieee", state.m, step) == expected
     with pytest.raises(RuntimeError, match="products on tensor cores, backend='triton:ieee'"):
         student_step_([grad.clone()], [grad], [state], weights, backend="cuda:ieee")
 
