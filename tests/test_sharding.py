@@ -244,7 +244,7 @@ def test_statistics_are_of_whole_tensors(found: Found) -> None:
         ),
         ("compiled", "RuntimeError: a compiled step takes .* whole in every process"),
         ("into-a-plain-one", "ValueError: state.m of .* must be a plain tensor"),
-        ("flat", "ValueError: student must not be told of tensors' shapes or RMS where FSDP1"),
+        ("flat", "ValueError: student must not depend on tensors' shapes or RMS where FSDP1"),
         (
             "matrices",
             "ValueError: orthogonal must be False where FSDP1 has made parts of flat vectors",

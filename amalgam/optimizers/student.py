@@ -268,9 +268,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             )
         if self._student.sees_shapes and any(map(in_flat_vector, group["params"])):
             raise ValueError(
-                "student must not be told of tensors' shapes or RMS where FSDP1 has made parts of "
-                f"flat vectors of them, but its inputs are {self._student.config.inputs}; "  # type: ignore[attr-defined]
-                "fully_shard keeps tensors, in parts"
+                "student must not depend on tensors' shapes or RMS where FSDP1 has made parts of "
+                f"flat vectors of them, but it has {_on_tensors(self._student)}; fully_shard keeps "
+                "tensors, in parts"
             )
 
     def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -786,6 +786,12 @@ def check_stored(name: str, dtype: torch.dtype | None, known: Sequence[torch.dty
     if dtype is not None and dtype not in known:
         names = ", ".join(str(each).removeprefix("torch.") for each in known)
         raise ValueError(f"{name} must be {names} or None, not {dtype}")
+
+
+def _on_tensors(student: Any) -> str:
+    """What of a student's configuration depends on tensors as a whole, for a message."""
+    told = {"inputs": student.config.inputs, "full_width": student.config.full_width}
+    return " and ".join(f"{name}={value!r}" for name, value in told.items() if value)
 
 
 def _check_constants(

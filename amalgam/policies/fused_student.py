@@ -48,11 +48,13 @@ class ContextConstants(NamedTuple):
     Attributes:
         of_shapes: What the first layer sees of their shapes, a tensor (tensors,) an input's name.
         roots: The square roots of their sizes, of empty ones 1, shape (tensors,).
+        shares: Which share of a whole step each takes, shape (tensors,).
         sizes: How many coordinates each has.
     """
 
     of_shapes: dict[str, Tensor]
     roots: Tensor
+    shares: Tensor
     sizes: Sequence[int]
 
 

@@ -51,6 +51,11 @@ class NominalConfig(FusedConfig):
             coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
         orthogonal: Whether the updates of whole matrices are orthogonalised, as long as they are:
             :mod:`amalgam.operations.orthogonal`. Kernels of convolutions count as matrices, too.
+        full_width: Up to which width, the smaller of a matrix's dimensions, steps are whole: of its
+            first dimension, and the product of the others. Of a wider one they are the share
+            full_width / width, as the rate that suits Adam falls with the width of a network's
+            layers (Yang et al. 2022, "Tensor Programs V", table 3). ``None`` for whole steps at
+            every width.
         inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
@@ -69,6 +74,7 @@ class NominalConfig(FusedConfig):
     gain: float = 2.0
     pacing: float = 0.0
     orthogonal: bool = False
+    full_width: int | None = None
     inputs: tuple[str, ...] = ()
     eps: float = 1e-15
     warmup_steps: int = 0
@@ -76,7 +82,9 @@ class NominalConfig(FusedConfig):
     def __post_init__(self) -> None:
         """Make inputs a tuple, and refuse what can't be computed."""
         super().__post_init__()
-        check_fields(self, positive=("lr", "gain"), not_negative=("pacing",))
+        check_fields(
+            self, counts=("full_width",), positive=("lr", "gain"), not_negative=("pacing",)
+        )
         if not isinstance(self.orthogonal, bool):
             raise ValueError(f"orthogonal must be true or false, not {self.orthogonal!r}")
         object.__setattr__(self, "inputs", tuple(self.inputs))
@@ -204,7 +212,8 @@ class NominalStudent(FusedStudent):
     @property
     def sees_shapes(self) -> bool:
         """See :class:`FusedStudent`."""
-        return not {"rank", "fan_in", "rms"}.isdisjoint(self.config.inputs)
+        told = not {"rank", "fan_in", "rms"}.isdisjoint(self.config.inputs)
+        return told or self.config.full_width is not None
 
     def context_of(
         self,
@@ -233,11 +242,11 @@ class NominalStudent(FusedStudent):
         exact = now.double()
         columns = [1 / (1 - beta**exact) for beta in (config.beta1, config.beta2)]
         if agreements is None or pace is None:
-            columns.append(torch.ones_like(exact))
+            columns.append(constants.shares.double())
         else:
             shares = agreements() / constants.roots.double().square()
             pace = (pace + config.pacing * shares).clamp(-MOST_PACE, MOST_PACE).to(pace.dtype)
-            columns.append(pace.double().exp())
+            columns.append(pace.double().exp() * constants.shares.double())
         corrections = torch.stack(columns, 1).to(steps.dtype)
         return TensorContext(inputs, corrections, constants.sizes, pace)
 
@@ -304,6 +313,7 @@ def _constants(
         "rank": [len(shape) / 2 for shape in shapes],
         "fan_in": [math.log(max(1, math.prod(shape[1:]))) / 4 for shape in shapes],
     }
+    shares = [_share(config, shape) for shape in shapes]
     roots = [math.sqrt(max(1, size)) for size in sizes]
     with torch.inference_mode(False):  # steps outside it read them, too
 
@@ -311,7 +321,14 @@ def _constants(
             return put(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
         found = {name: on_device(of_each[name]) for name in config.inputs if name in of_each}
-        return ContextConstants(found, on_device(roots), sizes)
+        return ContextConstants(found, on_device(roots), on_device(shares), sizes)
+
+
+def _share(config: NominalConfig, shape: torch.Size) -> float:
+    """Which share of a whole step a tensor of that shape takes."""
+    if config.full_width is None or len(shape) < 2:
+        return 1.0
+    return min(1.0, config.full_width / max(1, min(shape[0], math.prod(shape[1:]))))
 
 
 _cached_constants = functools.lru_cache(maxsize=64)(_constants)

@@ -60,6 +60,24 @@ def test_corrections_keep_float32_whole_at_the_first_step() -> None:
     assert context.corrections[0].tolist() == pytest.approx([10.0, 1000.0, 1.0], rel=1e-7)
 
 
+@pytest.mark.parametrize("pacing", [0.0, 0.1])
+def test_steps_of_wide_matrices_are_shares(pacing: float) -> None:
+    """Of a matrix the smaller dimension counts, and vectors and numbers have no width."""
+    layout = Layout({"w": (6, 9), "b": (50,), "none": (0, 7), "k": (20, 1, 2, 2), "s": ()})
+    values = torch.linspace(-1, 1, layout.numel, dtype=torch.float64)
+    found = []
+    for full_width in (None, 3):
+        student = made(inputs=(), pacing=pacing, full_width=full_width)
+        assert student.sees_shapes == (full_width is not None)
+        state = student.initial_state(values, layout)
+        context = student.context(state, values, layout, values)
+        found.append(context)
+    whole, shared = (context.corrections for context in found)
+    assert (shared[:, 2] / whole[:, 2]).tolist() == pytest.approx([3 / 6, 1, 3 / 4, 1], rel=1e-12)
+    assert torch.equal(shared[:, :2], whole[:, :2])
+    assert torch.equal(*(context.pace for context in found))
+
+
 def test_what_it_is_told_enters_as_further_inputs_would() -> None:
     """A bias a tensor is the first layer's kernel times inputs that are one for all coordinates."""
     student, values = made(), params()
@@ -175,6 +193,7 @@ def test_warm_up_counts_a_step() -> None:
         ({"gain": math.inf}, "gain must be positive and finite"),
         ({"hidden": 0}, "hidden must be 1 or more"),
         ({"eps": 0.0}, "eps must be positive"),
+        ({"full_width": 0}, "full_width must be 1 or more"),
     ],
 )
 def test_bad_configurations_are_refused(config: dict[str, Any], why: str) -> None:
