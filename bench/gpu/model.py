@@ -30,12 +30,12 @@ IN_BFLOAT16: dict[str, Any] = {
 class GPT(nn.Module):
     """PyTorch's own encoder layers behind a causal mask."""
 
-    def __init__(self, width: int, layers: int, context: int) -> None:
+    def __init__(self, width: int, layers: int, context: int, heads: int = HEADS) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.places = nn.Parameter(0.02 * torch.randn(context, width))
         layer = nn.TransformerEncoderLayer(
-            width, HEADS, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
@@ -46,11 +46,14 @@ class GPT(nn.Module):
         return self.head(self.blocks(self.tokens(x) + self.places, mask=self.mask, is_causal=True))
 
 
-def build(place: Place, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+def build(
+    place: Place, seed: int = 0, width: int = WIDTH, layers: int = LAYERS, heads: int = HEADS
+) -> tuple[nn.Module, Tensor, Tensor]:
     """The model, and random tokens with what follows them; smaller on the stand-in."""
     torch.manual_seed(seed)
-    width, layers, context, batch = (WIDTH, LAYERS, CONTEXT, BATCH) if place.real else (48, 1, 8, 2)
-    model = GPT(width, layers, context).to(place.device)
+    context, batch = (CONTEXT, BATCH) if place.real else (8, 2)
+    width, layers = (width, layers) if place.real else (4 * heads, 1)
+    model = GPT(width, layers, context, heads).to(place.device)
     x, y = (torch.randint(VOCABULARY, (batch, context), device=place.device) for _ in "xy")
     return model, x, y
 

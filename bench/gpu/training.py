@@ -1,7 +1,7 @@
 """What a student is worth on a model larger than any that it was meta-trained on.
 
-The GPT of 10.9 million parameters of ``gpu/model.py`` learns to predict the bytes of the sources
-of Python's standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates,
+GPTs of 10.9 and of 85.5 million parameters learn to predict the bytes of the sources of Python's
+standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates,
 the students that ship at ``lr=1``, untouched; all with a constant rate and with linear decay to
 zero. A row has the loss of files held out, after a quarter of the steps and at the end. Loss and
 gradients are a CUDA graph, the optimizer's step is not.
@@ -26,7 +26,8 @@ from amalgam import AmalgamatedOptimizer
 from amalgam.digest import digest_of
 from amalgam.evaluation.contenders import muon
 
-STEPS = 800
+WIDE = 768, 12, 12  # width, layers and heads of GPT-2 small
+STEPS, STEPS_OF_WIDE = 600, 300
 HELD_OUT = 20  # of so many files one is held out
 READINGS = 16  # batches of what is held out
 MAKERS: dict[str, Callable[..., Optimizer]] = {
@@ -62,9 +63,9 @@ def pieces(characters: Tensor, count: int, context: int, seed: int) -> Tensor:
 class Run:
     """A model, and its loss and gradients on a batch that is copied to where they read it."""
 
-    def __init__(self, place: Place, seed: int) -> None:
+    def __init__(self, place: Place, seed: int, wide: bool) -> None:
         self.place = place
-        self.model, self.x, self.y = build(place, seed)
+        self.model, self.x, self.y = build(place, seed, *(WIDE if wide else ()))
         self.params: list[nn.Parameter] = list(self.model.parameters())
         self.context = self.x.shape[1]
         self.slopes: Callable[[], object] = self._slopes
@@ -105,9 +106,11 @@ class Run:
         return torch.stack(losses).mean().item()
 
 
-def training_case(place: Place, name: str, lr: float, decay: str, seed: int) -> Row:
-    steps = STEPS if place.real else 4
-    run = Run(place, seed)
+def training_case(
+    place: Place, name: str, lr: float, decay: str, seed: int, wide: bool = False
+) -> Row:
+    steps = (STEPS_OF_WIDE if wide else STEPS) if place.real else 4
+    run = Run(place, seed, wide)
     samples = len(run.x)
     train, rest = text(place)
     batches = pieces(train, steps * samples, run.context, seed + 1).unflatten(0, (steps, samples))
@@ -147,18 +150,24 @@ def training_case(place: Place, name: str, lr: float, decay: str, seed: int) -> 
 
 
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
-    def case(name: str, lr: float, decay: str, seed: int) -> tuple[str, Case]:
-        label = f"{name} lr={lr:g} {decay} seed={seed}"
-        return label, functools.partial(training_case, place, name, lr, decay, seed)
+    def case(name: str, lr: float, decay: str, seed: int, wide: bool) -> tuple[str, Case]:
+        label = f"{'wide ' if wide else ''}{name} lr={lr:g} {decay} seed={seed}"
+        return label, functools.partial(training_case, place, name, lr, decay, seed, wide)
 
     decays = ("linear", "constant")
     ours = [(name, 1.0, decay) for name in ("standard", "compact") for decay in decays]
     adamw = [("AdamW", lr, decay) for lr in (1e-3, 3e-3) for decay in decays]
     muons = [("Muon", lr, "linear") for lr in (3e-3, 1e-2)]
     further = [("AdamW", lr, decay) for lr in (3e-4, 1e-2) for decay in decays]
-    for seed, contenders in enumerate([[*ours, *adamw, *further, *muons], *[[*ours, *adamw]] * 2]):
-        for contender in contenders:
-            yield case(*contender, seed)
+    for contender in (*ours, *adamw, *further):
+        yield case(*contender, 0, False)
+    for contender in (ours[0], ours[2], adamw[0], further[0], muons[0]):
+        yield case(*contender, 0, True)
+    for contender in muons:
+        yield case(*contender, 0, False)
+    for seed in (1, 2):
+        for contender in (*ours, *adamw):
+            yield case(*contender, seed, False)
 
 
 def main() -> None:
