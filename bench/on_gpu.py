@@ -212,7 +212,14 @@ def tests_phase(run: Run) -> list[list[str]] | str:
     if importlib.util.find_spec("pytest") is None:
         return "pytest is not installed"
     command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, f"--rootdir={ROOT}"]
-    command += ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "at_once",
+        "-W",
+        "ignore::pytest.PytestUnknownMarkWarning",
+    ]
     command += ["--tb=short", "-m", "gpu"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ["-o", "timeout=60"]

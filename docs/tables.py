@@ -177,6 +177,148 @@ def gpu_step(path: str, n: str) -> str:
     return _markdown(["student", "cells", "permitted", "ns a coordinate", "share of a copy"], rows)
 
 
+def _gpu_rows(path: str, phase: str) -> dict[str, dict[str, Any]]:
+    """The rows of a phase of ``bench/on_gpu.py`` that have a figure, by their cases."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row.get("phase") == phase]
+    return {row["case"]: row for row in rows if "operation" in row}
+
+
+def gpu_nominal(path: str) -> str:
+    """Steps in place of the nominal form on a GPU, in a CUDA graph, by CUDA's and Triton's kernels.
+
+    Args:
+        path: The rows of ``bench/on_gpu.py``.
+    """
+    table: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in _gpu_rows(path, "speed").values():
+        if row.get("form") != "nominal" or "kind" not in row or row["configuration"]:
+            continue
+        backend, _, permitted = row["backend"].partition(":")
+        permitted = permitted.removeprefix("bf16,")
+        words = [f"`{permitted}`"] if permitted else ["nothing"]
+        words += ["rounded at random"] if row["kind"] == "stochastic" else []
+        kind = row["student"].replace("x", " x "), row["cells"], ", ".join(words)
+        table.setdefault(kind, {})[backend] = row
+    rows = [
+        [
+            *kind,
+            *(f"{by[backend]['ns_per_coordinate']:.4f}" for backend in ("cuda", "triton")),
+            *(f"{by[backend]['share_of_copy']:.0%}" for backend in ("cuda", "triton")),
+        ]
+        for kind, by in table.items()
+        if len(by) == 2
+    ]
+    head = ["student", "cells and moments", "permitted", "CUDA's, ns", "Triton's, ns"]
+    return _markdown([*head, "CUDA's share", "Triton's share"], rows)
+
+
+def gpu_functional(path: str) -> str:
+    """What meta-training takes of small students on a GPU, by CUDA's and Triton's kernels.
+
+    Args:
+        path: The rows of ``bench/on_gpu.py``.
+    """
+    table: dict[tuple[str, str], dict[str, float]] = {}
+    for row in _gpu_rows(path, "speed").values():
+        name, backend = row["operation"], row.get("backend")
+        if backend not in ("cuda", "triton") or row.get("kind") or row.get("configuration"):
+            continue
+        if name.startswith("choice") and row["student"] != "2x20":
+            what = f"`{name}`, {row['teachers']} teachers"
+        elif row.get("form") == "nominal":
+            what = f"`{name}`"
+        else:
+            continue
+        student = row["student"].replace("x", " x ")
+        of_steps = row.get("steps", 1)
+        table.setdefault((what, student), {})[backend] = (
+            row.get("graph_us", row["us"]) * 1e3 / row["n"] / of_steps
+        )
+    rows = [[*what, f"{by['cuda']:.3f}", f"{by['triton']:.3f}"] for what, by in table.items()]
+    return _markdown(["operation", "student", "CUDA's, ns", "Triton's, ns"], rows)
+
+
+def gpu_windows(before: str, after: str) -> str:
+    """Milliseconds of an inner step of meta-training on a GPU, without graphs, with, and on a CPU.
+
+    Args:
+        before: The rows of a run without graphs, and of that machine's processor.
+        after: The rows of a run with graphs.
+    """
+    old, rows = _gpu_rows(before, "windows"), []
+    for case, row in _gpu_rows(after, "windows").items():
+        if not row["graph"] or row["obstacle"]:
+            continue
+        label = case.removesuffix(" in a graph")
+        beside = [old.get(label), old.get(label.replace(" cuda", " cpu"))]
+        times = ["" if found is None else f"{found['ms_per_step']:.1f}" for found in beside]
+        name = row["task"] if row["task"].startswith("digits") else "the paper's CNN, T = 100"
+        order = {1: "first", 2: "second"}[row["order"]]
+        figures = [f"{row['ms_per_step']:.2f}", f"{row['kernels_per_step']:,.0f}"]
+        rows.append([name, str(row["replicates"]), order, times[0], *figures, times[1]])
+    head = ["task", "replicates", "order", "GPU before, ms", "GPU in a graph, ms"]
+    return _markdown([*head, "kernels a step", "16 CPU cores, ms"], rows)
+
+
+def gpu_models(path: str) -> str:
+    """A training step of a GPT on a GPU, with the optimizer's.
+
+    Args:
+        path: The rows of ``bench/on_gpu.py``.
+    """
+    table: dict[str, dict[bool, dict[str, Any]]] = {}
+    for row in _gpu_rows(path, "model").values():
+        if "graph" in row:
+            table.setdefault(row["optimizer"], {})[row["graph"]] = row
+    rows = [
+        [name, *(f"{by[graph]['us'] / 1e3:.1f}" for graph in (False, True))]
+        for name, by in table.items()
+    ]
+    return _markdown(["optimizer", "eager, ms", "in a CUDA graph, ms"], rows)
+
+
+def gpu_steps(path: str) -> str:
+    """Steps alone on well-known models' parameters on a GPU, and the bytes of their state.
+
+    Args:
+        path: The rows of ``bench/on_gpu.py``.
+    """
+    table: dict[str, list[Any]] = {}
+    names: list[str] = []
+    for row in _gpu_rows(path, "model").values():
+        if "state_bytes" not in row:
+            continue
+        model = row["operation"].removeprefix("step of ")
+        names += [model] if model not in names else []
+        cells = table.setdefault(row["optimizer"], [])
+        cells += [f"{row['us'] / 1e3:.1f}", f"{row['graph_us'] / 1e3:.1f}"]
+        cells.append(f"{row['state_bytes'] / row['parameters']:.0f}")
+    of_each = ("ms", "in a graph", "bytes of state")
+    head = [f"{model}: {what}" if what == "ms" else what for model in names for what in of_each]
+    return _markdown(["optimizer", *head], [[name, *cells] for name, cells in table.items()])
+
+
+def gpu_training(path: str) -> str:
+    """Losses of files held out after a GPT's training on a GPU, one column a seed.
+
+    Args:
+        path: The rows of ``bench/on_gpu.py``.
+    """
+    table: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in _gpu_rows(path, "training").values():
+        size = f"{row['parameters'] / 1e6:.1f} million, {row['steps']} steps"
+        name = f"{row['optimizer']}, lr={row['lr']:g}"
+        last = row["held_out_losses"][str(row["steps"])]
+        table.setdefault((size, name, row["decay"]), {})[row["seed"]] = last
+    seeds = sorted({seed for by in table.values() for seed in by})
+    rows = [
+        [*what, *(f"{by[seed]:.3f}" if seed in by else "" for seed in seeds)]
+        for what, by in sorted(table.items(), key=lambda item: (item[0][0], item[1][0]))
+    ]
+    return _markdown(["GPT", "optimizer", "rate", *(f"seed {seed}" for seed in seeds)], rows)
+
+
 def unroll_memory(path: str) -> str:
     """Bytes that windows of the MLP keep, and milliseconds a step."""
     cases: dict[str, dict[str, Any]] = {
@@ -281,7 +423,13 @@ KINDS: dict[str, Callable[..., str]] = {
     "from-markdown": from_markdown,
     "step-in-place": step_in_place,
     "nominal-steps": nominal_steps,
+    "gpu-functional": gpu_functional,
+    "gpu-models": gpu_models,
+    "gpu-nominal": gpu_nominal,
     "gpu-step": gpu_step,
+    "gpu-steps": gpu_steps,
+    "gpu-training": gpu_training,
+    "gpu-windows": gpu_windows,
     "unroll-memory": unroll_memory,
     "unroll-time": unroll_time,
 }

@@ -34,8 +34,7 @@ def _cpu_teacher_step_backward(
     return _run_backward(core.core().cpu, grads_out, (grads, m, v), pool, where)
 
 
-# On an H200 Triton's kernels take the time of a copy (bench/results/gpu); these have not run yet.
-@cuda.backend.kernel("teacher_step", auto=False)
+@cuda.backend.kernel("teacher_step")
 def _cuda_teacher_step(
     grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +42,7 @@ def _cuda_teacher_step(
         return _run(core.core().cuda, (grads, m, v), pool, cuda.place_of(grads))
 
 
-@cuda.backend.kernel("teacher_step_backward", auto=False)
+@cuda.backend.kernel("teacher_step_backward")
 def _cuda_teacher_step_backward(
     grads_out: Sequence[Tensor], grads: Tensor, m: Tensor, v: Tensor, pool: PoolSettings
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,6 @@ class _KernelEntry:
     dtypes: Collection[torch.dtype] | None
     takes_numerics: bool
     accepts: Accepts | None
-    auto: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ class Backend:
         dtypes: Collection[torch.dtype] | None = FLOATS,
         takes_numerics: bool = False,
         accepts: Accepts | None = None,
-        auto: bool = True,
     ) -> Callable[[Kernel], Kernel]:
         """Decorator: register a function as this backend's kernel for ``operation``.
 
@@ -94,14 +92,12 @@ class Backend:
             takes_numerics: Whether the function takes the keyword ``numerics``, :class:`Numerics`.
             accepts: Called with the kernel's arguments, in its order, and ``numerics`` if it takes
                 them; returns ``None`` where it computes this, else a sentence that says why not.
-            auto: Whether ``"auto"`` takes the kernel; where another backend's is known to be as
-                fast as memory, and this one has not been measured, it is taken by name alone.
         """
 
         def register(function: Kernel) -> Kernel:
             if operation in self.kernels:
                 raise ValueError(f"backend {self.name!r} has a kernel for {operation!r} already")
-            self.kernels[operation] = _KernelEntry(function, dtypes, takes_numerics, accepts, auto)
+            self.kernels[operation] = _KernelEntry(function, dtypes, takes_numerics, accepts)
             return function
 
         return register
@@ -212,9 +208,7 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
     name, permitted = _parse(requested)
     if name == "auto":
         for backend in sorted(_backends.values(), key=lambda b: -b.rank):
-            if backend.obstacle(operation, deciding, *args, numerics=permitted) is not None:
-                continue
-            if backend.kernels[operation].auto:
+            if backend.obstacle(operation, deciding, *args, numerics=permitted) is None:
                 name = backend.name
                 break
         else:
