@@ -118,25 +118,46 @@ class PendingUpdates:
         if warmup_steps and steps is not None:
             stay = [step.to(part.device) < warmup_steps for step, part in self._with_parts(steps)]
         orthogonalize_(self._params, self.tensors, stay)
-        plain = all(update.dtype == part.dtype for update, part in self._with_parts(self.tensors))
-        numbers = isinstance(lr, int | float) and isinstance(weight_decay, int | float)
-        if plain and numbers and skip is None:
-            if lr * weight_decay:
-                torch._foreach_mul_(self._parts, 1 - lr * weight_decay)
-            torch._foreach_add_(self._parts, self.tensors, alpha=float(lr))
-            return
-        for index, (update, part) in enumerate(self._with_parts(self.tensors)):
-            rate, decay = (_on_device(value, part) for value in (lr, weight_decay))
-            new = part.to(update.dtype) * (1 - rate * decay) + rate * update
-            if seeds:
-                step = steps[index] if steps else torch.zeros((), device=part.device)
-                key, places = key_of(seeds[index], step), range(part.numel())
-                new = as_stored(new.reshape(-1), part.dtype, key, self._row, places)
-            new = new.view(part.shape).to(part.dtype)
-            part.copy_(new if skip is None else torch.where(skip != 0, part, new))
+        for alike in self._alike():
+            parts, updates = ([of[index] for index in alike] for of in (self._parts, self.tensors))
+            rate, decay = (_on_device(value, parts[0]) for value in (lr, weight_decay))
+            kept = 1 - rate * decay
+            if skip is not None:  # updates are zero then
+                kept = torch.where(skip != 0, 1, kept)
+            if parts[0].dtype == updates[0].dtype:
+                _scale(parts, kept)
+                if isinstance(rate, Tensor):  # which _foreach_add_ would wait to read
+                    _scale(updates, rate)
+                    rate = 1
+                torch._foreach_add_(parts, updates, alpha=rate)
+                continue
+            for index, part, update in zip(alike, parts, updates, strict=True):
+                new = part.to(update.dtype) * kept + rate * update
+                if seeds:
+                    step = steps[index] if steps else torch.zeros((), device=part.device)
+                    key, places = key_of(seeds[index], step), range(part.numel())
+                    new = as_stored(new.reshape(-1), part.dtype, key, self._row, places)
+                new = new.view(part.shape).to(part.dtype)
+                # Rounding at random may change what is neither scaled nor added to.
+                part.copy_(new if skip is None else torch.where(skip != 0, part, new))
+
+    def _alike(self) -> list[list[int]]:
+        """The parameters of each dtype, by index."""
+        found: dict[torch.dtype, list[int]] = {}
+        for index, part in enumerate(self._parts):
+            found.setdefault(part.dtype, []).append(index)
+        return list(found.values())
 
     def _with_parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(tensors, self._parts, strict=True)
+
+
+def _scale(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply tensors of one dtype in place, without waiting for the device."""
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(list(tensors), factor.to(tensors[0].dtype))
+    elif factor != 1:
+        torch._foreach_mul_(list(tensors), factor)
 
 
 def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
