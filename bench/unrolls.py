@@ -98,6 +98,7 @@ class Case:
         device: Where.
         backend: Of ``ours``.
         graph: Whether ``ours`` runs as a CUDA graph, after some runs without.
+        stack: As :class:`amalgam.meta.Amalgamation` has it.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Case:
         device: str = "cpu",
         backend: str = "auto",
         graph: bool = True,
+        stack: bool | None = None,
     ) -> None:
         self.task, self.steps, self.engine = task_of(task).to(device), steps, engine
         self.students = [
@@ -122,7 +124,11 @@ class Case:
         ]
         backend = "reference" if engine == "eager" else backend
         self.how = Amalgamation(
-            second_order=order == 2, scale_spread=1.0, backend=backend, cuda_graph=graph
+            second_order=order == 2,
+            scale_spread=1.0,
+            backend=backend,
+            cuda_graph=graph,
+            stack=stack,
         )
         self.unroll = Unroll(
             self.task,

@@ -33,6 +33,7 @@ def window_case(
     graph: bool,
     steps: int = STEPS,
     engine: str = "ours",
+    stack: bool | None = None,
 ) -> Row:
     on_device = device == "cuda"
     steps = steps if place.real else 2
@@ -48,6 +49,7 @@ def window_case(
         device=place.device if on_device else "cpu",
         backend=backend if on_device else "auto",
         graph=graph,
+        stack=stack,
     )
     if on_device and place.real:
         torch.cuda.reset_peak_memory_stats()
@@ -64,6 +66,7 @@ def window_case(
         "operation": "window",
         "task": task,
         "engine": engine,
+        "stack": stack,
         "coordinates": window.coordinates,
         "replicates": replicates,
         "order": order,
@@ -121,6 +124,8 @@ def long_windows(place: Place, graph: bool) -> Iterator[tuple[str, tuple[Any, ..
     for replicates in (1, 8):
         label = f"the paper's CNN replicates={replicates} T=100{in_graph}"
         yield label, ("cnn", replicates, 2, "cuda", graph, 100)
+        label = f"digits-cnn replicates={8 * replicates} stacked{in_graph}"
+        yield label, ("digits-cnn", 8 * replicates, 2, "cuda", graph, STEPS, "ours", True)
     if not place.real:  # there is not memory enough
         return
     for steps in (10, 100):
