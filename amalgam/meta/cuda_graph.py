@@ -126,19 +126,20 @@ class WindowGraphs:
         Returns:
             What it gives, or ``None`` where that has to be computed without a graph: the first
             :data:`BEFORE` times that a window of this shape comes, where something has to be
-            skipped, where noise is drawn at every step or teachers have a part in the steps, and
-            wherever there is an obstacle.
+            skipped, where noise is added to the gradients that students see or teachers have a part
+            in the steps, and wherever there is an obstacle.
         """
         if self.obstacle is not None or not episodes.trusting:
             return None
-        if given.noise is not None or given.input_noise or (given.teaching and given.teaching.fade):
+        if given.input_noise or (given.teaching and given.teaching.fade):
             return None
         nest = _nest(given, coefficients)
         shapes: Any = ((t.shape, t.dtype) for t in nests.tensors(nest))
-        key = nests.with_tensors(nest, shapes)
+        key = nests.with_tensors(nest, shapes), given.noise is not None
         self._came[key] += 1
         if self._came[key] <= BEFORE:
             return None
+        nest = nest, _noise_of_all_steps(given)
         inputs = nests.tensors(nest)
         captured = self._captured.get(key)
         if captured is None:
@@ -204,16 +205,29 @@ def _nest(given: WindowInputs, coefficients: Tensor) -> tuple[Any, ...]:
 
 def _given(like: WindowInputs, nest: tuple[Any, ...]) -> tuple[WindowInputs, Tensor]:
     """What :func:`_nest` was made of."""
-    begin, batches, weights, conditions, teaching, held_out, _, coefficients = nest
+    (begin, batches, weights, conditions, teaching, held_out, _, coefficients), noise = nest
     given = like._replace(
         begin=begin,
         batches=_with_tensors(like.batches, batches),
         weights=weights,
+        noise=noise and (lambda step: [[of[step] for of in ours] for ours in noise]),
         conditions=conditions,
         teaching=teaching,
         held_out=None if like.held_out is None else _with_tensors(like.held_out, held_out),
     )
     return given, coefficients
+
+
+@torch.no_grad()
+def _noise_of_all_steps(given: WindowInputs) -> tuple[tuple[Tensor, ...], ...] | None:
+    """What is added to each student's weights, of all steps, each tensor (T, ...)."""
+    if given.noise is None:
+        return None
+    drawn = [given.noise(step) for step in range(len(given.batches))]
+    students = range(len(given.weights))
+    return tuple(
+        tuple(map(torch.stack, zip(*(of[s] for of in drawn), strict=True))) for s in students
+    )
 
 
 def _of_batches(batches: Sequence[Any]) -> tuple[Any, ...]:

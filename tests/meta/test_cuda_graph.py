@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from amalgam.meta import Amalgamation, Conditions, Memory, OnPolicy, Unroll, cuda_graph
 from amalgam.meta.conditions import StepConditions
 from amalgam.meta.cuda_graph import CudaGraph, WindowGraphs
+from amalgam.meta.perturbation import Gaussian
 from amalgam.meta.teaching import Teaching
 from amalgam.meta.window import WindowInputs
 from amalgam.policies import (
@@ -119,6 +121,8 @@ CASES: dict[str, dict[str, Any]] = {
         "conditions": True,
     },
     "conditions": {"conditions": True},
+    "perturbed": {"noise": True, "students": 2},
+    "perturbed, first order": {"noise": True, "how": {"second_order": False}},
     "held out": {"held_out": True, "how": {"objective": "final"}},
     "every batch": {"how": {"normaliser": "every-batch", "log_objective": False}},
     "decaying teachers": {"pool": Pool(["adam", "sgd"], ["linear", "cosine"])},
@@ -147,6 +151,7 @@ class Windows:
         memory: Memory | None = None,
         conditions: bool = False,
         held_out: bool = False,
+        noise: bool = False,
     ) -> None:
         self.students = [student(seed).to(device) for seed in range(students)]
         self.pool = Pool(["adam", "powersign"]) if pool is None else pool
@@ -161,6 +166,7 @@ class Windows:
         self.begin = self.unroll.begin(*(generator_for(row, "episode") for row in self.rows))
         self._conditions = conditions
         self._held_out = held_out
+        self._noise = noise
 
     def batches(self, window: int, *purpose: str) -> Batches:
         generators = (generator_for(row, "batches", window, *purpose) for row in self.rows)
@@ -179,10 +185,17 @@ class Windows:
             self.begin,
             self.batches(window),
             [student.weights() for student in self.students],
+            noise=functools.partial(self.noise, window) if self._noise else None,
             conditions=conditions,
             teaching=Teaching.of(self.pool, STEPS * window, STEPS, 50, like),
             held_out=self.batches(window, "held out") if self._held_out else None,
         )
+
+    def noise(self, window: int, step: int) -> list[list[Tensor]]:
+        return [
+            Gaussian(0.05).draw(student.weights(), generator_for(row, "noise", window, step))
+            for row, student in enumerate(self.students)
+        ]
 
     def take(self, window: int, given: WindowInputs | None = None) -> list[Tensor]:
         """A window, and a step of the weights against its meta-gradient; all that came of it."""
@@ -412,11 +425,21 @@ def test_an_engine_goes_with_its_graphs(counted) -> None:
         gc.enable()
 
 
-def test_noise_at_every_step_has_no_graph(counted) -> None:
+def test_a_window_with_noise_has_another_graph(counted) -> None:
+    windows = Windows(counted)
+    given = windows.given(0)
+    for _ in range(3):
+        for noise in (None, functools.partial(windows.noise, 0)):
+            windows.unroll.meta_gradient(given._replace(noise=noise), (1.0, 0.1))
+    assert len(counted.made) == 2
+    assert counted.replays == 4
+
+
+def test_noise_on_gradients_has_no_graph(counted) -> None:
     windows = Windows(counted)
     for window in range(3):
         given = windows.given(window)._replace(
-            noise=lambda step: [[0 * w for w in s.weights()] for s in windows.students]
+            input_noise=0.1, draws=lambda purpose, step, row: generator_for(purpose, step, row)
         )
         windows.take(window, given)
     assert not counted.made
