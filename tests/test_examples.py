@@ -123,12 +123,13 @@ def test_sharded_pretraining(tmp_path: Path) -> None:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = str(EXAMPLES / "loops" / "sharded_pretraining.py")
         given = ["--folder", str(tmp_path / folder), "--until", str(until)]
-        subprocess.run(
+        done = subprocess.run(
             [*launch, f"--nproc-per-node={processes}", script, *given],
-            check=True,
             capture_output=True,
+            text=True,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         )
+        assert done.returncode == 0, done.stderr[-4000:]
         whole = tmp_path / f"{folder}.pt"
         dcp_to_torch_save(tmp_path / folder / str(until), whole)
         state: dict[str, Any] = torch.load(whole)

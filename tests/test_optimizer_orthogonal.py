@@ -333,3 +333,29 @@ def test_a_gpu_steps_as_a_cpu_does(captured: bool) -> None:
     for before, one, other in zip(begin, host, device, strict=True):
         moved = (one - before).norm()
         assert (one - other.cpu()).norm() <= 0.03 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_decay_is_the_same_with_capturable(dtype: torch.dtype) -> None:
+    found = []
+    for capturable in (False, True):
+        generator = torch.Generator().manual_seed(3)
+        param = nn.Parameter(torch.randn(6, 5, generator=generator, dtype=dtype))
+        optimizer = AmalgamatedOptimizer(
+            [param], lr=0.7, weight_decay=1e-3, capturable=capturable, backend="reference"
+        )
+        for _ in range(5):
+            param.grad = torch.randn(6, 5, generator=generator, dtype=dtype)
+            optimizer.step()
+        found.append(param.detach())
+    torch.testing.assert_close(*found, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_skipped_step_keeps_the_sign_of_zero() -> None:
+    begin = torch.tensor([[-0.0, 1.0], [0.0, -3.0]])
+    param = nn.Parameter(begin.clone())
+    optimizer = AmalgamatedOptimizer([param], weight_decay=0.1, capturable=True)
+    param.grad = torch.full((2, 2), torch.inf)
+    optimizer.step()
+    assert torch.equal(param.detach().view(torch.int32), begin.view(torch.int32))
+    assert optimizer.skipped_steps == 1

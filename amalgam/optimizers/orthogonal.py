@@ -122,9 +122,13 @@ class PendingUpdates:
             parts, updates = ([of[index] for index in alike] for of in (self._parts, self.tensors))
             rate, decay = (_on_device(value, parts[0]) for value in (lr, weight_decay))
             kept = 1 - rate * decay
-            if skip is not None:  # updates are zero then
-                kept = torch.where(skip != 0, 1, kept)
             if parts[0].dtype == updates[0].dtype:
+                if skip is not None:
+                    # Updates are zero then, and minus zero changes no number, not even its sign.
+                    kept, rate = (
+                        torch.where(skip != 0, stays, _as_tensor(value, updates[0]))
+                        for stays, value in ((1.0, kept), (-0.0, rate))
+                    )
                 _scale(parts, kept)
                 if isinstance(rate, Tensor):  # which _foreach_add_ would wait to read
                     _scale(updates, rate)
@@ -138,7 +142,6 @@ class PendingUpdates:
                     key, places = key_of(seeds[index], step), range(part.numel())
                     new = as_stored(new.reshape(-1), part.dtype, key, self._row, places)
                 new = new.view(part.shape).to(part.dtype)
-                # Rounding at random may change what is neither scaled nor added to.
                 part.copy_(new if skip is None else torch.where(skip != 0, part, new))
 
     def _alike(self) -> list[list[int]]:
@@ -158,6 +161,13 @@ def _scale(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
         torch._foreach_mul_(list(tensors), factor.to(tensors[0].dtype))
     elif factor != 1:
         torch._foreach_mul_(list(tensors), factor)
+
+
+def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor of shape (), of the dtype and device of another; a graph can hold it."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:

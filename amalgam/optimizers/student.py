@@ -261,16 +261,17 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 "reads nothing; take 'skip-step' or 'skip-tensor'"
             )
         _check_constants(self._student, group["betas"])
-        if group["orthogonal"] and any(map(in_flat_vector, group["params"])):
-            raise ValueError(
-                "orthogonal must be False where FSDP1 has made parts of flat vectors of matrices; "
-                "fully_shard keeps them, in parts"
-            )
-        if self._student.sees_shapes and any(map(in_flat_vector, group["params"])):
+        flat = any(map(in_flat_vector, group["params"]))
+        if flat and self._student.sees_shapes:
             raise ValueError(
                 "student must not depend on tensors' shapes or RMS where FSDP1 has made parts of "
                 f"flat vectors of them, but it has {_on_tensors(self._student)}; fully_shard keeps "
-                "tensors, in parts"
+                "tensors, in parts, and 'digits' depends on none"
+            )
+        if flat and group["orthogonal"]:
+            raise ValueError(
+                "orthogonal must be False where FSDP1 has made parts of flat vectors of matrices; "
+                "fully_shard keeps them, in parts"
             )
 
     def _check_loaded(self, group: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -790,7 +791,8 @@ def check_stored(name: str, dtype: torch.dtype | None, known: Sequence[torch.dty
 
 def _on_tensors(student: Any) -> str:
     """What of a student's configuration depends on tensors as a whole, for a message."""
-    told = {"inputs": student.config.inputs, "full_width": student.config.full_width}
+    inputs = tuple(name for name in student.config.inputs if name != "time")
+    told = {"inputs": inputs, "full_width": student.config.full_width}
     return " and ".join(f"{name}={value!r}" for name, value in told.items() if value)
 
 

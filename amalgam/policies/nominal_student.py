@@ -55,7 +55,8 @@ class NominalConfig(FusedConfig):
             first dimension, and the product of the others. Of a wider one they are the share
             full_width / width, as the rate that suits Adam falls with the width of a network's
             layers (Yang et al. 2022, "Tensor Programs V", table 3). ``None`` for whole steps at
-            every width.
+            every width. Without a layout all is one vector, and of a stack of matrices the number
+            of matrices counts as its first dimension.
         inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the

@@ -12,7 +12,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBlock = 1 << 14;  // elements
 constexpr int kAtOnce = 4;       // loads of a thread on their way
-constexpr int kRows = 112;       // pairs of one launch: as many as its parameters' 4 KB hold
+constexpr int kRows = 136;       // pairs of one launch: as many as its parameters' 4 KB hold
 
 // Pairs of one launch travel as its parameters: there is no table to be copied to the device.
 struct Rows {

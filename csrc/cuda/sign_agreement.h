@@ -1,6 +1,6 @@
-// How far the signs of many pairs of tensors agree; amalgam/operations/sign_agreement.py says what for.
-// All pointers but `pairs` are device memory of `device`; `stream` is a cudaStream_t of it. Nothing here
-// waits for the device.
+// How far the signs of many pairs of tensors agree; amalgam/operations/sign_agreement.py says what
+// for. All pointers but `pairs` are device memory of `device`; `stream` is a cudaStream_t of it.
+// Nothing here waits for the device.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ struct SignPair {
   Format second_format;
 };
 
-// Of each of `count` pairs the sum of the products of their elements' signs. Zero and NaN have none.
+// Of each of `count` pairs the sum of the products of their elements' signs. Zero and NaN have
+// none.
 void sign_agreements(const SignPair* pairs, int64_t count,
                      int64_t* sums,  // (count,) in and out: zeros before
                      int device, void* stream);

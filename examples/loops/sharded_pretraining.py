@@ -87,6 +87,7 @@ def train(folder: str, until: int, steps: int = 40) -> list[float]:
         scheduler.step()
         losses.append(loss.item())
     dcp.save(state(), checkpoint_id=Path(folder) / str(until))
+    dist.barrier()  # who leaves first closes connections that others may still read
     dist.destroy_process_group()
     return losses
 
