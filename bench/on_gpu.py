@@ -40,6 +40,8 @@ PREPARED = ROOT / "build" / "gpu" / "prepared.tar.xz"
 CACHE = Path(tempfile.gettempdir()) / "amalgam-kernels"
 ALL_SECONDS = 450.0
 LOST = 3  # a phase's script wants a new process, as the GPU refuses this one further work
+# Of this machine: what is written names files from there on.
+FOLDERS = (ROOT, Path(sys.prefix), Path(tempfile.gettempdir()))
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 # In files with tests that need a GPU.
 MARKED = re.compile(r"\bmark\.gpu\b|\bby_triton\b|\bon_gpus\b")
@@ -188,6 +190,8 @@ class Run:
         text = os.read(stream.fileno(), 1 << 16).decode(errors="replace")
         *lines, rest[0] = (rest[0] + text).split("\n")
         for line in lines if text else [rest[0]]:
+            for folder in FOLDERS:
+                line = line.replace(f"{folder}/", "")
             self.log.write(f"[{name}] {line}\n")
             found = OUTCOME.match(line)
             if found:
@@ -211,16 +215,9 @@ def tests_phase(run: Run) -> list[list[str]] | str:
     """The tests marked gpu, each file in a process of its own."""
     if importlib.util.find_spec("pytest") is None:
         return "pytest is not installed"
-    command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, f"--rootdir={ROOT}"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "at_once",
-        "-W",
-        "ignore::pytest.PytestUnknownMarkWarning",
-    ]
-    command += ["--tb=short", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-c", os.devnull]
+    command += [f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-p", "at_once", "--tb=short"]
+    command += ["-W", "ignore::pytest.PytestUnknownMarkWarning", "-m", "gpu"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ["-o", "timeout=60"]
     if run.stand_in:

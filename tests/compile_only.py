@@ -131,7 +131,7 @@ def fingerprint() -> dict[str, Any]:
         "options": options.hash(),
         "variables": get_cache_invalidating_env_vars(),
         "target": str(target),
-        "folder": triton.knobs.cache.dir,
+        "folder": os.path.relpath(triton.knobs.cache.dir, tempfile.gettempdir()),
         "torch": torch.__version__,
         "ptx": on_nvidia(),
     }
