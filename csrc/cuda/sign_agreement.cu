@@ -3,12 +3,12 @@
 #include <algorithm>
 
 #include "launch.cuh"
+#include "warp_sums.cuh"
 
 namespace amalgam::cuda {
 namespace signs {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBlock = 1 << 14;  // elements
 constexpr int kAtOnce = 4;       // loads of a thread on their way
@@ -58,19 +58,18 @@ __device__ int agreement(const void* first, const void* second, A a_infinity, B 
   return sum;
 }
 
-template <typename A>
-__device__ int agreement_with(const Rows& rows, int row, A infinity, int64_t start, int64_t end) {
-  const void* first = rows.first[row];
-  const void* second = rows.second[row];
-  switch (rows.second_format[row]) {
+// What a function makes of a format's infinity, given as bits as wide as the format's numbers.
+template <typename Function>
+__device__ int with_infinity(Format format, const Function& function) {
+  switch (format) {
     case Format::float64:
-      return agreement<A, uint64_t>(first, second, infinity, 0x7ff0000000000000, start, end);
+      return function(uint64_t{0x7ff0000000000000});
     case Format::float32:
-      return agreement<A, uint32_t>(first, second, infinity, 0x7f800000, start, end);
+      return function(uint32_t{0x7f800000});
     case Format::bfloat16:
-      return agreement<A, uint16_t>(first, second, infinity, 0x7f80, start, end);
+      return function(uint16_t{0x7f80});
     default:
-      return agreement<A, uint16_t>(first, second, infinity, 0x7c00, start, end);
+      return function(uint16_t{0x7c00});
   }
 }
 
@@ -85,25 +84,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t start = int64_t{blockIdx.x - rows.first_block[row]} * kBlock;
   const int64_t numel = rows.numel[row];
   const int64_t end = start + kBlock < numel ? start + kBlock : numel;
-  int sum = 0;
-  switch (rows.first_format[row]) {
-    case Format::float64:
-      sum = agreement_with<uint64_t>(rows, row, 0x7ff0000000000000, start, end);
-      break;
-    case Format::float32:
-      sum = agreement_with<uint32_t>(rows, row, 0x7f800000, start, end);
-      break;
-    case Format::bfloat16:
-      sum = agreement_with<uint16_t>(rows, row, 0x7f80, start, end);
-      break;
-    default:
-      sum = agreement_with<uint16_t>(rows, row, 0x7c00, start, end);
-  }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    sum += __shfl_down_sync(0xffffffffu, sum, offset);
-  }
-  if (threadIdx.x % kWarp == 0 && sum != 0) {
+  const int of_thread = with_infinity(rows.first_format[row], [&](auto infinity) {
+    return with_infinity(rows.second_format[row], [&](auto other_infinity) {
+      return agreement(rows.first[row], rows.second[row], infinity, other_infinity, start, end);
+    });
+  });
+  const int sum = warp_sum(of_thread);
+  if (threadIdx.x % kLaneCount == 0 && sum != 0) {
     // Two's complement: adding as unsigned is adding as signed.
     atomicAdd(reinterpret_cast<unsigned long long*>(sums + row),
               static_cast<unsigned long long>(static_cast<long long>(sum)));

@@ -6,11 +6,12 @@
 #include <cmath>
 
 #include "check.h"
+#include "warp_sums.cuh"
 
 namespace amalgam::cuda {
 namespace {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = kLaneCount;
 constexpr int kThreads = 256;
 constexpr int kFinalThreads = 512;
 constexpr int kPacks = 4;
@@ -100,14 +101,6 @@ __device__ T slope(T difference, T delta) {
   return difference;
 }
 
-__device__ double warp_sum(double value) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, offset);
-  }
-  return value;
-}
-
 // First stage: each warp leaves one partial sum per teacher; no barrier, no atomics.
 template <bool huber, typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -130,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
         sum += penalty<huber>(at_student[p].values[i] - at_teacher[p].values[i], delta);
       }
     }
-    const double of_warp = warp_sum(sum);
+    const double of_warp = warp_sum(double{sum});
     if (threadIdx.x % kWarp == 0) partials[row * count + mine] = of_warp;
   }
 }

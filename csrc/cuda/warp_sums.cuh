@@ -9,6 +9,16 @@ constexpr int kLaneCount = 32;
 // then lie in different banks.
 constexpr int kStageStride = kLaneCount + 4;
 
+// The sum of a warp's values, in its first lane.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kLaneCount / 2; offset > 0; offset /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
 // A sum and what it has lost (Kahan): a warp adds thousands of tiles' sums.
 struct LongSum {
   float sum = 0.0f, lost = 0.0f;
