@@ -204,7 +204,7 @@ def _nest(given: WindowInputs, coefficients: Tensor) -> tuple[Any, ...]:
 
 
 def _given(like: WindowInputs, nest: tuple[Any, ...]) -> tuple[WindowInputs, Tensor]:
-    """What :func:`_nest` was made of."""
+    """What :func:`_nest` was made of, with what :func:`_noise_of_all_steps` gave beside it."""
     (begin, batches, weights, conditions, teaching, held_out, _, coefficients), noise = nest
     given = like._replace(
         begin=begin,

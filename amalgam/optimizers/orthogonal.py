@@ -80,6 +80,9 @@ class PendingUpdates:
         self._params = params
         self._row = row
         self._parts = list(map(local_part, params))
+        self._of_dtype: dict[torch.dtype, list[int]] = {}
+        for index, part in enumerate(self._parts):
+            self._of_dtype.setdefault(part.dtype, []).append(index)
         with torch.inference_mode(False):  # steps outside it write to them, too
             self.tensors = [
                 torch.zeros(part.shape, dtype=computing_dtype(part.dtype), device=part.device)
@@ -118,7 +121,7 @@ class PendingUpdates:
         if warmup_steps and steps is not None:
             stay = [step.to(part.device) < warmup_steps for step, part in self._with_parts(steps)]
         orthogonalize_(self._params, self.tensors, stay)
-        for alike in self._alike():
+        for alike in self._of_dtype.values():
             parts, updates = ([of[index] for index in alike] for of in (self._parts, self.tensors))
             rate, decay = (_on_device(value, parts[0]) for value in (lr, weight_decay))
             kept = 1 - rate * decay
@@ -143,13 +146,6 @@ class PendingUpdates:
                     new = as_stored(new.reshape(-1), part.dtype, key, self._row, places)
                 new = new.view(part.shape).to(part.dtype)
                 part.copy_(new if skip is None else torch.where(skip != 0, part, new))
-
-    def _alike(self) -> list[list[int]]:
-        """The parameters of each dtype, by index."""
-        found: dict[torch.dtype, list[int]] = {}
-        for index, part in enumerate(self._parts):
-            found.setdefault(part.dtype, []).append(index)
-        return list(found.values())
 
     def _with_parts(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(tensors, self._parts, strict=True)

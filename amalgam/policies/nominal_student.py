@@ -245,8 +245,8 @@ class NominalStudent(FusedStudent):
         if agreements is None or pace is None:
             columns.append(constants.shares.double())
         else:
-            shares = agreements() / constants.roots.double().square()
-            pace = (pace + config.pacing * shares).clamp(-MOST_PACE, MOST_PACE).to(pace.dtype)
+            agreed = agreements() / constants.roots.double().square()
+            pace = (pace + config.pacing * agreed).clamp(-MOST_PACE, MOST_PACE).to(pace.dtype)
             columns.append(pace.double().exp() * constants.shares.double())
         corrections = torch.stack(columns, 1).to(steps.dtype)
         return TensorContext(inputs, corrections, constants.sizes, pace)
