@@ -89,6 +89,16 @@ def largest(draws: Sequence[Errors]) -> Errors:
     return Errors(*(torch.stack(column).amax(0) for column in zip(*draws, strict=True)))
 
 
+def seeds_of_draws(device: str, few: int) -> range:
+    """Seeds of as many draws as a mean of ratios is to be over.
+
+    Args:
+        device: On "cuda", where they take no time, they are so many that chance decides little.
+        few: How many they are elsewhere.
+    """
+    return range(24 if device == "cuda" else few)
+
+
 def assert_at_most_twice(name: str, draws: Sequence[Errors]) -> None:
     """Assert the rule of a result.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, flat
+from accuracy import assert_as_accurate, flat, seeds_of_draws
 from places import ON_HOST, at, on_gpus
 from student_cases import moved
 from test_choice_step import skewed_arguments
@@ -51,7 +51,7 @@ def test_steps_and_gradients_err_as_float32_does(
 def test_warps_take_several_tiles(backend: str, device: str) -> None:
     """Weights' gradients are then sums of a warp's own, the same in every run."""
     draws = []
-    for seed in range(24 if device == "cuda" else 2):
+    for seed in seeds_of_draws(device, 2):
         arguments, upstream = arguments_on(device, 3001, 4, 2, seed)
         draws.append((upstream, *arguments))
     assert_as_accurate(BACKWARD, draws, backend)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_as_accurate, flat
+from accuracy import assert_as_accurate, flat, seeds_of_draws
 from machine_code import assert_cuda_within, assert_within, budgets, costs_of
 from places import by_triton, compiled, compiled_once
 from student_cases import moved
@@ -582,7 +582,7 @@ def test_compiled_gradients_match_the_authors(
 )
 def test_triton_choice(device: str, size: int, layers: int, hidden: int, k: int) -> None:
     forward, backward = [], []
-    for seed in range(24 if device == "cuda" else 6):
+    for seed in seeds_of_draws(device, 6):
         drawn = skewed_arguments(size, layers, hidden, k, torch.float32, seed)
         arguments, upstream = moved(drawn, device)
         forward.append(arguments)

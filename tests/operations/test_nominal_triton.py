@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, flat
+from accuracy import assert_as_accurate, flat, seeds_of_draws
 from machine_code import assert_within
 from nominal_cases import (
     BF16,
@@ -38,7 +38,7 @@ FORWARD, BACKWARD = torch.ops.amalgam.student_step, torch.ops.amalgam.student_st
 )
 def test_triton_nominal_step(device: str, size: int, layers: int, hidden: int) -> None:
     """Of few units and many; of weights that are folded into the padding, and apart."""
-    seeds = range(24 if device == "cuda" else 3)
+    seeds = seeds_of_draws(device, 3)
     steps, backward = zip(*(drawn(device, layers, hidden, size, s) for s in seeds), strict=True)
     assert_as_accurate(FORWARD, steps, "triton")
     assert_as_accurate(BACKWARD, backward, "triton")
@@ -87,7 +87,7 @@ def test_triton_sums_the_biases_gradients_of_tensors_over_programs(device: str) 
     sizes = [0, 130, 5, 0, 520, 0]
     n = sum(sizes)
     draws = []
-    for seed in range(24 if device == "cuda" else 2):
+    for seed in seeds_of_draws(device, 2):
         grad, state, _, _ = skewed_nominal(n, 1, 4, F32, seed)
         upstream = [draw(*t.shape, seed=seed + 9, dtype=F32) for t in (grad, *state)]
         settings = nominal_settings(sizes, F32)
