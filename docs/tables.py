@@ -161,10 +161,9 @@ def gpu_step(path: str, n: str) -> str:
         n: How many coordinates.
     """
     rows = []
-    for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in _gpu_rows(path, "speed").values():
         backend, _, permitted = row.get("backend", "").partition(":")
-        if row.get("phase") != "speed" or row.get("n") != int(n):
+        if row.get("n") != int(n):
             continue
         if row["operation"] == "student_step_" and backend == "cuda":
             cells = [row["student"].replace("x", " x "), row["cells"]]

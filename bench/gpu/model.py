@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu.place import Case, Place, Row, replayed, start, timed
+from gpu.place import Case, Place, Row, graph_of, replayed, start, timed
 from model_shapes import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +24,7 @@ IN_BFLOAT16: dict[str, Any] = {
     "cells_dtype": torch.bfloat16,
     "moments_dtype": torch.bfloat16,
     "rounding": "stochastic",
+    "backend": "auto:bf16,approximate",
 }
 
 
@@ -58,39 +59,29 @@ def build(
     return model, x, y
 
 
+# The paper's student: its steps are timed, and not meant for such a model.
+PAPERS: dict[str, Any] = {"student": "digits", "warmup_steps": 0, "lr": 0.1}
 OURS: dict[str, dict[str, Any]] = {
     "standard": {},
-    "standard, bfloat16": {**IN_BFLOAT16, "backend": "auto:bf16,approximate"},
+    "standard, bfloat16": IN_BFLOAT16,
     "standard, coordinatewise": {"orthogonal": False},
     "compact": {"student": "compact"},
-    "compact, bfloat16": {
-        "student": "compact",
-        **IN_BFLOAT16,
-        "backend": "auto:bf16,approximate",
-    },
-    # The paper's student; its steps are timed, and not meant for such a model.
-    "paper's": {"student": "digits", "warmup_steps": 0, "lr": 0.1},
-    "paper's, tf32": {
-        "student": "digits",
-        "warmup_steps": 0,
-        "lr": 0.1,
-        "backend": "auto:tf32,approximate",
-    },
+    "compact, bfloat16": {"student": "compact", **IN_BFLOAT16},
+    "paper's": PAPERS,
+    "paper's, tf32": {**PAPERS, "backend": "auto:tf32,approximate"},
     "paper's, bfloat16": {
-        "student": "digits",
-        "warmup_steps": 0,
-        "lr": 0.1,
+        **PAPERS,
         "backend": "auto:bf16,approximate",
         "cells_dtype": torch.bfloat16,
     },
 }
+ADAMWS = {"AdamW": "fused", "AdamW foreach": "foreach"}
 
 
 def optimizer_of(name: str, params: list[nn.Parameter], place: Place) -> torch.optim.Optimizer:
-    if name == "AdamW":
-        return torch.optim.AdamW(params, lr=1e-3, fused=True, capturable=place.real)
-    if name == "AdamW foreach":
-        return torch.optim.AdamW(params, lr=1e-3, foreach=True, capturable=place.real)
+    if name in ADAMWS:
+        how = {ADAMWS[name]: True, "capturable": place.real}
+        return torch.optim.AdamW(params, lr=1e-3, **how)
     return AmalgamatedOptimizer(params, capturable=True, **OURS[name])
 
 
@@ -106,28 +97,23 @@ def training_case(place: Place, name: str, captured: bool) -> Row:
         loss.backward()
         return loss.detach()
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=not captured)
-        loss = loss_and_gradients()
-        optimizer.step()
-        return loss
+    end: Tensor
 
-    begin = step()
+    def step() -> None:
+        nonlocal end
+        optimizer.zero_grad(set_to_none=not captured)
+        end = loss_and_gradients()
+        optimizer.step()
+
+    step()
+    begin = end.item()
     optimizer_alone = timed(place, optimizer.step)
     call: Callable[[], object] = step
     if captured and place.real:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            end = step()
-        call = graph.replay
+        call = graph_of(step, before=3).replay
     times = timed(place, call)
-    end = end if captured and place.real else step()
+    if call is step:
+        step()
     return {
         "operation": "training step of a GPT",
         "optimizer": name,
@@ -135,7 +121,7 @@ def training_case(place: Place, name: str, captured: bool) -> Row:
         "parameters": sum(p.numel() for p in params),
         **times.row(),
         **optimizer_alone.row("optimizer_"),
-        "first_loss": round(begin.item(), 4),
+        "first_loss": round(begin, 4),
         "last_loss": round(end.item(), 4),
     }
 
@@ -143,7 +129,6 @@ def training_case(place: Place, name: str, captured: bool) -> Row:
 def steps_case(place: Place, model: str, name: str) -> Row:
     """Steps alone on a well-known model's parameters, eager and in a CUDA graph."""
     make, numbers, _ = MODELS[model]
-    # A state of zeros is no faster here: it is stepped before it is timed.
     shapes = make() if place.real else make()[:12]
     params = [nn.Parameter(torch.randn(s, device=place.device)) for s in shapes]
     for param in params:

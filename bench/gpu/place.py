@@ -171,20 +171,26 @@ def timed(place: Place, call: Callable[[], object]) -> Times:
     return Times(statistics.median(spent), min(spent), max(spent), rounds)
 
 
-def replayed(place: Place, call: Callable[[], object], repeats: int = 10) -> Times:
-    """Time a call inside a CUDA graph of ``repeats`` of them: without the host's part."""
-    if not place.real:
-        return timed(place, call)
+def graph_of(call: Callable[[], object], before: int, repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``repeats`` calls, after some on another stream that are not part of it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
+        for _ in range(before):
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             call()
-    times = timed(place, graph.replay)
+    return graph
+
+
+def replayed(place: Place, call: Callable[[], object], repeats: int = 10) -> Times:
+    """Time a call inside a CUDA graph of ``repeats`` of them: without the host's part."""
+    if not place.real:
+        return timed(place, call)
+    times = timed(place, graph_of(call, 1, repeats).replay)
     return Times(*(value / repeats for value in times[:3]), times.rounds)
 
 

@@ -1,6 +1,6 @@
 """What a student is worth on a model larger than any that it was meta-trained on.
 
-GPTs of 10.9 and of 85.5 million parameters learn to predict the bytes of the sources of Python's
+GPTs of 10.9 and of 85.6 million parameters learn to predict the bytes of the sources of Python's
 standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates,
 the students that ship at ``lr=1``, untouched; all with a constant rate and with linear decay to
 zero. A row has the loss of files held out, after a quarter of the steps and at the end. Loss and
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from gpu.model import build
-from gpu.place import Case, Place, Row, start
+from gpu.place import Case, Place, Row, graph_of, start
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -53,7 +53,7 @@ def text(place: Place) -> tuple[Tensor, Tensor]:
 
 
 def pieces(characters: Tensor, count: int, context: int, seed: int) -> Tensor:
-    """Where so many pieces of a text with what follows them begin, at random, and what they say."""
+    """So many pieces of a text from random places, each with what follows, (count, context + 1)."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(characters) - context, (count, 1), generator=generator)
     places = starts + torch.arange(context + 1)
@@ -70,7 +70,7 @@ class Run:
         self.context = self.x.shape[1]
         self.slopes: Callable[[], object] = self._slopes
         if place.real:
-            self._capture()
+            self.slopes = graph_of(self._slopes, before=3).replay
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(self.place.device, torch.bfloat16):
@@ -80,18 +80,6 @@ class Run:
         for param in self.params:
             param.grad = None
         self.loss(self.x, self.y).backward()
-
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._slopes()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._slopes()
-        self.slopes = graph.replay
 
     def take(self, batch: Tensor) -> None:
         """Compute loss and gradients of a batch (samples, context + 1)."""
