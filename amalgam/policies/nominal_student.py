@@ -30,7 +30,7 @@ from amalgam.policies.policy import zero_head
 from amalgam.ranges import check_fields
 
 _TIMES = (10.0, 100.0, 1000.0)  # steps after which a time input has risen to tanh(1)
-MOST_PACE = 4.0  # of the logarithm of a pace, either way
+PACE_BOUND = 4.0  # of the logarithm of a pace, either way
 _FLOOR = 1e-3  # added to a tensor's RMS before its logarithm is taken
 
 INPUTS = {"time": len(_TIMES), "rank": 1, "fan_in": 1, "rms": 1}
@@ -49,6 +49,8 @@ class NominalConfig(FusedConfig):
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
             coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
+        most_pace: What that logarithm rises to at most. A tensor whose gradients keep their signs
+            for reasons of their own, as a head's over symbols that hardly occur, reaches it.
         orthogonal: Whether the updates of whole matrices are orthogonalised, as long as they are:
             :mod:`amalgam.operations.orthogonal`. Kernels of convolutions count as matrices, too.
         full_width: Up to which width, the smaller of a matrix's dimensions, steps are whole: of its
@@ -74,6 +76,7 @@ class NominalConfig(FusedConfig):
     lr: float = 0.005
     gain: float = 2.0
     pacing: float = 0.0
+    most_pace: float = PACE_BOUND
     orthogonal: bool = False
     full_width: int | None = None
     inputs: tuple[str, ...] = ()
@@ -84,7 +87,10 @@ class NominalConfig(FusedConfig):
         """Make inputs a tuple, and refuse what can't be computed."""
         super().__post_init__()
         check_fields(
-            self, counts=("full_width",), positive=("lr", "gain"), not_negative=("pacing",)
+            self,
+            counts=("full_width",),
+            positive=("lr", "gain"),
+            not_negative=("pacing", "most_pace"),
         )
         if not isinstance(self.orthogonal, bool):
             raise ValueError(f"orthogonal must be true or false, not {self.orthogonal!r}")
@@ -246,7 +252,8 @@ class NominalStudent(FusedStudent):
             columns.append(constants.shares.double())
         else:
             agreed = agreements() / constants.roots.double().square()
-            pace = (pace + config.pacing * agreed).clamp(-MOST_PACE, MOST_PACE).to(pace.dtype)
+            grown = pace + config.pacing * agreed
+            pace = grown.clamp(-PACE_BOUND, config.most_pace).to(pace.dtype)
             columns.append(pace.double().exp() * constants.shares.double())
         corrections = torch.stack(columns, 1).to(steps.dtype)
         return TensorContext(inputs, corrections, constants.sizes, pace)

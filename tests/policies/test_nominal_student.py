@@ -11,7 +11,7 @@ import torch
 
 from amalgam.layout import Layout
 from amalgam.policies import NominalConfig, NominalStudent, load_policy
-from amalgam.policies.nominal_student import INPUTS, MOST_PACE
+from amalgam.policies.nominal_student import INPUTS, PACE_BOUND
 
 LAYOUT = Layout({"w": (3, 4), "b": (4,), "none": (0, 2), "k": (2, 3, 2, 2), "s": ()})
 FILLED = [size for size in LAYOUT.sizes if size]
@@ -147,8 +147,20 @@ def test_the_pace_grows_by_the_agreement_of_signs() -> None:
     assert after.pace.tolist() == pytest.approx([0.0, 0.25, 0.0, 0.0])
     unpaced, _ = student.step(grad, state._replace(pace=state.pace - 0.25), layout=LAYOUT)
     assert torch.allclose(update[12:16], unpaced[12:16] * math.exp(0.25), rtol=1e-12)
-    state = state._replace(pace=torch.full_like(state.pace, MOST_PACE))
-    assert student.context(state, None, LAYOUT, grad).pace.max() == MOST_PACE
+
+
+@pytest.mark.parametrize("most", [None, 0.25])
+def test_a_pace_stays_within_its_bounds(most: float | None) -> None:
+    """The upper one is the configuration's; the lower one is every student's."""
+    student = made(pacing=0.5, inputs=(), **({} if most is None else {"most_pace": most}))
+    grad = torch.ones(LAYOUT.numel, dtype=torch.float64)
+    state = student.initial_state(grad, LAYOUT)._replace(m=grad)
+    for sign, bound in ((1, PACE_BOUND if most is None else most), (-1, -PACE_BOUND)):
+        for _ in range(20):
+            context = student.context(state, None, LAYOUT, sign * grad)
+            state = state._replace(pace=context.pace)
+        assert state.pace.tolist() == [bound] * 4
+        assert context.corrections[:, 2].tolist() == pytest.approx([math.exp(bound)] * 4)
 
 
 def test_a_pace_keeps_what_the_student_promises() -> None:
@@ -194,6 +206,7 @@ def test_warm_up_counts_a_step() -> None:
         ({"hidden": 0}, "hidden must be 1 or more"),
         ({"eps": 0.0}, "eps must be positive"),
         ({"full_width": 0}, "full_width must be 1 or more"),
+        ({"most_pace": -0.5}, "most_pace must be 0 or more"),
     ],
 )
 def test_bad_configurations_are_refused(config: dict[str, Any], why: str) -> None:
