@@ -88,6 +88,11 @@ def claims(path: str) -> str:
     return str(_module("bench/claims.py").table(ROOT / path)) + "\n"
 
 
+def cell_dtypes(path: str) -> str:
+    """The table of ``bench/cell_dtypes.py``."""
+    return str(_module("bench/cell_dtypes.py").table(ROOT / path)) + "\n"
+
+
 def _module(path: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec
@@ -105,7 +110,7 @@ def from_markdown(path: str) -> str:
 
 
 def step_in_place(path: str, with_huge_pages: str) -> str:
-    """The step in place of the paper's student beside PyTorch's.
+    """The step in place of the paper's student beside PyTorch's, and the functional one.
 
     Args:
         path: Rows of ``bench/bench_student_step.py``.
@@ -113,17 +118,19 @@ def step_in_place(path: str, with_huge_pages: str) -> str:
     """
     rows = []
     for name, file in (
-        ("step in place", path),
-        ("the same where PyTorch uses huge pages", with_huge_pages),
+        ("as PyTorch comes", path),
+        ("where PyTorch uses huge pages", with_huge_pages),
     ):
         found = {
-            facts["backend"]: facts["ns_per_coordinate"]
+            (facts["operation"], facts["backend"]): facts["ns_per_coordinate"]
             for facts in (each["extra_info"] for each in _rows_of(file)["benchmarks"])
-            if (facts["operation"], facts["n"], facts["threads"]) == ("student_step_", 2**20, 2)
+            if (facts["n"], facts["threads"]) == (2**20, 2)
         }
-        slow = (f"{found[backend]:,.0f}" for backend in ("compiled", "eager"))
-        rows.append([name, f"{found['cpu']:.1f}", *slow])
-    return _markdown(["", "`cpu`", "`torch.compile`", "eager PyTorch"], rows)
+        slow = (f"{found['student_step_', backend]:,.0f}" for backend in ("compiled", "eager"))
+        ways = (f"{found[f'student_step {way}', 'cpu']:.0f}" for way in ("forward", "backward"))
+        rows.append([name, f"{found['student_step_', 'cpu']:.1f}", *slow, *ways])
+    head = ["", "in place, `cpu`", "`torch.compile`", "eager PyTorch"]
+    return _markdown([*head, "functional, `cpu`", "its backward, `cpu`"], rows)
 
 
 def nominal_steps(path: str) -> str:
@@ -132,6 +139,7 @@ def nominal_steps(path: str) -> str:
         f"1 x {units}": f"nominal 1x{units}, cells float32, moments float32" for units in (4, 8, 16)
     }
     names |= {
+        "1 x 8, bfloat16": "nominal 1x8, cells bfloat16, moments bfloat16",
         "2 x 20, the paper's": "RNNProp 2x20",
         "AdamW, foreach": "adamw_foreach",
         "AdamW, fused": "adamw_fused",
@@ -153,27 +161,74 @@ def nominal_steps(path: str) -> str:
     return _markdown(["coordinates", *names], rows)
 
 
-def gpu_step(path: str, n: str) -> str:
-    """Steps in place on a GPU, in a CUDA graph, by the CUDA kernels.
+def thousand_tensors(path: str) -> str:
+    """Milliseconds of a step over a thousand small tensors, the paper's student beside AdamW.
+
+    Args:
+        path: Rows of ``bench/bench_student_step.py -k a_thousand_parameters_alternating``.
+    """
+    names = {
+        "`AmalgamatedOptimizer`": "optimizer",
+        "`AdamW(foreach=True)`": "adamw_foreach",
+        "`AmalgamatedOptimizer`, all in one tensor": "optimizer_at_once",
+    }
+    facts = [each["extra_info"] for each in _rows_of(path)["benchmarks"]]
+    rows = [
+        [str(of["threads"]), *(f"{of['least_ms'][name]:.1f}" for name in names.values())]
+        for of in facts
+    ]
+    return _markdown(["threads", *names], rows)
+
+
+def model_steps(*paths: str) -> str:
+    """Milliseconds of steps over well-known models' parameters on a CPU, the fastest first.
+
+    Args:
+        paths: Rows of ``bench/bench_optimizer_models.py``.
+    """
+    runs = [each["extra_info"] for path in paths for each in _rows_of(path)["benchmarks"]]
+    first = runs[0]
+    rows = []
+    for name in sorted(first["least_ms"], key=first["least_ms"].__getitem__):
+        times = (run["least_ms"].get(name) for run in runs)
+        bytes_each = first["memory"][name]["state_bytes"] / first["parameters"]
+        rows.append([name, *("" if of is None else _milliseconds(of) for of in times)])
+        rows[-1].append(f"{bytes_each:.0f}")
+    heads = (f"{run['model']}, threads: {run['threads']}" for run in runs)
+    return _markdown(["optimizer", *heads, "bytes of state"], rows)
+
+
+def gpu_step(path: str, n: str, *students: str) -> str:
+    """Steps in place on a GPU, in a CUDA graph, by CUDA's kernels, and the time of Triton's.
 
     Args:
         path: The rows of ``bench/on_gpu.py``.
         n: How many coordinates.
+        students: The sizes to show, as ``1x8``; all by default.
     """
-    rows = []
+    rows: list[list[str]] = []
+    table: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in _gpu_rows(path, "speed").values():
-        backend, _, permitted = row.get("backend", "").partition(":")
         if row.get("n") != int(n):
             continue
-        if row["operation"] == "student_step_" and backend == "cuda":
-            cells = [row["student"].replace("x", " x "), row["cells"]]
-            cells.append(f"`{permitted}`" if permitted else "nothing: errs as float32")
-        elif row["operation"] == "AdamW fused":
-            cells = ["PyTorch's fused AdamW", "", ""]
-        else:
-            continue
-        rows.append([*cells, f"{row['ns_per_coordinate']:.3f}", f"{row['share_of_copy']:.0%}"])
-    return _markdown(["student", "cells", "permitted", "ns a coordinate", "share of a copy"], rows)
+        if row["operation"] == "AdamW fused":
+            rows.append(["PyTorch's fused AdamW", "", "", *_speed(row), ""])
+        elif row.get("kind") == "plain" and not row["configuration"] and "form" not in row:
+            backend, _, permitted = row["backend"].partition(":")
+            kind = row["student"], row["cells"], permitted.removeprefix("bf16,")
+            table.setdefault(kind, {})[backend] = row
+    for (student, cells, _), by in table.items():
+        if "cuda" in by and student in (students or [student]):
+            permitted = by["cuda"]["backend"].partition(":")[2]
+            words = f"`{permitted}`" if permitted else "nothing: errs as float32"
+            triton = _speed(by["triton"])[0] if "triton" in by else ""
+            rows.append([student.replace("x", " x "), cells, words, *_speed(by["cuda"]), triton])
+    head = ["student", "cells", "permitted", "ns a coordinate", "share of a copy"]
+    return _markdown([*head, "Triton's kernel, ns"], rows)
+
+
+def _speed(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['ns_per_coordinate']:.3f}", f"{row['share_of_copy']:.0%}"
 
 
 def _gpu_rows(path: str, phase: str) -> dict[str, dict[str, Any]]:
@@ -418,9 +473,12 @@ KINDS: dict[str, Callable[..., str]] = {
     "schemes": schemes,
     "task": task,
     "ablations": ablations,
+    "cell-dtypes": cell_dtypes,
     "claims": claims,
     "from-markdown": from_markdown,
     "step-in-place": step_in_place,
+    "thousand-tensors": thousand_tensors,
+    "model-steps": model_steps,
     "nominal-steps": nominal_steps,
     "gpu-functional": gpu_functional,
     "gpu-models": gpu_models,
