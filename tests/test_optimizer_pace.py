@@ -20,7 +20,8 @@ SHAPES = [(5, 3), (7,), (), (0, 2), (2, 3, 2)]
 
 def student(pacing: float = 0.3, **config: Any) -> NominalStudent:
     made = NominalStudent(
-        NominalConfig(hidden=4, pacing=pacing, **config), generator=torch.Generator().manual_seed(0)
+        NominalConfig(**{"hidden": 4, "steady_agreement": 0.1, "pacing": pacing} | config),
+        generator=torch.Generator().manual_seed(0),
     )
     with torch.no_grad():
         made.head.weight.normal_(generator=torch.Generator().manual_seed(1))

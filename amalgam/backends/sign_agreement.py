@@ -28,25 +28,25 @@ def _accepts(first: Sequence[Tensor], second: Sequence[Tensor]) -> str | None:
 
 @cpu.backend.kernel("sign_agreement", dtypes=_FORMATS, accepts=_accepts)
 def _cpu_sign_agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    sums = torch.empty(len(first), dtype=torch.float64, device="cpu")
+    counts = torch.empty((len(first), 2), dtype=torch.float64, device="cpu")
     where = {"threads": torch.get_num_threads()}
-    _run(core.core().cpu, contiguous(first), contiguous(second), sums, where)
-    return sums
+    _run(core.core().cpu, contiguous(first), contiguous(second), counts, where)
+    return counts
 
 
 @cuda.backend.kernel("sign_agreement", dtypes=_FORMATS, accepts=_accepts)
 def _cuda_sign_agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    sums = torch.zeros(len(first), dtype=torch.int64, device=first[0].device)
-    with torch.cuda.device(sums.device):
-        _run(core.core().cuda, contiguous(first), contiguous(second), sums, cuda.place_of(sums))
-    return sums.double()
+    counts = torch.zeros((len(first), 2), dtype=torch.int64, device=first[0].device)
+    with torch.cuda.device(counts.device):
+        _run(core.core().cuda, contiguous(first), contiguous(second), counts, cuda.place_of(counts))
+    return counts.double()
 
 
 def _run(
     module: Any,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
-    sums: Tensor,
+    counts: Tensor,
     where: Mapping[str, int],
 ) -> None:
     module.sign_agreements(
@@ -55,6 +55,6 @@ def _run(
         addresses(second),
         [_FORMATS[other.dtype] for other in second],
         list(map(Tensor.numel, first)),
-        sums.data_ptr(),
+        counts.data_ptr(),
         **where,
     )

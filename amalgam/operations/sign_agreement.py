@@ -1,4 +1,4 @@
-"""``sign_agreements``: how far two lists of tensors agree in their elements' signs.
+"""``sign_agreements``: in how many elements' signs two lists of tensors agree.
 
 A student with a pace asks for it before every step, of gradients and first moments: where they
 agree, steps were too short, and where they disagree, too long. PyTorch would take some calls for
@@ -22,10 +22,10 @@ _NAME = "sign_agreement"
 def sign_agreements(
     first: Sequence[Tensor], second: Sequence[Tensor], *, backend: str = "auto"
 ) -> Tensor:
-    """Of each pair of tensors the sum of the products of their elements' signs, outside any graph.
+    """Of each pair of tensors how many elements agree in sign, and how many do not.
 
-    An element has the sign 1 or -1, and zero and NaN the sign 0. So the sum is the number of pairs
-    that agree, less the number of those that do not.
+    Zero and NaN have no sign: where either element is one, the two do neither. The counts are
+    outside any graph.
 
     Args:
         first: Floating-point tensors of any dtypes, one or more, all on one device.
@@ -33,7 +33,7 @@ def sign_agreements(
         backend: ``"auto"``, or a backend's name.
 
     Returns:
-        The sums, float64 of shape (tensors,).
+        The two counts of each pair, float64 of shape (tensors, 2).
 
     Raises:
         TypeError: A tensor is not floating point.
@@ -55,9 +55,8 @@ def sign_agreements(
 @registry.reference.kernel(_NAME, dtypes=None)
 @torch.no_grad()
 def _reference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    return torch.stack(
-        [
-            (one.sign() * other.reshape(one.shape).sign()).sum(dtype=torch.float64)
-            for one, other in zip(first, second, strict=True)
-        ]
-    )
+    counts = []
+    for one, other in zip(first, second, strict=True):
+        product = one.sign() * other.reshape(one.shape).sign()
+        counts += [(product > 0).sum(), (product < 0).sum()]
+    return torch.stack(counts).view(-1, 2).double()

@@ -205,7 +205,7 @@ def reduced(
     """Each value reduced over its processes, without waiting for a GPU.
 
     Args:
-        values: Of shape () each, of one dtype and device.
+        values: Of one shape, dtype and device.
         groups: Those of each value; all their processes call this with as many values, and groups
             in the same order.
         operation: A ``torch.distributed.ReduceOp``.
@@ -270,11 +270,11 @@ def agreements_of(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence
         grads: This process's parts of their gradients.
         m: Likewise of their first moments.
     """
-    sums = sign_agreements(grads, m)
+    counts = sign_agreements(grads, m)
     groups = [groups_of(p, "auto") if sharding_of(p) is not None else [] for p in params]
     if not any(groups):
-        return sums
-    return torch.stack(reduced(list(sums.unbind()), groups, dist.ReduceOp.SUM))
+        return counts
+    return torch.stack(reduced(list(counts.unbind()), groups, dist.ReduceOp.SUM))
 
 
 def norms_of(params: Sequence[Tensor]) -> list[Tensor]:

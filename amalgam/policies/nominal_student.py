@@ -49,6 +49,9 @@ class NominalConfig(FusedConfig):
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
             coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
+        steady_agreement: How much of the share of coordinates that have both signs is taken off
+            first. Where just so much of them agree a pace stays as it is. Gradients that are noise
+            agree with nothing, so that steps grow shorter there.
         most_pace: What that logarithm rises to at most. A tensor whose gradients keep their signs
             for reasons of their own, as a head's over symbols that hardly occur, reaches it.
         orthogonal: Whether the updates of whole matrices are orthogonalised, as long as they are:
@@ -76,6 +79,7 @@ class NominalConfig(FusedConfig):
     lr: float = 0.005
     gain: float = 2.0
     pacing: float = 0.0
+    steady_agreement: float = 0.0
     most_pace: float = PACE_BOUND
     orthogonal: bool = False
     full_width: int | None = None
@@ -91,6 +95,7 @@ class NominalConfig(FusedConfig):
             counts=("full_width",),
             positive=("lr", "gain"),
             not_negative=("pacing", "most_pace"),
+            decays=("steady_agreement",),
         )
         if not isinstance(self.orthogonal, bool):
             raise ValueError(f"orthogonal must be true or false, not {self.orthogonal!r}")
@@ -251,8 +256,9 @@ class NominalStudent(FusedStudent):
         if agreements is None or pace is None:
             columns.append(constants.shares.double())
         else:
-            agreed = agreements() / constants.roots.double().square()
-            grown = pace + config.pacing * agreed
+            agree, disagree = agreements().unbind(1)
+            rise = agree - disagree - config.steady_agreement * (agree + disagree)
+            grown = pace + config.pacing * rise / constants.roots.double().square()
             pace = grown.clamp(-PACE_BOUND, config.most_pace).to(pace.dtype)
             columns.append(pace.double().exp() * constants.shares.double())
         corrections = torch.stack(columns, 1).to(steps.dtype)

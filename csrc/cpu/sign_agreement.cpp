@@ -22,18 +22,22 @@ Numbers from(const Numbers& numbers, int64_t start) {
 }  // namespace
 
 void sign_agreements(const Numbers* first, const Numbers* second, const int64_t* numels,
-                     int64_t count, double* sums, int threads) {
+                     int64_t count, double* found, int threads) {
   const SignAgreement agreement = AMALGAM_DISPATCH(sign_agreement);
   const std::vector<Part> parts = parts_of(numels, count, kBlock);
   const int64_t total = std::accumulate(numels, numels + count, int64_t(0));
   const int64_t size = static_cast<int64_t>(parts.size());
-  std::vector<int64_t> found(parts.size());
+  std::vector<Signs> of_parts(parts.size());
   for_each_block(size, worthwhile_threads(total, kBlock, threads), [&](int64_t i) {
     const auto& [tensor, start, length] = parts[i];
-    found[i] = agreement(from(first[tensor], start), from(second[tensor], start), length);
+    of_parts[i] = agreement(from(first[tensor], start), from(second[tensor], start), length);
   });
-  std::fill_n(sums, count, 0.0);
-  for (int64_t i = 0; i < size; ++i) sums[parts[i].tensor] += static_cast<double>(found[i]);
+  std::fill_n(found, 2 * count, 0.0);
+  for (int64_t i = 0; i < size; ++i) {
+    double* of_tensor = found + 2 * parts[i].tensor;
+    of_tensor[0] += static_cast<double>(of_parts[i].agree);
+    of_tensor[1] += static_cast<double>(of_parts[i].disagree);
+  }
 }
 
 namespace {
@@ -58,13 +62,13 @@ const Binding binding("cpu", [](py::module_& module) {
       "sign_agreements",
       [](const std::vector<Address>& first, const std::vector<int>& first_formats,
          const std::vector<Address>& second, const std::vector<int>& second_formats,
-         const std::vector<int64_t>& numels, Address sums, int threads) {
+         const std::vector<int64_t>& numels, Address found, int threads) {
         const auto ones = numbers_at(first, first_formats);
         const auto others = numbers_at(second, second_formats);
         cpu::sign_agreements(ones.data(), others.data(), numels.data(),
-                             static_cast<int64_t>(ones.size()), at<double>(sums), threads);
+                             static_cast<int64_t>(ones.size()), at<double>(found), threads);
       },
-      "first"_a, "first_formats"_a, "second"_a, "second_formats"_a, "numels"_a, "sums"_a,
+      "first"_a, "first_formats"_a, "second"_a, "second_formats"_a, "numels"_a, "found"_a,
       py::kw_only(), "threads"_a, WithoutGil());
 });
 

@@ -1,4 +1,4 @@
-// How far the signs of two tensors agree; amalgam/operations/sign_agreement.py says what for.
+// In how many signs two tensors agree; amalgam/operations/sign_agreement.py says what for.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,20 @@ struct Numbers {
   NumberFormat format;
 };
 
-// Of each of `count` pairs of tensors the sum of the products of their elements' signs. Zero and
-// NaN have none.
+// How many elements agree in sign, and how many do not.
+struct Signs {
+  int64_t agree;
+  int64_t disagree;
+};
+
+// Of each of `count` pairs of tensors. Zero and NaN have no sign.
 void sign_agreements(const Numbers* first, const Numbers* second, const int64_t* numels,
-                     int64_t count, double* sums, int threads);
+                     int64_t count,
+                     double* found,  // (count, 2)
+                     int threads);
 
 // The same of `count` elements of one pair, fewer than 2^31.
-using SignAgreement = int64_t (*)(const Numbers& first, const Numbers& second, int64_t count);
+using SignAgreement = Signs (*)(const Numbers& first, const Numbers& second, int64_t count);
 
 #define AMALGAM_DECLARE(isa)      \
   namespace isa {                 \

@@ -14,20 +14,24 @@ int sign_of(Bits bits, Bits infinity) {
 
 // A plain loop: compilers make vectors of it.
 template <typename First, typename Second>
-int64_t sum_of(const void* first, First first_infinity, const void* second,
+Signs count_of(const void* first, First first_infinity, const void* second,
                Second second_infinity, int64_t count) {
   const First* one = static_cast<const First*>(first);
   const Second* other = static_cast<const Second*>(second);
   int sum = 0;
+  int both = 0;  // have signs
   for (int64_t n = 0; n < count; ++n) {
-    sum += sign_of<First>(one[n], first_infinity) * sign_of<Second>(other[n], second_infinity);
+    const int product =
+        sign_of<First>(one[n], first_infinity) * sign_of<Second>(other[n], second_infinity);
+    sum += product;
+    both += product & 1;
   }
-  return sum;
+  return {(both + sum) / 2, (both - sum) / 2};
 }
 
 // Calls `body` with a zero of the unsigned integers that are as wide as a format's numbers.
 template <typename Body>
-int64_t with_bits(int bytes, const Body& body) {
+Signs with_bits(int bytes, const Body& body) {
   switch (bytes) {
     case 2: return body(uint16_t());
     case 4: return body(uint32_t());
@@ -35,19 +39,20 @@ int64_t with_bits(int bytes, const Body& body) {
   }
 }
 
-int64_t sum(const Numbers& first, const Numbers& second, int64_t count) {
+Signs count(const Numbers& first, const Numbers& second, int64_t length) {
   return with_bits(first.format.bytes, [&](auto one) {
     return with_bits(second.format.bytes, [&](auto other) {
       using First = decltype(one);
       using Second = decltype(other);
-      return sum_of<First, Second>(first.at, static_cast<First>(first.format.infinity), second.at,
-                                   static_cast<Second>(second.format.infinity), count);
+      return count_of<First, Second>(first.at, static_cast<First>(first.format.infinity),
+                                     second.at, static_cast<Second>(second.format.infinity),
+                                     length);
     });
   });
 }
 
 }  // namespace
 
-SignAgreement sign_agreement() { return sum; }
+SignAgreement sign_agreement() { return count; }
 
 }  // namespace amalgam::cpu::AMALGAM_ISA

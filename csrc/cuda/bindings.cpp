@@ -262,17 +262,17 @@ void bind_sign_agreement(py::module_& module) {
       "sign_agreements",
       [](const std::vector<Address>& first, const Formats& first_formats,
          const std::vector<Address>& second, const Formats& second_formats,
-         const std::vector<int64_t>& numels, Address sums, int device, Address stream) {
+         const std::vector<int64_t>& numels, Address found, int device, Address stream) {
         std::vector<cuda::SignPair> pairs;
         for (size_t i = 0; i < first.size(); ++i) {
           pairs.push_back({at<const void>(first[i]), at<const void>(second[i]), numels[i],
                            static_cast<cuda::Format>(first_formats[i]),
                            static_cast<cuda::Format>(second_formats[i])});
         }
-        cuda::sign_agreements(pairs.data(), static_cast<int64_t>(pairs.size()), at<int64_t>(sums),
+        cuda::sign_agreements(pairs.data(), static_cast<int64_t>(pairs.size()), at<int64_t>(found),
                               device, at<void>(stream));
       },
-      "first"_a, "first_formats"_a, "second"_a, "second_formats"_a, "numels"_a, "sums"_a,
+      "first"_a, "first_formats"_a, "second"_a, "second_formats"_a, "numels"_a, "found"_a,
       py::kw_only(), "device"_a, "stream"_a, WithoutGil());
 }
 

@@ -35,12 +35,17 @@ __device__ __forceinline__ int sign_of(Bits bits, Bits infinity) {
   return size != 0 && size <= infinity ? sign : 0;
 }
 
+struct Signs {
+  int agree;
+  int disagree;
+};
+
 template <typename A, typename B>
-__device__ int agreement(const void* first, const void* second, A a_infinity, B b_infinity,
+__device__ Signs agreement(const void* first, const void* second, A a_infinity, B b_infinity,
                          int64_t start, int64_t end) {
   const A* a = static_cast<const A*>(first);
   const B* b = static_cast<const B*>(second);
-  int sum = 0;
+  Signs found{0, 0};
   for (int64_t at = start + threadIdx.x; at < end; at += kThreads * kAtOnce) {
     A ones[kAtOnce];
     B others[kAtOnce];
@@ -52,15 +57,17 @@ __device__ int agreement(const void* first, const void* second, A a_infinity, B 
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      sum += sign_of(ones[i], a_infinity) * sign_of(others[i], b_infinity);
+      const int product = sign_of(ones[i], a_infinity) * sign_of(others[i], b_infinity);
+      found.agree += product > 0;
+      found.disagree += product < 0;
     }
   }
-  return sum;
+  return found;
 }
 
 // What a function makes of a format's infinity, given as bits as wide as the format's numbers.
 template <typename Function>
-__device__ int with_infinity(Format format, const Function& function) {
+__device__ Signs with_infinity(Format format, const Function& function) {
   switch (format) {
     case Format::float64:
       return function(uint64_t{0x7ff0000000000000});
@@ -73,9 +80,15 @@ __device__ int with_infinity(Format format, const Function& function) {
   }
 }
 
-// Each block adds up a part of one pair. Sums are of integers, so in any order the same.
+__device__ __forceinline__ void add(int64_t* to, int count) {
+  if (count != 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(count));
+  }
+}
+
+// Each block counts in a part of one pair. Counts are integers, so in any order the same.
 __global__ void __launch_bounds__(kThreads)
-    agree(const __grid_constant__ Rows rows, int64_t* __restrict__ sums) {
+    agree(const __grid_constant__ Rows rows, int64_t* __restrict__ found) {
   int row = 0;
   for (int beyond = rows.count; beyond - row > 1;) {
     const int middle = (row + beyond) / 2;
@@ -84,23 +97,22 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t start = int64_t{blockIdx.x - rows.first_block[row]} * kBlock;
   const int64_t numel = rows.numel[row];
   const int64_t end = start + kBlock < numel ? start + kBlock : numel;
-  const int of_thread = with_infinity(rows.first_format[row], [&](auto infinity) {
+  const Signs of_thread = with_infinity(rows.first_format[row], [&](auto infinity) {
     return with_infinity(rows.second_format[row], [&](auto other_infinity) {
       return agreement(rows.first[row], rows.second[row], infinity, other_infinity, start, end);
     });
   });
-  const int sum = warp_sum(of_thread);
-  if (threadIdx.x % kLaneCount == 0 && sum != 0) {
-    // Two's complement: adding as unsigned is adding as signed.
-    atomicAdd(reinterpret_cast<unsigned long long*>(sums + row),
-              static_cast<unsigned long long>(static_cast<long long>(sum)));
+  const Signs of_warp{warp_sum(of_thread.agree), warp_sum(of_thread.disagree)};
+  if (threadIdx.x % kLaneCount == 0) {
+    add(found + 2 * row, of_warp.agree);
+    add(found + 2 * row + 1, of_warp.disagree);
   }
 }
 
 }  // namespace
 }  // namespace signs
 
-void sign_agreements(const SignPair* pairs, int64_t count, int64_t* sums, int device,
+void sign_agreements(const SignPair* pairs, int64_t count, int64_t* found, int device,
                      void* stream) {
   using signs::kBlock;
   using signs::kRows;
@@ -121,7 +133,7 @@ void sign_agreements(const SignPair* pairs, int64_t count, int64_t* sums, int de
     const unsigned blocks = rows.first_block[rows.count];
     if (blocks == 0) continue;
     launch("sign_agreement", signs::agree, dim3(blocks), signs::kThreads, stream, rows,
-           sums + begin);
+           found + 2 * begin);
   }
 }
 

@@ -1,4 +1,4 @@
-// How far the signs of many pairs of tensors agree; amalgam/operations/sign_agreement.py says what
+// In how many signs pairs of tensors agree; amalgam/operations/sign_agreement.py says what
 // for. All pointers but `pairs` are device memory of `device`; `stream` is a cudaStream_t of it.
 // Nothing here waits for the device.
 #pragma once
@@ -18,10 +18,10 @@ struct SignPair {
   Format second_format;
 };
 
-// Of each of `count` pairs the sum of the products of their elements' signs. Zero and NaN have
-// none.
+// Of each of `count` pairs how many elements agree in sign, and how many do not. Zero and NaN have
+// no sign.
 void sign_agreements(const SignPair* pairs, int64_t count,
-                     int64_t* sums,  // (count,) in and out: zeros before
+                     int64_t* found,  // (count, 2) in and out: zeros before
                      int device, void* stream);
 
 }  // namespace amalgam::cuda

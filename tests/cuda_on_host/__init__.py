@@ -186,7 +186,7 @@ class CudaOnHost:
         second: Sequence[int],
         second_formats: Sequence[int],
         numels: Sequence[int],
-        sums: int,
+        found: int,
         *,
         device: int,
         stream: int,
@@ -194,7 +194,7 @@ class CudaOnHost:
         ones, others, counts = (_array(ctypes.c_int64, x) for x in (first, second, numels))
         formats = [_array(ctypes.c_int, each) for each in (first_formats, second_formats)]
         pairs = ones, formats[0], others, formats[1], counts
-        _call("sign_agreements_of", *pairs, len(first), sums)
+        _call("sign_agreements_of", *pairs, len(first), found)
 
     def student_step_blocks(self, *, nominal: bool) -> dict[tuple[int, int], int]:
         blocks = {}

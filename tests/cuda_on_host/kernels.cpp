@@ -131,13 +131,13 @@ const char* teacher_step_of(const char* dtype, int64_t is_backward, const int64_
 
 const char* sign_agreements_of(const int64_t* first, const int* first_formats,
                                const int64_t* second, const int* second_formats,
-                               const int64_t* numels, int64_t count, int64_t sums) {
+                               const int64_t* numels, int64_t count, int64_t found) {
   std::vector<SignPair> pairs;
   for (int64_t i = 0; i < count; ++i) {
     pairs.push_back({at<const void>(first[i]), at<const void>(second[i]), numels[i],
                      static_cast<Format>(first_formats[i]), static_cast<Format>(second_formats[i])});
   }
-  return caught([&] { sign_agreements(pairs.data(), count, at<int64_t>(sums), 0, nullptr); });
+  return caught([&] { sign_agreements(pairs.data(), count, at<int64_t>(found), 0, nullptr); });
 }
 
 // The coordinates of a block, or 0.

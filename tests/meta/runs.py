@@ -88,7 +88,9 @@ def policies() -> dict[str, Policy]:
     return {
         "student": tiny_student(7),
         "nominal": NominalStudent(
-            NominalConfig(inputs=("time", "rank", "fan_in", "rms"), pacing=0.2, **SMALL),
+            NominalConfig(
+                inputs=("time", "rank", "fan_in", "rms"), pacing=0.2, steady_agreement=0.1, **SMALL
+            ),
             generator=generator_for(0),
         ),
         "choice": Choice(ChoiceConfig("small", **SMALL), generator=generator),

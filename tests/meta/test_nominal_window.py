@@ -22,7 +22,13 @@ def learners(count: int, **config: Any) -> list[NominalStudent]:
     found = []
     for index in range(count):
         generator = torch.Generator().manual_seed(3 + index)
-        given = {"hidden": 5, "inputs": tuple(INPUTS), "pacing": 0.2, **config}
+        given = {
+            "hidden": 5,
+            "inputs": tuple(INPUTS),
+            "pacing": 0.2,
+            "steady_agreement": 0.1,
+            **config,
+        }
         student = NominalStudent(NominalConfig(**given), generator=generator).double()
         with torch.no_grad():
             for weight in (student.head.weight, student.head.bias, student.cells[0].bias):

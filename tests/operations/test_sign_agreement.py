@@ -31,23 +31,26 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def by_hand(one: Tensor, other: Tensor) -> float:
+def by_hand(one: Tensor, other: Tensor) -> list[float]:
     def sign(value: float) -> int:
         return (value > 0) - (value < 0)
 
     pairs = zip(one.reshape(-1).tolist(), other.reshape(-1).tolist(), strict=True)
-    return float(sum(sign(a) * sign(b) for a, b in pairs))
+    products = [sign(a) * sign(b) for a, b in pairs]
+    return [float(products.count(1)), float(products.count(-1))]
 
 
 everywhere = at(*ON_CPU, *on_gpus("cuda", "reference"), *ON_HOST)
 
 
-def agreements(first: list[Tensor], second: list[Tensor], backend: str, device: str) -> list[float]:
+def agreements(
+    first: list[Tensor], second: list[Tensor], backend: str, device: str
+) -> list[list[float]]:
     ones, others = ([tensor.to(device) for tensor in tensors] for tensors in (first, second))
     found = sign_agreements(ones, others, backend=backend)
     assert found.dtype == torch.float64
     assert found.device.type == device
-    return found.tolist()
+    return list(map(list, found.tolist()))
 
 
 @everywhere
@@ -85,16 +88,16 @@ def test_more_pairs_than_a_launch_takes_and_empty_ones_among_them(
     found = agreements(first, second, backend, device)
     assert found == [by_hand(a, b) for a, b in zip(first, second, strict=True)]
     nothing = [torch.empty(0)] * 3
-    assert agreements(nothing, nothing, backend, device) == [0.0] * 3
+    assert agreements(nothing, nothing, backend, device) == [[0.0, 0.0]] * 3
 
 
 @everywhere
-def test_a_sum_is_exact_over_several_blocks(backend: str, device: str) -> None:
+def test_counts_are_exact_over_several_blocks(backend: str, device: str) -> None:
     n = 3 * (1 << 16) + 5
     ones = torch.ones(n)
     ones[-1] = -1
     (found,) = agreements([ones], [torch.ones(n)], backend, device)
-    assert found == n - 2
+    assert found == [n - 1, 1]
 
 
 def test_lists_that_do_not_match_are_refused() -> None:

@@ -149,6 +149,19 @@ def test_the_pace_grows_by_the_agreement_of_signs() -> None:
     assert torch.allclose(update[12:16], unpaced[12:16] * math.exp(0.25), rtol=1e-12)
 
 
+def test_a_pace_is_steady_where_just_so_many_signs_agree() -> None:
+    """Of the coordinates that have signs: zeros neither agree nor disagree."""
+    student = made(pacing=0.5, inputs=(), steady_agreement=0.5)
+    m = torch.zeros(LAYOUT.numel, dtype=torch.float64)
+    grad = m.clone()
+    m[:8], grad[:8] = 1.0, torch.tensor([1.0, 1, 1, 1, 1, 1, -1, -1])
+    m[12:16], grad[12:16] = 1.0, torch.tensor([1.0, -1, 0, 0])
+    m[16:28], grad[16:28] = 1.0, 1.0
+    state = student.initial_state(grad, LAYOUT)._replace(m=m)
+    pace = student.context(state, None, LAYOUT, grad).pace
+    assert pace.tolist() == pytest.approx([0.0, 0.5 * (0 - 1) / 4, 0.5 * (12 - 6) / 24, 0.0])
+
+
 @pytest.mark.parametrize("most", [None, 0.25])
 def test_a_pace_stays_within_its_bounds(most: float | None) -> None:
     """The upper one is the configuration's; the lower one is every student's."""
@@ -206,6 +219,7 @@ def test_warm_up_counts_a_step() -> None:
         ({"hidden": 0}, "hidden must be 1 or more"),
         ({"eps": 0.0}, "eps must be positive"),
         ({"full_width": 0}, "full_width must be 1 or more"),
+        ({"steady_agreement": 1.0}, "steady_agreement must be in [0, 1)"),
         ({"most_pace": -0.5}, "most_pace must be 0 or more"),
     ],
 )
