@@ -530,7 +530,7 @@ def test_wrong_places_are_explained(tmp_path: Path) -> None:
         convert(tmp_path / "run", dest)
     convert(tmp_path / "run" / "stage_3.0__period_4.0", dest)
     dest.unlink()
-    with pytest.raises(FileNotFoundError, match="neither"):
+    with pytest.raises(FileNotFoundError, match="there is no .npz, no folder and no checkpoint"):
         convert(tmp_path / "run" / "stage_9", dest)
     package(tmp_path / "c")
     with pytest.raises(ValueError, match="key picks a student of an .npz"):

@@ -287,8 +287,8 @@ def _checkpoint_prefix(path: Path) -> Path | None:
         return None
     if not Path(f"{path}.index").is_file():
         raise FileNotFoundError(
-            f"{str(path)!r} is neither an .npz, nor a checkpoint's folder, nor its path without "
-            f"'.index'"
+            f"there is no .npz, no folder and no checkpoint {str(path)!r}; a checkpoint is named "
+            f"without '.index'"
         )
     return path
 

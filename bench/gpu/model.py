@@ -31,7 +31,7 @@ IN_BFLOAT16: dict[str, Any] = {
 class GPT(nn.Module):
     """PyTorch's own encoder layers behind a causal mask."""
 
-    def __init__(self, width: int, layers: int, context: int, heads: int = HEADS) -> None:
+    def __init__(self, width: int, layers: int, context: int, heads: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, width)
         self.places = nn.Parameter(0.02 * torch.randn(context, width))
@@ -48,14 +48,12 @@ class GPT(nn.Module):
 
 
 def build(
-    place: Place, seed: int = 0, width: int = WIDTH, layers: int = LAYERS, heads: int = HEADS
+    device: str, seed: int, width: int, layers: int, heads: int, context: int, batch: int
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model, and random tokens with what follows them; smaller on the stand-in."""
+    """The model, and random tokens with what follows them."""
     torch.manual_seed(seed)
-    context, batch = (CONTEXT, BATCH) if place.real else (8, 2)
-    width, layers = (width, layers) if place.real else (4 * heads, 1)
-    model = GPT(width, layers, context, heads).to(place.device)
-    x, y = (torch.randint(VOCABULARY, (batch, context), device=place.device) for _ in "xy")
+    model = GPT(width, layers, context, heads).to(device)
+    x, y = (torch.randint(VOCABULARY, (batch, context), device=device) for _ in "xy")
     return model, x, y
 
 
@@ -87,7 +85,8 @@ def optimizer_of(name: str, params: list[nn.Parameter], place: Place) -> torch.o
 
 def training_case(place: Place, name: str, captured: bool) -> Row:
     """Loss, gradients and step of one batch, over and over."""
-    model, x, y = build(place)
+    size = (WIDTH, LAYERS, HEADS, CONTEXT, BATCH) if place.real else (24, 1, HEADS, 8, 2)
+    model, x, y = build(place.device, 0, *size)
     params = list(model.parameters())
     optimizer = optimizer_of(name, params, place)
 

@@ -50,6 +50,7 @@ class Place:
     def __init__(self, phase: str, rows: Path, stand_in: str | None, only: list[str]) -> None:
         self.phase, self.rows, self.only = phase, rows, only
         self.real = stand_in is None
+        self.told: Row = {} if self.real else {"stand_in": True}  # in every row
         self.device = "cuda" if self.real else "cpu"
         if stand_in is not None:
             import compile_only
@@ -77,8 +78,7 @@ class Place:
 
     def write(self, row: Row) -> None:
         """Append a row to the file, whole, and say it."""
-        told = {} if self.real else {"stand_in": True}
-        line = json.dumps({"phase": self.phase, **row, **told})
+        line = json.dumps({"phase": self.phase, **row, **self.told})
         with self.rows.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)

@@ -4,7 +4,8 @@ GPTs of 10.9 and of 85.6 million parameters learn to predict the bytes of the so
 standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates,
 the students that ship at ``lr=1``, untouched; all with a constant rate and with linear decay to
 zero. A row has the loss of files held out, after a quarter of the steps and at the end. Loss and
-gradients are a CUDA graph, the optimizer's step is not.
+gradients are a CUDA graph, the optimizer's step is not. ``bench/gpt.py`` trains a smaller one on a
+CPU.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from gpu.model import build
+from gpu.model import BATCH, CONTEXT, HEADS, LAYERS, WIDTH, build
 from gpu.place import Case, Place, Row, graph_of, start
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,10 +28,25 @@ from amalgam import AmalgamatedOptimizer
 from amalgam.digest import digest_of
 from amalgam.evaluation.contenders import muon
 
-WIDE = 768, 12, 12  # width, layers and heads of GPT-2 small
-STEPS, STEPS_OF_WIDE = 600, 300
 HELD_OUT = 20  # of so many files one is held out
-READINGS = 16  # batches of what is held out
+
+
+class Size(NamedTuple):
+    """A GPT, and how it is trained."""
+
+    width: int
+    layers: int
+    heads: int
+    context: int
+    batch: int
+    steps: int
+    readings: int  # batches of what is held out
+    files: int | None = None  # of the library; all
+
+
+SMALL = Size(WIDTH, LAYERS, HEADS, CONTEXT, BATCH, steps=600, readings=16)
+WIDE = Size(768, 12, 12, CONTEXT, BATCH, steps=300, readings=16)  # GPT-2 small's
+STAND_IN = Size(24, 1, 6, 8, 2, steps=4, readings=1, files=60)
 MAKERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": functools.partial(torch.optim.AdamW, fused=True),
     "Muon": muon,
@@ -39,16 +56,16 @@ MAKERS: dict[str, Callable[..., Optimizer]] = {
 
 
 @functools.cache
-def text(place: Place) -> tuple[Tensor, Tensor]:
+def text(device: str, count: int | None) -> tuple[Tensor, Tensor]:
     """Bytes of sources to train on, and of files held out, each shape (bytes,)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(root.rglob("*.py"))
     files = [f for f in files if not {"site-packages", "dist-packages"} & {*f.parts}]
-    read = [f.read_bytes() for f in (files if place.real else files[:60])]
+    read = [f.read_bytes() for f in files[:count]]
     held_out = b"".join(read[::HELD_OUT])
     train = b"".join(one for i, one in enumerate(read) if i % HELD_OUT)
     both = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, held_out))
-    first, second = (part.to(place.device).long() for part in both)
+    first, second = (part.to(device).long() for part in both)
     return first, second
 
 
@@ -63,11 +80,10 @@ def pieces(characters: Tensor, count: int, context: int, seed: int) -> Tensor:
 class Run:
     """A model, and its loss and gradients on a batch that is copied to where they read it."""
 
-    def __init__(self, place: Place, seed: int, wide: bool) -> None:
+    def __init__(self, place: Place, seed: int, size: Size) -> None:
         self.place = place
-        self.model, self.x, self.y = build(place, seed, *(WIDE if wide else ()))
+        self.model, self.x, self.y = build(place.device, seed, *size[:5])
         self.params: list[nn.Parameter] = list(self.model.parameters())
-        self.context = self.x.shape[1]
         self.slopes: Callable[[], object] = self._slopes
         if place.real:
             self.slopes = graph_of(self._slopes, before=3).replay
@@ -94,16 +110,16 @@ class Run:
         return torch.stack(losses).mean().item()
 
 
-def training_case(
-    place: Place, name: str, lr: float, decay: str, seed: int, wide: bool = False
-) -> Row:
-    steps = (STEPS_OF_WIDE if wide else STEPS) if place.real else 4
-    run = Run(place, seed, wide)
-    samples = len(run.x)
-    train, rest = text(place)
-    batches = pieces(train, steps * samples, run.context, seed + 1).unflatten(0, (steps, samples))
-    readings = READINGS if place.real else 1
-    held_out = pieces(rest, readings * samples, run.context, 0).unflatten(0, (readings, samples))
+def training_case(place: Place, size: Size, name: str, lr: float, decay: str, seed: int) -> Row:
+    run = Run(place, seed, size)
+    steps, samples, context = size.steps, size.batch, size.context
+    train, rest = text(place.device, size.files)
+
+    def batches_of(whole: Tensor, count: int, seed: int) -> Tensor:
+        return pieces(whole, count * samples, context, seed).unflatten(0, (count, samples))
+
+    batches = batches_of(train, steps, seed + 1)
+    held_out = batches_of(rest, size.readings, 0)
     optimizer = MAKERS[name](run.params, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: 1 - t / steps if decay == "linear" else 1.0
@@ -130,7 +146,7 @@ def training_case(
         "seed": seed,
         "steps": steps,
         "parameters": sum(p.numel() for p in run.params),
-        "epochs": round(steps * samples * run.context / len(train), 3),
+        "epochs": round(steps * samples * context / len(train), 3),
         "text": digest_of([train, rest]),
         "held_out_losses": {step: round(loss, 5) for step, loss in read.items()},
         "ms_per_step": round(1e3 * spent / steps, 3),
@@ -140,7 +156,8 @@ def training_case(
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
     def case(name: str, lr: float, decay: str, seed: int, wide: bool) -> tuple[str, Case]:
         label = f"{'wide ' if wide else ''}{name} lr={lr:g} {decay} seed={seed}"
-        return label, functools.partial(training_case, place, name, lr, decay, seed, wide)
+        size = (WIDE if wide else SMALL) if place.real else STAND_IN
+        return label, functools.partial(training_case, place, size, name, lr, decay, seed)
 
     decays = ("linear", "constant")
     ours = [(name, 1.0, decay) for name in ("standard", "compact") for decay in decays]

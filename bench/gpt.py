@@ -1,0 +1,62 @@
+"""What a student is worth on a GPT larger than any network that it was meta-trained on, on a CPU.
+
+python bench/gpt.py FILE.jsonl [CASE...]   # rows; what is there is not computed again
+
+A GPT of 0.5 million parameters learns to predict the bytes of the sources of Python's standard
+library. Contenders and rows are as in ``bench/gpu/training.py``, which trains larger ones on a GPU.
+Everything runs in one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from gpu.place import Case, Place
+from gpu.training import Size, training_case
+from unrolls import processor
+
+from amalgam.version import describe
+
+SIZE = Size(128, 2, 2, context=64, batch=16, steps=600, readings=32)
+STUDENTS = "standard", "compact"
+RATES = {"AdamW": (0.001, 0.003, 0.01), "Muon": (0.003, 0.01, 0.03)}
+DECAYS = "constant", "linear"
+
+
+class Cpu(Place):
+    """The machine at hand."""
+
+    def __init__(self, rows: Path, only: list[str]) -> None:
+        self.phase, self.rows, self.only = "training", rows, only
+        self.real, self.device = False, "cpu"
+        self.told = {**describe(), "torch": torch.__version__, "processor": processor()}
+
+
+def cases(place: Place) -> Iterator[tuple[str, Case]]:
+    rates = dict.fromkeys(STUDENTS, (1.0,)) | RATES
+    for seed in (0, 1):
+        for name, lrs in rates.items():
+            for lr in lrs:
+                for decay in DECAYS:
+                    case = functools.partial(training_case, place, SIZE, name, lr, decay, seed)
+                    yield f"{name} lr={lr:g} {decay} seed={seed}", case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path, help="of rows of JSON")
+    parser.add_argument(
+        "cases", nargs="*", help="names of cases, as shell patterns; all by default"
+    )
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    place = Cpu(asked.file, asked.cases)
+    place.run_cases(cases(place))
+
+
+if __name__ == "__main__":
+    main()
