@@ -353,8 +353,8 @@ def gpu_steps(path: str) -> str:
     return _markdown(["optimizer", *head], [[name, *cells] for name, cells in table.items()])
 
 
-def gpu_training(path: str) -> str:
-    """Losses of files held out after a GPT's training on a GPU, one column a seed.
+def gpt_training(path: str) -> str:
+    """Losses of files held out after a GPT's training, one column a seed.
 
     Args:
         path: The rows of ``bench/on_gpu.py``.
@@ -485,7 +485,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "gpu-nominal": gpu_nominal,
     "gpu-step": gpu_step,
     "gpu-steps": gpu_steps,
-    "gpu-training": gpu_training,
+    "gpt-training": gpt_training,
     "gpu-windows": gpu_windows,
     "unroll-memory": unroll_memory,
     "unroll-time": unroll_time,
