@@ -216,12 +216,14 @@ def gpu_step(path: str, n: str, *students: str) -> str:
         elif row.get("kind") == "plain" and not row["configuration"] and "form" not in row:
             backend, _, permitted = row["backend"].partition(":")
             kind = row["student"], row["cells"], permitted.removeprefix("bf16,")
-            table.setdefault(kind, {})[backend] = row
+            table.setdefault(kind, {})[backend] = row | {"permitted": permitted}
     for (student, cells, _), by in table.items():
         if "cuda" in by and student in (students or [student]):
-            permitted = by["cuda"]["backend"].partition(":")[2]
+            permitted = by["cuda"]["permitted"]
             words = f"`{permitted}`" if permitted else "nothing: errs as float32"
             triton = _speed(by["triton"])[0] if "triton" in by else ""
+            if triton and by["triton"]["permitted"] != permitted:
+                triton += f", with `{by['triton']['permitted']}`"
             rows.append([student.replace("x", " x "), cells, words, *_speed(by["cuda"]), triton])
     head = ["student", "cells", "permitted", "ns a coordinate", "share of a copy"]
     return _markdown([*head, "Triton's kernel, ns"], rows)
@@ -357,7 +359,7 @@ def gpt_training(path: str) -> str:
     """Losses of files held out after a GPT's training, one column a seed.
 
     Args:
-        path: The rows of ``bench/on_gpu.py``.
+        path: The rows of ``bench/on_gpu.py``, or of ``bench/gpt.py``.
     """
     table: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in _gpu_rows(path, "training").values():
@@ -368,7 +370,7 @@ def gpt_training(path: str) -> str:
     seeds = sorted({seed for by in table.values() for seed in by})
     rows = [
         [*what, *(f"{by[seed]:.3f}" if seed in by else "" for seed in seeds)]
-        for what, by in sorted(table.items(), key=lambda item: (item[0][0], item[1][0]))
+        for what, by in sorted(table.items(), key=lambda item: (item[0][0], min(item[1].values())))
     ]
     return _markdown(["GPT", "optimizer", "rate", *(f"seed {seed}" for seed in seeds)], rows)
 

@@ -30,7 +30,7 @@ from amalgam.policies.policy import zero_head
 from amalgam.ranges import check_fields
 
 _TIMES = (10.0, 100.0, 1000.0)  # steps after which a time input has risen to tanh(1)
-PACE_BOUND = 4.0  # of the logarithm of a pace, either way
+PACE_BOUND = 4.0  # of the logarithm of a pace, below and, whatever a student may do, above
 _FLOOR = 1e-3  # added to a tensor's RMS before its logarithm is taken
 
 INPUTS = {"time": len(_TIMES), "rank": 1, "fan_in": 1, "rms": 1}
@@ -49,11 +49,12 @@ class NominalConfig(FusedConfig):
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
             coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
-        steady_agreement: How much of the share of coordinates that have both signs is taken off
-            first. Where just so much of them agree a pace stays as it is. Gradients that are noise
-            agree with nothing, so that steps grow shorter there.
-        most_pace: What that logarithm rises to at most. A tensor whose gradients keep their signs
-            for reasons of their own, as a head's over symbols that hardly occur, reaches it.
+        steady_agreement: The agreement at which a pace stays as it is, as a share of the
+            coordinates that have both signs. Gradients that are noise agree with nothing, so that
+            steps grow shorter there.
+        most_pace: What that logarithm rises to at most, up to 4. A tensor whose gradients keep
+            their signs for reasons of their own, as a head's over symbols that hardly occur,
+            reaches it.
         orthogonal: Whether the updates of whole matrices are orthogonalised, as long as they are:
             :mod:`amalgam.operations.orthogonal`. Kernels of convolutions count as matrices, too.
         full_width: Up to which width, the smaller of a matrix's dimensions, steps are whole: of its
@@ -97,6 +98,8 @@ class NominalConfig(FusedConfig):
             not_negative=("pacing", "most_pace"),
             decays=("steady_agreement",),
         )
+        if self.most_pace > PACE_BOUND:
+            raise ValueError(f"most_pace must be at most {PACE_BOUND}, not {self.most_pace}")
         if not isinstance(self.orthogonal, bool):
             raise ValueError(f"orthogonal must be true or false, not {self.orthogonal!r}")
         object.__setattr__(self, "inputs", tuple(self.inputs))

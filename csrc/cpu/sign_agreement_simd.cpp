@@ -26,7 +26,8 @@ Signs count_of(const void* first, First first_infinity, const void* second,
     sum += product;
     both += product & 1;
   }
-  return {(both + sum) / 2, (both - sum) / 2};
+  const int64_t agree = (int64_t{both} + sum) / 2;
+  return {agree, both - agree};
 }
 
 // Calls `body` with a zero of the unsigned integers that are as wide as a format's numbers.

@@ -16,6 +16,7 @@ from amalgam.ops import (
     StepSettings,
     StudentState,
     choice_step,
+    sign_agreements,
     student_step,
     student_step_,
     student_unroll_backward,
@@ -102,11 +103,15 @@ def _distance() -> None:
     teacher_distance(torch.ones(3), torch.ones(2, 3), backend="cuda")
 
 
+def _signs() -> None:
+    sign_agreements([torch.ones(3)], [torch.ones(3)], backend="cuda")
+
+
 @pytest.mark.parametrize(
     "operation",
     [
         *(_teachers, _teacher_gradients, _functional, _gradients, _unroll),
-        *(_in_place, _in_place_rnnprop, _choices, _choice_gradients, _distance),
+        *(_in_place, _in_place_rnnprop, _choices, _choice_gradients, _distance, _signs),
     ],
 )
 def test_functions_take_what_they_are_passed(

@@ -149,7 +149,7 @@ def test_the_pace_grows_by_the_agreement_of_signs() -> None:
     assert torch.allclose(update[12:16], unpaced[12:16] * math.exp(0.25), rtol=1e-12)
 
 
-def test_a_pace_is_steady_where_just_so_many_signs_agree() -> None:
+def test_a_pace_is_steady_at_an_agreement() -> None:
     """Of the coordinates that have signs: zeros neither agree nor disagree."""
     student = made(pacing=0.5, inputs=(), steady_agreement=0.5)
     m = torch.zeros(LAYOUT.numel, dtype=torch.float64)
@@ -221,6 +221,7 @@ def test_warm_up_counts_a_step() -> None:
         ({"full_width": 0}, "full_width must be 1 or more"),
         ({"steady_agreement": 1.0}, "steady_agreement must be in [0, 1)"),
         ({"most_pace": -0.5}, "most_pace must be 0 or more"),
+        ({"most_pace": 4.5}, "most_pace must be at most 4.0, not 4.5"),
     ],
 )
 def test_bad_configurations_are_refused(config: dict[str, Any], why: str) -> None:
