@@ -50,7 +50,7 @@ def agreements(
     found = sign_agreements(ones, others, backend=backend)
     assert found.dtype == torch.float64
     assert found.device.type == device
-    return list(map(list, found.tolist()))
+    return found.tolist()
 
 
 @everywhere
