@@ -127,15 +127,17 @@ def pack(
     """The packed weights, float32, and the other form that kernels read of them.
 
     Args:
-        weights: As the operation has them, float32.
+        weights: As the operation has them, float32; each with a first dimension of S where they are
+            those of S students, and so has what is packed.
         plan: Their packing.
         precision: With tf32 and 3xtf32 matrices are rounded to TF32, and NaN stays. The other form
             is what that leaves, with 3xtf32; with bf16, all in bfloat16; else the same.
         approximate: Whether sigmoids will be a tanh of half the sum: halves the weights of theirs.
         scaled: Whether activations will be scaled_sigmoid and scaled_tanh: scales all gates'.
     """
-    flat = torch.cat([*(w.reshape(-1) for w in weights), weights[0].new_zeros(1)])
-    packed = flat.index_select(0, plan.places)
+    several = weights[0].shape[:-2]
+    parts = [*(w.reshape(*several, -1) for w in weights), weights[0].new_zeros((*several, 1))]
+    packed = torch.cat(parts, -1).index_select(-1, plan.places)
     if approximate:
         packed = torch.where(plan.logistic, 0.5 * packed, packed)
     elif scaled:
@@ -158,13 +160,14 @@ def packed(
     scaled: bool = False,
 ) -> tuple[Tensor, ...]:
     """As :func:`pack`, from before where the weights' owner keeps it."""
-    key = "lstm", weights[0].device, precision, approximate, scaled
+    key = "lstm", weights[0].device, weights[0].dim(), precision, approximate, scaled
     return kept(key, weights, lambda: pack(weights, plan, precision, approximate, scaled))
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:
     """Gradients in packed weights as those in the weights, in the weights' dtype."""
-    flat = packed.index_select(0, plan.back).to(like[0].dtype)
+    flat = packed.index_select(-1, plan.back).to(like[0].dtype)
+    sizes = [w.numel() // packed.shape[:-1].numel() for w in like]
     # Copies: an operation's outputs must not share memory.
-    copies = [part.clone() for part in flat.split([w.numel() for w in like])]
+    copies = [part.clone(memory_format=torch.contiguous_format) for part in flat.split(sizes, -1)]
     return [part.view(w.shape) for part, w in zip(copies, like, strict=True)]

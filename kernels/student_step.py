@@ -1,4 +1,7 @@
-"""The functional step of the student; formulas: amalgam/operations/student_step.py.
+"""The functional step of students; formulas: amalgam/operations/student_step.py.
+
+S students step side by side, each with weights of its own: all tensors have a first dimension of S,
+and the second one of the grid is the student.
 
 In the nominal form the coordinates are those of several tensors, one after another. A block is of
 one of them: which, says a table of where each begins.
@@ -96,29 +99,37 @@ def _place_of(
         return at, at < n, 0, 1.0, 1.0, 1.0, 0, block
 
 
+@triton.jit
+def _of_student(student, m, v, h, c, n, LAYERS: tl.constexpr, HIDDEN: tl.constexpr):
+    """Where a student's state lies."""
+    cells = student * n * (LAYERS * HIDDEN)
+    return m + student * n, v + student * n, h + cells, c + cells
+
+
 @triton.jit(
-    do_not_specialize=["count", "depth"],
+    do_not_specialize=["count", "depth", "size"],
     do_not_specialize_on_alignment=["bounds", "biases", "corrections"],
 )
 def forward(
     packed,
     other,
-    grad,  # (N,)
-    m,  # (N,)
-    v,  # (N,)
-    h,  # (LAYERS, HIDDEN, N)
-    c,  # (LAYERS, HIDDEN, N)
-    update,  # (N,) out
-    new_m,  # (N,) out
-    new_v,  # (N,) out
-    new_h,  # (LAYERS, HIDDEN, N) out
-    new_c,  # (LAYERS, HIDDEN, N) out
+    grad,  # (S, N)
+    m,  # (S, N)
+    v,  # (S, N)
+    h,  # (S, LAYERS, HIDDEN, N)
+    c,  # (S, LAYERS, HIDDEN, N)
+    update,  # (S, N) out
+    new_m,  # (S, N) out, and so on: may be the old ones
+    new_v,  # (S, N) out
+    new_h,  # (S, LAYERS, HIDDEN, N) out
+    new_c,  # (S, LAYERS, HIDDEN, N) out
     bounds,  # of NOMINAL, as _bounds has them
-    biases,  # of NOMINAL: (count, 4 HIDDEN)
-    corrections,  # of NOMINAL: (count, 3)
+    biases,  # of NOMINAL: (S, count, 4 HIDDEN)
+    corrections,  # of NOMINAL: (S, count, 3)
     count,
     depth,
     n,
+    size,
     alpha,
     beta1,
     beta2,
@@ -138,7 +149,17 @@ def forward(
     APPROXIMATE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The functional step: program p takes the p-th block of coordinates."""
+    """The functional step: program (p, s) takes the p-th block of student s's coordinates."""
+    student = tl.program_id(1).to(tl.int64)
+    packed += student * size
+    other += student * size
+    grad += student * n
+    update += student * n
+    m, v, h, c = _of_student(student, m, v, h, c, n, LAYERS, HIDDEN)
+    new_m, new_v, new_h, new_c = _of_student(student, new_m, new_v, new_h, new_c, n, LAYERS, HIDDEN)
+    if NOMINAL:
+        biases += student * count * (4 * HIDDEN)
+        corrections += student * count * 3
     block = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     at, inside, bias, correction1, correction2, pace, _tensor, _number = _place_of(
         bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
@@ -243,38 +264,39 @@ def _lower_layers(
 
 
 @triton.jit(
-    do_not_specialize=["blocks", "size", "count", "depth"],
+    do_not_specialize=["blocks", "size", "bias_rows", "count", "depth"],
     do_not_specialize_on_alignment=["bounds", "biases", "corrections"],
 )
 def backward(
     packed,
     other,
-    grad,  # (N,)
-    m,  # (N,)
-    v,  # (N,)
-    h,  # (LAYERS, HIDDEN, N)
-    c,  # (LAYERS, HIDDEN, N)
-    d_update,  # (N,)
-    d_new_m,  # (N,)
-    d_new_v,  # (N,)
-    d_new_h,  # (LAYERS, HIDDEN, N)
-    d_new_c,  # (LAYERS, HIDDEN, N)
-    d_grad,  # (N,) out
-    d_m,  # (N,) out
-    d_v,  # (N,) out
-    d_h,  # (LAYERS, HIDDEN, N) out
-    d_c,  # (LAYERS, HIDDEN, N) out
-    partials,  # (P, size) float64 out, P programs' gradients in the packed weights
-    outputs,  # (P, LAYERS, UNITS, BLOCK) scratch: the layers' new h
+    grad,  # (S, N)
+    m,  # (S, N)
+    v,  # (S, N)
+    h,  # (S, LAYERS, HIDDEN, N)
+    c,  # (S, LAYERS, HIDDEN, N)
+    d_update,  # (S, N)
+    d_new_m,  # (S, N)
+    d_new_v,  # (S, N)
+    d_new_h,  # (S, LAYERS, HIDDEN, N)
+    d_new_c,  # (S, LAYERS, HIDDEN, N)
+    d_grad,  # (S, N) out
+    d_m,  # (S, N) out
+    d_v,  # (S, N) out
+    d_h,  # (S, LAYERS, HIDDEN, N) out
+    d_c,  # (S, LAYERS, HIDDEN, N) out
+    partials,  # (S, P, size) float64 out, P programs' gradients in the packed weights
+    outputs,  # (S, P, LAYERS, UNITS, BLOCK) scratch: the layers' new h
     bounds,  # of NOMINAL, as _bounds has them
-    biases,  # of NOMINAL: (count, 4 HIDDEN)
-    corrections,  # of NOMINAL: (count, 3)
-    d_biases,  # of NOMINAL: (rows, 4, UNITS) float64 out, each program's sums of each tensor
+    biases,  # of NOMINAL: (S, count, 4 HIDDEN)
+    corrections,  # of NOMINAL: (S, count, 3)
+    d_biases,  # of NOMINAL: (S, bias_rows, 4, UNITS) float64 out, programs' sums of tensors
     count,
     depth,
     n,
     blocks,
     size,
+    bias_rows,
     alpha,
     beta1,
     beta2,
@@ -293,12 +315,28 @@ def backward(
     PTX: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Program p takes blocks p, p + P, ...: the step again, then its gradients backwards."""
+    """Program (p, s) takes blocks p, p + P, ... of student s: the step again, then backwards."""
     program = tl.program_id(0)
-    partials += program.to(tl.int64) * size
+    student = tl.program_id(1).to(tl.int64)
+    packed += student * size
+    other += student * size
+    grad += student * n
+    d_update += student * n
+    d_grad += student * n
+    m, v, h, c = _of_student(student, m, v, h, c, n, LAYERS, HIDDEN)
+    d_new_m, d_new_v, d_new_h, d_new_c = _of_student(
+        student, d_new_m, d_new_v, d_new_h, d_new_c, n, LAYERS, HIDDEN
+    )
+    d_m, d_v, d_h, d_c = _of_student(student, d_m, d_v, d_h, d_c, n, LAYERS, HIDDEN)
+    if NOMINAL:
+        biases += student * count * (4 * HIDDEN)
+        corrections += student * count * 3
+        d_biases += student * bias_rows * (4 * UNITS)
+    of_all = student * tl.num_programs(0) + program
+    partials += of_all * size
     unit = tl.arange(0, UNITS)
     here = unit[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    outputs += program.to(tl.int64) * LAYERS * UNITS * BLOCK
+    outputs += of_all * LAYERS * UNITS * BLOCK
     _W_IH, _W_HH, _B, HEAD = sizes_of(LAYERS - 1, FEATURES, UNITS, FOLDED)
     OUTPUTS: tl.constexpr = 2 if NOMINAL else 1
     head = head_columns(packed, HEAD, UNITS, OUTPUTS)
@@ -452,83 +490,83 @@ def _of_tensors(
 
 
 def student_step(
+    results: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
     precision: str | None,
     approximate: bool,
-) -> tuple[Tensor, ...]:
-    """Launch the functional step.
+) -> None:
+    """Launch the functional step of S students.
 
     Args:
-        inputs: grad, m, v (N,), h and c (layers, hidden, N), all contiguous and float32.
-        weights: As the operation has them.
-        settings: The student's constants.
+        results: Get the update (S, N), and the new m, v, h, c, which may be the old ones.
+        inputs: grad, m, v (S, N), h and c (S, layers, hidden, N), all contiguous and float32.
+        weights: As the operation has them, each with a first dimension of S.
+        settings: The students' constants; corrections (S, tensors, 3).
         precision: Of the matrix products: "ieee", "3xtf32", "tf32" or "bf16"; ``None`` for the
             fastest that errs as float32 does.
         approximate: Whether tanh and sigmoid are NVIDIA's tanh.approx.
-
-    Returns:
-        The update (N,), and the new m, v, h, c.
     """
     grad, _, _, h, _ = inputs
-    results = tuple(map(torch.empty_like, inputs))
-    n = grad.numel()
+    students, n = grad.shape
     form = settings.form
-    precision = precision_of(precision, h, form)
-    plan, shape = plan_of(h, form, precision)
-    chosen = configuration("student_step", h.shape[0], h.shape[1], precision, form is NOMINAL)
+    precision = precision_of(precision, h[0], form)
+    plan, shape = plan_of(h[0], form, precision)
+    chosen = configuration("student_step", h.shape[1], h.shape[2], precision, form is NOMINAL)
     bounds, blocks = None, triton.cdiv(n, chosen.block)
     if form is NOMINAL:
         bounds = read_by_graphs(_bounds(tuple(settings.sizes), chosen.block, 1, h.device))
         blocks = bounds.blocks
     tensors, counts = _of_tensors(weights, settings, bounds)
-    if n:
-        with on_device_of(grad):
-            forward[(blocks,)](
-                *packed_for_step(weights, form, plan, precision, approximate),
-                *(*inputs, *results, *tensors, *counts, n),
-                *constants_of(settings),
-                **shape,
-                ALIGNED=bounds is not None and bounds.aligned,
-                BLOCK=chosen.block,
-                PRECISION=precision,
-                PTX=on_nvidia(),
-                APPROXIMATE=approximate,
-                WIDE=wide(h),
-                **chosen.options,
-            )
-    return results
+    if not n:
+        return
+    with on_device_of(grad):
+        forward[(blocks, students)](
+            *packed_for_step(weights, form, plan, precision, approximate),
+            *(*inputs, *results, *tensors, *counts, n, plan.places.numel()),
+            *constants_of(settings),
+            **shape,
+            ALIGNED=bounds is not None and bounds.aligned,
+            BLOCK=chosen.block,
+            PRECISION=precision,
+            PTX=on_nvidia(),
+            APPROXIMATE=approximate,
+            WIDE=wide(h[0]),
+            **chosen.options,
+        )
 
 
 def student_step_backward(
+    results: Sequence[Tensor],
     grads_out: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
     precision: str | None,
-) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Launch the backward of the functional step.
+) -> list[Tensor]:
+    """Launch the backward of the functional step of S students.
 
     Args:
+        results: Get the gradients in grad, m, v, h, c; in memory that is not ``grads_out``'s.
         grads_out: Gradients in the update and in the new m, v, h, c, contiguous, float32.
         inputs: As in :func:`student_step`.
-        weights: As the operation has them.
-        settings: The student's constants.
+        weights: As in :func:`student_step`.
+        settings: As in :func:`student_step`.
         precision: As in :func:`student_step`; activations are precise.
 
     Returns:
-        Gradients in grad, m, v, h, c, and in the weights. The weights' are summed in an order that
-        depends on n and the device alone.
+        Gradients in the weights. They are summed in an order that depends on n, S and the device
+        alone.
     """
     grad, _, _, h, _ = inputs
-    results = tuple(map(torch.empty_like, inputs))
-    n = grad.numel()
+    students, n = grad.shape
     precision = lstm.precision_of(precision)
     form = settings.form
-    plan, shape = plan_of(h, form, precision)
-    chosen = configuration("student_step_backward", h.shape[0], h.shape[1], precision)
-    most = PROGRAMS_PER_PROCESSOR * processors(grad.device)
+    plan, shape = plan_of(h[0], form, precision)
+    chosen = configuration("student_step_backward", h.shape[1], h.shape[2], precision)
+    # Of many students fewer programs each, as each has sums of its own of all weights.
+    most = max(1, PROGRAMS_PER_PROCESSOR * processors(grad.device) // students)
     bounds, blocks = None, triton.cdiv(n, chosen.block)
     if form is NOMINAL:
         bounds = read_by_graphs(_bounds(tuple(settings.sizes), chosen.block, most, h.device))
@@ -536,30 +574,32 @@ def student_step_backward(
     tensors, counts = _of_tensors(weights, settings, bounds)
     programs = min(blocks, most)
     size = plan.places.numel()
-    partials = grad.new_empty((programs, size), dtype=torch.float64)
-    d_biases = None
+    partials = grad.new_empty((students, programs, size), dtype=torch.float64)
+    d_biases, rows = None, 0
     if bounds is not None:
-        d_biases = partials.new_empty((bounds.rows, 4, plan.units))
+        rows = bounds.rows
+        d_biases = partials.new_empty((students, rows, 4, plan.units))
     if n:
-        outputs = grad.new_empty((programs, shape["LAYERS"], plan.units, chosen.block))
+        outputs = grad.new_empty((students, programs, shape["LAYERS"], plan.units, chosen.block))
         with on_device_of(grad):
-            backward[(programs,)](
+            backward[(programs, students)](
                 *lstm_weights.packed(to_pack(weights, form), plan, precision),
                 *(*inputs, *grads_out, *results, partials, outputs),
-                *(*tensors, d_biases, *counts, n, blocks, size),
+                *(*tensors, d_biases, *counts, n, blocks, size, rows),
                 *constants_of(settings),
                 **shape,
                 ALIGNED=bounds is not None and bounds.aligned,
                 BLOCK=chosen.block,
                 PRECISION=precision,
                 PTX=on_nvidia(),
-                WIDE=wide(h),
+                WIDE=wide(h[0]),
                 **chosen.options,
             )
-    d_weights = lstm_weights.unpack(partials.sum(0), to_pack(weights, form), plan)
+    d_weights = lstm_weights.unpack(partials.sum(1), to_pack(weights, form), plan)
     if bounds is not None and d_biases is not None:
-        hidden = h.shape[1]
-        rows = d_biases[..., :hidden].flatten(1)
-        sums = torch.segment_reduce(rows, "sum", lengths=bounds.lengths, unsafe=True)
-        d_weights.insert(2, sums.to(grad.dtype))
-    return results, d_weights
+        gates = 4 * h.shape[2]
+        by_row = d_biases[..., : h.shape[2]].flatten(2).transpose(0, 1).flatten(1)
+        sums = torch.segment_reduce(by_row, "sum", lengths=bounds.lengths, unsafe=True)
+        sums = sums.view(-1, students, gates).transpose(0, 1)
+        d_weights.insert(2, sums.to(grad.dtype).contiguous())
+    return d_weights

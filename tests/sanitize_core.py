@@ -140,11 +140,16 @@ def student_step(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
 def student_step_into(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
     """Into other memory, and into that of the state, whose gradients are always replaced."""
     for index, arguments in enumerate(student_step(dtype, False)):
-        grad, state, *_ = arguments
+        grad, state, weights, settings = arguments
+        if settings.corrections is not None:
+            settings = settings._replace(corrections=settings.corrections[None])
+        state = StudentState(*(each[None] for each in state))
+        several = grad[None], state, [weight[None] for weight in weights], settings
         if backward:
-            yield tensor(len(grad), dtype=dtype), like(state), *arguments
+            yield tensor(1, len(grad), dtype=dtype), like(state), *several
         else:
-            yield torch.empty_like(grad), state if index % 2 == 0 else like(state), *arguments
+            target = state if index % 2 == 0 else like(state)
+            yield torch.empty_like(grad)[None], target, *several
 
 
 def student_step_in_place(dtype: torch.dtype) -> Iterator[Arguments]:

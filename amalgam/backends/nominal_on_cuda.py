@@ -35,7 +35,7 @@ def _units() -> list[int]:
 def accepts(*arguments: Any) -> str | None:
     """Why these kernels can't compute an operation, or ``None``; its last arguments tell."""
     state, _weights, settings = arguments[-3:]
-    layers, hidden = state.h.shape[:2]
+    layers, hidden = state.h.shape[-3:-1]
     if settings.form is not NOMINAL:
         return "it computes the nominal form alone functionally; backend='triton' computes either"
     if layers != 1 or hidden not in _units():

@@ -19,7 +19,7 @@ from amalgam.backends.memory import (
 from amalgam.operations import registry
 from amalgam.operations.registry import Numerics
 from amalgam.operations.student_forms import StepSettings
-from amalgam.operations.student_step import StudentState, register_into
+from amalgam.operations.student_step import OfStudents, StudentState, one_of, stacked
 from amalgam.operations.table import addresses
 
 _WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
@@ -35,7 +35,8 @@ def _register(
 
     Args:
         backend: The backend.
-        step: Takes memory for the update and the new state, and what ``student_step`` takes.
+        step: Takes memory for the update and the new state, and what ``student_step`` takes; of
+            one student, as several take their steps one after another.
         backward: Takes memory for the gradients in the state, and what ``student_step_backward``
             takes; returns those in the gradient and in the weights.
         **how: What the backend is told of each kernel.
@@ -50,7 +51,9 @@ def _register(
 
     def into(update: Tensor, new: StudentState, *arguments: Any) -> None:
         check_written(_WRITTEN, (update, *new))
-        step(update, new, *arguments)
+        given = OfStudents(*arguments)
+        for student in range(len(update)):
+            step(update[student], one_of(new, student), *given.one(student))
 
     def functional_backward(
         d_update: Tensor,
@@ -68,7 +71,13 @@ def _register(
         d_update: Tensor, d_state: StudentState, *arguments: Any
     ) -> tuple[Tensor, list[Tensor]]:
         check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
-        return backward(d_state, d_update, d_state, *arguments)
+        given, found = OfStudents(*arguments), []
+        for student in range(len(d_update)):
+            d_one = one_of(d_state, student)
+            one = backward(d_one, d_update[student], d_one, *given.one(student))
+            found.append((one[0], *one[1]))
+        d_grad, *d_weights = map(stacked, zip(*found, strict=True))
+        return d_grad, d_weights
 
     backend.kernel("student_step", **how)(functional)
     backend.kernel("student_step_into", **how)(into)
@@ -226,11 +235,10 @@ def _triton_student_step(
     *,
     numerics: Numerics,
 ) -> tuple[Tensor, StudentState]:
-    from amalgam.kernels import student_step as kernels
-
-    inputs, weights = contiguous((grad, *state)), contiguous(weights)
-    update, *new = kernels.student_step(inputs, weights, settings, *numerics)
-    return update, StudentState(*new)
+    update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+    one = _as_students(update, *new), *_single(grad, state, weights, settings)
+    _launch_step(*one, numerics)
+    return update, new
 
 
 @triton.backend.kernel("student_step_backward", dtypes=triton.SINGLE, takes_numerics=True)
@@ -244,15 +252,85 @@ def _triton_student_step_backward(
     *,
     numerics: Numerics,
 ) -> tuple[Tensor, StudentState, list[Tensor]]:
+    d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+    results, grads_out = _as_students(d_grad, *d_old), _as_students(d_update, *d_state)
+    d_weights = _launch_backward(
+        results, grads_out, *_single(grad, state, weights, settings), numerics
+    )
+    return d_grad, d_old, [weight[0] for weight in d_weights]
+
+
+@triton.backend.kernel("student_step_into", dtypes=triton.SINGLE, takes_numerics=True)
+def _triton_step_into(
+    update: Tensor,
+    new: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    *,
+    numerics: Numerics,
+) -> None:
+    check_written(_WRITTEN, (update, *new))
+    _launch_step((update, *new), (grad, *state), weights, settings, numerics)
+
+
+@triton.backend.kernel("student_step_backward_into", dtypes=triton.SINGLE, takes_numerics=True)
+def _triton_backward_into(
+    d_update: Tensor,
+    d_state: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    *,
+    numerics: Numerics,
+) -> tuple[Tensor, list[Tensor]]:
+    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
+    d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(d_state))
+    results, grads_out = (d_grad, *d_old), (d_update, *d_state)
+    d_weights = _launch_backward(results, grads_out, (grad, *state), weights, settings, numerics)
+    # Not into the memory that is read: several warps load the same number, and one may have written
+    # what another has yet to load (bench/results/gpu/README.md).
+    torch._foreach_copy_(list(d_state), list(d_old))
+    return d_grad, d_weights
+
+
+def _as_students(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one student as those of several students are."""
+    return [tensor[None] for tensor in tensors]
+
+
+def _single(
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> tuple[list[Tensor], list[Tensor], StepSettings]:
+    """What a step takes of one student, as of several students."""
+    if settings.corrections is not None:
+        settings = settings._replace(corrections=settings.corrections[None])
+    return _as_students(grad, *state), _as_students(*weights), settings
+
+
+def _launch_step(
+    results: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    numerics: Numerics,
+) -> None:
     from amalgam.kernels import student_step as kernels
 
-    grads_out, inputs = contiguous((d_update, *d_state)), contiguous((grad, *state))
-    (d_grad, *d_old), d_weights = kernels.student_step_backward(
-        grads_out, inputs, contiguous(weights), settings, numerics.precision
-    )
-    return d_grad, StudentState(*d_old), d_weights
+    kernels.student_step(results, contiguous(inputs), contiguous(weights), settings, *numerics)
 
 
-# Not into the memory that is read: several warps load the same number, and one may have written
-# what another has yet to load. The step in place has a barrier (bench/results/gpu/README.md).
-register_into(triton.backend, dtypes=triton.SINGLE, takes_numerics=True)
+def _launch_backward(
+    results: Sequence[Tensor],
+    grads_out: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+    numerics: Numerics,
+) -> list[Tensor]:
+    from amalgam.kernels import student_step as kernels
+
+    dense = contiguous(grads_out), contiguous(inputs), contiguous(weights)
+    return kernels.student_step_backward(results, *dense, settings, numerics.precision)

@@ -41,9 +41,9 @@ class Trajectories(NamedTuple):
     Attributes:
         scale: The episode's scaling s, shape (R, N). All parameters here are scaled: p / s.
         params: The students' parameters, shape (R, N).
-        states: One state per student. A :class:`amalgam.policies.FusedStudent`'s holds the B * N
-            coordinates of its rows, one row after another; any other policy's is a tuple of one
-            state per row.
+        state: The students' state. Of :class:`amalgam.policies.FusedStudent` its tensors have a
+            first dimension of S, and hold the B * N coordinates of a student's rows, one row after
+            another; of any other policy it is a tuple of one state per row.
         teacher_params: The teachers' parameters, shape (K, R, N); on-policy the students'.
         teacher_state: The pool's states, each a :class:`amalgam.policies.PoolState`. A single one
             for all R * N coordinates if all teachers work coordinate by coordinate; otherwise one
@@ -55,7 +55,7 @@ class Trajectories(NamedTuple):
 
     scale: Tensor
     params: Tensor
-    states: tuple[Any, ...]
+    state: Any
     teacher_params: Tensor
     teacher_state: tuple[Any, ...]
     together: bool = False
@@ -184,7 +184,7 @@ class Episodes:
             return Trajectories(
                 scale,
                 params,
-                tuple(self.steps.initial(ours) for ours in self.by_student(params)),
+                self.steps.initial(self.by_student(params)),
                 params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone(),
                 tuple(
                     self.pool.initial_state(params[rows].reshape(-1), self.task.layout)
@@ -193,9 +193,9 @@ class Episodes:
                 together=True,
             )
 
-    def by_student(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Split a tensor of rows (R, ...) into one tensor (B, ...) per student."""
-        return rows.split(self.optimizees)
+    def by_student(self, rows: Tensor) -> Tensor:
+        """A tensor of rows (R, ...) as one of students and their rows (S, B, ...)."""
+        return rows.unflatten(0, (len(self.students), self.optimizees))
 
     def warm_up(
         self,
@@ -217,7 +217,7 @@ class Episodes:
             loss_scale: A factor on the gradients that the students' states see, shape (R,), and on
                 nothing else.
         """
-        scale, params, states, _, teacher_state, _ = begin
+        scale, params, state, _, teacher_state, _ = begin
         lr = self.students[0].config.warmup_lr if lr is None else lr
         for batch in batches:
             _, grads, _ = self.gradients(params[:, None], scale, batch)
@@ -228,12 +228,8 @@ class Episodes:
                 continue
             with torch.no_grad():
                 params = torch.where(ok[:, None], params - lr * grads, params)
-                states = tuple(
-                    self.steps.warm_up(seen, state, moved)
-                    for seen, state, moved in zip(
-                        self.by_student(to_students), states, self.by_student(ok), strict=True
-                    )
-                )
+                seen = self.by_student(to_students)
+                state = self.steps.warm_up(seen, state, self.by_student(ok))
                 own = slice(self.teacher_rows)
                 everybody = params[own].expand(len(self.pool), -1, -1)
                 seen = self.to_teachers(grads[own], scale[own]).expand_as(everybody)
@@ -243,7 +239,7 @@ class Episodes:
                         everybody, teacher_state, seen, scale[own], moved, warming=True
                     )
         teacher_params = params[: self.teacher_rows].expand(len(self.pool), -1, -1).clone()
-        return Trajectories(scale, params, states, teacher_params, teacher_state, together=True)
+        return Trajectories(scale, params, state, teacher_params, teacher_state, together=True)
 
     def gradients(
         self, params: Tensor, scale: Tensor, batch: Batch, graph: bool = False

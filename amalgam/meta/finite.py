@@ -34,14 +34,16 @@ def keep(new: Any, old: Any, ok: Tensor | None) -> Any:
         new: The new state, a named tuple. Its tensors have the shape (..., rows * n), one row's n
             coordinates, or n tensors, after another's.
         old: The old state, of the same form.
-        ok: Which rows are ok, shape (rows,); or (K, rows) for tensors of shape (K, rows * n);
+        ok: Which rows are ok, shape (rows,); or (K, rows) for tensors of shape (K, ..., rows * n);
             ``None`` means all, without a look at them.
     """
     if ok is None or ok.all():
         return new
 
     def kept(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(ok.repeat_interleave(a.shape[-1] // ok.shape[-1], -1), a, b)
+        of_each = ok.repeat_interleave(a.shape[-1] // ok.shape[-1], -1)
+        between = [1] * (a.dim() - of_each.dim())
+        return torch.where(of_each.view(*ok.shape[:-1], *between, a.shape[-1]), a, b)
 
     return type(new)(
         *(kept(a, b) if isinstance(a, Tensor) else a for a, b in zip(new, old, strict=True))

@@ -22,11 +22,11 @@ class Point(NamedTuple):
 
     Attributes:
         params: Their parameters, shape (R, N).
-        states: Their states, one per student.
+        state: Their state, as :class:`amalgam.meta.steps.PolicySteps` has it.
     """
 
     params: Tensor
-    states: tuple[Any, ...]
+    state: Any
 
 
 # Called with a step's number and its point; returns the point of the next step.
@@ -37,7 +37,7 @@ class KeptPoints:
     """The points that a window keeps, and the memory of their states.
 
     It is called in this order. Forward: :meth:`follow` once, if points are needed at all; then
-    :meth:`offer` with each step's point, and :meth:`hold` with the states that the window gives to
+    :meth:`offer` with each step's point, and :meth:`hold` with the state that the window gives to
     its caller. Backward, for each step from the last to the first: :meth:`restore`, then
     :meth:`drop` with the point that it returned. :meth:`is_free` says at any time whether a step
     may overwrite the point that it begins from.
@@ -53,7 +53,7 @@ class KeptPoints:
         self._steps = steps
         self._rounded = cells != "float32"
         self._kept: list[tuple[int, Point]] = [(0, first)]
-        self._held: list[tuple[Any, ...]] = []
+        self._held: list[Any] = []
         self._plan: Plan | None = None
         self._next = self._end = 0
 
@@ -82,17 +82,17 @@ class KeptPoints:
             self._kept.append((step, self.stored(point)))
             self._next = self._step_to_keep(self._plan, step, self._end)
 
-    def hold(self, states: tuple[Any, ...]) -> None:
-        """Never reuse the memory of these states, because somebody else refers to them."""
-        self._held.append(states)
+    def hold(self, state: Any) -> None:
+        """Never reuse the memory of this state, because somebody else refers to it."""
+        self._held.append(state)
 
     def is_free(self, point: Point) -> bool:
-        """Whether the memory of the point's states may be reused once its step is done.
+        """Whether the memory of the point's state may be reused once its step is done.
 
-        It may unless the point is kept or its states are held.
+        It may unless the point is kept or its state is held.
         """
-        held = (*self._held, *(kept.states for _, kept in self._kept))
-        return all(point.states[0] is not states[0] for states in held)
+        held = (*self._held, *(kept.state for _, kept in self._kept))
+        return all(point.state is not state for state in held)
 
     def restore(self, step: int, advance: Advance) -> Point:
         """A step's point: the last kept one, or computed again from it.
@@ -124,10 +124,9 @@ class KeptPoints:
         self.release(point)
 
     def release(self, point: Point) -> None:
-        """Let later states use the memory of a point's states, unless it is not free."""
+        """Let later states use the memory of a point's, unless it is not free."""
         if self.is_free(point):
-            for state in point.states:
-                self._steps.release(state)
+            self._steps.release(point.state)
 
     def _step_to_keep(self, plan: Plan, step: int, end: int) -> int:
         """The step whose point to keep next, after this one's.
@@ -141,4 +140,4 @@ class KeptPoints:
     def _with_cells(self, point: Point, cells: torch.dtype) -> Point:
         if not self._rounded:
             return point
-        return Point(point.params, tuple(self._steps.stored(s, cells) for s in point.states))
+        return Point(point.params, self._steps.stored(point.state, cells))

@@ -56,8 +56,8 @@ def window(
     """
     scale, n = begin.scale[row], begin.scale.shape[1]
     params = begin.params[row].detach().requires_grad_()
-    each = len(begin.params) // len(begin.states)
-    state: Any = begin.states[row // each]
+    each = len(begin.params) // len(begin.state.m)
+    state: Any = type(begin.state)(*(tensor[row // each] for tensor in begin.state))
 
     def of_row(tensor: Tensor) -> Tensor:
         width = tensor.shape[-1] // each

@@ -32,7 +32,7 @@ METRICS = "metrics.jsonl"
 STUDENT = "student.safetensors"
 PERIODS = "periods"
 
-FORMAT = 5
+FORMAT = 6
 """The format of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
 
 

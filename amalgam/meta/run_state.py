@@ -168,8 +168,8 @@ def _tensors_of(slot: Slot) -> dict[str, Tensor]:
         "params": where.params,
         "teacher_params": where.teacher_params,
     }
-    states = nests.to_named(where.states, named_tuples=True)
-    named |= nests.prefixed("states", {name: t.contiguous() for name, t in states.items()})
+    state = nests.to_named(where.state, named_tuples=True)
+    named |= nests.prefixed("state", {name: t.contiguous() for name, t in state.items()})
     for index, state in enumerate(where.teacher_state):
         named |= nests.prefixed(f"teacher_state.{index}", state_tensors(state))
     return named | nests.prefixed("carried", nests.to_named(slot.carried))
@@ -179,13 +179,13 @@ def _slot_of(named: Mapping[str, Tensor], engine: Episodes, device: torch.device
     """The slot that :func:`_tensors_of` took apart."""
     there = {name: tensor.to(device) for name, tensor in named.items()}
     params = there["params"]
-    like = tuple(engine.steps.initial(ours) for ours in engine.by_student(params))
+    like = engine.steps.initial(engine.by_student(params))
     # Not from `there`: teachers of torch.optim know themselves where each of their tensors is.
     pools = nests.by_number(nests.under("teacher_state", named))
     trajectories = Trajectories(
         there["scale"],
         params,
-        nests.from_named(nests.under("states", there), like),
+        nests.from_named(nests.under("state", there), like),
         there["teacher_params"],
         tuple(state_from_tensors(pools[index], device) for index in range(len(pools))),
     )

@@ -1,10 +1,11 @@
-"""One policy's steps in a window: forward without a graph, and backward without autograd's tape.
+"""Policies' steps in a window: forward without a graph, and backward without autograd's tape.
 
-A policy trains B optimizees of N coordinates each; each optimizee is a *row* of the tensors here.
-All that the policy carries from step to step for these rows is one *state*, of whatever type. A row
-that does not move in a step keeps its part of the state.
+S policies of one kind, each with weights of its own, step side by side. Each trains B optimizees of
+N coordinates; each optimizee is a *row*, R = S * B in all. All that the policies carry from step to
+step for these rows is one *state*, of whatever type. A row that does not move in a step keeps its
+part of the state.
 
-:class:`FusedSteps` takes the steps of a student, :class:`AutogradSteps` those of any other policy.
+:class:`FusedSteps` takes the steps of students, :class:`AutogradSteps` those of any other policies.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from amalgam import nests
 from amalgam.layout import Layout
 from amalgam.meta.finite import keep
 from amalgam.operations.student_step import backward_into, step_into
-from amalgam.ops import StudentState
+from amalgam.ops import StepSettings, StudentState
 from amalgam.policies import FusedStudent, Policy
 from amalgam.policies.fused_student import TensorContext
 from amalgam.policies.orthogonal import orthogonalized_rows, orthogonalized_rows_backward
 from amalgam.seeding import global_states
 
-# Called with a row's number; returns the generator of the noise that a policy trains with, for a
-# certain step.
+# Called with a row's number, of all rows; returns the generator of the noise that its policy trains
+# with, for a certain step.
 RowDraws = Callable[[int], torch.Generator | None]
 
 
@@ -45,26 +46,26 @@ class PolicySteps(Protocol):
     finishes: bool
 
     def initial(self, like: Tensor) -> Any:
-        """The state before the first step, for parameters of this shape (B, N)."""
+        """The state before the first step, for parameters of this shape (S, B, N)."""
 
     def warm_up(self, grads: Tensor, state: Any, moved: Tensor) -> Any:
         """The state after a warm-up step.
 
         Args:
-            grads: The gradients, shape (B, N).
+            grads: The gradients, shape (S, B, N).
             state: The state before the step; not changed.
-            moved: Which rows take the step, shape (B,).
+            moved: Which rows take the step, shape (S, B).
         """
 
     def context(self, params: Tensor, state: Any, grads: Tensor) -> Any:
-        """What the policy is told of whole tensors in the step after a state; ``None`` if nothing.
+        """What policies are told of whole tensors in the step after a state; ``None`` if nothing.
 
         Where ``by_coordinates``, the backward pass by coordinates asks for it again.
 
         Args:
-            params: The parameters before the step, shape (B, N).
+            params: The parameters before the step, shape (S, B, N).
             state: The state before it.
-            grads: The gradients, shape (B, N).
+            grads: The gradients, shape (S, B, N).
         """
 
     def forward(
@@ -80,26 +81,27 @@ class PolicySteps(Protocol):
         """One step.
 
         Args:
-            params: The parameters before the step, shape (B, N).
-            grads: The gradients, shape (B, N).
+            params: The parameters before the step, shape (S, B, N).
+            grads: The gradients, shape (S, B, N).
             state: The state before the step; not changed unless ``reuse``.
-            weights: The policy's weights.
-            moved: Which rows are to move, shape (B,); ``None`` means all.
-            draws: Returns the generator of a row's noise that the policy trains with.
+            weights: The policies' weights, each with a first dimension of S.
+            moved: Which rows are to move, shape (S, B); ``None`` means all.
+            draws: Returns the generator of a row's noise that its policy trains with.
             reuse: Whether the new state may overwrite the old one.
 
         Returns:
-            The updates (B, N), to be subtracted as :meth:`finished` makes them, and the new state.
+            The updates (S, B, N), to be subtracted as :meth:`finished` makes them, and the new
+            state.
         """
 
     def finished(self, updates: Tensor) -> Tensor:
-        """The policy's updates, of what :meth:`forward` gave, (R, N); R may be any number."""
+        """The policies' updates, of what :meth:`forward` gave, (rows, N), of any number of rows."""
 
     def finished_backward(self, d_updates: Tensor, updates: Tensor) -> Tensor:
         """Back through :meth:`finished`, without a graph.
 
         Args:
-            d_updates: Gradients with respect to what it returned, shape (R, N).
+            d_updates: Gradients with respect to what it returned, shape (rows, N).
             updates: What it was given.
         """
 
@@ -118,13 +120,13 @@ class PolicySteps(Protocol):
 
         Args:
             d_updates: Gradients with respect to the updates that :meth:`forward` gave, shape
-                (B, N).
+                (S, B, N).
             d_state: The gradient with respect to the new state. It may be overwritten with the one
                 that is returned.
             params: As in :meth:`forward`, like all that follows.
             grads: The gradients.
             state: The state before the step.
-            weights: The policy's weights.
+            weights: The policies' weights.
             moved: Which rows moved; ``None`` means all.
             draws: Returns the generator of a row's noise, as in the forward step.
 
@@ -152,10 +154,13 @@ class PolicySteps(Protocol):
 
 
 class FusedSteps:
-    """A student's steps by its fused operations; released states' memory serves later states.
+    """Students' steps by their fused operations; released states' memory serves later states.
+
+    A state's tensors have a first dimension of S; each student's coordinates, or tensors, are those
+    of its B optimizees, one's after another's.
 
     Args:
-        student: The student.
+        student: A student of the kind.
         layout: Which tensors an optimizee's coordinates belong to.
         backend: The backend that computes the operations.
     """
@@ -171,20 +176,25 @@ class FusedSteps:
 
     def initial(self, like: Tensor) -> Any:
         """See :class:`PolicySteps`; the tensors are views of one zero, which no step writes to."""
-        none: Any = self._student.initial_state(like.new_empty((*like.shape[:-1], 0)), self._layout)
-        n = like.numel()
+        none: Any = self._student.initial_state(
+            like.new_empty((*like.shape[1:-1], 0)), self._layout
+        )
+        students, rows, n = like.shape
         zero = self._student.weights()[0].new_zeros(())
-        cells = zero.expand(*none.h.shape[:2], n)
-        rest = (tensor.repeat(len(like)) for tensor in none[4:])
-        return type(none)(zero.expand(n), zero.expand(n), cells, cells, *rest)
+        moments = zero.expand(students, rows * n)
+        cells = zero.expand(students, *none.h.shape[:2], rows * n)
+        rest = (tensor.repeat(students, rows) for tensor in none[4:])
+        return type(none)(moments, moments, cells, cells, *rest)
 
     def warm_up(self, grads: Tensor, state: Any, moved: Tensor) -> Any:
         """See :class:`PolicySteps`."""
-        return keep(self._student.warm_up(grads.reshape(-1), state), state, moved)
+        return keep(self._student.warm_up(grads.flatten(1), state), state, moved)
 
     def context(self, params: Tensor, state: Any, grads: Tensor) -> TensorContext | None:
-        """See :class:`PolicySteps`."""
-        return self._student.context(state, params.reshape(-1), self._layout, grads.reshape(-1))
+        """See :class:`PolicySteps`; of the rows' tensors, one row's after another's."""
+        m, v, h, c, *rest = state
+        flat = type(state)(m.reshape(-1), v, h, c, *(tensor.reshape(-1) for tensor in rest))
+        return self._student.context(flat, params.reshape(-1), self._layout, grads.reshape(-1))
 
     def forward(
         self,
@@ -197,7 +207,7 @@ class FusedSteps:
         reuse: bool,
     ) -> tuple[Tensor, Any]:
         """See :class:`PolicySteps`."""
-        flat = grads.reshape(-1)
+        flat = grads.flatten(1)
         into, source = _fused(state if reuse else self._take(state)), _fused(state)
         if not state.h.is_contiguous():
             # The kernel takes contiguous states only, so the initial state is copied to where the
@@ -205,10 +215,9 @@ class FusedSteps:
             for to, value in zip(into, source, strict=True):
                 to.copy_(value)
             source = into
-        update = torch.empty_like(flat)
-        context = self.context(params, state, grads)
-        folded = self._student.folded(weights, context)
-        step_into(update, into, flat, source, *folded, self._backend)
+        update = flat.new_empty(flat.shape)
+        context = self._context_by_student(params, state, grads)
+        step_into(update, into, flat, source, *self._folded(weights, context), self._backend)
         new = self._student.carried(into, state, context)
         return update.view(grads.shape), keep(new, state, moved)
 
@@ -225,22 +234,57 @@ class FusedSteps:
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_moved = d_state
-        if moved is not None and not moved.all():
-            d_updates = torch.where(moved[:, None], d_updates, 0)
+        if moved is not None:
+            moved = None if moved.all() else moved
+        if moved is not None:
+            d_updates = torch.where(moved[..., None], d_updates, 0)
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
-        context = self.context(params, state, grads)
-        folded = self._student.folded(weights, context)
+        context = self._context_by_student(params, state, grads)
         d_grads, d_folded = backward_into(
-            d_updates.reshape(-1),
+            d_updates.flatten(1),
             _fused(d_moved),
-            grads.reshape(-1),
+            grads.flatten(1),
             _fused(state),
-            *folded,
+            *self._folded(weights, context),
             self._backend,
         )
-        d_weights = self._student.unfolded(d_folded, context)
+        d_weights = self._unfolded(d_folded, context)
+        if moved is not None:
+            some = moved.any(1)
+            d_weights = [torch.where(_like(some, d), d, 0) for d in d_weights]
         return d_grads.view(grads.shape), keep(d_moved, d_state, moved), d_weights
+
+    def _context_by_student(
+        self, params: Tensor, state: Any, grads: Tensor
+    ) -> TensorContext | None:
+        """:meth:`context` with a first dimension of S; sizes are those of every student."""
+        context = self.context(params, state, grads)
+        if context is None:
+            return None
+        inputs, corrections, sizes, pace = context
+        students = len(grads)
+        inputs, corrections = (t.unflatten(0, (students, -1)) for t in (inputs, corrections))
+        pace = None if pace is None else pace.view(students, -1)
+        return TensorContext(inputs, corrections, sizes[: len(sizes) // students], pace)
+
+    def _folded(
+        self, weights: Sequence[Tensor], context: TensorContext | None
+    ) -> tuple[Sequence[Tensor], StepSettings]:
+        """The operation's weights and settings of all students, in a context by student."""
+        if len(weights[0]) > 1:
+            return self._student.folded(weights, context)
+        # PyTorch's products of one matrix in a stack are slower, and of other last bits.
+        folded, settings = self._student.folded([w[0] for w in weights], _of_one(context))
+        if settings.corrections is not None:
+            settings = settings._replace(corrections=settings.corrections[None])
+        return [weight[None] for weight in folded], settings
+
+    def _unfolded(self, found: Sequence[Tensor], context: TensorContext | None) -> list[Tensor]:
+        """Gradients in the students' weights, of those in the operation's."""
+        if len(found[0]) > 1:
+            return self._student.unfolded(found, context)
+        return [d[None] for d in self._student.unfolded([d[0] for d in found], _of_one(context))]
 
     def finished(self, updates: Tensor) -> Tensor:
         """See :class:`PolicySteps`."""
@@ -294,12 +338,25 @@ class FusedSteps:
 
 
 def _fused(state: Any) -> StudentState:
-    """What the operations read and write of a student's state."""
+    """What the operations read and write of students' state."""
     return state if isinstance(state, StudentState) else StudentState(*state[:4])
 
 
+def _of_one(context: TensorContext | None) -> TensorContext | None:
+    """The context of a single student, without the dimension of students."""
+    if context is None:
+        return None
+    inputs, corrections, sizes, pace = context
+    return TensorContext(inputs[0], corrections[0], sizes, None if pace is None else pace[0])
+
+
+def _like(flags: Tensor, tensor: Tensor) -> Tensor:
+    """Flags (S,) as they broadcast with a tensor (S, ...)."""
+    return flags.view(-1, *[1] * (tensor.dim() - 1))
+
+
 class AutogradSteps:
-    """Any policy's steps, one row after another; autograd differentiates each step on its own.
+    """Any policies' steps, one row after another; autograd differentiates each step on its own.
 
     A state here is a tuple of one policy state per row. A gradient with respect to it is a list
     that holds one list of tensors per row.
@@ -321,13 +378,13 @@ class AutogradSteps:
 
     def initial(self, like: Tensor) -> tuple[Any, ...]:
         """See :class:`PolicySteps`."""
-        return tuple(self._policy.initial_state(row, self._layout) for row in like)
+        return tuple(self._policy.initial_state(row, self._layout) for row in like.flatten(0, 1))
 
     def warm_up(self, grads: Tensor, state: tuple[Any, ...], moved: Tensor) -> tuple[Any, ...]:
         """See :class:`PolicySteps`."""
         return tuple(
             self._policy.warm_up(grad, old, layout=self._layout) if ok else old
-            for grad, old, ok in zip(grads, state, moved, strict=True)
+            for grad, old, ok in zip(grads.flatten(0, 1), state, moved.flatten(), strict=True)
         )
 
     def context(self, params: Tensor, state: tuple[Any, ...], grads: Tensor) -> None:
@@ -344,12 +401,12 @@ class AutogradSteps:
         reuse: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """See :class:`PolicySteps`."""
-        updates, new = list(torch.zeros_like(grads)), list(state)
-        for row in _rows(moved, len(grads)):
-            updates[row], new[row] = self._step(
-                params[row], grads[row], state[row], weights, draws(row)
-            )
-        return torch.stack(updates), tuple(new)
+        updates, new = list(torch.zeros_like(grads).flatten(0, 1)), list(state)
+        for row, student, index in _rows(moved, grads):
+            ours = [weight[student] for weight in weights]
+            of_row = params[student, index], grads[student, index]
+            updates[row], new[row] = self._step(*of_row, state[row], ours, draws(row))
+        return torch.stack(updates).view(grads.shape), tuple(new)
 
     def backward(
         self,
@@ -365,20 +422,20 @@ class AutogradSteps:
         """See :class:`PolicySteps`."""
         d_grads, before = torch.zeros_like(grads), list(d_state)
         d_weights = [torch.zeros_like(w) for w in weights]
-        for row in _rows(moved, len(grads)):
-            old = nests.tensors(state[row])
-            leaves = [t.detach().requires_grad_() for t in (grads[row], *old, *weights)]
+        for row, student, index in _rows(moved, grads):
+            old, ours = nests.tensors(state[row]), [weight[student] for weight in weights]
+            leaves = [t.detach().requires_grad_() for t in (grads[student, index], *old, *ours)]
             rest = len(old) + 1
             with torch.enable_grad():
                 update, new = self._step(
-                    params[row],
+                    params[student, index],
                     leaves[0],
                     nests.with_tensors(state[row], leaves[1:rest]),
                     leaves[rest:],
                     draws(row),
                 )
             outs = (update, *nests.tensors(new))
-            d_outs = (d_updates[row], *d_state[row])
+            d_outs = (d_updates[student, index], *d_state[row])
             pairs = [(o, d) for o, d in zip(outs, d_outs, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [out for out, _ in pairs],
@@ -387,9 +444,9 @@ class AutogradSteps:
                 allow_unused=True,
                 materialize_grads=True,
             )
-            d_grads[row] = found[0]
+            d_grads[student, index] = found[0]
             before[row] = list(found[1:rest])
-            torch._foreach_add_(d_weights, found[rest:])
+            torch._foreach_add_([d[student] for d in d_weights], found[rest:])
         return d_grads, before, d_weights
 
     def finished(self, updates: Tensor) -> Tensor:
@@ -445,6 +502,8 @@ class AutogradSteps:
         return stepped
 
 
-def _rows(moved: Tensor | None, rows: int) -> Sequence[int]:
-    """The numbers of the rows that move."""
-    return range(rows) if moved is None else moved.nonzero().flatten().tolist()
+def _rows(moved: Tensor | None, grads: Tensor) -> list[tuple[int, int, int]]:
+    """Of rows that move, of gradients (S, B, N): the number of all, the student, and its own."""
+    students, each = grads.shape[:2]
+    rows = range(students * each) if moved is None else moved.flatten().nonzero().flatten().tolist()
+    return [(row, *divmod(row, each)) for row in rows]

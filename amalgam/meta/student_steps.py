@@ -19,6 +19,7 @@ from amalgam.meta.episode import Episodes
 from amalgam.meta.on_policy import Blend
 from amalgam.meta.perturbation import InputNoise
 from amalgam.meta.points import Point
+from amalgam.operations.student_step import stacked
 
 # Called with a step's number; returns what is added to each student's weights in that step.
 WeightNoise = Callable[[int], Sequence[Sequence[Tensor]]]
@@ -33,13 +34,14 @@ class Adjoint:
 
     Attributes:
         params: With respect to the students' parameters, shape (R, N).
-        states: With respect to each student's state.
-        weights: With respect to each student's weights, summed over the steps from there on.
+        state: With respect to the students' state.
+        weights: With respect to their weights, summed over the steps from there on, each with a
+            first dimension of S.
     """
 
     params: Tensor
-    states: list[Any]
-    weights: list[list[Tensor]]
+    state: Any
+    weights: list[Tensor]
 
 
 class StudentSteps:
@@ -47,7 +49,7 @@ class StudentSteps:
 
     Args:
         episodes: The engine whose students they are.
-        weights: Each student's weights, outside any graph.
+        weights: The students' weights, outside any graph, each with a first dimension of S.
         noise: What is added to the weights at each step; ``None`` for nothing.
         draws: Returns generators for the policies' own noise and for ``input_noise``.
         input_noise: Standard deviation of the noise on the gradients that students see.
@@ -60,7 +62,7 @@ class StudentSteps:
     def __init__(
         self,
         episodes: Episodes,
-        weights: Sequence[Sequence[Tensor]],
+        weights: Sequence[Tensor],
         noise: WeightNoise | None,
         draws: Draws | None,
         input_noise: float,
@@ -93,7 +95,7 @@ class StudentSteps:
             grads: Their gradients, shape (R, N).
             moved: Which rows move, shape (R,); the others stay where they stand. ``None`` means
                 that all move.
-            reuse: Whether the new states may overwrite the old ones. They do so only if all rows
+            reuse: Whether the new state may overwrite the old one. It does so only if all rows
                 move.
 
         Returns:
@@ -106,22 +108,17 @@ class StudentSteps:
                 return point, torch.zeros_like(point.params)
             moved = None if moved.all() else moved
         reuse = reuse and moved is None
-        updates, states = [], []
-        inputs = zip(
-            self._episodes.by_student(point.params),
-            self._episodes.by_student(self._seen(step, grads)),
-            point.states,
+        by_student = self._episodes.by_student
+        updates, state = self._episodes.steps.forward(
+            by_student(point.params),
+            by_student(self._seen(step, grads)),
+            point.state,
             self._weights_at(step),
-            self._moved_by_student(moved),
-            strict=True,
+            None if moved is None else by_student(moved),
+            self._draws_of(step),
+            reuse,
         )
-        for student, (params, seen, state, weights, to_move) in enumerate(inputs):
-            update, new = self._episodes.steps.forward(
-                params, seen, state, weights, to_move, self._draws_of(step, student), reuse
-            )
-            updates.append(update)
-            states.append(new)
-        update = torch.cat(updates) if len(updates) > 1 else updates[0]
+        update = updates.flatten(0, 1)
         if self.raw is not None:
             self.raw[step] = update
         update = self._episodes.steps.finished(update)
@@ -129,7 +126,7 @@ class StudentSteps:
         if moved is not None:
             params = torch.where(moved[:, None], params, point.params)
             update = torch.where(moved[:, None], update, 0)
-        return Point(params, tuple(states)), update
+        return Point(params, state), update
 
     def backward(
         self,
@@ -147,7 +144,7 @@ class StudentSteps:
             point: Where the students stood before it.
             grads: Their gradients there, shape (R, N).
             moved: Which rows moved, shape (R,); ``None`` means all.
-            adjoint: The adjoint after the step; changed in place. ``states`` become those before
+            adjoint: The adjoint after the step; changed in place. ``state`` becomes that before
                 the step, ``weights`` get the step's share added, and ``params`` lose what weight
                 decay takes.
             d_imitation: The imitation losses' gradients with respect to the students' updates,
@@ -162,27 +159,19 @@ class StudentSteps:
             to_updates = to_updates + d_imitation
         if self.raw is not None:
             to_updates = episodes.steps.finished_backward(to_updates, self.raw[step])
-        d_updates = episodes.by_student(to_updates)
-        seen, weights = episodes.by_student(self._seen(step, grads)), self._weights_at(step)
-        params = episodes.by_student(point.params)
-        d_grads = []
-        for student, rows_moved in enumerate(self._moved_by_student(moved)):
-            if rows_moved is not None and not rows_moved.any():
-                d_grads.append(torch.zeros_like(seen[student]))
-                continue
-            d_grad, adjoint.states[student], d_weights = episodes.steps.backward(
-                d_updates[student],
-                adjoint.states[student],
-                params[student],
-                seen[student],
-                point.states[student],
-                weights[student],
-                rows_moved,
-                self._draws_of(step, student),
-            )
-            torch._foreach_add_(adjoint.weights[student], d_weights)
-            d_grads.append(d_grad)
-        return self.scaled(torch.cat(d_grads) if len(d_grads) > 1 else d_grads[0])
+        by_student = episodes.by_student
+        d_grads, adjoint.state, d_weights = episodes.steps.backward(
+            by_student(to_updates),
+            adjoint.state,
+            by_student(point.params),
+            by_student(self._seen(step, grads)),
+            point.state,
+            self._weights_at(step),
+            None if moved is None else by_student(moved),
+            self._draws_of(step),
+        )
+        torch._foreach_add_(adjoint.weights, d_weights)
+        return self.scaled(d_grads.flatten(0, 1))
 
     def _stepped(self, step: int, params: Tensor, update: Tensor) -> Tensor:
         """The parameters (R, N) after an update of all rows."""
@@ -223,18 +212,16 @@ class StudentSteps:
         ]
         return torch.stack(noisy)
 
-    def _draws_of(self, step: int, student: int) -> Callable[[int], torch.Generator | None]:
-        """Returns the generator of a row's policy noise, by the row's number in its student."""
-        first = student * self._episodes.optimizees
-        return lambda row: None if self._draws is None else self._draws("policy", step, first + row)
+    def _draws_of(self, step: int) -> Callable[[int], torch.Generator | None]:
+        """Returns the generator of a row's policy noise, by the row's number."""
+        return lambda row: None if self._draws is None else self._draws("policy", step, row)
 
-    def _moved_by_student(self, moved: Tensor | None) -> Sequence[Tensor | None]:
-        """Which of each student's rows move, shape (B,); ``None`` where all do."""
-        students = len(self._episodes.students)
-        return [None] * students if moved is None else self._episodes.by_student(moved)
-
-    def _weights_at(self, step: int) -> Sequence[Sequence[Tensor]]:
+    def _weights_at(self, step: int) -> Sequence[Tensor]:
         if self._noise is None:
             return self.weights
-        pairs = zip(self.weights, self._noise(step), strict=True)
-        return [torch._foreach_add(list(ours), list(noise)) for ours, noise in pairs]
+        return torch._foreach_add(list(self.weights), of_students(self._noise(step)))
+
+
+def of_students(by_student: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Each student's tensors, a list a student, as tensors with a first dimension of S."""
+    return [stacked(each) for each in zip(*by_student, strict=True)]

@@ -89,8 +89,8 @@ class Tape:
             that all took all.
         loss_slopes: The derivatives of the meta-losses with respect to the losses that they take,
             shape (T, R).
-        contexts: What each student was told of tensors in each step, a list of T a student; empty
-            where the backward pass goes by steps.
+        contexts: What students were told of all rows' tensors in each step, T; empty where the
+            backward pass goes by steps.
         graphs: For some steps, what :meth:`amalgam.meta.episode.Episodes.gradients` returns for
             second order: the leaf, and the gradients in their graph.
     """
@@ -106,7 +106,7 @@ class Tape:
     slopes: Tensor
     moved: Tensor | None
     loss_slopes: Tensor
-    contexts: list[list[TensorContext]] = field(default_factory=list)
+    contexts: list[TensorContext] = field(default_factory=list)
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def advance(self, step: int, point: Point) -> Point:
@@ -130,10 +130,11 @@ class Tape:
         d_slopes = d_imitation.repeat_interleave(each) / (len(self.batches) * each)
         d_grads = self.loss_slopes * d_meta.repeat_interleave(each)
         back = self._back_by_steps if self.by_steps else self._back_by_coordinates
-        return list(chain.from_iterable(back(d_slopes, d_grads)))
+        by_weight = (found.unbind() for found in back(d_slopes, d_grads))
+        return list(chain.from_iterable(zip(*by_weight, strict=True)))
 
-    def _back_by_coordinates(self, d_slopes: Tensor, d_grads: Tensor) -> list[list[Tensor]]:
-        """First order: gradients with respect to each student's weights.
+    def _back_by_coordinates(self, d_slopes: Tensor, d_grads: Tensor) -> list[Tensor]:
+        """First order: gradients with respect to the students' weights.
 
         Args:
             d_slopes: The factor on ``slopes`` in the adjoints, shape (R,).
@@ -141,9 +142,9 @@ class Tape:
         """
         each, (_, n) = self.episodes.optimizees, self.begin.params.shape
         chunk = min(max(n // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
-        found, steps = [], len(self.batches)
-        for student, weights in enumerate(self.steps.weights):
-            total = [torch.zeros_like(w) for w in weights]
+        found, steps = [torch.zeros_like(w) for w in self.steps.weights], len(self.batches)
+        for student in range(len(self.episodes.students)):
+            total = [of_weight[student] for of_weight in found]
             for index in range(each):
                 row = student * each + index
                 if not steps or not (self.moved is None or self.moved[:, row].any()):
@@ -157,7 +158,6 @@ class Tape:
                     part = slice(first, min(n, first + chunk))
                     share = self._back_of_part(student, index, part, adjoints(part))
                     torch._foreach_add_(total, share)
-            found.append(total)
         return found
 
     def _back_of_part(
@@ -184,27 +184,29 @@ class Tape:
         policy = episodes.students[0]
         assert isinstance(policy, FusedStudent)
         state = StudentState(
-            *(tensor[..., in_state].contiguous() for tensor in self.begin.states[student][:4])
+            *(tensor[student, ..., in_state].contiguous() for tensor in self.begin.state[:4])
         )
-        context = self._context_of_part(student, index, part, moved)
-        weights, settings = policy.folded(self.steps.weights[student], context)
+        context = self._context_of_part(row, part, moved)
+        own = [weight[student] for weight in self.steps.weights]
+        weights, settings = policy.folded(own, context)
         found = ops.student_unroll_backward(
             grads, adjoints, state, weights, settings, backend=episodes.amalgamation.backend
         )
+        if context is not None:  # one bias a step and tensor
+            found[2] = found[2].flatten(0, 1)
+            context = context._replace(inputs=context.inputs.flatten(0, 1))
         return policy.unfolded(found, context)
 
-    def _context_of_part(
-        self, student: int, index: int, part: slice, moved: Tensor | None
-    ) -> TensorContext | None:
-        """What a student was told in the steps that it took, of some coordinates' tensors."""
-        if not self.contexts:
+    def _context_of_part(self, row: int, part: slice, moved: Tensor | None) -> TensorContext | None:
+        """What a row's student was told in the steps that it took, of some coordinates' tensors."""
+        taken = self.contexts
+        if not taken:
             return None
-        taken = self.contexts[student]
         if moved is not None:
             taken = [context for context, ok in zip(taken, moved.tolist(), strict=True) if ok]
-        tensors = len(taken[0].sizes) // self.episodes.optimizees
+        tensors = len(taken[0].sizes) // len(self.begin.params)
         among, inside = tensors_of_part(taken[0].sizes[:tensors], part)
-        own = slice(index * tensors + among.start, index * tensors + among.stop)
+        own = slice(row * tensors + among.start, row * tensors + among.stop)
         inputs, corrections = (
             torch.stack([getattr(context, name)[own] for context in taken])
             for name in ("inputs", "corrections")
@@ -237,20 +239,19 @@ class Tape:
             sums.mul_(blend.own)
         return sums.add_(d_slopes * self.slopes[:, row, part]) if on_policy else sums
 
-    def _back_by_steps(self, d_slopes: Tensor, d_grads: Tensor) -> list[list[Tensor]]:
+    def _back_by_steps(self, d_slopes: Tensor, d_grads: Tensor) -> list[Tensor]:
         """First or second order, the last step first; see :meth:`_back_by_coordinates`."""
         policy_steps = self.episodes.steps
         adjoint = Adjoint(
             torch.zeros_like(self.begin.params),
-            [policy_steps.zeros(state) for state in self.begin.states],
-            [[torch.zeros_like(w) for w in weights] for weights in self.steps.weights],
+            policy_steps.zeros(self.begin.state),
+            [torch.zeros_like(w) for w in self.steps.weights],
         )
         for step in range(len(self.batches) - 1, -1, -1):
             point = self.points.restore(step, self.advance)
             self._back_of_step(step, point, adjoint, d_slopes, d_grads[step])
             self.points.drop(step, point)
-        for state in adjoint.states:
-            policy_steps.release(state)
+        policy_steps.release(adjoint.state)
         return adjoint.weights
 
     def _back_of_step(

@@ -39,7 +39,7 @@ from amalgam.meta.objective import (
 )
 from amalgam.meta.on_policy import Blend, Comparison
 from amalgam.meta.points import KeptPoints, Point
-from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise
+from amalgam.meta.student_steps import Draws, StudentSteps, WeightNoise, of_students
 from amalgam.meta.tape import Tape
 from amalgam.meta.teaching import Teaching
 from amalgam.operations.teacher_distance import distances_and_slope
@@ -246,8 +246,8 @@ class _Run:
         self.recorded = torch.is_grad_enabled() and any(
             w.requires_grad for w in chain.from_iterable(weights)
         )
-        constants = [[w.detach() for w in ours] for ours in weights]
-        point = Point(begin.params, begin.states)
+        constants = of_students([[w.detach() for w in ours] for ours in weights])
+        point = Point(begin.params, begin.state)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
         self._on_policy, self._teaching, blend = episodes.on_policy, teaching or Teaching(), None
         if self._on_policy is not None and self._teaching.fade:
@@ -360,10 +360,10 @@ class _Run:
                     stepped = torch.where(usable_updates, stepped, teachers)
                 teachers = stepped
                 self._distances[t] = self._measure(t, point.params, teachers)
-        tape.points.hold(point.states)
+        tape.points.hold(point.state)
         if on_policy:
             teachers = point.params.expand_as(teachers).clone()
-        end = Trajectories(begin.scale, point.params, point.states, teachers, state)
+        end = Trajectories(begin.scale, point.params, point.state, teachers, state)
         self.wrong |= self._unusable() if self.trusting else skipped.any()
         return Window(
             *self._mean_losses(),
@@ -496,12 +496,9 @@ class _Run:
     def _note_context(self, point: Point, grads: Tensor) -> None:
         """Put on the tape what the students are told of tensors in the step from a point."""
         steps, of = self._episodes.steps, self._episodes.by_student
-        rows = zip(of(point.params), point.states, of(grads), strict=True)
-        for student, (params, state, seen) in enumerate(rows):
-            context = steps.context(params, state, seen)
-            if context is not None:
-                self.tape.contexts.extend([] for _ in range(student + 1 - len(self.tape.contexts)))
-                self.tape.contexts[student].append(context)
+        context = steps.context(of(point.params), point.state, of(grads))
+        if context is not None:
+            self.tape.contexts.append(context)
 
     def plan(self) -> Plan:
         """What to keep in the memory that the tape and the backward pass itself leave."""
@@ -509,8 +506,7 @@ class _Run:
         stored = points.stored(points.first)
         point_bytes = nests.bytes_of(stored)
         if stored is not points.first:
-            for state in stored.states:
-                episodes.steps.release(state)
+            episodes.steps.release(stored.state)
         # Held in any case: the tape, the adjoints, the point being stepped, and the last one.
         of_losses = () if self._held_out is None else (self.tape.loss_grads,)
         steps = self.tape.steps

@@ -254,6 +254,35 @@ def _with_columns(weights: Sequence[Tensor], settings: StepSettings) -> Sequence
     return [*weights[:2], bias_by_coordinate(weights[2], settings), *weights[3:]]
 
 
+class OfStudents(NamedTuple):
+    """What a step of several students is taken with: tensors with a first dimension of S students.
+
+    The attributes are :func:`student_step`'s arguments.
+    """
+
+    grad: Tensor
+    state: StudentState
+    weights: Sequence[Tensor]
+    settings: StepSettings
+
+    def one(self, student: int) -> tuple[Tensor, StudentState, list[Tensor], StepSettings]:
+        """One student's, without that dimension."""
+        grad, state, weights, settings = self
+        if settings.corrections is not None:
+            settings = settings._replace(corrections=settings.corrections[student])
+        return grad[student], one_of(state, student), [w[student] for w in weights], settings
+
+
+def one_of(state: StudentState, student: int) -> StudentState:
+    """One student's state, of several students'."""
+    return StudentState(*(tensor[student] for tensor in state))
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape, one a student, as one tensor; a single one is not copied."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
 def register_into(backend: registry.Backend, **how: Any) -> None:
     """Register ``student_step_into`` and its backward for a backend whose kernels allocate.
 
@@ -264,16 +293,24 @@ def register_into(backend: registry.Backend, **how: Any) -> None:
     step, backward = (backend.kernels[name].function for name in (_NAME, f"{_NAME}_backward"))
 
     def into(update: Tensor, new: StudentState, *arguments: Any, **numerics: Any) -> None:
-        computed, state = step(*arguments, **numerics)
-        for target, value in zip((update, *new), (computed, *state), strict=True):
-            target.copy_(value)
+        given = OfStudents(*arguments)
+        for student in range(len(update)):
+            computed, state = step(*given.one(student), **numerics)
+            targets = update[student], *one_of(new, student)
+            for target, value in zip(targets, (computed, *state), strict=True):
+                target.copy_(value)
 
     def backward_into(
         d_update: Tensor, d_state: StudentState, *arguments: Any, **numerics: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        d_grad, d_old, d_weights = backward(d_update, d_state, *arguments, **numerics)
-        for target, value in zip(d_state, d_old, strict=True):
-            target.copy_(value)
+        given, found = OfStudents(*arguments), []
+        for student in range(len(d_update)):
+            d_new, one = one_of(d_state, student), given.one(student)
+            d_grad, d_old, d_weights = backward(d_update[student], d_new, *one, **numerics)
+            for target, value in zip(d_new, d_old, strict=True):
+                target.copy_(value)
+            found.append((d_grad, *d_weights))
+        d_grad, *d_weights = map(stacked, zip(*found, strict=True))
         return d_grad, d_weights
 
     backend.kernel(f"{_NAME}_into", **how)(into)
@@ -292,24 +329,27 @@ def step_into(
     settings: StepSettings,
     backend: str,
 ) -> None:
-    """:func:`student_step` without a graph, into memory that the caller has.
+    """:func:`student_step` of S students at once, without a graph, into memory that there is.
+
+    All tensors have a first dimension of S, 1 or more, and follow it as :func:`student_step` has
+    them; sizes are those of every student.
 
     Args:
-        update: Gets the update.
-        new: Gets the new state; may be the old one.
-        grad: As in :func:`student_step`, like all that follows.
-        state: The carried state.
+        update: Gets the updates, shape (S, N).
+        new: Gets the new states; may be the old ones.
+        grad: The gradients, shape (S, N), like all that follows.
+        state: The carried states.
         weights: The weights.
-        settings: The student's constants.
+        settings: The students' constants.
         backend: A backend's name, or ``"auto"``.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
             share memory or are not contiguous.
     """
-    _check(grad, state, weights, settings)
+    _check_of_students(grad, state, weights, settings)
     check_like("update", update, grad.shape, grad)
-    check_state(new, grad.shape, state.h.shape[:2], grad, grad, NEW_NAMES)
+    _check_states(new, grad, state, NEW_NAMES)
     registry.compute(f"{_NAME}_into", backend, grad, update, new, grad, state, weights, settings)
 
 
@@ -322,15 +362,15 @@ def backward_into(
     settings: StepSettings,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The step's vector-Jacobian product without a graph, from and into ``d_state``.
+    """The steps' vector-Jacobian products without a graph, from and into ``d_state``.
 
     Args:
-        d_update: Gradient in the update, shape (N,).
-        d_state: Gradient in the new state; gets that in the old one.
-        grad: What the step was taken with, like all that follows.
-        state: The state it began with.
+        d_update: Gradients in the updates, shape (S, N).
+        d_state: Gradients in the new states; get those in the old ones.
+        grad: What the steps were taken with, as in :func:`step_into`, like all that follows.
+        state: The states they began with.
         weights: The weights.
-        settings: The student's constants.
+        settings: The students' constants.
         backend: A backend's name, or ``"auto"``.
 
     Returns:
@@ -340,11 +380,39 @@ def backward_into(
         ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
             share memory or are not contiguous.
     """
-    _check_backward(d_update, d_state, grad, state, weights, settings)
+    _check_of_students(grad, state, weights, settings)
+    check_like("grads_out[0]", d_update, grad.shape, grad)
+    _check_states(d_state, grad, state, GRADIENT_NAMES)
     d_grad, d_weights = registry.compute(
         f"{_NAME}_backward_into", backend, grad, d_update, d_state, grad, state, weights, settings
     )
     return d_grad, d_weights
+
+
+def _check_of_students(
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> None:
+    if grad.dim() != 2 or not len(grad):
+        raise ValueError(f"grad must have shape (S, N), S 1 or more, not {tuple(grad.shape)}")
+    given = OfStudents(grad, state, weights, settings)
+    named = dict(zip(STATE_NAMES, state, strict=True))
+    named |= {f"weights[{index}]": weight for index, weight in enumerate(weights)}
+    if settings.corrections is not None:
+        named["corrections"] = settings.corrections
+    for name, tensor in named.items():
+        if not tensor.dim() or len(tensor) != len(grad):
+            raise ValueError(
+                f"{name} must have a first dimension of {len(grad)} to fit grad, "
+                f"not {tuple(tensor.shape)}"
+            )
+    _check(*given.one(0))
+
+
+def _check_states(
+    found: StudentState, grad: Tensor, state: StudentState, names: Sequence[str]
+) -> None:
+    for name, tensor, like in zip(names, found, state, strict=True):
+        check_like(name, tensor, like.shape, grad)
 
 
 def _check_backward(

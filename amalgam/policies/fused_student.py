@@ -27,7 +27,9 @@ def norms_of(params: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class TensorContext(NamedTuple):
-    """What a student is told of whole tensors in one step; or in T, with a first dimension.
+    """What a student is told of whole tensors in one step.
+
+    In T steps, or where S students are told, the tensors have a first dimension more.
 
     Attributes:
         inputs: What enters the first layer, shape (tensors, inputs).

@@ -271,7 +271,7 @@ class NominalStudent(FusedStudent):
         """See :class:`FusedStudent`; the first bias is still without inputs."""
         w_ih, *rest, head, head_bias = weights
         # A copy that stays: what backends make of weights, they keep by their memory.
-        first = w_ih[:, : NOMINAL.features].contiguous()
+        first = w_ih[..., : NOMINAL.features].contiguous()
         return [first, *rest, *self._gained(head, head_bias)]
 
     def with_context(
@@ -282,7 +282,7 @@ class NominalStudent(FusedStudent):
     ) -> tuple[list[Tensor], StepSettings]:
         """See :class:`FusedStudent`; the inputs are folded into the first bias, one a tensor."""
         assert context is not None
-        bias = weights[2] + context.inputs @ weights[0][:, NOMINAL.features :].T
+        bias = weights[2].unsqueeze(-2) + context.inputs @ weights[0][..., NOMINAL.features :].mT
         folded = [*operation_weights[:2], bias, *operation_weights[3:]]
         settings = self.config.settings
         return folded, settings._replace(corrections=context.corrections, sizes=context.sizes)
@@ -291,15 +291,18 @@ class NominalStudent(FusedStudent):
         """See :class:`FusedStudent`."""
         assert context is not None
         d_w_ih, d_w_hh, d_bias, *rest, d_head, d_head_bias = found
-        of_tensors = d_bias.flatten(0, -2)
-        d_inputs = of_tensors.T @ context.inputs.flatten(0, -2)
-        d_first = [torch.cat((d_w_ih, d_inputs), 1), d_w_hh, of_tensors.sum(0)]
+        d_inputs = d_bias.mT @ context.inputs
+        d_first = [torch.cat((d_w_ih, d_inputs), -1), d_w_hh, d_bias.sum(-2)]
         return [*d_first, *rest, *self._gained(d_head, d_head_bias)]
 
     def _gained(self, head: Tensor, bias: Tensor) -> list[Tensor]:
         """The head with its first output times ``gain``; the same of gradients."""
         gain = self.config.gain
-        return [torch.stack((gain * part[0], part[1])) for part in (head, bias)]
+        parts = ((head, -2), (bias, -1))
+        return [
+            torch.stack((gain * part.select(dim, 0), part.select(dim, 1)), dim)
+            for part, dim in parts
+        ]
 
     def carried(
         self, new: StudentState, before: Any, context: TensorContext | None

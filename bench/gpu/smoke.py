@@ -241,15 +241,18 @@ def into_case(place: Place, direction: str) -> Row:
 
     grad, *state, weights = student_inputs(place, 2, 20, 1000, SEED)[:6]
     old = StudentState(*state)
+    several = grad[None], StudentState(*(t[None] for t in old)), [w[None] for w in weights]
     if direction == "forward":
         out = [torch.full_like(t, math.nan) for t in (grad, *old)]
-        step_into(out[0], StudentState(*out[1:]), grad, old, weights, SETTINGS, "triton")
+        targets = out[0][None], StudentState(*(t[None] for t in out[1:]))
+        step_into(*targets, *several, SETTINGS, "triton")
         expected = torch.ops.amalgam.student_step(grad, *old, weights, *SETTINGS, "triton")
     else:
         ones = [torch.ones_like(t) for t in (grad, *old)]
         d_state = StudentState(*(t.clone() for t in ones[1:]))
-        d_grad, d_weights = backward_into(ones[0], d_state, grad, old, weights, SETTINGS, "triton")
-        out = [d_grad, *d_state, *d_weights]
+        targets = ones[0][None], StudentState(*(t[None] for t in d_state))
+        d_grad, d_weights = backward_into(*targets, *several, SETTINGS, "triton")
+        out = [d_grad[0], *d_state, *(weight[0] for weight in d_weights)]
         expected = torch.ops.amalgam.student_step_backward(
             ones, grad, *old, weights, *SETTINGS, "triton"
         )

@@ -148,8 +148,8 @@ def test_in_the_warm_up_students_see_scaled_gradients_and_nothing_else_changes()
     scaled = unroll.warm_up(begin, batches, 0.1, torch.tensor([16.0]))
     assert torch.equal(plain.params, scaled.params)
     assert torch.equal(plain.teacher_params, scaled.teacher_params)
-    assert torch.equal(16 * plain.states[0].m, scaled.states[0].m)
-    assert torch.equal(256 * plain.states[0].v, scaled.states[0].v)
+    assert torch.equal(16 * plain.state.m, scaled.state.m)
+    assert torch.equal(256 * plain.state.v, scaled.state.v)
     for one, other in zip(plain.teacher_state, scaled.teacher_state, strict=True):
         assert torch.equal(one.m, other.m)
 

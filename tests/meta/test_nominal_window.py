@@ -72,7 +72,7 @@ def test_meta_gradient_is_autograds(
     how = Amalgamation(second_order=second_order, scale_spread=1.0)
     unroll = Unroll(task_of(Net), students, POOL, how, memory=memory, optimizees=optimizees)
     begin, batches = episode(unroll)
-    assert all((state.t == 3).all() for state in begin.states)
+    assert (begin.state.t == 3).all()
     window = unroll.window(begin, batches)
     weights = [student.weights() for student in students]
     loss = (window.meta_loss + 0.3 * window.imitation_loss).sum()
@@ -99,7 +99,7 @@ def test_a_row_that_stands_still_counts_no_step(second_order: bool, orthogonal: 
     assert window.skipped[:, 0].tolist() == [0, 2]
     tensors = len(unroll.task.layout.sizes)
     steps = 3 + STEPS
-    assert window.end.states[0].t.tolist() == [steps] * tensors + [steps - 2] * tensors
+    assert window.end.state.t.tolist() == [[steps] * tensors + [steps - 2] * tensors]
     alone = Unroll(unroll.task, student, POOL, how)
     theirs = []
     for row in range(2):
@@ -167,7 +167,7 @@ def test_bits_do_not_depend_on_what_is_kept(orthogonal: bool) -> None:
         for _ in range(2):  # the second window steps in memory of the first
             window = unroll.window(begin, batches)
             grads = gradients_of(window.meta_loss + window.imitation_loss, [student.weights()])
-            found.append([*grads, window.end.params, *window.end.states[0]])
+            found.append([*grads, window.end.params, *window.end.state])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 

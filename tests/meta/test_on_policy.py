@@ -197,7 +197,7 @@ def test_bits_do_not_depend_on_what_is_kept() -> None:
         unroll = Unroll(task_of(Net, torch.float32), pupil, POOL, how, memory=memory)
         window = unroll.window(*episode(unroll), teaching=teaching_of(1))
         grads = gradients_of(window.meta_loss + window.imitation_loss, [pupil.weights()])
-        found.append([*grads, window.end.params, *window.end.states[0]])
+        found.append([*grads, window.end.params, *window.end.state])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
@@ -257,10 +257,10 @@ def test_a_row_that_stands_still_imitates_nobody() -> None:
     assert all(grad.isfinite().all() for _, grads in found for grad in grads)
     alone = Unroll(unroll.task, pupil, POOL, how)
     n = begin.params.shape[1]
-    (state,), (pool,) = begin.states, begin.teacher_state
+    state, (pool,) = begin.state, begin.teacher_state
     only = begin._replace(
         scale=begin.scale[1:], params=begin.params[1:], teacher_params=begin.teacher_params[:, 1:],
-        states=(type(state)(*(t[..., t.shape[-1] // 2 :] for t in state)),),
+        state=type(state)(*(t[..., t.shape[-1] // 2 :] for t in state)),
         teacher_state=(pool._replace(m=pool.m[:, n:], v=pool.v[:, n:]),),
     )  # fmt: skip
     other = alone.window(only, rest, teaching=Teaching(0.6, torch.tensor([0])))

@@ -80,7 +80,7 @@ def row_of(begin: Any, batches: list[Any], row: int) -> tuple[Any, list[Any]]:
     only = begin._replace(
         scale=begin.scale[row : row + 1],
         params=begin.params[row : row + 1],
-        states=tuple(type(s)(*map(part, s)) for s in begin.states),
+        state=type(begin.state)(*map(part, begin.state)),
         teacher_params=begin.teacher_params[:, row : row + 1],
         teacher_state=tuple(s._replace(m=part(s.m), v=part(s.v)) for s in begin.teacher_state),
     )
@@ -328,7 +328,7 @@ def test_bits_do_not_depend_on_what_is_kept(kind: type[nn.Module]) -> None:
         for _ in range(2):  # the second window steps in memory of the first
             window = unroll.window(begin, batches)
             grads = gradients_of(window.meta_loss + window.imitation_loss, [learner.weights()])
-            found.append([*grads, window.end.params, *window.end.states[0]])
+            found.append([*grads, window.end.params, *window.end.state])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
@@ -410,7 +410,7 @@ def test_an_update_that_is_not_finite_is_not_taken() -> None:
         with torch.no_grad():
             again = unroll.window(begin, batches, noise=lambda t: [poison if t == 5 else nothing])
         assert torch.equal(window.end.params, again.end.params)
-        assert all(map(torch.equal, window.end.states[0], without.end.states[0]))
+        assert all(map(torch.equal, window.end.state, without.end.state))
         loss = (window.meta_loss + window.imitation_loss).sum()
         assert all(g.isfinite().all() for g in gradients_of(loss, [learner.weights()]))
 

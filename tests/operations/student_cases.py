@@ -51,6 +51,19 @@ def make_state(
     )
 
 
+def as_students(*nested: Any) -> list[Any]:
+    """Tensors of one student, wherever they are in what is given, as those of several students."""
+
+    def several(each: Any) -> Any:
+        if isinstance(each, tuple):
+            return type(each)(*map(several, each))
+        if isinstance(each, list):
+            return [several(part) for part in each]
+        return each[None] if isinstance(each, Tensor) else each
+
+    return [several(each) for each in nested]
+
+
 def wanting(*tensors: Tensor) -> list[Tensor]:
     return [tensor.clone().requires_grad_() for tensor in tensors]
 

@@ -16,7 +16,7 @@ import torch
 from accuracy import flat
 from nominal_cases import corrections_of, nominal_settings, nominal_weights, skewed_nominal
 from places import compiled, of_each, of_each_once
-from student_cases import copied, draw, make_state, make_weights, wanting
+from student_cases import as_students, copied, draw, make_state, make_weights, wanting
 from torch import Tensor
 
 from amalgam.operations.rounding import key_of, random_bits, rounded_stochastically
@@ -88,16 +88,16 @@ def test_steps_into_memory_that_is_there(backend: str) -> None:
         grad, state, weights, settings = skewed_nominal(130, 1, 8, dtype)
         update, new = student_step(grad, state, weights, settings, backend=backend)
         moved, same = torch.empty_like(grad), copied(state)
-        step_into(moved, same, grad, same, weights, settings, backend)
+        step_into(*as_students(moved, same, grad, same, weights, settings), backend)
         assert all(map(torch.equal, (moved, *same), (update, *new)))
 
         upstream = upstream_of(grad, state)
         expected = flat(BACKWARD(upstream, grad, *state, weights, *settings, backend))
         d_state = StudentState(*(t.clone() for t in upstream[1:]))
-        d_grad, d_weights = backward_into(
-            upstream[0], d_state, grad, state, weights, settings, backend
-        )
-        assert all(map(torch.equal, expected, [d_grad, *d_state, *d_weights]))
+        given = as_students(upstream[0], d_state, grad, state, weights, settings)
+        d_grad, d_weights = backward_into(*given, backend)
+        found = [d_grad[0], *d_state, *(weight[0] for weight in d_weights)]
+        assert all(map(torch.equal, expected, found))
 
 
 @compiled

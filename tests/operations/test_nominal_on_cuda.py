@@ -16,7 +16,7 @@ from nominal_cases import (
     skewed_nominal,
 )
 from places import ON_HOST, at, on_gpus
-from student_cases import SETTINGS, draw, make_state, moved
+from student_cases import SETTINGS, as_students, draw, make_state, moved
 from torch import Tensor
 
 from amalgam.backends import nominal_on_cuda
@@ -134,13 +134,15 @@ def test_steps_and_gradients_go_where_their_inputs_lie(backend: str, device: str
     update, *expected = FORWARD(*step, backend)
     state = StudentState(*(t.clone() for t in (m, v, h, c)))
     found = torch.full_like(update, math.nan)
-    step_into(found, state, grad, state, weights, settings, backend)
+    step_into(*as_students(found, state, grad, state, weights, settings), backend)
     assert all(map(torch.equal, (found, *state), (update, *expected)))
     d_grad, *d_old = BACKWARD(upstream, *step, backend)
     d_state = StudentState(*(t.clone() for t in upstream[1:]))
     old = StudentState(m, v, h, c)
-    found = backward_into(upstream[0], d_state, grad, old, weights, settings, backend)
-    assert all(map(torch.equal, flat((found[0], d_state, found[1])), flat((d_grad, d_old))))
+    given = as_students(upstream[0], d_state, grad, old, weights, settings)
+    in_grad, in_weights = backward_into(*given, backend)
+    found = in_grad[0], d_state, [weight[0] for weight in in_weights]
+    assert all(map(torch.equal, flat(found), flat((d_grad, d_old))))
 
 
 @somewhere

@@ -11,6 +11,7 @@ from places import INTERPRETED, ON_CPU, at, compiled, of_each, on_gpus
 from student_cases import (
     SETTINGS,
     SIZES,
+    as_students,
     check_control,
     check_rounding_by_seeds,
     copied,
@@ -383,7 +384,8 @@ def test_steps_into_memory_that_is_there(backend: str) -> None:
     same = StudentState(*(t.clone() for t in state))
     for target, source in ((apart, state), (same, same)):
         moved = torch.empty_like(grad)
-        step_into(moved, StudentState(*target), grad, source, weights, settings, backend)
+        given = as_students(moved, StudentState(*target), grad, source, weights, settings)
+        step_into(*given, backend)
         assert torch.equal(moved, update)
         assert all(map(torch.equal, target, new))
 
@@ -394,8 +396,10 @@ def test_steps_into_memory_that_is_there(backend: str) -> None:
     d_update, d_state = draw(n), StudentState(draw(n), draw(n), draw(2, 6, n), draw(2, 6, n))
     expected = torch.autograd.grad([outs[0], *outs[1]], leaves, [d_update, *d_state])
     d_old = StudentState(*(t.clone() for t in d_state))
-    d_grad, d_weights = backward_into(d_update, d_old, grad, state, weights, settings, backend)
-    for ours, theirs in zip((d_grad, *d_old, *d_weights), expected, strict=True):
+    given = as_students(d_update, d_old, grad, state, weights, settings)
+    d_grad, d_weights = backward_into(*given, backend)
+    found = d_grad[0], *d_old, *(weight[0] for weight in d_weights)
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
@@ -403,11 +407,11 @@ def test_memory_to_write_to_is_checked() -> None:
     weights = [w.detach() for w in Student(StudentConfig(hidden=6)).weights()]
     grad = torch.zeros(8)
     state = initial_state(grad, weights)
-    twice = state._replace(v=state.m)
+    twice, rest = state._replace(v=state.m), (grad, state, weights, StepSettings())
     with pytest.raises(ValueError, match="share memory"):
-        step_into(torch.empty(8), StudentState(*twice), grad, state, weights, StepSettings(), "cpu")
+        step_into(*as_students(torch.empty(8), twice, *rest), "cpu")
     with pytest.raises(ValueError, match="must have shape"):
-        step_into(torch.empty(9), state, grad, state, weights, StepSettings(), "cpu")
+        step_into(*as_students(torch.empty(9), state, *rest), "cpu")
 
 
 @at(

@@ -1,0 +1,141 @@
+"""Steps of several students at once, as meta-training takes those of replicates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nominal_cases import F32, drawn
+from places import INTERPRETED, ON_CPU, ON_HOST, on_gpus
+from student_cases import SETTINGS, draw, make_state, make_weights, moved
+from torch import Tensor
+
+from amalgam.operations.student_step import OfStudents, backward_into, step_into
+from amalgam.ops import StepSettings, StudentState
+
+FORWARD, BACKWARD = torch.ops.amalgam.student_step, torch.ops.amalgam.student_step_backward
+
+EVERYWHERE = [
+    pytest.param("reference", "cpu", id="reference"),
+    *ON_CPU,
+    *INTERPRETED,
+    *on_gpus("reference", "triton"),
+]
+# CUDA's functional kernels are of the nominal form.
+BY_CUDA = [*ON_HOST, *on_gpus("cuda")]
+
+
+def rnnprop(
+    device: str, layers: int, hidden: int, size: int, seed: int
+) -> tuple[OfStudents, list[Tensor]]:
+    """A student's step, and the gradients in what it gives."""
+    weights = [w + 0.01 * seed for w in make_weights(layers, hidden, F32)]
+    state = make_state(size, layers=layers, hidden=hidden, seed=seed, dtype=F32)
+    upstream = [draw(*t.shape, seed=seed + 5, dtype=F32) for t in (state.m, *state)]
+    grad = draw(size, seed=seed, dtype=F32)
+    grad, state, weights, upstream = moved((grad, state, weights, upstream), device)
+    return OfStudents(grad, state, weights, SETTINGS), upstream
+
+
+def nominal(
+    device: str, layers: int, hidden: int, size: int, seed: int
+) -> tuple[OfStudents, list[Tensor]]:
+    """Of three tensors, one of them empty."""
+    step, (upstream, *_) = drawn(device, layers, hidden, size, seed)
+    grad, m, v, h, c, weights, *rest = step
+    settings = StepSettings(*rest)
+    weights = [w + 0.01 * seed for w in weights]
+    settings = settings._replace(corrections=settings.corrections + 0.01 * seed)
+    return OfStudents(grad, StudentState(m, v, h, c), weights, settings), upstream
+
+
+def together(students: list[OfStudents]) -> OfStudents:
+    grads, states, weights, settings = zip(*students, strict=True)
+    every = settings[0]
+    if every.corrections is not None:
+        every = every._replace(corrections=torch.stack([each.corrections for each in settings]))
+    return OfStudents(
+        torch.stack(grads),
+        StudentState(*map(torch.stack, zip(*states, strict=True))),
+        [torch.stack(each) for each in zip(*weights, strict=True)],
+        every,
+    )
+
+
+CASES = [
+    (rnnprop, 2, 20, 70, 3),
+    (rnnprop, 1, 4, 130, 2),
+    (rnnprop, 2, 4, 1, 5),
+    (nominal, 1, 16, 70, 3),
+    (nominal, 2, 8, 130, 2),
+]
+SMALL = [(nominal, 1, 4, 70, 3), (nominal, 1, 8, 130, 2)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "case"),
+    [
+        pytest.param(
+            *place.values, case, id=f"{place.id}-{case[0].__name__}-{number}", marks=place.marks
+        )
+        for places, cases in ((EVERYWHERE, [*CASES, *SMALL]), (BY_CUDA, SMALL))
+        for place in places
+        for number, case in enumerate(cases)
+    ],
+    indirect=["backend"],
+)
+def test_each_student_steps_as_alone(backend: str, device: str, case: tuple[Any, ...]) -> None:
+    """To the same bits, but that sums over coordinates may be of other programs' parts."""
+    make, layers, hidden, size, count = case
+    pairs = [make(device, layers, hidden, size, seed) for seed in range(count)]
+    students, upstream = [list(each) for each in zip(*pairs, strict=True)]
+    every = together(students)
+    update, target = torch.full_like(every.grad, torch.nan), every.state
+    new = StudentState(*(torch.full_like(t, torch.nan) for t in target))
+    for state in (new, StudentState(*(t.clone() for t in target))):
+        source = target if state is new else state
+        step_into(update, state, every.grad, source, *every[2:], backend)
+        for number, one in enumerate(students):
+            alone = FORWARD(one.grad, *one.state, one.weights, *one.settings, backend)
+            found = update[number], *(t[number] for t in state)
+            assert all(map(torch.equal, found, alone))
+
+    d_update, *d_new = map(torch.stack, zip(*upstream, strict=True))
+    d_state = StudentState(*d_new)
+    d_grad, d_weights = backward_into(d_update, d_state, *every, backend)
+    for number, one in enumerate(students):
+        arguments = one.grad, *one.state, one.weights, *one.settings, backend
+        *alone, in_weights = BACKWARD(upstream[number], *arguments)
+        found = d_grad[number], *(t[number] for t in d_state)
+        assert all(map(torch.equal, found, alone))
+        for ours, theirs in zip(d_weights, in_weights, strict=True):
+            assert ours[number].shape == theirs.shape
+            torch.testing.assert_close(ours[number], theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_not_of_every_student_is_named() -> None:
+    every = together([nominal("cpu", 1, 4, 10, seed)[0] for seed in range(2)])
+    grad, state, weights, settings = every
+    update, new = torch.empty_like(grad), StudentState(*map(torch.empty_like, state))
+    wrong = [
+        (r"grad must have shape \(S, N\)", every._replace(grad=grad[0])),
+        (r"grad must have shape \(S, N\)", every._replace(grad=grad[:0])),
+        (
+            "state.h must have a first dimension of 2",
+            every._replace(state=state._replace(h=state.h[:1])),
+        ),
+        (
+            r"weights\[1\] must have a first",
+            every._replace(weights=[w[i == 1 :] for i, w in enumerate(weights)]),
+        ),
+        (
+            "corrections must have a first",
+            every._replace(settings=settings._replace(corrections=settings.corrections[:1])),
+        ),
+    ]
+    for message, given in wrong:
+        with pytest.raises(ValueError, match=message):
+            step_into(update, new, *given, "reference")
+        with pytest.raises(ValueError, match=message):
+            backward_into(update, new, *given, "reference")
