@@ -433,4 +433,4 @@ def choice_step_backward(
                 WIDE=wide(m, h),
                 **chosen.options,
             )
-    return results, lstm_weights.unpack(partials.sum(0), weights, plan)
+    return results, lstm_weights.apart(lstm_weights.unpack(partials.sum(0), weights, plan))

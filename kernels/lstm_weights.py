@@ -165,9 +165,15 @@ def packed(
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor], plan: Packing) -> list[Tensor]:
-    """Gradients in packed weights as those in the weights, in the weights' dtype."""
+    """Gradients in packed weights as those in the weights, in the weights' dtype.
+
+    They share memory, as an operation's outputs must not: :func:`apart` makes copies.
+    """
     flat = packed.index_select(-1, plan.back).to(like[0].dtype)
     sizes = [w.numel() // packed.shape[:-1].numel() for w in like]
-    # Copies: an operation's outputs must not share memory.
-    copies = [part.clone(memory_format=torch.contiguous_format) for part in flat.split(sizes, -1)]
-    return [part.view(w.shape) for part, w in zip(copies, like, strict=True)]
+    return [part.view(w.shape) for part, w in zip(flat.split(sizes, -1), like, strict=True)]
+
+
+def apart(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that share no memory."""
+    return [each.clone(memory_format=torch.contiguous_format) for each in gradients]

@@ -556,8 +556,8 @@ def student_step_backward(
         precision: As in :func:`student_step`; activations are precise.
 
     Returns:
-        Gradients in the weights. They are summed in an order that depends on n, S and the device
-        alone.
+        Gradients in the weights, which may share memory. They are summed in an order that depends
+        on n, S and the device alone.
     """
     grad, _, _, h, _ = inputs
     students, n = grad.shape

@@ -252,12 +252,14 @@ def _triton_student_step_backward(
     *,
     numerics: Numerics,
 ) -> tuple[Tensor, StudentState, list[Tensor]]:
+    from amalgam.kernels import lstm_weights
+
     d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(state))
     results, grads_out = _as_students(d_grad, *d_old), _as_students(d_update, *d_state)
     d_weights = _launch_backward(
         results, grads_out, *_single(grad, state, weights, settings), numerics
     )
-    return d_grad, d_old, [weight[0] for weight in d_weights]
+    return d_grad, d_old, lstm_weights.apart([weight[0] for weight in d_weights])
 
 
 @triton.backend.kernel("student_step_into", dtypes=triton.SINGLE, takes_numerics=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from amalgam import nests
 from amalgam.layout import Layout
 from amalgam.meta.finite import keep
+from amalgam.operations.kept import KeptOfOneStream
 from amalgam.operations.student_step import backward_into, step_into
 from amalgam.ops import StepSettings, StudentState
 from amalgam.policies import FusedStudent, Policy
@@ -144,7 +145,7 @@ class PolicySteps(Protocol):
         """
 
     def apart(self) -> AbstractContextManager[None]:
-        """Within the block, states are in other memory than before and after it."""
+        """Within the block, memory is other than before and after it."""
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """A copy of the state to keep, whose recurrent state (h and c) has the dtype ``cells``.
@@ -173,6 +174,7 @@ class FusedSteps:
         self._layout = layout
         self._backend = backend
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Any]] = {}
+        self._kept = KeptOfOneStream()
 
     def initial(self, like: Tensor) -> Any:
         """See :class:`PolicySteps`; the tensors are views of one zero, which no step writes to."""
@@ -217,7 +219,9 @@ class FusedSteps:
             source = into
         update = flat.new_empty(flat.shape)
         context = self._context_by_student(params, state, grads)
-        step_into(update, into, flat, source, *self._folded(weights, context), self._backend)
+        folded = self._folded(weights, context)
+        with self._kept:
+            step_into(update, into, flat, source, *folded, self._backend)
         new = self._student.carried(into, state, context)
         return update.view(grads.shape), keep(new, state, moved)
 
@@ -241,14 +245,16 @@ class FusedSteps:
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
         context = self._context_by_student(params, state, grads)
-        d_grads, d_folded = backward_into(
-            d_updates.flatten(1),
-            _fused(d_moved),
-            grads.flatten(1),
-            _fused(state),
-            *self._folded(weights, context),
-            self._backend,
-        )
+        folded = self._folded(weights, context)
+        with self._kept:
+            d_grads, d_folded = backward_into(
+                d_updates.flatten(1),
+                _fused(d_moved),
+                grads.flatten(1),
+                _fused(state),
+                *folded,
+                self._backend,
+            )
         d_weights = self._unfolded(d_folded, context)
         if moved is not None:
             some = moved.any(1)
@@ -272,10 +278,16 @@ class FusedSteps:
         self, weights: Sequence[Tensor], context: TensorContext | None
     ) -> tuple[Sequence[Tensor], StepSettings]:
         """The operation's weights and settings of all students, in a context by student."""
-        if len(weights[0]) > 1:
-            return self._student.folded(weights, context)
         # PyTorch's products of one matrix in a stack are slower, and of other last bits.
-        folded, settings = self._student.folded([w[0] for w in weights], _of_one(context))
+        alone = len(weights[0]) == 1
+        own = [w[0] for w in weights] if alone else weights
+        operation_weights = self._kept.get(
+            "operation_weights", own, lambda: tuple(self._student.operation_weights(own))
+        )
+        context = _of_one(context) if alone else context
+        folded, settings = self._student.with_context(operation_weights, own, context)
+        if not alone:
+            return folded, settings
         if settings.corrections is not None:
             settings = settings._replace(corrections=settings.corrections[None])
         return [weight[None] for weight in folded], settings
@@ -310,11 +322,12 @@ class FusedSteps:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """See :class:`PolicySteps`."""
-        before, self._spare = self._spare, {}
+        before = self._spare, self._kept
+        self._spare, self._kept = {}, KeptOfOneStream()
         try:
             yield
         finally:
-            self._spare = before
+            self._spare, self._kept = before
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """See :class:`PolicySteps`."""

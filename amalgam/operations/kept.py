@@ -37,13 +37,24 @@ class Kept:
     def __exit__(self, *_: object) -> None:
         _current.reset(self._tokens.pop())
 
-    def _get(
+    def get(
         self, key: Hashable, weights: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
+        """What was made of these weights before, or is now; as :func:`kept` has it."""
         stamp = [(weight.data_ptr(), weight._version) for weight in weights]
         entry = self._entries.get(key)
         if entry is not None and entry.stamp == stamp:
             return entry.made
+        return self._anew(key, stamp, weights, make)
+
+    def _anew(
+        self,
+        key: Hashable,
+        stamp: list[tuple[int, int]],
+        weights: Sequence[Tensor],
+        make: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        entry = self._entries.get(key)
         on_cuda = weights[0].is_cuda
         if on_cuda and torch.cuda.is_current_stream_capturing():
             return make()  # in the graph's memory, and not before it is replayed
@@ -57,6 +68,24 @@ class Kept:
         if on_cuda:  # another stream's next step reads it
             torch.cuda.current_stream(weights[0].device).synchronize()
         self._entries[key] = _Entry(stamp, held, made)
+        return made
+
+
+class KeptOfOneStream(Kept):
+    """Kept by who takes all steps on one stream; in a graph that is captured, all or none of them.
+
+    So nothing waits for another stream, and what is made inside a capture is kept as well.
+    """
+
+    def _anew(
+        self,
+        key: Hashable,
+        stamp: list[tuple[int, int]],
+        weights: Sequence[Tensor],
+        make: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        made = make()
+        self._entries[key] = _Entry(stamp, [weight.detach() for weight in weights], made)
         return made
 
 
@@ -82,4 +111,4 @@ def kept(
     # Of inference tensors, PyTorch counts no changes.
     if owner is None or any(weight.is_inference() for weight in weights):
         return make()
-    return owner._get(key, weights, make)
+    return owner.get(key, weights, make)

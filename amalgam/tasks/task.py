@@ -414,10 +414,13 @@ class Task:
     def stacks(self) -> bool:
         """Whether many optimizees of it run faster as one.
 
-        Products of matrices do, from about three on. Convolutions with as many kernels take as long
-        where they are small and up to three times as long where they are not. Some modules and
-        losses can't, see :attr:`unstackable`.
+        Products of matrices do, from about three on. On a GPU so do convolutions, which there are
+        so many launches each; on a CPU those with as many kernels take as long where they are small
+        and up to three times as long where they are not. Some modules and losses can't, see
+        :attr:`unstackable`.
         """
+        if self.device.type == "cuda":
+            return self.unstackable is None
         convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         convolves = any(isinstance(module, convolutions) for module in self._module.modules())
         return not convolves and self.unstackable is None
