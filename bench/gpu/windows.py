@@ -124,8 +124,9 @@ def long_windows(place: Place, graph: bool) -> Iterator[tuple[str, tuple[Any, ..
     for replicates in (1, 8):
         label = f"the paper's CNN replicates={replicates} T=100{in_graph}"
         yield label, ("cnn", replicates, 2, "cuda", graph, 100)
-        label = f"digits-cnn replicates={8 * replicates} stacked{in_graph}"
-        yield label, ("digits-cnn", 8 * replicates, 2, "cuda", graph, STEPS, "ours", True)
+        for how, stack in (("stacked", True), ("one by one", False)):
+            label = f"digits-cnn replicates={replicates} {how}{in_graph}"
+            yield label, ("digits-cnn", replicates, 2, "cuda", graph, STEPS, "ours", stack)
     if not place.real:  # there is not memory enough
         return
     for steps in (10, 100):

@@ -142,6 +142,14 @@ def test_an_inner_step_is_some_launches(how, census) -> None:
     assert counts.launches <= 50, counts.of_step
 
 
+@pytest.mark.parametrize("make", [paper, nominal])
+def test_an_inner_step_of_many_replicates_is_one_launch_more(make, census) -> None:
+    """Teachers' gradients come row by row and are stepped teacher by teacher: a copy of several."""
+    how = {"make": make, "scale_spread": 0.0}
+    one, many = Counts(census, **how), Counts(census, replicates=64, **how)
+    assert many.launches <= one.launches + 1, (one.of_step, many.of_step)
+
+
 def waits_of_meta_steps(folder: Path, census: Census, **settings: Any) -> list[int]:
     """How often the host waited in each meta-step but the first; no episode begins in them."""
     seen: list[int] = []
