@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "check.h"
+#include "launch.cuh"
 #include "warp_sums.cuh"
 
 namespace amalgam::cuda {
 namespace {
+namespace distance {
 
 constexpr int kWarp = kLaneCount;
 constexpr int kThreads = 256;
@@ -85,7 +86,7 @@ template <bool huber, typename T>
 __device__ T penalty(T difference, T delta) {
   const T square = T(0.5) * difference * difference;
   if constexpr (huber) {
-    const T size = abs(difference);
+    const T size = fabs(difference);
     return size < delta ? square : delta * (size - T(0.5) * delta);
   }
   return square;
@@ -183,11 +184,12 @@ __global__ void __launch_bounds__(kThreads)
   store(in_student, sums, n);
 }
 
+}  // namespace distance
 }  // namespace
 
 template <typename T>
 int64_t teacher_distance_partials(int64_t n) {
-  return tiles_of<T>(n) * (kThreads / kWarp);
+  return distance::tiles_of<T>(n) * (distance::kThreads / distance::kWarp);
 }
 
 template <typename T>
@@ -196,18 +198,17 @@ void teacher_distance(const T* student, const T* teachers, T* distances, T* tota
                       int device, void* stream) {
   if (k == 0) return;
   use_device(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const auto tiles = static_cast<unsigned>(tiles_of<T>(n));
+  const auto tiles = static_cast<unsigned>(distance::tiles_of<T>(n));
   if (tiles > 0) {
-    const auto kernel = huber_delta >= 0 ? sum_tiles<true, T> : sum_tiles<false, T>;
-    kernel<<<tiles, kThreads, 0, queue>>>(student, teachers, partials, n, k,
-                                          static_cast<T>(huber_delta));
-    check(cudaGetLastError(), "teacher_distance, first stage");
+    const auto kernel =
+        huber_delta >= 0 ? distance::sum_tiles<true, T> : distance::sum_tiles<false, T>;
+    launch("teacher_distance, first stage", kernel, dim3(tiles), distance::kThreads, stream,
+           student, teachers, partials, n, k, huber_delta);
   }
-  finish<T><<<static_cast<unsigned>(k), kFinalThreads, 0, queue>>>(
-      partials, distances, totals, teacher_distance_partials<T>(n), eps,
-      std::log(static_cast<double>(std::max<int64_t>(n, 1))));
-  check(cudaGetLastError(), "teacher_distance, second stage");
+  launch("teacher_distance, second stage", distance::finish<T>, dim3(static_cast<unsigned>(k)),
+         distance::kFinalThreads, stream, partials, distances, totals,
+         teacher_distance_partials<T>(n), eps,
+         std::log(static_cast<double>(std::max<int64_t>(n, 1))));
 }
 
 template <typename T>
@@ -216,13 +217,13 @@ void teacher_distance_backward(const T* grad, const T* student, const T* teacher
                                double huber_delta, int device, void* stream) {
   if (n == 0) return;
   use_device(device);
+  using namespace distance;
   const auto kernel =
       huber_delta >= 0 ? (in_teachers ? gradients<true, true, T> : gradients<true, false, T>)
                       : (in_teachers ? gradients<false, true, T> : gradients<false, false, T>);
-  kernel<<<static_cast<unsigned>(tiles_of<T>(n)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      grad, student, teachers, totals, in_student, in_teachers, n, k, static_cast<T>(eps),
-      static_cast<T>(huber_delta));
-  check(cudaGetLastError(), "teacher_distance_backward");
+  launch("teacher_distance_backward", kernel, dim3(static_cast<unsigned>(tiles_of<T>(n))),
+         kThreads, stream, grad, student, teachers, totals, in_student, in_teachers, n, k, eps,
+         huber_delta);
 }
 
 #define AMALGAM_INSTANTIATE(T)                                                                    \

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accuracy import assert_at_most_twice, errors_of, kept
 from machine_code import MachineCode, compile_kernel
-from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, at, compiled, of_each, on_gpus
+from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, ON_HOST, at, compiled, of_each, on_gpus
 from torch import Tensor
 
 from amalgam.ops import teacher_distance
@@ -23,7 +23,7 @@ EPS = 1e-10
 
 GPUS = on_gpus("triton", "cuda")
 
-everywhere = at(*ON_CPU, *GPUS, *INTERPRETED)
+everywhere = at(*ON_CPU, *GPUS, *INTERPRETED, *ON_HOST)
 # The interpreter takes minutes for numerical gradients; one instruction set is enough for them.
 compiled_once = at(*ON_CPU_ONCE, *GPUS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -97,9 +97,9 @@ def _assert_accurate(
 def _places_of(n: int) -> list[Any]:
     """The interpreter takes a minute for 65537 coordinates, and all others are one masked block.
 
-    4099, of another test, are three blocks.
+    4099, of another test, are three blocks, and two of CUDA's.
     """
-    places = [*ON_CPU, *GPUS, *(INTERPRETED if n in (0, 1, 33, 1027) else ())]
+    places = [*ON_CPU, *GPUS, *([*INTERPRETED, *ON_HOST] if n in (0, 1, 33, 1027) else ())]
     return [pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks) for p in places]
 
 
