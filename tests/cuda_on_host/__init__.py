@@ -127,6 +127,8 @@ class CudaOnHost:
         dtype: str,
         backward: bool,
         *addresses: int,
+        rows: int,
+        teacher_rows: int,
         n: int,
         k: int,
         eps: float,
@@ -134,8 +136,9 @@ class CudaOnHost:
         device: int,
         stream: int,
     ) -> None:
-        where, constants = _array(ctypes.c_int64, addresses), (float(eps), float(huber_delta))
-        _call("teacher_distance_of", dtype, backward, where, n, k, *constants)
+        sizes = (rows, teacher_rows, n, k)
+        lists = (_array(ctypes.c_int64, each) for each in (addresses, sizes))
+        _call("teacher_distance_of", dtype, backward, *lists, float(eps), float(huber_delta))
 
     def _teacher_step(
         self,

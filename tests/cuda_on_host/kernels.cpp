@@ -57,20 +57,22 @@ const char* backward(const int64_t* a, int64_t n, int64_t k, const TeacherSettin
   });
 }
 
+// Sizes are rows, the teachers' rows, n and k.
 template <typename T>
-const char* distances_of(const int64_t* a, int64_t n, int64_t k, double eps, double huber_delta) {
+const char* distances_of(const int64_t* a, const int64_t* sizes, double eps, double huber_delta) {
   return caught([&] {
     teacher_distance(at<const T>(a[0]), at<const T>(a[1]), at<T>(a[2]), at<T>(a[3]),
-                     at<double>(a[4]), n, k, eps, huber_delta, 0, nullptr);
+                     at<double>(a[4]), sizes[0], sizes[1], sizes[2], sizes[3], eps, huber_delta, 0,
+                     nullptr);
   });
 }
 
 template <typename T>
-const char* slopes_of(const int64_t* a, int64_t n, int64_t k, double eps, double huber_delta) {
+const char* slopes_of(const int64_t* a, const int64_t* sizes, double eps, double huber_delta) {
   return caught([&] {
     teacher_distance_backward(at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2]),
-                              at<const T>(a[3]), at<T>(a[4]), at<T>(a[5]), n, k, eps, huber_delta,
-                              0, nullptr);
+                              at<const T>(a[3]), at<T>(a[4]), at<T>(a[5]), sizes[0], sizes[1],
+                              sizes[2], sizes[3], eps, huber_delta, 0, nullptr);
   });
 }
 
@@ -153,12 +155,12 @@ int64_t teacher_distance_partials_of(const char* dtype, int64_t n) {
 }
 
 const char* teacher_distance_of(const char* dtype, int64_t is_backward, const int64_t* addresses,
-                                int64_t n, int64_t k, double eps, double huber_delta) {
+                                const int64_t* sizes, double eps, double huber_delta) {
   if (dtype == std::string("float32")) {
-    return (is_backward ? slopes_of<float> : distances_of<float>)(addresses, n, k, eps,
+    return (is_backward ? slopes_of<float> : distances_of<float>)(addresses, sizes, eps,
                                                                   huber_delta);
   }
-  return (is_backward ? slopes_of<double> : distances_of<double>)(addresses, n, k, eps,
+  return (is_backward ? slopes_of<double> : distances_of<double>)(addresses, sizes, eps,
                                                                   huber_delta);
 }
 
