@@ -19,11 +19,12 @@ EPS = 1e-10
 
 
 def _forward(student: Tensor, teachers: Tensor) -> tuple[list[Any], int]:
-    return [DistanceArguments(student, teachers, EPS, None)], (K + 1) * student.nbytes
+    arguments = DistanceArguments(student[None], teachers[:, None], EPS, None)
+    return [arguments], (K + 1) * student.nbytes
 
 
 def _backward(student: Tensor, teachers: Tensor) -> tuple[list[Any], int]:
-    arguments = DistanceArguments(student, teachers, EPS, None)
+    arguments = DistanceArguments(student[None], teachers[:, None], EPS, None)
     totals = kernel("teacher_distance", "reference")(arguments)[1]
     return [torch.ones_like(totals), totals, arguments, True], 2 * (K + 1) * student.nbytes
 

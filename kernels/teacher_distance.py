@@ -1,4 +1,4 @@
-"""Log distance of a student to K teachers; formulas: amalgam/operations/teacher_distance.py."""
+"""Log distances of rows to K teachers; formulas: amalgam/operations/teacher_distance.py."""
 
 import math
 
@@ -24,81 +24,87 @@ def _penalty(difference, delta, HUBER: tl.constexpr):
     return penalty
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "teacher_rows"])
 def sum_blocks(
-    student,  # (N,)
-    teachers,  # (K, N)
-    partials,  # (K, P) out, float64, P = ceil(N / BLOCK)
+    students,  # (R, N)
+    teachers,  # (K, Q, N)
+    partials,  # (R, K, P) out, float64, P = ceil(N / BLOCK)
     n,
     k,
+    teacher_rows,  # Q
     delta: tl.float64,
     HUBER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """First stage: program p leaves, for each teacher, the penalties' sum over its block."""
+    """First stage: program (p, r) leaves, for each teacher, the penalties' sum over its block."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    at_student = tl.load(student + at, mask=inside, other=0.0)
+    row = tl.program_id(1).to(tl.int64)
+    at_student = tl.load(students + row * n + at, mask=inside, other=0.0)
     typed_delta = tl.full((), delta, at_student.dtype)
-    row = teachers  # advances by n: a product k * n would need 64 bits
-    out = partials + tl.program_id(0)
+    teacher = teachers + row % teacher_rows * n
+    stride = teacher_rows.to(tl.int64) * n
+    out = partials + row * k * tl.num_programs(0) + tl.program_id(0)
     for _ in range(k):
-        difference = at_student - tl.load(row + at, mask=inside, other=0.0)
+        difference = at_student - tl.load(teacher + at, mask=inside, other=0.0)
         total = tl.sum(_penalty(difference, typed_delta, HUBER), 0)
         tl.store(out, total.to(tl.float64))
-        row += n
+        teacher += stride
         out += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=["count"])
 def finish(
-    partials,  # (K, P) float64
-    distances,  # (K,) out
-    totals,  # (K,) out
+    partials,  # (R, K, P) float64
+    distances,  # (R, K) out
+    totals,  # (R, K) out
     count,  # P
     eps: tl.float64,
     log_n: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """Second stage: one program per teacher adds its partial sums in a fixed order."""
-    teacher = tl.program_id(0).to(tl.int64)
+    """Second stage: one program per row and teacher adds its partial sums in a fixed order."""
+    pair = tl.program_id(0).to(tl.int64)
     sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        sums += tl.load(partials + teacher * count + at, mask=at < count, other=0.0)
+        sums += tl.load(partials + pair * count + at, mask=at < count, other=0.0)
     total = tl.sum(sums, 0)
-    tl.store(totals + teacher, total.to(totals.dtype.element_ty))
+    tl.store(totals + pair, total.to(totals.dtype.element_ty))
     distance = tl.log(total + eps) - log_n
-    tl.store(distances + teacher, distance.to(distances.dtype.element_ty))
+    tl.store(distances + pair, distance.to(distances.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "teacher_rows"])
 def gradients(
-    grad,  # (K,)
-    student,  # (N,)
-    teachers,  # (K, N)
-    totals,  # (K,)
-    in_student,  # (N,) out
-    in_teachers,  # (K, N) out, if WITH_TEACHERS
+    grad,  # (R, K)
+    students,  # (R, N)
+    teachers,  # (K, Q, N)
+    totals,  # (R, K)
+    in_students,  # (R, N) out
+    in_teachers,  # (K, 1, N) out, if WITH_TEACHERS, of one row alone
     n,
     k,
+    teacher_rows,  # Q
     eps: tl.float64,
     delta: tl.float64,
     HUBER: tl.constexpr,
     WITH_TEACHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program p computes both gradients on its block of coordinates."""
+    """Program (p, r) computes both gradients on its block of a row's coordinates."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    at_student = tl.load(student + at, mask=inside, other=0.0)
+    row = tl.program_id(1).to(tl.int64)
+    at_student = tl.load(students + row * n + at, mask=inside, other=0.0)
     typed_delta = tl.full((), delta, at_student.dtype)
     sums = tl.zeros((BLOCK,), at_student.dtype)
-    row = teachers
+    teacher = teachers + row % teacher_rows * n
+    stride = teacher_rows.to(tl.int64) * n
     out = in_teachers
-    for teacher in range(k):
-        weight = tl.load(grad + teacher).to(tl.float64) / (tl.load(totals + teacher) + eps)
-        slope = at_student - tl.load(row + at, mask=inside, other=0.0)
+    for pair in range(row * k, row * k + k):
+        weight = tl.load(grad + pair).to(tl.float64) / (tl.load(totals + pair) + eps)
+        slope = at_student - tl.load(teacher + at, mask=inside, other=0.0)
         if HUBER:
             # Comparisons with NaN are false, so NaN passes through as in torch.clamp.
             slope = tl.where(slope > typed_delta, typed_delta, slope)
@@ -108,53 +114,56 @@ def gradients(
         if WITH_TEACHERS:
             tl.store(out + at, -weighted, mask=inside)
             out += n
-        row += n
-    tl.store(in_student + at, sums, mask=inside)
+        teacher += stride
+    tl.store(in_students + row * n + at, sums, mask=inside)
 
 
 def teacher_distance(
-    student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
+    students: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward.
 
     Args:
-        student: Shape (N,), contiguous, float32 or float64.
-        teachers: Shape (K, N), contiguous, same dtype and device.
+        students: Shape (R, N), contiguous, float32 or float64.
+        teachers: Shape (K, Q, N), contiguous, same dtype and device; Q divides R.
         eps: Added to the sum before the log.
         huber_delta: Where Huber turns linear, or ``None`` for no Huber.
 
     Returns:
-        The distances, shape (K,), and the sums inside their logs, shape (K,).
+        The distances, shape (R, K), and the sums inside their logs, shape (R, K).
     """
-    k, n = teachers.shape
-    distances, totals = student.new_empty(k), student.new_empty(k)
+    (rows, n), (k, teacher_rows, _) = students.shape, teachers.shape
+    distances, totals = students.new_empty((rows, k)), students.new_empty((rows, k))
     blocks = triton.cdiv(n, BLOCK)
-    partials = student.new_empty((k, blocks), dtype=torch.float64)
-    if k == 0:
+    partials = students.new_empty((rows, k, blocks), dtype=torch.float64)
+    if rows == 0 or k == 0:
         return distances, totals
-    with on_device_of(student):
+    with on_device_of(students):
         if blocks > 0:
-            sum_blocks[(blocks,)](
-                student,
+            sum_blocks[(blocks, rows)](
+                students,
                 teachers,
                 partials,
                 n,
                 k,
+                teacher_rows,
                 0.0 if huber_delta is None else huber_delta,
                 HUBER=huber_delta is not None,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
         log_n = math.log(max(n, 1))
-        finish[(k,)](partials, distances, totals, blocks, eps, log_n, BLOCK=FINAL_BLOCK, **OPTIONS)
+        finish[(rows * k,)](
+            partials, distances, totals, blocks, eps, log_n, BLOCK=FINAL_BLOCK, **OPTIONS
+        )
     return distances, totals
 
 
 def teacher_distance_backward(
     grad: Tensor,
-    student: Tensor,
+    students: Tensor,
     teachers: Tensor,
-    total: Tensor,
+    totals: Tensor,
     eps: float,
     huber_delta: float | None,
     need_teachers: bool,
@@ -162,32 +171,34 @@ def teacher_distance_backward(
     """Launch the backward.
 
     Args:
-        grad: Gradient in the distances, shape (K,), contiguous.
-        student: Shape (N,), contiguous, float32 or float64.
-        teachers: Shape (K, N), contiguous, same dtype and device.
-        total: The sums that the forward returned, shape (K,).
+        grad: Gradient in the distances, shape (R, K), contiguous.
+        students: Shape (R, N), contiguous, float32 or float64.
+        teachers: Shape (K, Q, N), contiguous, same dtype and device; Q divides R.
+        totals: The sums that the forward returned, shape (R, K), contiguous.
         eps: As in the forward.
         huber_delta: As in the forward.
-        need_teachers: Whether to compute the teachers' gradient.
+        need_teachers: Whether to compute the teachers' gradient; then R = 1.
 
     Returns:
-        Gradients in student, shape (N,), and in teachers, shape (K, N), or (0,) if not needed.
+        Gradients in students, shape (R, N), and in teachers, shape (K, 1, N), or (0,) where not
+        needed.
     """
-    k, n = teachers.shape
-    in_student = student.new_empty(n)
-    in_teachers = student.new_empty((k, n) if need_teachers else (0,))
-    if n == 0:
-        return in_student, in_teachers
-    with on_device_of(student):
-        gradients[(triton.cdiv(n, BLOCK),)](
+    (rows, n), (k, teacher_rows, _) = students.shape, teachers.shape
+    in_students = students.new_empty((rows, n))
+    in_teachers = students.new_empty(teachers.shape if need_teachers else (0,))
+    if rows == 0 or n == 0:
+        return in_students, in_teachers
+    with on_device_of(students):
+        gradients[(triton.cdiv(n, BLOCK), rows)](
             grad,
-            student,
+            students,
             teachers,
-            total,
-            in_student,
+            totals,
+            in_students,
             in_teachers,
             n,
             k,
+            teacher_rows,
             eps,
             0.0 if huber_delta is None else huber_delta,
             HUBER=huber_delta is not None,
@@ -195,4 +206,4 @@ def teacher_distance_backward(
             BLOCK=BLOCK,
             **OPTIONS,
         )
-    return in_student, in_teachers
+    return in_students, in_teachers

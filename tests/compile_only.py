@@ -289,7 +289,7 @@ def _coordinates(arguments: Any) -> int:
     if isinstance(first, InPlaceStep):
         first = first.tensors.params
     if isinstance(first, DistanceArguments):
-        first = first.student
+        first = first.students
     return first.numel() if isinstance(first, Tensor) else sum(each.numel() for each in first)
 
 

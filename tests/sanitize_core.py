@@ -53,16 +53,17 @@ def strided(n: int, dtype: torch.dtype) -> Tensor:
 
 
 def teacher_distance(dtype: torch.dtype, backward: bool) -> Iterator[Arguments]:
-    for n in (*SIZES, MANY):
+    rows_of_both = (1, 1), (3, 3), (4, 2), (0, 1)
+    for n, (rows, teacher_rows) in itertools.product((*SIZES, MANY), rows_of_both):
         for k in (0, 1, 6):
-            inputs = tensor(n, dtype=dtype), tensor(k, n, dtype=dtype)
-            grad, total = tensor(k, dtype=dtype), tensor(k, dtype=dtype).square()
+            inputs = tensor(rows, n, dtype=dtype), tensor(k, teacher_rows, n, dtype=dtype)
+            grad, total = tensor(rows, k, dtype=dtype), tensor(rows, k, dtype=dtype).square()
             for huber_delta in (None, 0.5):
                 arguments = DistanceArguments(*inputs, 1e-10, huber_delta)
                 if not backward:
                     yield (arguments,)
                     continue
-                for need_teachers in (False, True):
+                for need_teachers in (False, True) if rows == 1 else (False,):
                     yield grad, total, arguments, need_teachers
 
 
@@ -257,7 +258,7 @@ def one_too_many(reading: bool) -> None:
     student, in_student = (short, out) if reading else (long, short)
     core.core().cpu.teacher_distance_backward_float32(
         *(t.data_ptr() for t in (one, student, long, one, in_student)),
-        0, n=n + 1, k=1, eps=0.0, huber_delta=-1.0, threads=1,
+        0, rows=1, teacher_rows=1, n=n + 1, k=1, eps=0.0, huber_delta=-1.0, threads=1,
     )  # fmt: skip
 
 

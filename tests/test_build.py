@@ -201,5 +201,7 @@ def test_cuda_without_a_gpu_says_what_is_wrong() -> None:
         pytest.skip("needs a core with CUDA on a machine without a GPU")
     with pytest.raises(RuntimeError, match=r"choosing the device: CUDA error \d+ \(cuda\w+\): "):
         module.cuda.teacher_distance_float32(
-            0, 0, 0, 0, 0, n=1, k=1, eps=0.0, huber_delta=-1.0, device=0, stream=0
+            *[0] * 5,
+            **dict.fromkeys(("rows", "teacher_rows", "n", "k"), 1),
+            **{"eps": 0.0, "huber_delta": -1.0, "device": 0, "stream": 0},
         )

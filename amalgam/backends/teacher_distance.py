@@ -13,13 +13,29 @@ from amalgam.backends.memory import contiguous, dtype_name
 from amalgam.operations.table import addresses
 from amalgam.operations.teacher_distance import DistanceArguments
 
+# What a grid of CUDA's, and so of Triton's, has of a second dimension.
+_MOST_ROWS = 65535
+
+
+def _accepts(arguments: DistanceArguments) -> str | None:
+    rows = len(arguments.students)
+    if rows <= _MOST_ROWS:
+        return None
+    return f"it measures at most {_MOST_ROWS} rows at once, not {rows}"
+
+
+def _accepts_backward(
+    _grad: Tensor, _totals: Tensor, arguments: DistanceArguments, _need_teachers: bool
+) -> str | None:
+    return _accepts(arguments)
+
 
 @cpu.backend.kernel("teacher_distance")
 def _cpu_teacher_distance(arguments: DistanceArguments) -> tuple[Tensor, Tensor]:
     arguments = _dense(arguments)
-    student, teachers, *_ = arguments
-    distances, totals = (student.new_empty(len(teachers)) for _ in range(2))
-    pointers = addresses((student, teachers, distances, totals))
+    students, teachers, *_ = arguments
+    distances, totals = _of_pairs(arguments)
+    pointers = addresses((students, teachers, distances, totals))
     where = {"threads": torch.get_num_threads()}
     _run(core.core().cpu, "teacher_distance", pointers, arguments, where)
     return distances, totals
@@ -33,21 +49,21 @@ def _cpu_teacher_distance_backward(
     return _run_backward(core.core().cpu, grad, totals, arguments, need_teachers, where)
 
 
-@cuda.backend.kernel("teacher_distance")
+@cuda.backend.kernel("teacher_distance", accepts=_accepts)
 def _cuda_teacher_distance(arguments: DistanceArguments) -> tuple[Tensor, Tensor]:
     arguments = _dense(arguments)
-    student, teachers, *_ = arguments
-    module, (k, n) = core.core().cuda, teachers.shape
-    distances, totals = (student.new_empty(k) for _ in range(2))
-    count = getattr(module, f"teacher_distance_partials_{dtype_name(student)}")(n)
-    partials = student.new_empty((k, count), dtype=torch.float64)
-    pointers = addresses((student, teachers, distances, totals, partials))
-    with torch.cuda.device(student.device):
-        _run(module, "teacher_distance", pointers, arguments, cuda.place_of(student))
+    students, teachers, *_ = arguments
+    module, n = core.core().cuda, students.shape[1]
+    distances, totals = _of_pairs(arguments)
+    count = getattr(module, f"teacher_distance_partials_{dtype_name(students)}")(n)
+    partials = students.new_empty((*distances.shape, count), dtype=torch.float64)
+    pointers = addresses((students, teachers, distances, totals, partials))
+    with torch.cuda.device(students.device):
+        _run(module, "teacher_distance", pointers, arguments, cuda.place_of(students))
     return distances, totals
 
 
-@cuda.backend.kernel("teacher_distance_backward")
+@cuda.backend.kernel("teacher_distance_backward", accepts=_accepts_backward)
 def _cuda_teacher_distance_backward(
     grad: Tensor, totals: Tensor, arguments: DistanceArguments, need_teachers: bool
 ) -> tuple[Tensor, Tensor]:
@@ -57,10 +73,17 @@ def _cuda_teacher_distance_backward(
 
 
 def _dense(arguments: DistanceArguments) -> DistanceArguments:
-    student, teachers, eps, huber_delta = arguments
-    if student.is_contiguous() and teachers.is_contiguous():
+    students, teachers, eps, huber_delta = arguments
+    if students.is_contiguous() and teachers.is_contiguous():
         return arguments
-    return DistanceArguments(student.contiguous(), teachers.contiguous(), eps, huber_delta)
+    return DistanceArguments(students.contiguous(), teachers.contiguous(), eps, huber_delta)
+
+
+def _of_pairs(arguments: DistanceArguments) -> tuple[Tensor, Tensor]:
+    """Memory for the distances and the totals, (R, K) each."""
+    students, teachers, *_ = arguments
+    shape = len(students), len(teachers)
+    return students.new_empty(shape), students.new_empty(shape)
 
 
 def _run_backward(
@@ -72,13 +95,13 @@ def _run_backward(
     where: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
     arguments = _dense(arguments)
-    student, teachers, *_ = arguments
+    students, teachers, *_ = arguments
     grad, totals = contiguous((grad, totals))
-    in_student = student.new_empty(student.shape)
-    in_teachers = student.new_empty(teachers.shape if need_teachers else (0,))
-    pointers = addresses((grad, student, teachers, totals, in_student, in_teachers))
+    in_students = students.new_empty(students.shape)
+    in_teachers = students.new_empty(teachers.shape if need_teachers else (0,))
+    pointers = addresses((grad, students, teachers, totals, in_students, in_teachers))
     _run(module, "teacher_distance_backward", pointers, arguments, where)
-    return in_student, in_teachers
+    return in_students, in_teachers
 
 
 def _run(
@@ -88,10 +111,12 @@ def _run(
     arguments: DistanceArguments,
     where: Mapping[str, int],
 ) -> None:
-    k, n = arguments.teachers.shape
+    k, teacher_rows, n = arguments.teachers.shape
     huber_delta = arguments.huber_delta
-    getattr(module, f"{name}_{dtype_name(arguments.student)}")(
+    getattr(module, f"{name}_{dtype_name(arguments.students)}")(
         *pointers,
+        rows=len(arguments.students),
+        teacher_rows=teacher_rows,
         n=n,
         k=k,
         eps=arguments.eps,
@@ -100,21 +125,21 @@ def _run(
     )
 
 
-@triton.backend.kernel("teacher_distance")
+@triton.backend.kernel("teacher_distance", accepts=_accepts)
 def _triton_teacher_distance(arguments: DistanceArguments) -> tuple[Tensor, Tensor]:
     from amalgam.kernels import teacher_distance as kernels
 
     return kernels.teacher_distance(*_dense(arguments))
 
 
-@triton.backend.kernel("teacher_distance_backward")
+@triton.backend.kernel("teacher_distance_backward", accepts=_accepts_backward)
 def _triton_teacher_distance_backward(
     grad: Tensor, totals: Tensor, arguments: DistanceArguments, need_teachers: bool
 ) -> tuple[Tensor, Tensor]:
     from amalgam.kernels import teacher_distance as kernels
 
     grad, totals = contiguous((grad, totals))
-    student, teachers, eps, huber_delta = _dense(arguments)
+    students, teachers, eps, huber_delta = _dense(arguments)
     return kernels.teacher_distance_backward(
-        grad, student, teachers, totals, eps, huber_delta, need_teachers
+        grad, students, teachers, totals, eps, huber_delta, need_teachers
     )

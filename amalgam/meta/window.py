@@ -523,21 +523,18 @@ class _Run:
 
     def _measure(self, t: int, params: Tensor, teachers: Tensor) -> Tensor:
         """Log distances to the teachers (R, K); the imitation terms' gradients go on the tape."""
-        how, found = self._how, []
-        gradient = partial(imitation_slopes, how) if self.recorded else None
-        for row in range(len(params)):
-            distances, slope = distances_and_slope(
-                params[row],
-                teachers[:, row % self._episodes.teacher_rows],
-                gradient,
-                eps=how.eps,
-                huber_delta=how.huber_delta,
-                backend=how.backend,
-            )
-            found.append(distances)
-            if slope is not None:
-                self.tape.slopes[t, row] = slope
-        return torch.stack(found)
+        how = self._how
+        distances, slopes = distances_and_slope(
+            params,
+            teachers,
+            partial(imitation_slopes, how) if self.recorded else None,
+            eps=how.eps,
+            huber_delta=how.huber_delta,
+            backend=how.backend,
+        )
+        if slopes is not None:
+            self.tape.slopes[t] = slopes
+        return distances
 
     def _mean_losses(self) -> tuple[Tensor, Tensor]:
         """Meta-losses and imitation losses (S,); the meta-losses' derivatives go on the tape."""

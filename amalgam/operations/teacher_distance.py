@@ -23,9 +23,17 @@ _NAME = "teacher_distance"
 
 
 class DistanceArguments(NamedTuple):
-    """What a distance depends on; the attributes are :func:`teacher_distance`'s arguments."""
+    """What the kernels' distances depend on: those of R rows, each of which has K teachers.
 
-    student: Tensor
+    Attributes:
+        students: The rows' parameters, shape (R, N).
+        teachers: The teachers' parameters, shape (K, Q, N), where Q divides R: row r is measured
+            to ``teachers[:, r % Q]``.
+        eps: As in :func:`teacher_distance`.
+        huber_delta: Likewise.
+    """
+
+    students: Tensor
     teachers: Tensor
     eps: float
     huber_delta: float | None
@@ -61,13 +69,13 @@ def teacher_distance(
     chosen = registry.resolve(_NAME, backend, student)
     if chosen == registry.REFERENCE:
         _check(student, teachers, huber_delta)
-        return _reference(DistanceArguments(student, teachers, eps, huber_delta))[0]
+        return _reference(_one_row(student, teachers, eps, huber_delta))[0].squeeze(0)
     distances, _ = torch.ops.amalgam.teacher_distance(student, teachers, eps, huber_delta, chosen)
     return distances
 
 
 def distances_and_slope(
-    student: Tensor,
+    students: Tensor,
     teachers: Tensor,
     gradient: Callable[[Tensor], Tensor] | None,
     *,
@@ -75,32 +83,39 @@ def distances_and_slope(
     huber_delta: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`teacher_distance` without a graph, and a gradient in the student at once.
+    """:func:`teacher_distance` of many rows, without a graph, and their gradients at once.
 
     Args:
-        student: As in :func:`teacher_distance`.
-        teachers: Likewise.
-        gradient: Of the distances (K,), a loss's gradient in them (K,); ``None`` where none is
+        students: The rows' parameters, shape (R, N), float32 or float64.
+        teachers: The teachers' parameters, shape (K, Q, N), same dtype and device. Q divides R: row
+            r is measured to ``teachers[:, r % Q]``.
+        gradient: Of the distances (R, K), a loss's gradient in them (R, K); ``None`` where none is
             wanted.
         eps: As in :func:`teacher_distance`.
         huber_delta: Likewise.
         backend: Likewise.
 
     Returns:
-        The distances (K,), and the loss's gradient in ``student`` (N,), or ``None``.
+        The distances (R, K), and the loss's gradient in ``students`` (R, N), or ``None``. A row has
+        the same bits as alone, but for those of ``"reference"``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As :func:`teacher_distance`.
+        TypeError: An argument is not a floating-point tensor.
+        ValueError: Shapes, dtypes, devices or ``huber_delta`` do not fit together, or ``gradient``
+            returns what does not fit the distances.
+        RuntimeError: The backend asked for can't compute this here.
     """
-    _check(student, teachers, huber_delta)
-    arguments = DistanceArguments(student, teachers, eps, huber_delta)
-    distances, totals = registry.compute(_NAME, backend, student, arguments)
+    arguments = DistanceArguments(students, teachers, eps, huber_delta)
+    _check_rows(arguments)
+    distances, totals = registry.compute(_NAME, backend, students, arguments)
     if gradient is None:
         return distances, None
-    slope, _ = registry.compute(
-        f"{_NAME}_backward", backend, student, gradient(distances), totals, arguments, False
+    grad = gradient(distances)
+    check_like("gradient", grad, distances.shape, students)
+    slopes, _ = registry.compute(
+        f"{_NAME}_backward", backend, students, grad, totals, arguments, False
     )
-    return distances, slope
+    return distances, slopes
 
 
 def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None:
@@ -112,38 +127,76 @@ def _check(student: Tensor, teachers: Tensor, huber_delta: float | None) -> None
             f"teachers must have shape (K, {student.shape[0]}) to fit student, "
             f"not {tuple(teachers.shape)}"
         )
-    if teachers.dtype != student.dtype or teachers.device != student.device:
-        check_like("teachers", teachers, teachers.shape, student)
+    _check_alike(student, teachers, huber_delta)
+
+
+def _check_rows(arguments: DistanceArguments) -> None:
+    students, teachers, _, huber_delta = arguments
+    check_floating("students", students)
+    check_floating("teachers", teachers)
+    if students.dim() != 2:
+        raise ValueError(f"students must have shape (R, N), not {tuple(students.shape)}")
+    rows, n = students.shape
+    fits = teachers.dim() == 3 and teachers.shape[2] == n
+    if not fits or not _divides(teachers.shape[1], rows):
+        raise ValueError(
+            f"teachers must have shape (K, Q, {n}) to fit students, where Q divides {rows}, "
+            f"not {tuple(teachers.shape)}"
+        )
+    _check_alike(students, teachers, huber_delta)
+
+
+def _divides(divisor: int, number: int) -> bool:
+    return number % divisor == 0 if divisor else number == 0
+
+
+def _check_alike(like: Tensor, teachers: Tensor, huber_delta: float | None) -> None:
+    if teachers.dtype != like.dtype or teachers.device != like.device:
+        check_like("teachers", teachers, teachers.shape, like)
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(f"huber_delta must be positive or None (no Huber), not {huber_delta}")
 
 
+def _one_row(
+    student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
+) -> DistanceArguments:
+    return DistanceArguments(student.unsqueeze(0), teachers.unsqueeze(1), eps, huber_delta)
+
+
+def _differences(students: Tensor, teachers: Tensor) -> Tensor:
+    """Of rows and their teachers, shape (R / Q, Q, K, N)."""
+    teacher_rows = max(teachers.shape[1], 1)  # without rows there may be none
+    by_row = students.unflatten(0, (len(students) // teacher_rows, teachers.shape[1]))
+    return by_row[:, :, None] - teachers.transpose(0, 1)
+
+
 @registry.reference.kernel(_NAME, dtypes=None)
 def _reference(arguments: DistanceArguments) -> tuple[Tensor, Tensor]:
-    """(K,) distances and the (K,) sums inside their logs, eps not yet added."""
-    student, teachers, eps, huber_delta = arguments
-    difference = student - teachers
+    """(R, K) distances and the (R, K) sums inside their logs, eps not yet added."""
+    students, teachers, eps, huber_delta = arguments
+    difference = _differences(students, teachers)
     if huber_delta is None:
         penalty = 0.5 * difference.square()
     else:
         # One expression for both branches; a torch.where would turn infinities' slopes into NaN.
         near = difference.clamp(-huber_delta, huber_delta)
         penalty = near * (difference - 0.5 * near)
-    total = penalty.sum(1)
-    return (total + eps).log() - math.log(max(student.shape[0], 1)), total
+    total = penalty.sum(-1).flatten(0, 1)
+    return (total + eps).log() - math.log(max(students.shape[1], 1)), total
 
 
 @registry.reference.kernel(f"{_NAME}_backward", dtypes=None)
 def _reference_backward(
     grad: Tensor, totals: Tensor, arguments: DistanceArguments, need_teachers: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in student (N,) and teachers (K, N); the latter empty unless asked for."""
-    student, teachers, eps, huber_delta = arguments
-    slope = student - teachers
+    """Gradients in students (R, N) and, asked for of one row alone, in teachers (K, 1, N)."""
+    students, teachers, eps, huber_delta = arguments
+    slope = _differences(students, teachers).flatten(0, 1)
     if huber_delta is not None:
         slope = slope.clamp(-huber_delta, huber_delta)
-    weighted = (grad / (totals + eps))[:, None] * slope
-    return weighted.sum(0), -weighted if need_teachers else student.new_empty(0)
+    weighted = (grad / (totals + eps))[..., None] * slope
+    in_teachers = -weighted.transpose(0, 1) if need_teachers else students.new_empty(0)
+    return weighted.sum(1), in_teachers
 
 
 @torch.library.custom_op("amalgam::teacher_distance", mutates_args=())
@@ -151,9 +204,9 @@ def _op(
     student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     _check(student, teachers, huber_delta)
-    arguments = DistanceArguments(student, teachers, eps, huber_delta)
+    arguments = _one_row(student, teachers, eps, huber_delta)
     distances, totals = registry.compute(_NAME, backend, student, arguments)
-    return distances, totals
+    return distances.squeeze(0), totals.squeeze(0)
 
 
 @torch.library.custom_op("amalgam::teacher_distance_backward", mutates_args=())
@@ -170,11 +223,11 @@ def _backward_op(
     _check(student, teachers, huber_delta)
     for name, tensor in (("grad", grad), ("total", total)):
         check_like(name, tensor, teachers.shape[:1], student)
-    arguments = DistanceArguments(student, teachers, eps, huber_delta)
+    arguments = _one_row(student, teachers, eps, huber_delta)
     in_student, in_teachers = registry.compute(
-        f"{_NAME}_backward", backend, student, grad, total, arguments, need_teachers
+        f"{_NAME}_backward", backend, student, grad[None], total[None], arguments, need_teachers
     )
-    return in_student, in_teachers
+    return in_student.squeeze(0), in_teachers.squeeze(1) if need_teachers else in_teachers
 
 
 @_op.register_fake

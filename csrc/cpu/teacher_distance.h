@@ -1,5 +1,6 @@
-// Log distance between a student's parameters and K teachers'; amalgam/operations/teacher_distance.py has
-// the formulas. T is float or double; a negative huber_delta stands for no Huber.
+// Log distances between R rows of students' parameters and K teachers' in Q rows, which divide R: row r
+// is measured to the teachers' rows r % Q. amalgam/operations/teacher_distance.py has the formulas. T is
+// float or double; a negative huber_delta stands for no Huber.
 #pragma once
 
 #include <cstdint>
@@ -10,20 +11,22 @@ namespace amalgam::cpu {
 
 // threads: the most threads to use, the caller's included.
 template <typename T>
-void teacher_distance(const T* student,   // (N,)
-                      const T* teachers,  // (K, N)
-                      T* distances,       // (K,) out
-                      T* totals,          // (K,) out
-                      int64_t n, int64_t k, double eps, double huber_delta, int threads);
+void teacher_distance(const T* students,  // (R, N)
+                      const T* teachers,  // (K, Q, N)
+                      T* distances,       // (R, K) out
+                      T* totals,          // (R, K) out
+                      int64_t rows, int64_t teacher_rows, int64_t n, int64_t k, double eps,
+                      double huber_delta, int threads);
 
 template <typename T>
-void teacher_distance_backward(const T* grad,      // (K,)
-                               const T* student,   // (N,)
-                               const T* teachers,  // (K, N)
-                               const T* totals,    // (K,)
-                               T* in_student,      // (N,) out
-                               T* in_teachers,     // (K, N) out, or null
-                               int64_t n, int64_t k, double eps, double huber_delta, int threads);
+void teacher_distance_backward(const T* grad,      // (R, K)
+                               const T* students,  // (R, N)
+                               const T* teachers,  // (K, Q, N)
+                               const T* totals,    // (R, K)
+                               T* in_students,     // (R, N) out
+                               T* in_teachers,     // (K, 1, N) out, or null unless R = 1
+                               int64_t rows, int64_t teacher_rows, int64_t n, int64_t k,
+                               double eps, double huber_delta, int threads);
 
 template <typename T>
 struct TeacherDistanceKernels {

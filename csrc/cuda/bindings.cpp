@@ -233,26 +233,29 @@ void bind_teacher_distance(py::module_& module, const std::string& dtype) {
              &cuda::teacher_distance_partials<T>, "n"_a);
   module.def(
       ("teacher_distance_" + dtype).c_str(),
-      [](Address student, Address teachers, Address distances, Address totals, Address partials,
-         int64_t n, int64_t k, double eps, double huber_delta, int device, Address stream) {
-        cuda::teacher_distance(at<const T>(student), at<const T>(teachers),
-                                        at<T>(distances), at<T>(totals), at<double>(partials), n,
-                                        k, eps, huber_delta, device, at<void>(stream));
+      [](Address students, Address teachers, Address distances, Address totals, Address partials,
+         int64_t rows, int64_t teacher_rows, int64_t n, int64_t k, double eps, double huber_delta,
+         int device, Address stream) {
+        cuda::teacher_distance(at<const T>(students), at<const T>(teachers), at<T>(distances),
+                               at<T>(totals), at<double>(partials), rows, teacher_rows, n, k, eps,
+                               huber_delta, device, at<void>(stream));
       },
-      "student"_a, "teachers"_a, "distances"_a, "totals"_a, "partials"_a, py::kw_only(), "n"_a,
-      "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a, WithoutGil());
+      "students"_a, "teachers"_a, "distances"_a, "totals"_a, "partials"_a, py::kw_only(),
+      "rows"_a, "teacher_rows"_a, "n"_a, "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a,
+      WithoutGil());
   module.def(
       ("teacher_distance_backward_" + dtype).c_str(),
-      [](Address grad, Address student, Address teachers, Address totals, Address in_student,
-         Address in_teachers, int64_t n, int64_t k, double eps, double huber_delta, int device,
-         Address stream) {
+      [](Address grad, Address students, Address teachers, Address totals, Address in_students,
+         Address in_teachers, int64_t rows, int64_t teacher_rows, int64_t n, int64_t k, double eps,
+         double huber_delta, int device, Address stream) {
         cuda::teacher_distance_backward(
-            at<const T>(grad), at<const T>(student), at<const T>(teachers), at<const T>(totals),
-            at<T>(in_student), at<T>(in_teachers), n, k, eps, huber_delta, device,
-            at<void>(stream));
+            at<const T>(grad), at<const T>(students), at<const T>(teachers), at<const T>(totals),
+            at<T>(in_students), at<T>(in_teachers), rows, teacher_rows, n, k, eps, huber_delta,
+            device, at<void>(stream));
       },
-      "grad"_a, "student"_a, "teachers"_a, "totals"_a, "in_student"_a, "in_teachers"_a,
-      py::kw_only(), "n"_a, "k"_a, "eps"_a, "huber_delta"_a, "device"_a, "stream"_a, WithoutGil());
+      "grad"_a, "students"_a, "teachers"_a, "totals"_a, "in_students"_a, "in_teachers"_a,
+      py::kw_only(), "rows"_a, "teacher_rows"_a, "n"_a, "k"_a, "eps"_a, "huber_delta"_a,
+      "device"_a, "stream"_a, WithoutGil());
 }
 
 void bind_sign_agreement(py::module_& module) {

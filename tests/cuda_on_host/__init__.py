@@ -47,10 +47,11 @@ def library() -> ctypes.CDLL:
     of_nominal = ("step", "step_backward", "unroll_backward")
     problems = (f"nominal_{name}_of" for name in of_nominal)
     of_choice = "choice_step_of", "choice_step_backward_of"
-    of_signs = "sign_agreements_of"
-    for name in ("teacher_step_of", "student_step_in_place", of_signs, *of_choice, *problems):
+    of_signs, of_teachers = "sign_agreements_of", ("teacher_step_of", "teacher_distance_of")
+    for name in (*of_teachers, "student_step_in_place", of_signs, *of_choice, *problems):
         getattr(found, name).restype = ctypes.c_char_p
     numbers = ("student_block", "unroll_size", "unroll_sums_of", "unroll_warps_of")
+    numbers = (*numbers, "teacher_distance_partials_of")
     for name in (*numbers, "choice_size", "choice_pool_of", "choice_sums_of", "choice_warps_of"):
         getattr(found, name).restype = ctypes.c_int64
     found.unroll_call.restype = ctypes.c_void_p
@@ -71,7 +72,7 @@ def _array(kind: Any, values: Sequence[Any]) -> Any:
     return (kind * len(values))(*values)
 
 
-def _number(name: str, *arguments: int) -> int:
+def _number(name: str, *arguments: int | str) -> int:
     number: int = getattr(library(), name)(*map(_argument, arguments))
     return number
 
@@ -114,7 +115,30 @@ class CudaOnHost:
         operation, _, dtype = name.rpartition("_")
         if operation in ("teacher_step", "teacher_step_backward"):
             return functools.partial(self._teacher_step, dtype, operation.endswith("backward"))
+        if operation in ("teacher_distance", "teacher_distance_backward"):
+            backward = operation.endswith("backward")
+            return functools.partial(self._teacher_distance, dtype, backward)
+        if operation == "teacher_distance_partials":
+            return functools.partial(_number, "teacher_distance_partials_of", dtype)
         raise AttributeError(name)
+
+    def _teacher_distance(
+        self,
+        dtype: str,
+        backward: bool,
+        *addresses: int,
+        rows: int,
+        teacher_rows: int,
+        n: int,
+        k: int,
+        eps: float,
+        huber_delta: float,
+        device: int,
+        stream: int,
+    ) -> None:
+        sizes = (rows, teacher_rows, n, k)
+        lists = (_array(ctypes.c_int64, each) for each in (addresses, sizes))
+        _call("teacher_distance_of", dtype, backward, *lists, float(eps), float(huber_delta))
 
     def _teacher_step(
         self,

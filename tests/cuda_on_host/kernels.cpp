@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/student_threads_launch.cuh"
 #include "../../csrc/cuda/student_unroll.cu"
 #include "../../csrc/cuda/student_unroll.cuh"
+#include "../../csrc/cuda/teacher_distance.cu"
 #include "../../csrc/cuda/teacher_step.cu"
 
 namespace {
@@ -53,6 +54,25 @@ const char* backward(const int64_t* a, int64_t n, int64_t k, const TeacherSettin
     teacher_step_backward(settings, at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2]),
                           at<const T>(a[3]), at<const T>(a[4]), at<const T>(a[5]), at<T>(a[6]),
                           at<T>(a[7]), at<T>(a[8]), n, k, 0, nullptr);
+  });
+}
+
+// Sizes are rows, the teachers' rows, n and k.
+template <typename T>
+const char* distances_of(const int64_t* a, const int64_t* sizes, double eps, double huber_delta) {
+  return caught([&] {
+    teacher_distance(at<const T>(a[0]), at<const T>(a[1]), at<T>(a[2]), at<T>(a[3]),
+                     at<double>(a[4]), sizes[0], sizes[1], sizes[2], sizes[3], eps, huber_delta, 0,
+                     nullptr);
+  });
+}
+
+template <typename T>
+const char* slopes_of(const int64_t* a, const int64_t* sizes, double eps, double huber_delta) {
+  return caught([&] {
+    teacher_distance_backward(at<const T>(a[0]), at<const T>(a[1]), at<const T>(a[2]),
+                              at<const T>(a[3]), at<T>(a[4]), at<T>(a[5]), sizes[0], sizes[1],
+                              sizes[2], sizes[3], eps, huber_delta, 0, nullptr);
   });
 }
 
@@ -127,6 +147,21 @@ const char* teacher_step_of(const char* dtype, int64_t is_backward, const int64_
     return (is_backward ? backward<float> : forward<float>)(addresses, n, k, settings);
   }
   return (is_backward ? backward<double> : forward<double>)(addresses, n, k, settings);
+}
+
+int64_t teacher_distance_partials_of(const char* dtype, int64_t n) {
+  return dtype == std::string("float32") ? teacher_distance_partials<float>(n)
+                                         : teacher_distance_partials<double>(n);
+}
+
+const char* teacher_distance_of(const char* dtype, int64_t is_backward, const int64_t* addresses,
+                                const int64_t* sizes, double eps, double huber_delta) {
+  if (dtype == std::string("float32")) {
+    return (is_backward ? slopes_of<float> : distances_of<float>)(addresses, sizes, eps,
+                                                                  huber_delta);
+  }
+  return (is_backward ? slopes_of<double> : distances_of<double>)(addresses, sizes, eps,
+                                                                  huber_delta);
 }
 
 const char* sign_agreements_of(const int64_t* first, const int* first_formats,

@@ -16,6 +16,7 @@ VARYING = """
 import compile_only
 import torch
 from amalgam.operations import registry
+from amalgam.operations.teacher_distance import distances_and_slope
 from amalgam.ops import StepSettings, StudentState, initial_state, student_step_
 from amalgam.policies import Student, StudentConfig
 
@@ -51,6 +52,9 @@ for k in (1, 2, 3, 16, 17):
     op("teacher_distance_backward", total, student, teachers, total, 1e-10, None, True)
     pool = [torch.zeros(k, 101) for _ in range(3)]
     op("teacher_step", *pool, [0] * k, *[[0.5] * k] * 4)
+for rows, teacher_rows in ((1, 1), (2, 1), (4, 2), (16, 16), (17, 17)):
+    students, teachers = torch.zeros(rows, 101), torch.zeros(2, teacher_rows, 101)
+    distances_and_slope(students, teachers, torch.zeros_like, backend="triton")
 assert compile_only.launches == {}
 for each in compile_only.compilations:
     print(each)
@@ -62,6 +66,7 @@ assert sorted(kernels) == [
     "student_step_in_place.in_place",  # without control
     "student_step_in_place.in_place",
     "teacher_distance.finish",
+    "teacher_distance.gradients",  # in students alone
     "teacher_distance.gradients",
     "teacher_distance.sum_blocks",
     "teacher_step.forward",
@@ -70,7 +75,7 @@ assert sorted(kernels) == [
 
 
 def test_counts_and_warm_up_compile_nothing_anew() -> None:
-    """Tensors, blocks, teachers, steps of warm-up: one, many, multiples of 16."""
+    """Tensors, blocks, rows, teachers, steps of warm-up: one, many, multiples of 16."""
     pytest.importorskip("triton")
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path])
     done = subprocess.run(

@@ -137,17 +137,18 @@ def reference_of(name: str) -> Function:
         "student_step": lambda *flat: student_step._structured(*flat, "")[:-1],
         "choice_step": lambda *flat: choice_step._structured(*flat, "")[:-1],
         "teacher_step": lambda grads, m, v, *pool: (grads, m, v, PoolSettings(*pool)),
-        "teacher_distance": lambda *flat: (DistanceArguments(*flat),),
     }.get(name.removesuffix("_backward"))
     if name == "student_unroll_backward":
         return lambda grads, adjoints, m, v, h, c, weights, *settings: kernel(
             *(grads, adjoints, StudentState(m, v, h, c), weights, StepSettings(*settings))
         )
-    assert structured is not None, name
+    if name == "teacher_distance":
+        return lambda *flat: [each.squeeze(0) for each in kernel(one_row(*flat))]
     if name == "teacher_distance_backward":
-        return lambda grad, student, teachers, total, eps, delta, need_teachers: kernel(
-            *(grad, total, DistanceArguments(student, teachers, eps, delta), need_teachers)
+        return lambda grad, student, teachers, total, eps, delta, need_teachers: of_one_row(
+            kernel(grad[None], total[None], one_row(student, teachers, eps, delta), need_teachers)
         )
+    assert structured is not None, name
     if name.endswith("_backward"):
         upstream = {
             "student_step_backward": lambda d, *state: (d, StudentState(*state)),
@@ -195,6 +196,20 @@ def compare(
 
 
 # --- teacher_distance ---
+
+
+def one_row(
+    student: Tensor, teachers: Tensor, eps: float, huber_delta: float | None
+) -> DistanceArguments:
+    return DistanceArguments(student[None], teachers[:, None], eps, huber_delta)
+
+
+def of_one_row(gradients: tuple[Tensor, Tensor]) -> Results:
+    in_students, in_teachers = gradients
+    return [
+        in_students.squeeze(0),
+        in_teachers.squeeze(1) if in_teachers.dim() > 1 else in_teachers,
+    ]
 
 
 @needs("teacher_distance", "teacher_distance_backward")

@@ -11,9 +11,11 @@ import pytest
 import torch
 from accuracy import assert_at_most_twice, errors_of, kept
 from machine_code import MachineCode, compile_kernel
-from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, at, compiled, of_each, on_gpus
+from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, ON_HOST, at, compiled, of_each, on_gpus
 from torch import Tensor
 
+from amalgam.operations.registry import BackendError
+from amalgam.operations.teacher_distance import distances_and_slope
 from amalgam.ops import teacher_distance
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses_and_perturbations.npz"
@@ -23,7 +25,7 @@ EPS = 1e-10
 
 GPUS = on_gpus("triton", "cuda")
 
-everywhere = at(*ON_CPU, *GPUS, *INTERPRETED)
+everywhere = at(*ON_CPU, *GPUS, *INTERPRETED, *ON_HOST)
 # The interpreter takes minutes for numerical gradients; one instruction set is enough for them.
 compiled_once = at(*ON_CPU_ONCE, *GPUS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -97,9 +99,9 @@ def _assert_accurate(
 def _places_of(n: int) -> list[Any]:
     """The interpreter takes a minute for 65537 coordinates, and all others are one masked block.
 
-    4099, of another test, are three blocks.
+    4099, of another test, are three blocks, and two of CUDA's.
     """
-    places = [*ON_CPU, *GPUS, *(INTERPRETED if n in (0, 1, 33, 1027) else ())]
+    places = [*ON_CPU, *GPUS, *([*INTERPRETED, *ON_HOST] if n in (0, 1, 33, 1027) else ())]
     return [pytest.param(*p.values, n, id=f"{p.id}-{n}", marks=p.marks) for p in places]
 
 
@@ -297,6 +299,225 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
     torch.testing.assert_close(distances.cpu(), expected.float())
 
 
+# --- Many rows by one call ---
+
+# R and Q.
+ROWS = [(1, 1), (3, 3), (6, 2), (3, 1)]
+of_rows = pytest.mark.parametrize(("rows", "teacher_rows"), ROWS)
+
+
+def _drawn_rows(
+    rows: int, teacher_rows: int, k: int, n: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    students = _values(rows, n, dtype=dtype, skewed=False, seed=19 + n)
+    return students, _values(k, teacher_rows, n, dtype=dtype, skewed=False, seed=20 + n)
+
+
+def _weighted(distances: Tensor) -> Tensor:
+    """A gradient that no two of the distances share."""
+    order = torch.arange(1.0, distances.numel() + 1, dtype=distances.dtype, device=distances.device)
+    return distances * order.view(distances.shape)
+
+
+def _one_by_one(
+    students: Tensor, teachers: Tensor, huber_delta: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Distances (R, K) and slopes (R, N) by calls of one row each, in memory of its own."""
+    distances = students.new_empty(len(students), len(teachers))
+    slopes = torch.empty_like(students)
+    how: dict[str, Any] = {"eps": EPS, "huber_delta": huber_delta, "backend": backend}
+    for row, student in enumerate(students):
+        own = teachers[:, row % teachers.shape[1]].clone()
+        distances[row] = teacher_distance(student.clone(), own, **how)
+    weighted = _weighted(distances)
+    for row, student in enumerate(students):
+        own = teachers[:, row % teachers.shape[1], None].clone()
+        grad = weighted[row : row + 1].clone()
+        _, slope = distances_and_slope(student[None].clone(), own, lambda _, g=grad: g, **how)
+        slopes[row] = slope
+    return distances, slopes
+
+
+def _assert_as_one_by_one(
+    students: Tensor, teachers: Tensor, huber_delta: float | None, backend: str
+) -> None:
+    how: dict[str, Any] = {"eps": EPS, "huber_delta": huber_delta, "backend": backend}
+    distances, slopes = distances_and_slope(students, teachers, _weighted, **how)
+    expected, expected_slopes = _one_by_one(students, teachers, huber_delta, backend)
+    assert slopes is not None
+    assert torch.equal(distances, expected)
+    assert torch.equal(slopes, expected_slopes)
+    alone, nothing = distances_and_slope(students, teachers, None, **how)
+    assert torch.equal(alone, expected)
+    assert nothing is None
+
+
+def _row_cases() -> list[Any]:
+    """Places, dtypes, Huber's deltas and sizes: few on GPUs, where each compiles a kernel more.
+
+    4099 are several blocks, and rows of an odd number begin where no wide load can.
+    """
+    few = [(torch.float32, None, 4099), (torch.float32, 0.01, 4099), (torch.float64, 0.01, 32)]
+    every = [
+        (dtype, huber_delta, n)
+        for dtype in (torch.float32, torch.float64)
+        for huber_delta in (None, 0.01)
+        for n in (1, 32, 4099)
+    ]
+    return [
+        pytest.param(
+            *(*place.values, dtype, huber_delta, n),
+            id=f"{place.id}-f{8 * dtype.itemsize}-{huber_delta}-{n}",
+            marks=place.marks,
+        )
+        for places, cases in ((GPUS, few), ([*ON_CPU, *INTERPRETED, *ON_HOST], every))
+        for place in places
+        for dtype, huber_delta, n in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "huber_delta", "n"), _row_cases(), indirect=["backend"]
+)
+@of_rows
+def test_rows_have_the_bits_of_one_by_one(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    huber_delta: float | None,
+    n: int,
+    rows: int,
+    teacher_rows: int,
+) -> None:
+    students, teachers = _drawn_rows(rows, teacher_rows, 3, n, dtype)
+    _assert_as_one_by_one(students.to(device), teachers.to(device), huber_delta, backend)
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("rows", "teacher_rows", "k", "n"),
+    [
+        *((0, 0, 2, 33), (0, 1, 2, 33), (0, 3, 0, 0)),
+        *((4, 2, 0, 33), (4, 2, 2, 0), (4, 4, 0, 0)),
+    ],
+)
+def test_rows_of_nothing(
+    backend: str, device: str, rows: int, teacher_rows: int, k: int, n: int
+) -> None:
+    students, teachers = (each.to(device) for each in _drawn_rows(rows, teacher_rows, k, n))
+    _assert_as_one_by_one(students, teachers, None, backend)
+    distances, slopes = distances_and_slope(students, teachers, _weighted, backend=backend)
+    assert slopes is not None
+    assert not slopes.any()
+    torch.testing.assert_close(distances, torch.full_like(distances, math.log(EPS)))
+
+
+@at(*ON_CPU, *on_gpus("cuda"), *INTERPRETED, *ON_HOST)
+def test_rows_where_no_wide_load_can_begin(backend: str, device: str) -> None:
+    students, teachers = _drawn_rows(4, 2, 3, 4100)
+    shifted = [
+        torch.cat((each.flatten()[:1], each.flatten())).to(device)[1:].view(each.shape)
+        for each in (students, teachers)
+    ]
+    _assert_as_one_by_one(*shifted, None, backend)
+
+
+@everywhere
+def test_rows_in_other_strides(backend: str, device: str) -> None:
+    students, teachers = (each.to(device) for each in _drawn_rows(6, 3, 2, 33))
+    how: dict[str, Any] = {"gradient": _weighted, "backend": backend}
+    packed = distances_and_slope(students, teachers, **how)
+    strided = distances_and_slope(
+        students.T.contiguous().T, teachers.transpose(0, 2).contiguous().transpose(0, 2), **how
+    )
+    for ours, expected in zip(strided, packed, strict=True):
+        assert ours is not None
+        assert expected is not None
+        assert torch.equal(ours, expected)
+
+
+@compiled
+@of_rows
+@pytest.mark.usefixtures("threads")
+def test_rows_have_the_same_bits_for_any_number_of_threads(
+    backend: str, rows: int, teacher_rows: int
+) -> None:
+    students, teachers = _drawn_rows(rows, teacher_rows, 3, 65537)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        _assert_as_one_by_one(students, teachers, None, backend)
+
+
+@dtypes
+@hubers
+@of_rows
+def test_the_reference_takes_rows(
+    dtype: torch.dtype, huber_delta: float | None, rows: int, teacher_rows: int
+) -> None:
+    students, teachers = _drawn_rows(rows, teacher_rows, 3, 33, dtype)
+    found = distances_and_slope(
+        students, teachers, _weighted, eps=EPS, huber_delta=huber_delta, backend="reference"
+    )
+    expected = _one_by_one(students, teachers, huber_delta, "reference")
+    for ours, one_by_one in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, one_by_one)
+
+
+@at(*GPUS, *INTERPRETED, *ON_HOST)
+def test_more_rows_than_a_grid_has_are_refused(backend: str, device: str) -> None:
+    students = torch.zeros(65536, 0, device=device)
+    teachers = torch.zeros(0, 1, 0, device=device)
+    distances, _ = distances_and_slope(students[1:], teachers, None, backend=backend)
+    assert distances.shape == (65535, 0)
+    with pytest.raises(BackendError, match="at most 65535 rows at once, not 65536"):
+        distances_and_slope(students, teachers, None, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"students": torch.zeros(4)}, ValueError, r"students must have shape \(R, N\), not"),
+        ({"students": torch.zeros(4, 3).int()}, TypeError, "students must be"),
+        ({"teachers": torch.zeros(2, 2, 3).int()}, TypeError, "teachers must be"),
+        ({"teachers": torch.zeros(2, 3)}, ValueError, r"teachers must have shape \(K, Q, 3\)"),
+        ({"teachers": torch.zeros(2, 2, 4)}, ValueError, r"teachers must have shape \(K, Q, 3\)"),
+        ({"teachers": torch.zeros(2, 3, 3)}, ValueError, "teachers must .* Q divides 4, not"),
+        ({"teachers": torch.zeros(2, 8, 3)}, ValueError, "teachers must .* Q divides 4, not"),
+        ({"teachers": torch.zeros(2, 0, 3)}, ValueError, "teachers must .* Q divides 4, not"),
+        ({"teachers": torch.zeros(2, 2, 3).double()}, ValueError, "teachers must be torch.float32"),
+        ({"huber_delta": 0.0}, ValueError, "huber_delta must be positive"),
+        ({"gradient": lambda _: torch.zeros(4)}, ValueError, r"gradient must have shape \(4, 2\)"),
+        ({"gradient": Tensor.double}, ValueError, "gradient must be torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rows_that_do_not_fit(
+    changes: dict[str, Any], error: type[Exception], message: str, backend: str
+) -> None:
+    fitting = {"students": torch.zeros(4, 3), "teachers": torch.zeros(2, 2, 3)}
+    with pytest.raises(error, match=message):
+        distances_and_slope(**{**fitting, "gradient": _weighted, "backend": backend, **changes})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
+def test_rows_of_more_elements_than_32_bits_count(backend: str) -> None:
+    rows, n = 3, 2**30 + 5
+    if torch.cuda.mem_get_info()[0] < 40 * n:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    students = torch.zeros(rows, n, device="cuda")
+    teachers = torch.zeros(1, rows, n, device="cuda")
+    teachers[0, -1, -1] = 2.0
+    distances, slopes = distances_and_slope(students, teachers, torch.ones_like, backend=backend)
+    expected = torch.tensor([EPS, EPS, 2.0], dtype=torch.float64).log() - math.log(n)
+    torch.testing.assert_close(distances[:, 0].cpu(), expected.float())
+    assert slopes is not None
+    assert slopes[-1, -1].item() == -1.0
+
+
+# --- What the authors measure, and machine code ---
+
+
 @of_each
 @pytest.mark.parametrize(
     ("key", "huber_delta"), [("log_distance", None), ("log_distance_huber_0.01", 0.01)]
@@ -316,7 +537,8 @@ def test_what_the_authors_code_computes(backend: str, key: str, huber_delta: flo
 def compiled_for(kernel: str, arch: int) -> MachineCode:
     from amalgam.kernels import teacher_distance as kernels
 
-    types = {"n": "i64", "k": "i32", "eps": "fp64", "delta": "fp64", "partials": "*fp64"}
+    counts = {"n": "i64", "k": "i32", "teacher_rows": "i32"}
+    types = {**counts, "eps": "fp64", "delta": "fp64", "partials": "*fp64"}
     constants = {"HUBER": True, "WITH_TEACHERS": True, "BLOCK": kernels.BLOCK}
     function = getattr(kernels, kernel)
     return compile_kernel(function, arch, types, constants, True, kernels.OPTIONS)
