@@ -1,11 +1,11 @@
 """What a student is worth on a model larger than any that it was meta-trained on.
 
 GPTs of 10.9 and of 85.6 million parameters learn to predict the bytes of the sources of Python's
-standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates, the students
-that ship at ``lr=1``, untouched, and the default one at others, too, which shows whether that is its
-rate; all with a constant rate and with linear decay to zero. A row has the loss of files held out,
-after a quarter of the steps and at the end. Loss and gradients are a CUDA graph, the optimizer's step
-is not. ``bench/gpt.py`` trains a smaller one on a CPU.
+standard library, in bfloat16 autocast. AdamW and PyTorch's Muon run at a grid of rates, the
+students that ship at ``lr=1``, untouched, and the default one at others, too, which shows whether
+that is its rate; all with a constant rate and with linear decay to zero. A row has the loss of
+files held out, after a quarter of the steps and at the end. Loss and gradients are a CUDA graph,
+the optimizer's step is not. ``bench/gpt.py`` trains a smaller one on a CPU.
 """
 
 from __future__ import annotations
