@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class PolicySteps(Protocol):
             params: The parameters before the step, shape (S, B, N).
             grads: The gradients, shape (S, B, N).
             state: The state before the step; not changed unless ``reuse``.
-            weights: The policies' weights, each with a first dimension of S.
+            weights: The policies' weights, each with a first dimension of S; never written to.
             moved: Which rows are to move, shape (S, B); ``None`` means all.
             draws: Returns the generator of a row's noise that its policy trains with.
             reuse: Whether the new state may overwrite the old one.
@@ -154,6 +154,18 @@ class PolicySteps(Protocol):
         """
 
 
+class _Folds(NamedTuple):
+    """What students' weights are to the operation, but for what depends on a step's context.
+
+    Attributes:
+        of: The weights, the very list: who draws noise for a step makes another one.
+        made: What they are.
+    """
+
+    of: Sequence[Tensor] | None = None
+    made: Sequence[Tensor] = ()
+
+
 class FusedSteps:
     """Students' steps by their fused operations; released states' memory serves later states.
 
@@ -174,7 +186,7 @@ class FusedSteps:
         self._layout = layout
         self._backend = backend
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Any]] = {}
-        self._kept = KeptOfOneStream()
+        self._kept, self._folds = KeptOfOneStream(), _Folds()
 
     def initial(self, like: Tensor) -> Any:
         """See :class:`PolicySteps`; the tensors are views of one zero, which no step writes to."""
@@ -281,11 +293,10 @@ class FusedSteps:
         # PyTorch's products of one matrix in a stack are slower, and of other last bits.
         alone = len(weights[0]) == 1
         own = [w[0] for w in weights] if alone else weights
-        operation_weights = self._kept.get(
-            "operation_weights", own, lambda: tuple(self._student.operation_weights(own))
-        )
+        if weights is not self._folds.of:
+            self._folds = _Folds(weights, self._student.operation_weights(own))
         context = _of_one(context) if alone else context
-        folded, settings = self._student.with_context(operation_weights, own, context)
+        folded, settings = self._student.with_context(self._folds.made, own, context)
         if not alone:
             return folded, settings
         if settings.corrections is not None:
@@ -322,12 +333,12 @@ class FusedSteps:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """See :class:`PolicySteps`."""
-        before = self._spare, self._kept
-        self._spare, self._kept = {}, KeptOfOneStream()
+        before = self._spare, self._kept, self._folds
+        self._spare, self._kept, self._folds = {}, KeptOfOneStream(), _Folds()
         try:
             yield
         finally:
-            self._spare, self._kept = before
+            self._spare, self._kept, self._folds = before
 
     def stored(self, state: Any, cells: torch.dtype) -> Any:
         """See :class:`PolicySteps`."""
