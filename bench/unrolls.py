@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from harness import forget_peak, memory
@@ -99,6 +99,7 @@ class Case:
         backend: Of ``ours``.
         graph: Whether ``ours`` runs as a CUDA graph, after some runs without.
         stack: As :class:`amalgam.meta.Amalgamation` has it.
+        autocast: Likewise.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Case:
         backend: str = "auto",
         graph: bool = True,
         stack: bool | None = None,
+        autocast: Literal["bfloat16"] | None = None,
     ) -> None:
         self.task, self.steps, self.engine = task_of(task).to(device), steps, engine
         self.students = [
@@ -129,6 +131,7 @@ class Case:
             backend=backend,
             cuda_graph=graph,
             stack=stack,
+            autocast=autocast,
         )
         self.unroll = Unroll(
             self.task,

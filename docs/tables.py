@@ -310,6 +310,8 @@ def gpu_windows(before: str, after: str) -> str:
         beside = [old.get(label), old.get(label.replace(" cuda", " cpu"))]
         times = ["" if found is None else f"{found['ms_per_step']:.1f}" for found in beside]
         name = row["task"] if row["task"].startswith("digits") else "the paper's CNN, T = 100"
+        name += {True: ", as one", False: ", one by one", None: ""}[row.get("stack")]
+        name += ", bfloat16" if row.get("autocast") else ""
         order = {1: "first", 2: "second"}[row["order"]]
         figures = [f"{row['ms_per_step']:.2f}", f"{row['kernels_per_step']:,.0f}"]
         rows.append([name, str(row["replicates"]), order, times[0], *figures, times[1]])
@@ -355,14 +357,21 @@ def gpu_steps(path: str) -> str:
     return _markdown(["optimizer", *head], [[name, *cells] for name, cells in table.items()])
 
 
-def gpt_training(path: str) -> str:
+def gpt_training(*paths: str) -> str:
     """Losses of files held out after a GPT's training, one column a seed.
 
     Args:
-        path: The rows of ``bench/on_gpu.py``, or of ``bench/gpt.py``.
+        *paths: The rows of ``bench/on_gpu.py``, or of ``bench/gpt.py``; of a training in several
+            the first one's counts. ``PATH:NAME,NAME`` takes the rows of these optimizers alone.
     """
     table: dict[tuple[str, str, str], dict[int, float]] = {}
-    for row in _gpu_rows(path, "training").values():
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        path, _, names = path.partition(":")
+        for case, row in _gpu_rows(path, "training").items():
+            if not names or row["optimizer"] in names.split(","):
+                found.setdefault(case, row)
+    for row in found.values():
         size = f"{row['parameters'] / 1e6:.1f} million, {row['steps']} steps"
         name = f"{row['optimizer']}, lr={row['lr']:g}"
         last = row["held_out_losses"][str(row["steps"])]

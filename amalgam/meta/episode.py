@@ -27,7 +27,7 @@ from amalgam.meta.on_policy import OnPolicy
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
 from amalgam.policies import FusedStudent, Policy, Pool
 from amalgam.seeding import drawing
-from amalgam.tasks import Batch, Task
+from amalgam.tasks import Batch, Task, convolution
 from amalgam.tasks.task import SecondOrder, SeededBatch
 
 _OF_TEACHERS = 1 << 63  # a bit that no batch's seed has
@@ -272,10 +272,19 @@ class Episodes:
                 f"differentiated: {failure}"
             )
         with torch.enable_grad(), kernels():
-            losses = self.task.objectives(leaf * scale[:, None], batch, self.amalgamation.stack)
+            losses = self.objectives(leaf * scale[:, None], batch)
             with self.task.drawing(batch):
                 (grads,) = torch.autograd.grad(losses.sum(), leaf, create_graph=graph)
         return losses.detach(), grads.detach(), (leaf, grads) if graph else None
+
+    def objectives(self, params: Tensor, batch: Batch) -> Tensor:
+        """The optimizees' losses (R, M) at parameters (R, M, N) that are not scaled."""
+        how = self.amalgamation
+        casts: AbstractContextManager[Any] = nullcontext()
+        if how.autocast is not None:
+            casts = convolution.autocast(params.device.type, getattr(torch, how.autocast))
+        with casts:
+            return self.task.objectives(params, batch, how.stack)
 
     def graph_bytes(self, params: Tensor, scale: Tensor, batch: Batch) -> int:
         """Bytes of the graph that :meth:`gradients` keeps; measured once, then remembered."""

@@ -35,6 +35,7 @@ from amalgam.ranges import check_fields
 MECHANISMS = ("mean", "min-max")
 OBJECTIVES = ("mean", "final")
 NORMALISERS = ("first-batch", "every-batch")
+AUTOCASTS = (None, "bfloat16")
 MODES = ("sum", "switch", "imitation", "meta")
 MOST_SPREAD = 40
 
@@ -80,6 +81,9 @@ class Amalgamation:
         eps: Added to losses and distances inside logs, and to divisors.
         stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
             where that is faster (see :attr:`amalgam.tasks.Task.stacks`).
+        autocast: ``"bfloat16"`` lets PyTorch compute optimizees' losses and gradients in it where
+            that is safe (:class:`torch.autocast`); parameters, steps and distances stay as they
+            are. Where ``None``, optimizees compute in their own dtypes.
         backend: The backend that computes the students' and the teachers' operations.
         cuda_graph: Whether, on a GPU, a window and its meta-gradient run as one CUDA graph, if they
             can (:mod:`amalgam.meta.cuda_graph`). The numbers are the same.
@@ -99,6 +103,7 @@ class Amalgamation:
     huber_delta: float | None = None
     eps: float = 1e-10
     stack: bool | None = None
+    autocast: Literal["bfloat16"] | None = None
     backend: str = "auto"
     cuda_graph: bool = field(default=True, repr=False)  # a run may resume with another
     on_policy: OnPolicy | None = None
@@ -109,6 +114,7 @@ class Amalgamation:
             ("mechanism", MECHANISMS),
             ("objective", OBJECTIVES),
             ("normaliser", NORMALISERS),
+            ("autocast", AUTOCASTS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")

@@ -438,7 +438,7 @@ class _Run:
             self.tape.loss_grads[on_tape] = torch.where(usable(grads)[:, None], grads, 0)
         else:
             params = (point.params * scale)[:, None]
-            losses = episodes.task.objectives(params, batch, self._how.stack)
+            losses = episodes.objectives(params, batch)
         self._taken[t] = losses[:, 0]
 
     def _step(self, t: int, point: Point, grads: Tensor, ok: Tensor | None) -> tuple[Point, Tensor]:
@@ -581,8 +581,8 @@ class _Run:
         if self._how.normaliser == "first-batch":
             first = self._counted.int().argmax(0, keepdim=True)
             return losses.gather(0, first)[0]
-        task, begin = self._episodes.task, self._begin
+        begin = self._begin
         params = (begin.params * begin.scale)[:, None]
         batches = self._batches if self._held_out is None else self._held_out
-        every = [task.objectives(params, batch, self._how.stack) for batch in batches]
+        every = [self._episodes.objectives(params, batch) for batch in batches]
         return torch.stack(every)[..., 0]

@@ -1,5 +1,7 @@
 """Convolutions of which every derivative is again a convolution that PyTorch has a fast path for.
 
+Also what PyTorch's autocast leaves out of them.
+
 PyTorch's own second derivative makes the kernels' gradient by a convolution with kernels as large
 as the images, and the input's whether anybody wants it or not. Here ``aten::convolution`` and
 ``aten::convolution_backward`` do it all, images channels-last: pooling and convolutions are faster
@@ -9,8 +11,8 @@ so, and what stands between them keeps the order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +40,20 @@ def fast(wanted: bool | None) -> AbstractContextManager[Any]:
     return nullcontext() if wanted is False else _Fast(bool(wanted))
 
 
+@contextmanager
+def autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, :class:`torch.autocast`, of convolutions under ``torch.func.vmap``, too.
+
+    These it lets pass. It casts without its cache, which a graph that is captured had to keep.
+
+    Args:
+        device: Whose operations are cast, ``"cpu"`` or ``"cuda"``.
+        dtype: What they compute in.
+    """
+    with torch.autocast(device, dtype, cache_enabled=False), _Cast(dtype):
+        yield
+
+
 def pays(call: Callable[[], object]) -> bool:
     """Whether anything that is called is faster here: what intercepts calls costs each of them."""
     with torch.no_grad(), _Fast(every=False) as mode:
@@ -55,6 +71,29 @@ class _How(NamedTuple):
     def rest(self) -> tuple[Any, ...]:
         """Arguments as both of PyTorch's functions take them, not transposed."""
         return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+
+
+class _Cast(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONVOLUTIONS:
+            args = tuple(map(self._cast, args))
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        single = isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(self._dtype) if single else value
 
 
 class _Fast(TorchFunctionMode):

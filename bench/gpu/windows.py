@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gpu.place import Case, Place, Row, start
@@ -34,6 +34,7 @@ def window_case(
     steps: int = STEPS,
     engine: str = "ours",
     stack: bool | None = None,
+    autocast: Literal["bfloat16"] | None = None,
 ) -> Row:
     on_device = device == "cuda"
     steps = steps if place.real else 2
@@ -50,6 +51,7 @@ def window_case(
         backend=backend if on_device else "auto",
         graph=graph,
         stack=stack,
+        autocast=autocast,
     )
     if on_device and place.real:
         torch.cuda.reset_peak_memory_stats()
@@ -67,6 +69,7 @@ def window_case(
         "task": task,
         "engine": engine,
         "stack": stack,
+        "autocast": autocast,
         "coordinates": window.coordinates,
         "replicates": replicates,
         "order": order,
@@ -124,8 +127,10 @@ def long_windows(place: Place, graph: bool) -> Iterator[tuple[str, tuple[Any, ..
     for replicates in (1, 8):
         label = f"the paper's CNN replicates={replicates} T=100{in_graph}"
         yield label, ("cnn", replicates, 2, "cuda", graph, 100)
-        for how, stack in (("stacked", True), ("one by one", False)):
-            label = f"digits-cnn replicates={replicates} {how}{in_graph}"
+        how = ("cnn", replicates, 2, "cuda", graph, 100, "ours", None, "bfloat16")
+        yield label.replace("T=100", "T=100 bfloat16"), how
+        for word, stack in (("stacked", True), ("one by one", False)):
+            label = f"digits-cnn replicates={replicates} {word}{in_graph}"
             yield label, ("digits-cnn", replicates, 2, "cuda", graph, STEPS, "ours", stack)
     if not place.real:  # there is not memory enough
         return

@@ -113,6 +113,7 @@ CASES: dict[str, dict[str, Any]] = {
     "second order": {},
     "replicates": {"students": 3, "optimizees": 2},
     "stacked": {"students": 3, "task": linear_task, "how": {"stack": True}},
+    "autocast": {"how": {"autocast": "bfloat16"}},
     "first order": {"how": {"second_order": False, "mechanism": "mean"}},
     "nominal": {"student": nominal, "how": {"scale_spread": 0.0}},
     "nominal, first order": {
