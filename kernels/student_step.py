@@ -142,6 +142,7 @@ def forward(
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
     NOMINAL: tl.constexpr,
+    SEVERAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -150,16 +151,19 @@ def forward(
     WIDE: tl.constexpr,
 ):
     """The functional step: program (p, s) takes the p-th block of student s's coordinates."""
-    student = tl.program_id(1).to(tl.int64)
-    packed += student * size
-    other += student * size
-    grad += student * n
-    update += student * n
-    m, v, h, c = _of_student(student, m, v, h, c, n, LAYERS, HIDDEN)
-    new_m, new_v, new_h, new_c = _of_student(student, new_m, new_v, new_h, new_c, n, LAYERS, HIDDEN)
-    if NOMINAL:
-        biases += student * count * (4 * HIDDEN)
-        corrections += student * count * 3
+    if SEVERAL:
+        student = tl.program_id(1).to(tl.int64)
+        packed += student * size
+        other += student * size
+        grad += student * n
+        update += student * n
+        m, v, h, c = _of_student(student, m, v, h, c, n, LAYERS, HIDDEN)
+        new_m, new_v, new_h, new_c = _of_student(
+            student, new_m, new_v, new_h, new_c, n, LAYERS, HIDDEN
+        )
+        if NOMINAL:
+            biases += student * count * (4 * HIDDEN)
+            corrections += student * count * 3
     block = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
     at, inside, bias, correction1, correction2, pace, _tensor, _number = _place_of(
         bounds, biases, corrections, count, depth, block, n, HIDDEN, BLOCK, ALIGNED, NOMINAL
@@ -309,6 +313,7 @@ def backward(
     UNITS: tl.constexpr,
     FOLDED: tl.constexpr,
     NOMINAL: tl.constexpr,
+    SEVERAL: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -317,22 +322,24 @@ def backward(
 ):
     """Program (p, s) takes blocks p, p + P, ... of student s: the step again, then backwards."""
     program = tl.program_id(0)
-    student = tl.program_id(1).to(tl.int64)
-    packed += student * size
-    other += student * size
-    grad += student * n
-    d_update += student * n
-    d_grad += student * n
-    m, v, h, c = _of_student(student, m, v, h, c, n, LAYERS, HIDDEN)
-    d_new_m, d_new_v, d_new_h, d_new_c = _of_student(
-        student, d_new_m, d_new_v, d_new_h, d_new_c, n, LAYERS, HIDDEN
-    )
-    d_m, d_v, d_h, d_c = _of_student(student, d_m, d_v, d_h, d_c, n, LAYERS, HIDDEN)
-    if NOMINAL:
-        biases += student * count * (4 * HIDDEN)
-        corrections += student * count * 3
-        d_biases += student * bias_rows * (4 * UNITS)
-    of_all = student * tl.num_programs(0) + program
+    of_all = program.to(tl.int64)
+    if SEVERAL:
+        student = tl.program_id(1).to(tl.int64)
+        packed += student * size
+        other += student * size
+        grad += student * n
+        d_update += student * n
+        d_grad += student * n
+        m, v, h, c = _of_student(student, m, v, h, c, n, LAYERS, HIDDEN)
+        d_new_m, d_new_v, d_new_h, d_new_c = _of_student(
+            student, d_new_m, d_new_v, d_new_h, d_new_c, n, LAYERS, HIDDEN
+        )
+        d_m, d_v, d_h, d_c = _of_student(student, d_m, d_v, d_h, d_c, n, LAYERS, HIDDEN)
+        if NOMINAL:
+            biases += student * count * (4 * HIDDEN)
+            corrections += student * count * 3
+            d_biases += student * bias_rows * (4 * UNITS)
+        of_all += student * tl.num_programs(0)
     partials += of_all * size
     unit = tl.arange(0, UNITS)
     here = unit[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -527,6 +534,7 @@ def student_step(
             *(*inputs, *results, *tensors, *counts, n, plan.places.numel()),
             *constants_of(settings),
             **shape,
+            SEVERAL=students > 1,
             ALIGNED=bounds is not None and bounds.aligned,
             BLOCK=chosen.block,
             PRECISION=precision,
@@ -588,6 +596,7 @@ def student_step_backward(
                 *(*tensors, d_biases, *counts, n, blocks, size, rows),
                 *constants_of(settings),
                 **shape,
+                SEVERAL=students > 1,
                 ALIGNED=bounds is not None and bounds.aligned,
                 BLOCK=chosen.block,
                 PRECISION=precision,

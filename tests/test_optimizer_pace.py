@@ -20,7 +20,9 @@ SHAPES = [(5, 3), (7,), (), (0, 2), (2, 3, 2)]
 
 def student(pacing: float = 0.3, **config: Any) -> NominalStudent:
     made = NominalStudent(
-        NominalConfig(**{"hidden": 4, "steady_agreement": 0.1, "pacing": pacing} | config),
+        NominalConfig(
+            **{"hidden": 4, "pacing": pacing, "pacing_steps": 3, "steady_agreement": 0.1} | config
+        ),
         generator=torch.Generator().manual_seed(0),
     )
     with torch.no_grad():

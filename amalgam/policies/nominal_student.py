@@ -49,6 +49,9 @@ class NominalConfig(FusedConfig):
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
             coordinates whose signs are the same, less the share whose signs differ. 0 leaves it 1.
+        pacing_steps: For so many steps it adapts so fast; in step t after them by pacing_steps / t
+            of that. What signs say of noise is never quite nothing, and a pace that followed it at
+            one speed would have steps grow shorter without end. ``None`` for one speed.
         steady_agreement: The agreement at which a pace stays as it is, as a share of the
             coordinates that have both signs. Gradients that are noise agree with nothing, so that
             steps grow shorter there.
@@ -80,6 +83,7 @@ class NominalConfig(FusedConfig):
     lr: float = 0.005
     gain: float = 2.0
     pacing: float = 0.0
+    pacing_steps: int | None = None
     steady_agreement: float = 0.0
     most_pace: float = PACE_BOUND
     orthogonal: bool = False
@@ -93,7 +97,7 @@ class NominalConfig(FusedConfig):
         super().__post_init__()
         check_fields(
             self,
-            counts=("full_width",),
+            counts=("full_width", "pacing_steps"),
             positive=("lr", "gain"),
             not_negative=("pacing", "most_pace"),
             decays=("steady_agreement",),
@@ -261,7 +265,10 @@ class NominalStudent(FusedStudent):
         else:
             agree, disagree = agreements().unbind(1)
             rise = agree - disagree - config.steady_agreement * (agree + disagree)
-            grown = pace + config.pacing * rise / constants.roots.double().square()
+            speed = config.pacing / constants.roots.double().square()
+            if config.pacing_steps is not None:
+                speed = speed * (config.pacing_steps / exact).clamp(max=1)
+            grown = pace + speed * rise
             pace = grown.clamp(-PACE_BOUND, config.most_pace).to(pace.dtype)
             columns.append(pace.double().exp() * constants.shares.double())
         corrections = torch.stack(columns, 1).to(steps.dtype)

@@ -27,6 +27,7 @@ def learners(count: int, **config: Any) -> list[NominalStudent]:
             "inputs": tuple(INPUTS),
             "pacing": 0.2,
             "steady_agreement": 0.1,
+            "pacing_steps": 4,
             **config,
         }
         student = NominalStudent(NominalConfig(**given), generator=generator).double()

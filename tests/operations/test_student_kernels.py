@@ -82,7 +82,7 @@ FLOATS = ("alpha", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"
 
 TYPES = {
     **dict.fromkeys(FLOATS, "fp32"),
-    **dict.fromkeys(("n", "blocks", "size", "count", "depth", "warmup_steps"), "i32"),
+    **dict.fromkeys(("n", "blocks", "size", "bias_rows", "count", "depth", "warmup_steps"), "i32"),
     **dict.fromkeys(("table", "first_block", "places", "bounds"), "*i64"),
     **dict.fromkeys(("partials", "d_biases", "control"), "*fp64"),
 }
@@ -139,7 +139,7 @@ def triton_constants(
     constants = {
         **of_student,
         **{"BLOCK": chosen.block, "WIDE": False, "PTX": ptx},
-        **{"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": True},
+        **{"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": True, "SEVERAL": False},
         **{"CELLS": types[cells], "MOMENTS": types[moments or "float32"]},
         **{"PRECISION": precision, "APPROXIMATE": permitted.approximate},
         **{"CONTROL": stochastic, "STOCHASTIC": stochastic},

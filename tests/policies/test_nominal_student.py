@@ -162,6 +162,16 @@ def test_a_pace_is_steady_at_an_agreement() -> None:
     assert pace.tolist() == pytest.approx([0.0, 0.5 * (0 - 1) / 4, 0.5 * (12 - 6) / 24, 0.0])
 
 
+def test_after_so_many_steps_a_pace_moves_by_less_and_less() -> None:
+    """In step t by so many of t; so, where signs go on saying the same, by the logarithm of t."""
+    student = made(pacing=0.5, inputs=(), pacing_steps=4)
+    grad = torch.ones(LAYOUT.numel, dtype=torch.float64)
+    state = student.initial_state(grad, LAYOUT)._replace(m=grad)
+    before = torch.tensor([0.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+    pace = student.context(state._replace(t=before), None, LAYOUT, grad).pace
+    assert pace.tolist() == pytest.approx([0.5, 0.5, 0.5, 0.5 * 4 / 6])
+
+
 @pytest.mark.parametrize("most", [None, 0.25])
 def test_a_pace_stays_within_its_bounds(most: float | None) -> None:
     """The upper one is the configuration's; the lower one is every student's."""
@@ -220,6 +230,7 @@ def test_warm_up_counts_a_step() -> None:
         ({"eps": 0.0}, "eps must be positive"),
         ({"full_width": 0}, "full_width must be 1 or more"),
         ({"steady_agreement": 1.0}, "steady_agreement must be in [0, 1)"),
+        ({"pacing_steps": 0}, "pacing_steps must be"),
         ({"most_pace": -0.5}, "most_pace must be 0 or more"),
         ({"most_pace": 4.5}, "most_pace must be at most 4.0, not 4.5"),
     ],
