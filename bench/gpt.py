@@ -25,6 +25,16 @@ SIZE = Size(128, 2, 2, context=64, batch=16, steps=600, readings=32)
 STUDENTS = "standard", "compact"
 RATES = {"AdamW": (0.001, 0.003, 0.01), "Muon": (0.003, 0.01, 0.03)}
 DECAYS = "constant", "linear"
+# Four times as long, by what did best in the shorter runs: whether steps stay long enough.
+LONG = SIZE._replace(steps=2400)
+LONGER = (
+    *(("standard", 1.0, decay) for decay in DECAYS),
+    *(("compact", 1.0, decay) for decay in DECAYS),
+    ("AdamW", 0.003, "constant"),
+    ("AdamW", 0.003, "linear"),
+    ("Muon", 0.003, "constant"),
+    ("Muon", 0.01, "linear"),
+)
 
 
 class Cpu(Place):
@@ -37,13 +47,18 @@ class Cpu(Place):
 
 
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
+    def case(size: Size, name: str, lr: float, decay: str, seed: int) -> tuple[str, Case]:
+        label = f"{'long ' if size is LONG else ''}{name} lr={lr:g} {decay} seed={seed}"
+        return label, functools.partial(training_case, place, size, name, lr, decay, seed)
+
     rates = dict.fromkeys(STUDENTS, (1.0,)) | RATES
     for seed in (0, 1):
         for name, lrs in rates.items():
             for lr in lrs:
                 for decay in DECAYS:
-                    case = functools.partial(training_case, place, SIZE, name, lr, decay, seed)
-                    yield f"{name} lr={lr:g} {decay} seed={seed}", case
+                    yield case(SIZE, name, lr, decay, seed)
+    for name, lr, decay in LONGER:
+        yield case(LONG, name, lr, decay, 0)
 
 
 def main() -> None:

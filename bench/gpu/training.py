@@ -150,7 +150,17 @@ def training_case(place: Place, size: Size, name: str, lr: float, decay: str, se
         "text": digest_of([train, rest]),
         "held_out_losses": {step: round(loss, 5) for step, loss in read.items()},
         "ms_per_step": round(1e3 * spent / steps, 3),
+        **paces_of(optimizer),
     }
+
+
+def paces_of(optimizer: Optimizer) -> Row:
+    """The least, the median and the largest logarithm of the tensors' paces, if they have any."""
+    found = [entry["pace"] for entry in optimizer.state.values() if "pace" in entry]
+    if not found:
+        return {}
+    paces = torch.stack([pace.reshape(()).float() for pace in found])
+    return {"log_paces": [round(x.item(), 3) for x in (paces.min(), paces.median(), paces.max())]}
 
 
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
