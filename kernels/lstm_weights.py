@@ -99,6 +99,12 @@ def packing(
         flags[[0, 1, 3]] = True
         others[2] = True
 
+    # Kernels load four numbers at once, so those of each of several students begin at a multiple.
+    rest = -sum(part.numel() for part in parts) % 4
+    parts.append(torch.full((rest,), zero))
+    for flags_of_parts in (squares, logistic, candidate):
+        flags_of_parts.append(torch.zeros(rest, dtype=torch.bool))
+
     places, square, of_logistic, of_candidate = (
         torch.cat([each.reshape(-1) for each in column])
         for column in (parts, squares, logistic, candidate)

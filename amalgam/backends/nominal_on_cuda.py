@@ -86,7 +86,9 @@ def _call_of(
     weights, dense = contiguous(weights), contiguous(state)
     corrections = settings.corrections.contiguous()
     shared = [*weights[:2], *weights[3:]]
-    (packed,) = kept(("student_step", grads.device), shared, lambda: (pack_nominal(shared, False),))
+    # Of several students each is another place in the same memory.
+    key = "student_step", grads.device, shared[0].storage_offset()
+    (packed,) = kept(key, shared, lambda: (pack_nominal(shared, False),))
     call = core.core().cuda.UnrollCall(
         weights=packed.data_ptr(),
         biases=weights[2].data_ptr(),

@@ -295,6 +295,7 @@ class FusedSteps:
         own = [w[0] for w in weights] if alone else weights
         if weights is not self._folds.of:
             self._folds = _Folds(weights, self._student.operation_weights(own))
+            self._kept = KeptOfOneStream()
         context = _of_one(context) if alone else context
         folded, settings = self._student.with_context(self._folds.made, own, context)
         if not alone:

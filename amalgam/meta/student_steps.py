@@ -19,7 +19,6 @@ from amalgam.meta.episode import Episodes
 from amalgam.meta.on_policy import Blend
 from amalgam.meta.perturbation import InputNoise
 from amalgam.meta.points import Point
-from amalgam.operations.student_step import stacked
 
 # Called with a step's number; returns what is added to each student's weights in that step.
 WeightNoise = Callable[[int], Sequence[Sequence[Tensor]]]
@@ -219,9 +218,24 @@ class StudentSteps:
     def _weights_at(self, step: int) -> Sequence[Tensor]:
         if self._noise is None:
             return self.weights
-        return torch._foreach_add(list(self.weights), of_students(self._noise(step)))
+        noise = of_students("noise(step)", self._noise(step), len(self._episodes.students))
+        return torch._foreach_add(list(self.weights), noise)
 
 
-def of_students(by_student: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Each student's tensors, a list a student, as tensors with a first dimension of S."""
-    return [stacked(each) for each in zip(*by_student, strict=True)]
+def of_students(name: str, by_student: Sequence[Sequence[Tensor]], students: int) -> list[Tensor]:
+    """Each student's tensors, a list a student, as copies with a first dimension of S.
+
+    Args:
+        name: What errors call the lists.
+        by_student: The lists.
+        students: S.
+
+    Raises:
+        ValueError: There is not one list for each student.
+    """
+    if len(by_student) != students:
+        raise ValueError(
+            f"{name} must hold {students} lists of tensors, one for each student, not "
+            f"{len(by_student)}"
+        )
+    return [torch.stack(each) for each in zip(*by_student, strict=True)]

@@ -246,7 +246,8 @@ class _Run:
         self.recorded = torch.is_grad_enabled() and any(
             w.requires_grad for w in chain.from_iterable(weights)
         )
-        constants = of_students([[w.detach() for w in ours] for ours in weights])
+        detached = [[w.detach() for w in ours] for ours in weights]
+        constants = of_students("weights", detached, len(episodes.students))
         point = Point(begin.params, begin.state)
         like, t, k = begin.params, len(batches), len(begin.teacher_params)
         self._on_policy, self._teaching, blend = episodes.on_policy, teaching or Teaching(), None
@@ -511,7 +512,9 @@ class _Run:
         of_losses = () if self._held_out is None else (self.tape.loss_grads,)
         steps = self.tape.steps
         taped = (self.tape.grads, self.tape.slopes, steps.blend, steps.raw, *of_losses)
-        fixed = nests.bytes_of(taped) + 3 * point_bytes
+        # A GPU's kernels write the adjoints of states beside those that they read.
+        points_held = 3 if begin.params.device.type == "cpu" else 4
+        fixed = nests.bytes_of(taped) + points_held * point_bytes
         budget = episodes.memory.budget_bytes(begin.params.device, fixed + point_bytes)
         graph_bytes = 0
         if self._how.second_order and episodes.memory.segment is None:  # segments keep no graph

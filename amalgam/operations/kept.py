@@ -29,7 +29,7 @@ class Kept:
         self._tokens: list[Token[Kept | None]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, ()
+        return type(self), ()
 
     def __enter__(self) -> None:
         self._tokens.append(_current.set(self))

@@ -344,8 +344,8 @@ def step_into(
         backend: A backend's name, or ``"auto"``.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
-            share memory or are not contiguous.
+        ValueError: Shapes, dtypes or devices do not fit together; of compiled code also where
+            results share memory or are not contiguous.
     """
     _check_of_students(grad, state, weights, settings)
     check_like("update", update, grad.shape, grad)
@@ -374,11 +374,11 @@ def backward_into(
         backend: A backend's name, or ``"auto"``.
 
     Returns:
-        Gradients in ``grad`` and in the weights.
+        Gradients in ``grad`` and in the weights; the latter may share memory, and be strided.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not fit together; on the CPU also where results
-            share memory or are not contiguous.
+        ValueError: Shapes, dtypes or devices do not fit together; of compiled code also where
+            results share memory or are not contiguous.
     """
     _check_of_students(grad, state, weights, settings)
     check_like("grads_out[0]", d_update, grad.shape, grad)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 # Numbers in an output. Of smaller ones neither order nor second derivatives are worth the Python.
 _SMALLEST = 2**17
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -86,7 +87,7 @@ class _Cast(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
+        if func in _CONVOLUTIONS or func in _TRANSPOSED:
             args = tuple(map(self._cast, args))
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)

@@ -24,12 +24,13 @@ class Noting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Conv1d(1, 6, 3), nn.Linear(6 * 8, 3)
+        self.first, self.last = nn.Conv1d(1, 6, 3), nn.Linear(6 * 10, 3)
+        self.back = nn.ConvTranspose1d(6, 6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x[:, None])
         Noting.seen.add(hidden.dtype)
-        return self.last(hidden.tanh().flatten(1))
+        return self.last(self.back(hidden.tanh()).tanh().flatten(1))
 
 
 def run(replicates: int, **how: object) -> tuple[Window, list[Tensor]]:

@@ -11,6 +11,7 @@ from places import INTERPRETED, ON_CPU, ON_HOST, on_gpus
 from student_cases import SETTINGS, draw, make_state, make_weights, moved
 from torch import Tensor
 
+from amalgam.operations.student_forms import NOMINAL, RNNPROP, Form
 from amalgam.operations.student_step import OfStudents, backward_into, step_into
 from amalgam.ops import StepSettings, StudentState
 
@@ -112,6 +113,24 @@ def test_each_student_steps_as_alone(backend: str, device: str, case: tuple[Any,
         for ours, theirs in zip(d_weights, in_weights, strict=True):
             assert ours[number].shape == theirs.shape
             torch.testing.assert_close(ours[number], theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", [RNNPROP, NOMINAL])
+@pytest.mark.parametrize(("layers", "hidden"), [(1, 4), (1, 6), (1, 8), (2, 8), (2, 20), (3, 5)])
+def test_every_students_packed_weights_begin_where_four_can_be_loaded(
+    layers: int, hidden: int, form: Form
+) -> None:
+    lstm_weights = pytest.importorskip("amalgam.kernels.lstm_weights")
+    network = pytest.importorskip("amalgam.kernels.student_network")
+    make = nominal if form is NOMINAL else rnnprop
+    students = together([make("cpu", layers, hidden, 5, seed)[0] for seed in range(3)])
+    for precision in ("plain", "ieee", "bf16"):
+        plan, _ = network.plan_of(students.state.h[0], form, precision)
+        given = network.to_pack(students.weights, form)
+        for packed in lstm_weights.pack(given, plan, precision):
+            assert packed.shape == (3, plan.places.numel())
+            assert packed.shape[1] % 4 == 0
+            assert not packed[:, plan.places == sum(w[0].numel() for w in given)].any()
 
 
 def test_what_is_not_of_every_student_is_named() -> None:
