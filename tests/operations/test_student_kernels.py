@@ -139,7 +139,7 @@ def triton_constants(
     constants = {
         **of_student,
         **{"BLOCK": chosen.block, "WIDE": False, "PTX": ptx},
-        **{"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": True, "SEVERAL": False},
+        **{"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": True},
         **{"CELLS": types[cells], "MOMENTS": types[moments or "float32"]},
         **{"PRECISION": precision, "APPROXIMATE": permitted.approximate},
         **{"CONTROL": stochastic, "STOCHASTIC": stochastic},
@@ -148,12 +148,13 @@ def triton_constants(
     return constants, chosen.options
 
 
-def costs_of_student(case: str) -> dict[str, float]:
+def costs_of_student(case: str, several: bool = False) -> dict[str, float]:
     from amalgam.kernels import student_step, student_step_in_place
 
     name, arch, student, cells, numerics = case.split()
     kernels = student_step_in_place if name == "in_place" else student_step
     constants, options = triton_constants(name, student, cells, numerics)
+    constants["SEVERAL"] = several
     number = int(arch.removeprefix("sm_"))
     divisible = name != "in_place"
     return costs_of(
@@ -166,6 +167,30 @@ def costs_of_student(case: str) -> dict[str, float]:
 def test_kernels_keep_to_their_budgets(case: str, compilation: dict[str, float]) -> None:
     """Kernels spill no more than the table has, use tensor cores, and do no more work."""
     assert_within(compilation, BUDGETS[case])
+
+
+def costs_of_several(case: str) -> dict[str, float]:
+    return costs_of_student(case, several=True)
+
+
+@pytest.mark.compiles(by=costs_of_several)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "forward sm_90 2x20 float32 tf32",
+        "backward sm_90 2x20 float32 tf32",
+        "forward sm_90 1x8 float32 3xtf32",
+        "backward sm_90 1x4 float32 tf32",
+    ],
+)
+def test_kernels_of_several_students_cost_little_more(
+    case: str, compilation: dict[str, float]
+) -> None:
+    """Where each one's tensors lie takes some instructions, and no tensor core's."""
+    one = BUDGETS[case]
+    assert compilation["tensor"] == one["tensor"]
+    assert compilation["instructions"] <= 1.2 * one["instructions"]
+    assert compilation["stack"] <= one["stack"] + 64
 
 
 _NOMINAL, _BFLOAT16 = "NominalELi1ELi", "ENS0_8Bfloat16ES3_L"
