@@ -283,41 +283,30 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
-def register_into(backend: registry.Backend, **how: Any) -> None:
-    """Register ``student_step_into`` and its backward for a backend whose kernels allocate.
-
-    Args:
-        backend: One that has ``student_step`` and its backward.
-        **how: As :meth:`amalgam.operations.registry.Backend.kernel` takes it.
-    """
-    step, backward = (backend.kernels[name].function for name in (_NAME, f"{_NAME}_backward"))
-
-    def into(update: Tensor, new: StudentState, *arguments: Any, **numerics: Any) -> None:
-        given = OfStudents(*arguments)
-        for student in range(len(update)):
-            computed, state = step(*given.one(student), **numerics)
-            targets = update[student], *one_of(new, student)
-            for target, value in zip(targets, (computed, *state), strict=True):
-                target.copy_(value)
-
-    def backward_into(
-        d_update: Tensor, d_state: StudentState, *arguments: Any, **numerics: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        given, found = OfStudents(*arguments), []
-        for student in range(len(d_update)):
-            d_new, one = one_of(d_state, student), given.one(student)
-            d_grad, d_old, d_weights = backward(d_update[student], d_new, *one, **numerics)
-            for target, value in zip(d_new, d_old, strict=True):
-                target.copy_(value)
-            found.append((d_grad, *d_weights))
-        d_grad, *d_weights = map(stacked, zip(*found, strict=True))
-        return d_grad, d_weights
-
-    backend.kernel(f"{_NAME}_into", **how)(into)
-    backend.kernel(f"{_NAME}_backward_into", **how)(backward_into)
+@registry.reference.kernel(f"{_NAME}_into", dtypes=None)
+def _reference_into(update: Tensor, new: StudentState, *arguments: Any) -> None:
+    given = OfStudents(*arguments)
+    for student in range(len(update)):
+        computed, state = _reference(*given.one(student))
+        targets = update[student], *one_of(new, student)
+        for target, value in zip(targets, (computed, *state), strict=True):
+            target.copy_(value)
 
 
-register_into(registry.reference, dtypes=None)
+@registry.reference.kernel(f"{_NAME}_backward_into", dtypes=None)
+def _reference_backward_into(
+    d_update: Tensor, d_state: StudentState, *arguments: Any
+) -> tuple[Tensor, list[Tensor]]:
+    given, found = OfStudents(*arguments), []
+    for student in range(len(d_update)):
+        d_new = one_of(d_state, student)
+        one = d_update[student], d_new, *given.one(student)
+        d_grad, d_old, d_weights = _reference_backward(*one)
+        for target, value in zip(d_new, d_old, strict=True):
+            target.copy_(value)
+        found.append((d_grad, *d_weights))
+    d_grad, *d_weights = map(stacked, zip(*found, strict=True))
+    return d_grad, d_weights
 
 
 def step_into(
