@@ -31,6 +31,7 @@ from amalgam.meta.periods import UnrollSettings
 from amalgam.meta.sampling import begin_episode, split, stacked_batches
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
+from amalgam.meta.window import WindowInputs
 from amalgam.policies import Policy, Pool
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task, TaskFamily
@@ -113,42 +114,67 @@ def by_meta_loss(
     """
     losses = []
     device = student.weights()[0].device
-
-    def engine(task: Task) -> Unroll:
-        return Unroll(_on_data(task, training), student, Pool([]), amalgamation)
-
     for task in tasks if distributed.rank() == 0 else ():
-        of_task = engine(task) if isinstance(task, Task) else None
-        for episode in range(unrolls.episodes):
-            unroll = of_task or engine(_drawn(task, episode, device))
-
-            def generators(*purpose: str | int, episode: int = episode) -> list[torch.Generator]:
-                return [generator_for(seed, "validation", episode, *purpose)]
-
-            data = unroll.task
-            parts = split(data, amalgamation.held_out, generators("split"))
-            warmup = unrolls.warmup_windows * unrolls.unroll
-            where = begin_episode(
-                unroll,
-                generators(),
-                stacked_batches(data, generators("warm-up"), warmup, parts.trained),
-                unrolls.warmup_lr,
+        every = range(unrolls.episodes)
+        # A task's episodes are rows of one; a family draws a task for each.
+        for numbers in [every] if isinstance(task, Task) else [[number] for number in every]:
+            losses += _episodes_losses(
+                student,
+                _on_data(_drawn(task, numbers[0], device), training),
+                numbers,
+                unrolls,
+                amalgamation,
+                seed=seed,
             )
-            for number in range(unrolls.windows):
-                drawn = generators(number), unrolls.unroll
-                batches = stacked_batches(data, *drawn, parts.trained)
-                held_out = None
-                if parts.held_out is not None:
-                    drawn = generators("held-out", number), unrolls.unroll
-                    held_out = stacked_batches(data, *drawn, parts.held_out)
-                with torch.no_grad():
-                    window = unroll.window(where, batches, held_out=held_out)
-                where = window.end
-                if window.failed.any():
-                    losses.append(math.inf)
-                    break
-                losses.append(window.meta_loss.mean().item())
     return _mean_of_first(losses)
+
+
+def _episodes_losses(
+    student: Policy,
+    task: Task,
+    numbers: Sequence[int],
+    unrolls: UnrollSettings,
+    amalgamation: Amalgamation,
+    *,
+    seed: int,
+) -> list[float]:
+    """The meta-losses of a task's episodes, that have these numbers, each as long as the others.
+
+    Returns:
+        Of each window the mean over the episodes, once for each of them; a last one that is
+        infinite where an episode failed, with which they all end.
+    """
+    unroll = Unroll(task, student, Pool([]), amalgamation, optimizees=len(numbers))
+    losses: list[float] = []
+
+    def generators(*purpose: str | int) -> list[torch.Generator]:
+        return [generator_for(seed, "validation", number, *purpose) for number in numbers]
+
+    parts = split(task, amalgamation.held_out, generators("split"))
+    warmup = unrolls.warmup_windows * unrolls.unroll
+    where = begin_episode(
+        unroll,
+        generators(),
+        stacked_batches(task, generators("warm-up"), warmup, parts.trained),
+        unrolls.warmup_lr,
+    )
+    weights = [list(student.weights())]
+    for window_number in range(unrolls.windows):
+        drawn = generators(window_number), unrolls.unroll
+        batches = stacked_batches(task, *drawn, parts.trained)
+        held_out = None
+        if parts.held_out is not None:
+            drawn = generators("held-out", window_number), unrolls.unroll
+            held_out = stacked_batches(task, *drawn, parts.held_out)
+        given = WindowInputs(where, batches, weights, held_out=held_out)
+        with torch.no_grad():
+            # As one graph, where there can be one; without gradients.
+            window, *_ = unroll.meta_gradient(given, (1.0, 0.0))
+        where = window.end
+        if window.failed.any():
+            return [*losses, math.inf]
+        losses += len(numbers) * [window.meta_loss.item()]
+    return losses
 
 
 def _drawn(task: Task | TaskFamily, number: int, device: torch.device) -> Task:

@@ -35,6 +35,7 @@ from amalgam.meta.objective import Amalgamation
 from amalgam.meta.periods import INITIAL, Finish, Period, UnrollSettings
 from amalgam.meta.perturbation import AdaptivePGD, Gaussian
 from amalgam.meta.run_folder import PERIODS
+from amalgam.meta.sampling import begin_episode, stacked_batches
 from amalgam.policies import (
     PolicyTeacher,
     Pool,
@@ -215,6 +216,31 @@ def test_a_meta_validation_in_which_an_episode_fails_is_infinite(tmp_path) -> No
     assert score(broken_task(), "train") == math.inf
     assert math.isfinite(score(broken_task(), "validation"))
     assert math.isfinite(score(linear_task(), "train"))
+
+
+def test_the_episodes_of_a_meta_validation_are_those_that_each_runs_alone() -> None:
+    unrolls, how = UnrollSettings(3, 2, 4, 1, 0.05), Amalgamation(scale_spread=1.0)
+    task, student = linear_task(), tiny_student(7)
+
+    def alone(number: int) -> list[float]:
+        def generators(*purpose: str | int) -> list[torch.Generator]:
+            return [generator_for(5, "validation", number, *purpose)]
+
+        unroll, losses = Unroll(task, student, Pool([]), how), []
+        warmup = stacked_batches(task, generators("warm-up"), 3)
+        where = begin_episode(unroll, generators(), warmup, unrolls.warmup_lr)
+        for window in range(unrolls.windows):
+            ran = unroll.window(where, stacked_batches(task, generators(window), unrolls.unroll))
+            losses.append(ran.meta_loss.item())
+            where = ran.end
+        return losses
+
+    score = validation.by_meta_loss(
+        student, [task], unrolls, how, Training(validation_data="train"), seed=5
+    )
+    losses = [loss for number in range(unrolls.episodes) for loss in alone(number)]
+    assert len(set(losses)) == 8
+    assert score == pytest.approx(sum(losses) / 8, rel=1e-6)
 
 
 # ---- replicates
