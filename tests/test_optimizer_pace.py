@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,28 +39,69 @@ def paces(optimizer: AmalgamatedOptimizer) -> list[float]:
     return [float(entry["pace"]) for entry in optimizer.state.values()]
 
 
+CONSTANT = [0.7] * 6
+SCHEDULE = [0.35, 0.7, 0.7, 0.35, 0.0, 0.07]  # what is left of it is 1 while it warms up
+
+
+@pytest.mark.parametrize("rates", [CONSTANT, SCHEDULE], ids=["constant", "schedule"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_it_steps_as_the_policy_does(backend: str, dtype: torch.dtype) -> None:
+def test_it_steps_as_the_policy_does(backend: str, dtype: torch.dtype, rates: list[float]) -> None:
     of = student()
     params = parameters(dtype)
-    optimizer = AmalgamatedOptimizer(params, student=of, backend=backend, lr=0.7)
+    optimizer = AmalgamatedOptimizer(params, student=of, backend=backend)
     policy = copy.deepcopy(of).to(torch.float64 if dtype == torch.float64 else torch.float32)
     layout = Layout({str(n): tuple(p.shape) for n, p in enumerate(params)})
     values = torch.cat([p.detach().reshape(-1) for p in params])
     state = policy.initial_state(values.to(policy.head.weight.dtype), layout)
-    for step in range(6):
+    for step, rate in enumerate(rates):
         give_gradients(params, step)
         grad = torch.cat([p.grad.reshape(-1) for p in params if p.grad is not None])
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        update, state = policy.step(grad.to(state.m.dtype), state, layout=layout)
-        values = (values.to(update.dtype) - 0.7 * update.detach()).to(dtype)
+        left = rate / max(rates[: step + 1])
+        update, state = policy.step(grad.to(state.m.dtype), state, layout=layout, left=left)
+        values = (values.to(update.dtype) - rate * update.detach()).to(dtype)
     filled = [n for n, p in enumerate(params) if p.numel()]
     assert [paces(optimizer)[n] for n in filled] == pytest.approx(state.pace.tolist(), abs=1e-6)
     assert max(map(abs, paces(optimizer))) > 0.2
     ours = torch.cat([p.detach().reshape(-1) for p in params])
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(ours, values, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("left", [1.0, 0.5, 0.01, 0.0])
+def test_a_step_is_the_shorter_of_the_paces_and_the_schedules(left: float) -> None:
+    of = student()
+    shapes = [torch.Size((2,))] * 3
+    constants = of.constants_of(shapes, torch.zeros(()))
+    steps, pace = torch.zeros(3), torch.tensor([-2.0, -0.1, 0.4])
+    none = lambda: torch.zeros(3, 2, dtype=torch.float64)  # noqa: E731
+    for given in (left, torch.tensor(left), torch.full((3,), left)):
+        context = of.context_of(constants, steps, (), pace=pace, agreements=none, left=given)
+        assert torch.equal(context.pace, pace)
+        found = left * context.corrections[:, 2]
+        shorter = [min(math.exp(-2.0), left), min(math.exp(-0.1), left), left * math.exp(0.4)]
+        assert found.tolist() == pytest.approx(shorter, rel=1e-6)
+
+
+def test_the_peak_of_a_rate_is_kept_and_loaded() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student(), lr=0.5)
+    for step, rate in enumerate((0.5, 0.8, 0.1)):
+        optimizer.param_groups[0]["lr"] = rate
+        give_gradients(params, step)
+        optimizer.step()
+    assert optimizer.param_groups[0]["peak_lr"] == 0.8
+    other = AmalgamatedOptimizer(params, student=student(), lr=0.5)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["peak_lr"] == 0.8
+    # A tensor, as who captures steps sets.
+    other.param_groups[0]["lr"] = torch.tensor(0.2)
+    stats = other.stats()
+    other.step()
+    assert float(other.param_groups[0]["peak_lr"]) == pytest.approx(0.8)
+    assert stats.keys() == {f"0.{n}" for n in (0, 1, 2, 4)}
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -156,13 +198,21 @@ def test_stats_tell_the_step_with_its_pace() -> None:
     check_stats_tell_the_step(optimizer, params, (0, 1, 4))
 
 
-def test_a_compiled_step_is_the_same() -> None:
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_compiled_step_is_the_same(kind: Callable[[float], float | Tensor]) -> None:
     runs = []
     for compiled in (False, True):
         params = parameters()
-        optimizer = AmalgamatedOptimizer(params, student=student(), warmup_steps=1)
+        optimizer = AmalgamatedOptimizer(
+            params, student=student(), warmup_steps=1, lr=kind(0.0), capturable=True
+        )
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-        for number in range(4):
+        for number, rate in enumerate(SCHEDULE):
+            (group,) = optimizer.param_groups
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
             give_gradients(params, number)
             if number == 2:
                 assert params[0].grad is not None

@@ -40,14 +40,14 @@ class Drawn(NamedTuple):
     lr_decay: str
     loss_scale: float
 
-    def lr_at(self, step: int, horizon: int) -> float:
-        """The learning rate at a step of an episode.
+    def left_at(self, step: int, horizon: int) -> float:
+        """What is left of the learning rate at a step of an episode, as a share of the first one's.
 
         Args:
             step: The step, from 0, after the warm-up.
             horizon: Steps of the episode; the rate decays to zero over them.
         """
-        return self.lr * factor_at(self.lr_decay, step, horizon)
+        return factor_at(self.lr_decay, step, horizon)
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,14 @@ class StepConditions(NamedTuple):
         lr: The learning rates, shape (T, R).
         kept: What weight decay leaves of the parameters, 1 - lr * weight_decay, shape (T, R).
         loss_scale: The factors on the gradients that the students see, shape (R,).
+        left: What is left of the learning rates, as shares of those of the first steps, shape
+            (T, R).
     """
 
     lr: Tensor
     kept: Tensor
     loss_scale: Tensor
+    left: Tensor
 
     @classmethod
     def of(
@@ -162,13 +165,16 @@ class StepConditions(NamedTuple):
             horizon: Steps of the episode.
             like: Whose dtype and device the tensors get.
         """
-        lr = torch.tensor(
-            [[row.lr_at(first + step, horizon) for row in rows] for step in range(steps)],
+        left = torch.tensor(
+            [[row.left_at(first + step, horizon) for row in rows] for step in range(steps)],
             dtype=torch.float64,
         ).view(steps, len(rows))
-        decay = torch.tensor([row.weight_decay for row in rows], dtype=torch.float64)
-        lr, kept = (put(each.to(like.dtype), like.device) for each in (lr, 1 - lr * decay))
-        return cls(lr, kept, loss_scales(rows, like))
+        numbers = ((row.lr, row.weight_decay) for row in rows)
+        rates, decays = torch.tensor([*numbers], dtype=torch.float64).view(-1, 2).unbind(1)
+        lr = left * rates
+        by_step = (lr, 1 - lr * decays, left)
+        lr, kept, left = (put(each.to(like.dtype), like.device) for each in by_step)
+        return cls(lr, kept, loss_scales(rows, like), left)
 
 
 def loss_scales(rows: Sequence[Drawn], like: Tensor) -> Tensor:

@@ -89,12 +89,15 @@ def window(
         else:
             terms.append(loss / (start.abs() + how.eps))
         lr, kept, loss_scale = 1.0, 1.0, 1.0
+        of_schedule: dict[str, Any] = {}
         if conditions is not None:
             lr, kept = (numbers[t, row].item() for numbers in conditions[:2])
             loss_scale = conditions.loss_scale[row].item()
+            if isinstance(student, FusedStudent):
+                of_schedule["left"] = conditions.left[t, row].item()
         update, state = student.step(
             grad * loss_scale, state, weights[t], layout=task.layout, params=params,
-            backend="reference",
+            backend="reference", **of_schedule,
         )  # fmt: skip
 
         grads = []

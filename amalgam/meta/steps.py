@@ -58,7 +58,7 @@ class PolicySteps(Protocol):
             moved: Which rows take the step, shape (S, B).
         """
 
-    def context(self, params: Tensor, state: Any, grads: Tensor) -> Any:
+    def context(self, params: Tensor, state: Any, grads: Tensor, left: Tensor | None) -> Any:
         """What policies are told of whole tensors in the step after a state; ``None`` if nothing.
 
         Where ``by_coordinates``, the backward pass by coordinates asks for it again.
@@ -67,6 +67,8 @@ class PolicySteps(Protocol):
             params: The parameters before the step, shape (S, B, N).
             state: The state before it.
             grads: The gradients, shape (S, B, N).
+            left: What schedules have left of the rows' learning rates, shape (S, B); ``None`` where
+                there is no schedule.
         """
 
     def forward(
@@ -77,6 +79,7 @@ class PolicySteps(Protocol):
         weights: Sequence[Tensor],
         moved: Tensor | None,
         draws: RowDraws,
+        left: Tensor | None,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
         """One step.
@@ -88,6 +91,7 @@ class PolicySteps(Protocol):
             weights: The policies' weights, each with a first dimension of S; never written to.
             moved: Which rows are to move, shape (S, B); ``None`` means all.
             draws: Returns the generator of a row's noise that its policy trains with.
+            left: As in :meth:`context`.
             reuse: Whether the new state may overwrite the old one.
 
         Returns:
@@ -116,6 +120,7 @@ class PolicySteps(Protocol):
         weights: Sequence[Tensor],
         moved: Tensor | None,
         draws: RowDraws,
+        left: Tensor | None,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """Back through one step.
 
@@ -130,6 +135,7 @@ class PolicySteps(Protocol):
             weights: The policies' weights.
             moved: Which rows moved; ``None`` means all.
             draws: Returns the generator of a row's noise, as in the forward step.
+            left: As in :meth:`context`.
 
         Returns:
             Gradients with respect to ``grads``, to the state before the step, and to the weights.
@@ -204,11 +210,17 @@ class FusedSteps:
         """See :class:`PolicySteps`."""
         return keep(self._student.warm_up(grads.flatten(1), state), state, moved)
 
-    def context(self, params: Tensor, state: Any, grads: Tensor) -> TensorContext | None:
+    def context(
+        self, params: Tensor, state: Any, grads: Tensor, left: Tensor | None
+    ) -> TensorContext | None:
         """See :class:`PolicySteps`; of the rows' tensors, one row's after another's."""
         m, v, h, c, *rest = state
         flat = type(state)(m.reshape(-1), v, h, c, *(tensor.reshape(-1) for tensor in rest))
-        return self._student.context(flat, params.reshape(-1), self._layout, grads.reshape(-1))
+        given = flat, params.reshape(-1), self._layout, grads.reshape(-1)
+        if left is None or not self._student.paced:
+            return self._student.context(*given)
+        of_tensors = left.reshape(-1, 1).expand(-1, flat.pace.numel() // left.numel())
+        return self._student.context(*given, of_tensors.reshape(-1))
 
     def forward(
         self,
@@ -218,6 +230,7 @@ class FusedSteps:
         weights: Sequence[Tensor],
         moved: Tensor | None,
         draws: RowDraws,
+        left: Tensor | None,
         reuse: bool,
     ) -> tuple[Tensor, Any]:
         """See :class:`PolicySteps`."""
@@ -230,7 +243,7 @@ class FusedSteps:
                 to.copy_(value)
             source = into
         update = flat.new_empty(flat.shape)
-        context = self._context_by_student(params, state, grads)
+        context = self._context_by_student(params, state, grads, left)
         folded = self._folded(weights, context)
         with self._kept:
             step_into(update, into, flat, source, *folded, self._backend)
@@ -247,6 +260,7 @@ class FusedSteps:
         weights: Sequence[Tensor],
         moved: Tensor | None,
         draws: RowDraws,
+        left: Tensor | None,
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_moved = d_state
@@ -256,7 +270,7 @@ class FusedSteps:
             d_updates = torch.where(moved[..., None], d_updates, 0)
             nothing = type(d_state)(*(torch.zeros_like(tensor) for tensor in d_state))
             d_moved = keep(d_state, nothing, moved)
-        context = self._context_by_student(params, state, grads)
+        context = self._context_by_student(params, state, grads, left)
         folded = self._folded(weights, context)
         with self._kept:
             d_grads, d_folded = backward_into(
@@ -274,10 +288,10 @@ class FusedSteps:
         return d_grads.view(grads.shape), keep(d_moved, d_state, moved), d_weights
 
     def _context_by_student(
-        self, params: Tensor, state: Any, grads: Tensor
+        self, params: Tensor, state: Any, grads: Tensor, left: Tensor | None
     ) -> TensorContext | None:
         """:meth:`context` with a first dimension of S; sizes are those of every student."""
-        context = self.context(params, state, grads)
+        context = self.context(params, state, grads, left)
         if context is None:
             return None
         inputs, corrections, sizes, pace = context
@@ -412,7 +426,9 @@ class AutogradSteps:
             for grad, old, ok in zip(grads.flatten(0, 1), state, moved.flatten(), strict=True)
         )
 
-    def context(self, params: Tensor, state: tuple[Any, ...], grads: Tensor) -> None:
+    def context(
+        self, params: Tensor, state: tuple[Any, ...], grads: Tensor, left: Tensor | None
+    ) -> None:
         """See :class:`PolicySteps`; nothing, as it is not asked for."""
 
     def forward(
@@ -423,6 +439,7 @@ class AutogradSteps:
         weights: Sequence[Tensor],
         moved: Tensor | None,
         draws: RowDraws,
+        left: Tensor | None,
         reuse: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """See :class:`PolicySteps`."""
@@ -443,6 +460,7 @@ class AutogradSteps:
         weights: Sequence[Tensor],
         moved: Tensor | None,
         draws: RowDraws,
+        left: Tensor | None,
     ) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
         """See :class:`PolicySteps`."""
         d_grads, before = torch.zeros_like(grads), list(d_state)

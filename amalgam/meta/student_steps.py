@@ -115,6 +115,7 @@ class StudentSteps:
             self._weights_at(step),
             None if moved is None else by_student(moved),
             self._draws_of(step),
+            self.left(step),
             reuse,
         )
         update = updates.flatten(0, 1)
@@ -168,6 +169,7 @@ class StudentSteps:
             self._weights_at(step),
             None if moved is None else by_student(moved),
             self._draws_of(step),
+            self.left(step),
         )
         torch._foreach_add_(adjoint.weights, d_weights)
         return self.scaled(d_grads.flatten(0, 1))
@@ -193,6 +195,12 @@ class StudentSteps:
             kept = self.conditions.kept[step]
             adjoint.params *= (kept if moved is None else torch.where(moved, kept, 1))[:, None]
         return d_updates if self.blend is None else self.blend.own * d_updates
+
+    def left(self, step: int) -> Tensor | None:
+        """What is left of the rows' learning rates, shape (S, B); ``None`` for all of them."""
+        if self.conditions is None:
+            return None
+        return self._episodes.by_student(self.conditions.left[step])
 
     def scaled(self, grads: Tensor) -> Tensor:
         """Gradients (R, N) times the losses' scales; also gradients with respect to them."""

@@ -328,7 +328,7 @@ class _Run:
             if self.recorded:
                 tape.grads[t] = grads
                 if not tape.by_steps:
-                    self._note_context(point, tape.steps.scaled(grads))
+                    self._note_context(t, point, tape.steps.scaled(grads))
             if on_policy:
                 teachers, teacher_grads = (x.expand_as(teachers) for x in (point.params, grads))
             if k:
@@ -494,10 +494,11 @@ class _Run:
             self.tape.slopes[t] = found.gradient(imitation_slopes(self._how, found.terms))
         return found.terms
 
-    def _note_context(self, point: Point, grads: Tensor) -> None:
-        """Put on the tape what the students are told of tensors in the step from a point."""
+    def _note_context(self, t: int, point: Point, grads: Tensor) -> None:
+        """Put on the tape what the students are told of tensors in step t, from a point."""
         steps, of = self._episodes.steps, self._episodes.by_student
-        context = steps.context(of(point.params), point.state, of(grads))
+        left = self.tape.steps.left(t)
+        context = steps.context(of(point.params), point.state, of(grads), left)
         if context is not None:
             self.tape.contexts.append(context)
 

@@ -115,7 +115,7 @@ class Batch:
         return list(torch._foreach_neg(grads)) if maximize and grads else grads
 
     def context(
-        self, student: FusedStudent, like: Tensor, grads: list[Tensor]
+        self, student: FusedStudent, like: Tensor, grads: list[Tensor], left: float | Tensor
     ) -> TensorContext | None:
         """What a student is told of the parameters in their next step.
 
@@ -123,6 +123,7 @@ class Batch:
             student: The student.
             like: A tensor of the dtype and device to say it in.
             grads: What :meth:`gradients` gave.
+            left: What is left of the learning rate, as :mod:`amalgam.optimizers.schedule` says.
         """
         if self.constants is None:
             return None
@@ -134,6 +135,7 @@ class Batch:
             *(self.constants, self._taken().to(like), self.params, norms_of),
             pace=pace,
             agreements=agreements,
+            left=left,
         )
 
     def keep_pace(

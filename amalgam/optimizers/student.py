@@ -37,6 +37,7 @@ from amalgam.optimizers.base import (
 from amalgam.optimizers.batch import Batch, paces_after, same, units_in
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.orthogonal import PendingUpdates, orthogonalize_
+from amalgam.optimizers.schedule import PEAK, left_of_peak, left_of_rate, peak_as_tensor
 from amalgam.optimizers.sharding import (
     agreements_of,
     any_sharded,
@@ -192,6 +193,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self._warned_of_betas = False
         defaults = {
             "lr": lr,
+            PEAK: 0.0,
             "weight_decay": weight_decay,
             "warmup_steps": config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": config.warmup_lr if warmup_lr is None else warmup_lr,
@@ -312,6 +314,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             self._step_with_steps(group, params, {})
             return
         lr, decay = float(group["lr"]), float(group["weight_decay"])
+        left = self._left_of(group)
         for batch in self._batches_of(group, params):
             warming = [] if hollow(params[0]) else batch.below(group["warmup_steps"])
             grads = batch.gradients(group["maximize"])
@@ -321,8 +324,12 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 trained = batch.without(warming, self._constants_of)
                 skipped = set(warming)
                 grads = [grad for index, grad in enumerate(grads) if index not in skipped]
-            self._run(trained, grads, lr=lr, weight_decay=decay)
+            self._run(trained, grads, lr=lr, weight_decay=decay, left=left)
             batch.count(1)
+
+    def _left_of(self, group: dict[str, Any]) -> float | Tensor:
+        """What a schedule has left of a group's rate, where the student has a pace."""
+        return left_of_rate(group) if self._student.paced else 1.0
 
     def _warm_up(
         self, group: dict[str, Any], batch: Batch, grads: list[Tensor], warming: list[int]
@@ -395,6 +402,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if group["rounding"] == "stochastic":
             every = chain.from_iterable(g["params"] for g in self.param_groups)
             seeds = {p: _seed_of(group["seed"], number, p) for number, p in enumerate(every)}
+        left = self._left_of(group)
         for batch in self._batches_of(group, params, unit):
             device = batch.params[0].device
             self._run(
@@ -402,6 +410,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 batch.gradients(group["maximize"]),
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
+                left=left,
                 steps=batch.steps,
                 warmup_steps=group["warmup_steps"],
                 warmup_lr=float(group["warmup_lr"]),
@@ -417,6 +426,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         *,
         lr: float | Tensor,
         weight_decay: float | Tensor,
+        left: float | Tensor,
         **how: Any,
     ) -> None:
         params, updates = batch.tensors.params, batch.updates
@@ -425,7 +435,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if updates is not None:
             updates.clear()
         weights = self._weights_for(params[0])
-        context = batch.context(self._student, weights.own[0], grads)
+        context = batch.context(self._student, weights.own[0], grads, left)
         operation, settings = self._student.with_context(weights.operation, weights.own, context)
         with self._kept:
             ops.step_tensors_(
@@ -452,7 +462,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """
         groups = []
         for group in self.param_groups:
-            tensors: list[list[Tensor]] = [[] for _ in range(11)]
+            tensors: list[list[Tensor]] = [[] for _ in range(12)]
             self._init_group(group, *tensors)
             params = tensors[0]
             if params:
@@ -460,7 +470,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         largest = [norm for _, (_, grads, *_) in groups for norm in _norms(grads)]
         skip = ~finite(torch.stack([norm.float() for norm in largest]).max()) if largest else None
         for group, tensors in groups:
-            params, grads, m, v, h, c, steps, paces, own, operation, skipped = tensors
+            params, grads, m, v, h, c, steps, paces, own, operation, skipped, peak = tensors
             flag = None if skip is None else skip.to(params[0].device)
             shapes = [param.shape for param in params]
             constants = self._student.constants_of(shapes, own[0])
@@ -473,6 +483,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 agreements=partial(sign_agreements, grads, m, backend="reference")
                 if paces
                 else None,
+                left=left_of_peak(group["lr"], peak[0]) if paces else 1.0,
             )
             weights, settings = self._student.with_context(operation, own, context)
             rates, written, updates = (group["lr"], group["weight_decay"]), params, None
@@ -548,6 +559,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                     *(constants, steps.to(like), [param], norms_of),
                     pace=entry["pace"].reshape(1).to(like) if paced else None,
                     agreements=partial(agreements_of, [param], [grad], [flat.m]) if paced else None,
+                    left=self._left_of({**group, PEAK: copy.deepcopy(group[PEAK])}),
                 )
             folded, settings = self._student.with_context(weights.operation, weights.own, context)
             if context is not None:
@@ -578,6 +590,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         own: list[Tensor],
         operation: list[Tensor],
         skipped: list[Tensor],
+        peak: list[Tensor],
     ) -> None:
         """Fill these with a group's tensors; torch.compile calls this by name, and not traces it.
 
@@ -605,6 +618,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         own += weights.own
         operation += weights.operation
         skipped.append(self._counted_on(params[0].device))
+        peak.append(peak_as_tensor(group, params[0].device))
 
     def _begin_step(self) -> None:
         if not self._warned_of_betas:

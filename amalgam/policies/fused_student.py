@@ -81,7 +81,12 @@ class FusedStudent(MomentPolicy):
     config: FusedConfig
 
     def context(
-        self, state: Any, params: Tensor | None, layout: Layout | None, grad: Tensor
+        self,
+        state: Any,
+        params: Tensor | None,
+        layout: Layout | None,
+        grad: Tensor,
+        left: float | Tensor = 1.0,
     ) -> TensorContext | None:
         """What the student is told in the step after a state; ``None`` if nothing.
 
@@ -91,6 +96,7 @@ class FusedStudent(MomentPolicy):
             params: Their parameters, shape (N,); outside any graph.
             layout: Which tensors an optimizee's coordinates are; where absent, one vector.
             grad: Their gradients, shape (N,); outside any graph.
+            left: As :meth:`context_of` takes it.
 
         Raises:
             ValueError: ``params`` or ``layout`` does not fit the state, or is absent and needed.
@@ -129,6 +135,7 @@ class FusedStudent(MomentPolicy):
         norms: NormsOf = norms_of,
         pace: Tensor | None = None,
         agreements: Callable[[], Tensor] | None = None,
+        left: float | Tensor = 1.0,
     ) -> TensorContext | None:
         """What the student is told of tensors in their next step; ``None`` if nothing.
 
@@ -141,6 +148,9 @@ class FusedStudent(MomentPolicy):
                 student has a pace.
             agreements: Gives what :func:`amalgam.ops.sign_agreements` says of their gradients and
                 first moments, likewise.
+            left: What a schedule has left of the learning rate, as a share of its peak, in [0, 1]:
+                a number, or of shape () or (tensors,). A step that it makes shorter than a pace
+                does is not made shorter by the pace, too.
         """
         return None
 
@@ -187,6 +197,7 @@ class FusedStudent(MomentPolicy):
         generator: torch.Generator | None = None,
         backend: str = "auto",
         params: Tensor | None = None,
+        left: float = 1.0,
     ) -> tuple[Tensor, Any]:
         """One differentiable step.
 
@@ -199,6 +210,7 @@ class FusedStudent(MomentPolicy):
             generator: Not used: nothing is random.
             backend: As in :func:`amalgam.ops.student_step`.
             params: The parameters, shape (N,), for students that are told of them; constants.
+            left: What a schedule has left of the learning rate, as :meth:`context_of` takes it.
 
         Returns:
             The update (N,), to be subtracted, and the new state.
@@ -209,7 +221,7 @@ class FusedStudent(MomentPolicy):
             RuntimeError: The backend asked for can't compute this here.
         """
         given = None if params is None else params.detach()
-        context = self.context(state, given, layout, grad.detach())
+        context = self.context(state, given, layout, grad.detach(), left)
         folded, settings = self.folded(self.weights() if weights is None else weights, context)
         before = StudentState(*state[:4])
         update, new = ops.student_step(grad, before, folded, settings, backend=backend)

@@ -63,9 +63,10 @@ class NominalConfig(FusedConfig):
         full_width: Up to which width, the smaller of a matrix's dimensions, steps are whole: of its
             first dimension, and the product of the others. Of a wider one they are the share
             full_width / width, as the rate that suits Adam falls with the width of a network's
-            layers (Yang et al. 2022, "Tensor Programs V", table 3). ``None`` for whole steps at
-            every width. Without a layout all is one vector, and of a stack of matrices the number
-            of matrices counts as its first dimension.
+            layers (Yang et al. 2022, "Tensor Programs V", table 3); of a longer vector the root of
+            full_width / length. Their paces adapt slower, by the share's root. ``None`` for whole
+            steps at every width. Without a layout all is one vector, and of a stack of matrices
+            the number of matrices counts as its first dimension.
         inputs: What it is told of a tensor as a whole; nothing, or any of :data:`INPUTS`: its
             ``"time"`` step t, as tanh(t / 10), tanh(t / 100) and tanh(t / 1000); its ``"rank"``;
             its ``"fan_in"``, the product of its dimensions but the first, as a logarithm; the
@@ -180,7 +181,12 @@ class NominalStudent(FusedStudent):
         return super().warm_up(grad, state, layout=layout)._replace(t=state.t + 1)
 
     def context(
-        self, state: Any, params: Tensor | None, layout: Layout | None, grad: Tensor
+        self,
+        state: Any,
+        params: Tensor | None,
+        layout: Layout | None,
+        grad: Tensor,
+        left: float | Tensor = 1.0,
     ) -> TensorContext:
         """See :class:`FusedStudent`."""
         shapes, sizes = _filled(state.m, layout)
@@ -208,7 +214,9 @@ class NominalStudent(FusedStudent):
         if self.paced and repeats * len(sizes):
             of_each = (tensor.split(sizes * repeats) for tensor in (grad, state.m))
             agreements = functools.partial(sign_agreements, *of_each)
-        return self.context_of(constants, state.t, parts, pace=state.pace, agreements=agreements)
+        return self.context_of(
+            *(constants, state.t, parts), pace=state.pace, agreements=agreements, left=left
+        )
 
     @property
     def _sees_rms(self) -> bool:
@@ -242,6 +250,7 @@ class NominalStudent(FusedStudent):
         norms: NormsOf = norms_of,
         pace: Tensor | None = None,
         agreements: Callable[[], Tensor] | None = None,
+        left: float | Tensor = 1.0,
     ) -> TensorContext:
         """See :class:`FusedStudent`."""
         assert constants is not None
@@ -265,12 +274,19 @@ class NominalStudent(FusedStudent):
         else:
             agree, disagree = agreements().unbind(1)
             rise = agree - disagree - config.steady_agreement * (agree + disagree)
-            speed = config.pacing / constants.roots.double().square()
+            shares = constants.shares.double()
+            speed = config.pacing * shares.sqrt() / constants.roots.double().square()
             if config.pacing_steps is not None:
                 speed = speed * (config.pacing_steps / exact).clamp(max=1)
             grown = pace + speed * rise
             pace = grown.clamp(-PACE_BOUND, config.most_pace).to(pace.dtype)
-            columns.append(pace.double().exp() * constants.shares.double())
+            factor = pace.double().exp()
+            if isinstance(left, Tensor) and left.device != factor.device:
+                left = put(left, factor.device)
+            if isinstance(left, Tensor) or left < 1:
+                # The shorter of the two steps; a pace above 1 stays.
+                factor = torch.maximum(factor, (factor / left).clamp(max=1))
+            columns.append(factor * shares)
         corrections = torch.stack(columns, 1).to(steps.dtype)
         return TensorContext(inputs, corrections, constants.sizes, pace)
 
@@ -353,9 +369,11 @@ def _constants(
 
 def _share(config: NominalConfig, shape: torch.Size) -> float:
     """Which share of a whole step a tensor of that shape takes."""
-    if config.full_width is None or len(shape) < 2:
+    if config.full_width is None or not shape:
         return 1.0
-    return min(1.0, config.full_width / max(1, min(shape[0], math.prod(shape[1:]))))
+    width = shape[0] if len(shape) == 1 else min(shape[0], math.prod(shape[1:]))
+    share = min(1.0, config.full_width / max(1, width))
+    return math.sqrt(share) if len(shape) == 1 else share
 
 
 _cached_constants = functools.lru_cache(maxsize=64)(_constants)

@@ -73,15 +73,16 @@ def test_nothing_is_drawn_by_default() -> None:
 
 
 def test_rates_over_the_horizon() -> None:
-    def rates(kind: str) -> list[float]:
-        return [Drawn(0.0, 2.0, kind, 1.0).lr_at(step, 4) for step in (0, 1, 2, 3)]
+    def left(kind: str) -> list[float]:
+        return [Drawn(0.0, 2.0, kind, 1.0).left_at(step, 4) for step in (0, 1, 2, 3)]
 
-    assert rates("constant") == [2.0] * 4
-    assert rates("linear") == [2.0, 1.5, 1.0, 0.5]
-    half = math.sqrt(0.5)
-    assert rates("cosine") == pytest.approx([2.0, 1 + half, 1.0, 1 - half])
+    assert left("constant") == [1.0] * 4
+    assert left("linear") == [1.0, 0.75, 0.5, 0.25]
+    quarter = math.sqrt(0.125)
+    assert left("cosine") == pytest.approx([1.0, 0.5 + quarter, 0.5, 0.5 - quarter])
     window = StepConditions.of([Drawn(0.1, 2.0, "linear", 7.0)], 1, 2, 4, torch.zeros(()))
     assert window.lr.tolist() == [[1.5], [1.0]]
+    assert window.left.tolist() == [[0.75], [0.5]]
     assert window.kept[:, 0].tolist() == pytest.approx([0.85, 0.9])
     assert window.loss_scale.tolist() == [7.0]
 

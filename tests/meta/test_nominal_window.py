@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_window import POOL, STEPS, Net, assert_same, episode, gradients_of, row_of, task_of
+from test_window import (
+    POOL,
+    STEPS,
+    Net,
+    assert_same,
+    conditions_of,
+    episode,
+    gradients_of,
+    row_of,
+    task_of,
+)
 from torch import Tensor
 
 from amalgam.meta import Amalgamation, Memory, Unroll
@@ -40,7 +50,7 @@ def learners(count: int, **config: Any) -> list[NominalStudent]:
 
 
 def total_of(
-    unroll: Unroll, begin: Any, batches: Any, weights: list[list[Tensor]]
+    unroll: Unroll, begin: Any, batches: Any, weights: list[list[Tensor]], **how: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """Both losses by plain autograd, of all rows; and each row's final parameters."""
     total, params = torch.zeros((), dtype=torch.float64), []
@@ -48,18 +58,20 @@ def total_of(
         student = unroll.students[row // unroll.optimizees]
         own = [weights[row // unroll.optimizees]] * STEPS
         meta, imitation, after = naive_window(
-            unroll.task, student, POOL, unroll.amalgamation, begin, batches, own, row
+            unroll.task, student, POOL, unroll.amalgamation, begin, batches, own, row, **how
         )
         total = total + (meta + 0.3 * imitation) / unroll.optimizees
         params.append(after)
     return total, params
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("memory", [Memory(), Memory(segment=3)], ids=["all", "segments"])
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize(("replicates", "optimizees"), [(1, 1), (2, 2)])
 def test_meta_gradient_is_autograds(
+    scheduled: bool,
     orthogonal: bool,
     second_order: bool,
     memory: Memory,
@@ -74,10 +86,12 @@ def test_meta_gradient_is_autograds(
     unroll = Unroll(task_of(Net), students, POOL, how, memory=memory, optimizees=optimizees)
     begin, batches = episode(unroll)
     assert (begin.state.t == 3).all()
-    window = unroll.window(begin, batches)
+    # A schedule has shortened the steps that a pace then does not.
+    conditions = conditions_of(unroll.rows) if scheduled else None
+    window = unroll.window(begin, batches, conditions=conditions)
     weights = [student.weights() for student in students]
     loss = (window.meta_loss + 0.3 * window.imitation_loss).sum()
-    total, params = total_of(unroll, begin, batches, weights)
+    total, params = total_of(unroll, begin, batches, weights, conditions=conditions)
     for ours, theirs in zip(window.end.params, params, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-11, atol=1e-13)
     assert loss.item() == pytest.approx(total.item(), rel=1e-10)

@@ -257,7 +257,9 @@ def test_a_row_that_stands_still_does_not_decay() -> None:
     assert_same(*found, 1e-11)
     # Without the steps that were not taken, and as many steps in the mean.
     taken = [t for t in range(STEPS) if t not in (0, 3)]
-    fewer = StepConditions(conditions.lr[taken], conditions.kept[taken], conditions.loss_scale)
+    fewer = conditions._replace(
+        lr=conditions.lr[taken], kept=conditions.kept[taken], left=conditions.left[taken]
+    )
     other = unroll.window(begin, [batches[t] for t in taken], conditions=fewer)
     assert torch.equal(window.end.params, other.end.params)
     share = len(taken) / STEPS

@@ -61,21 +61,26 @@ def test_corrections_keep_float32_whole_at_the_first_step() -> None:
 
 
 @pytest.mark.parametrize("pacing", [0.0, 0.1])
-def test_steps_of_wide_matrices_are_shares(pacing: float) -> None:
-    """Of a matrix the smaller dimension counts, and vectors and numbers have no width."""
-    layout = Layout({"w": (6, 9), "b": (50,), "none": (0, 7), "k": (20, 1, 2, 2), "s": ()})
-    values = torch.linspace(-1, 1, layout.numel, dtype=torch.float64)
+def test_wide_tensors_step_by_shares_and_their_paces_adapt_slower(pacing: float) -> None:
+    """Of a matrix the smaller dimension counts, of a vector the root; numbers step whole."""
+    layout = Layout(
+        {"w": (6, 9), "b": (50,), "none": (0, 7), "k": (20, 1, 2, 2), "s": (), "few": (2,)}
+    )
+    values = torch.linspace(-1, 2, layout.numel, dtype=torch.float64)
     found = []
     for full_width in (None, 3):
         student = made(inputs=(), pacing=pacing, full_width=full_width)
         assert student.sees_shapes == (full_width is not None)
-        state = student.initial_state(values, layout)
-        context = student.context(state, values, layout, values)
-        found.append(context)
+        state = student.initial_state(values, layout)._replace(m=values)
+        found.append(student.context(state, values, layout, values))
     whole, shared = (context.corrections for context in found)
-    assert (shared[:, 2] / whole[:, 2]).tolist() == pytest.approx([3 / 6, 1, 3 / 4, 1], rel=1e-12)
+    shares = torch.tensor([3 / 6, math.sqrt(3 / 50), 3 / 4, 1, 1], dtype=torch.float64)
+    paces = [context.pace for context in found]
+    assert paces[0].tolist() == pytest.approx([pacing] * 5)
+    torch.testing.assert_close(paces[1], shares.sqrt() * paces[0], rtol=1e-12, atol=0)
+    expected = shares * whole[:, 2] * (paces[1] - paces[0]).exp()
+    torch.testing.assert_close(shared[:, 2], expected, rtol=1e-12, atol=0)
     assert torch.equal(shared[:, :2], whole[:, :2])
-    assert torch.equal(*(context.pace for context in found))
 
 
 def test_what_it_is_told_enters_as_further_inputs_would() -> None:
