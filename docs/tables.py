@@ -295,28 +295,37 @@ def gpu_functional(path: str) -> str:
     return _markdown(["operation", "student", "CUDA's, ns", "Triton's, ns"], rows)
 
 
-def gpu_windows(before: str, after: str) -> str:
+def gpu_windows(before: str, alone: str, after: str) -> str:
     """Milliseconds of an inner step of meta-training on a GPU, without graphs, with, and on a CPU.
 
     Args:
         before: The rows of a run without graphs, and of that machine's processor.
-        after: The rows of a run with graphs.
+        alone: The rows of a run with graphs, in which each replicate steps alone.
+        after: The rows of a run with graphs, in which they step together.
     """
-    old, rows = _gpu_rows(before, "windows"), []
-    for case, row in _gpu_rows(after, "windows").items():
+    old, graphs = (
+        _gpu_rows(before, "windows"),
+        [_gpu_rows(path, "windows") for path in (alone, after)],
+    )
+    rows = []
+    for case in {**graphs[0], **graphs[1]}:
+        found = [of.get(case) for of in graphs]
+        row = found[1] or found[0]
+        assert row is not None
         if not row["graph"] or row["obstacle"]:
             continue
         label = case.removesuffix(" in a graph")
-        beside = [old.get(label), old.get(label.replace(" cuda", " cpu"))]
-        times = ["" if found is None else f"{found['ms_per_step']:.1f}" for found in beside]
-        name = row["task"] if row["task"].startswith("digits") else "the paper's CNN, T = 100"
+        times = [old.get(label), *found, old.get(label.replace(" cuda", " cpu"))]
+        kernels = [f"{of['kernels_per_step']:,.0f}" if of else "" for of in found]
+        name = {"million": "a million coordinates", "cnn": "the paper's CNN"}.get(row["task"])
+        name = row["task"] if name is None else f"{name}, T = {row['steps']}"
         name += {True: ", as one", False: ", one by one", None: ""}[row.get("stack")]
         name += ", bfloat16" if row.get("autocast") else ""
         order = {1: "first", 2: "second"}[row["order"]]
-        figures = [f"{row['ms_per_step']:.2f}", f"{row['kernels_per_step']:,.0f}"]
-        rows.append([name, str(row["replicates"]), order, times[0], *figures, times[1]])
-    head = ["task", "replicates", "order", "GPU before, ms", "GPU in a graph, ms"]
-    return _markdown([*head, "kernels a step", "16 CPU cores, ms"], rows)
+        first, *both, cpu = (f"{of['ms_per_step']:.3g}" if of else "" for of in times)
+        rows.append([name, str(row["replicates"]), order, first, *both, *kernels, cpu])
+    head = ["task", "replicates", "order", "no graph, ms", "each alone, ms", "together, ms"]
+    return _markdown([*head, "kernels alone", "together", "16 CPU cores, ms"], rows)
 
 
 def gpu_models(path: str) -> str:

@@ -37,7 +37,7 @@ from amalgam.optimizers.base import (
 from amalgam.optimizers.batch import Batch, paces_after, same, units_in
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.orthogonal import PendingUpdates, orthogonalize_
-from amalgam.optimizers.schedule import PEAK, left_of_peak, left_of_rate, peak_as_tensor
+from amalgam.optimizers.schedule import PEAK, left_of_rate, settle_peak
 from amalgam.optimizers.sharding import (
     agreements_of,
     any_sharded,
@@ -244,6 +244,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         super()._check_group(group)
         if group["orthogonal"] is None:
             group["orthogonal"] = self._student.orthogonal
+        settle_peak(group)
         check_choice("rounding", group["rounding"], ("nearest", "stochastic"))
         check_whole("seed", group["seed"])
         if not 0 <= group["seed"] < 2**32:
@@ -462,7 +463,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         """
         groups = []
         for group in self.param_groups:
-            tensors: list[list[Tensor]] = [[] for _ in range(12)]
+            tensors: list[list[Tensor]] = [[] for _ in range(11)]
             self._init_group(group, *tensors)
             params = tensors[0]
             if params:
@@ -470,7 +471,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         largest = [norm for _, (_, grads, *_) in groups for norm in _norms(grads)]
         skip = ~finite(torch.stack([norm.float() for norm in largest]).max()) if largest else None
         for group, tensors in groups:
-            params, grads, m, v, h, c, steps, paces, own, operation, skipped, peak = tensors
+            params, grads, m, v, h, c, steps, paces, own, operation, skipped = tensors
             flag = None if skip is None else skip.to(params[0].device)
             shapes = [param.shape for param in params]
             constants = self._student.constants_of(shapes, own[0])
@@ -483,7 +484,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 agreements=partial(sign_agreements, grads, m, backend="reference")
                 if paces
                 else None,
-                left=left_of_peak(group["lr"], peak[0]) if paces else 1.0,
+                left=self._left_of(group),
             )
             weights, settings = self._student.with_context(operation, own, context)
             rates, written, updates = (group["lr"], group["weight_decay"]), params, None
@@ -590,7 +591,6 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         own: list[Tensor],
         operation: list[Tensor],
         skipped: list[Tensor],
-        peak: list[Tensor],
     ) -> None:
         """Fill these with a group's tensors; torch.compile calls this by name, and not traces it.
 
@@ -618,7 +618,6 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         own += weights.own
         operation += weights.operation
         skipped.append(self._counted_on(params[0].device))
-        peak.append(peak_as_tensor(group, params[0].device))
 
     def _begin_step(self) -> None:
         if not self._warned_of_betas:
