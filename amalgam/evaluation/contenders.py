@@ -62,6 +62,8 @@ def student_contender(name: str, student: Policy) -> Contender:
         "config": _plain(asdict(student.config)),
         "weights": digest_of(student.state_dict().values()),
     }
+    if student.kind in _VERSIONS:
+        identity["version"] = _VERSIONS[student.kind]
     return Contender(name, partial(optimizer_of, policy=student), "student", identity=identity)
 
 
@@ -211,7 +213,8 @@ _MAKERS: dict[str, Any] = {
     "RMSprop": torch.optim.RMSprop,
     "Muon": muon,
 }
-_VERSIONS = {"Muon": 2}  # for the cache: what a name stood for has changed so often
+# For the cache: what Muon's name stood for, and how a kind of policies steps, has changed so often.
+_VERSIONS = {"Muon": 2, "nominal": 2}
 BASELINES = tuple(_MAKERS)
 """The optimizers that can be tuned; Muon is :func:`muon`, the others are PyTorch's."""
 
