@@ -92,24 +92,26 @@ def test_each_student_steps_as_alone(backend: str, device: str, case: tuple[Any,
     pairs = [make(device, layers, hidden, size, seed) for seed in range(count)]
     students, upstream = [list(each) for each in zip(*pairs, strict=True)]
     every = together(students)
-    update, target = torch.full_like(every.grad, torch.nan), every.state
-    new = StudentState(*(torch.full_like(t, torch.nan) for t in target))
-    for state in (new, StudentState(*(t.clone() for t in target))):
-        source = target if state is new else state
+    new = StudentState(*(torch.full_like(t, torch.nan) for t in every.state))
+    over = StudentState(*(t.clone() for t in every.state))
+    stepped = []
+    for state, source in ((new, every.state), (over, over)):
+        update = torch.full_like(every.grad, torch.nan)
         step_into(update, state, every.grad, source, *every[2:], backend)
-        for number, one in enumerate(students):
-            alone = FORWARD(one.grad, *one.state, one.weights, *one.settings, backend)
-            found = update[number], *(t[number] for t in state)
-            assert all(map(torch.equal, found, alone))
-
+        stepped.append((update, *state))
     d_update, *d_new = map(torch.stack, zip(*upstream, strict=True))
     d_state = StudentState(*d_new)
     d_grad, d_weights = backward_into(d_update, d_state, *every, backend)
-    for number, one in enumerate(students):
-        arguments = one.grad, *one.state, one.weights, *one.settings, backend
-        *alone, in_weights = BACKWARD(upstream[number], *arguments)
-        found = d_grad[number], *(t[number] for t in d_state)
-        assert all(map(torch.equal, found, alone))
+
+    # All is launched before anything is compared: so preparing a GPU's run compiles it all.
+    of_each = [(one.grad, *one.state, one.weights, *one.settings, backend) for one in students]
+    forward = [FORWARD(*arguments) for arguments in of_each]
+    backward = [BACKWARD(d, *arguments) for d, arguments in zip(upstream, of_each, strict=True)]
+    for number, (alone, (*d_alone, in_weights)) in enumerate(zip(forward, backward, strict=True)):
+        for found in stepped:
+            assert all(torch.equal(t[number], one) for t, one in zip(found, alone, strict=True))
+        for ours, theirs in zip((d_grad, *d_state), d_alone, strict=True):
+            assert torch.equal(ours[number], theirs)
         for ours, theirs in zip(d_weights, in_weights, strict=True):
             assert ours[number].shape == theirs.shape
             torch.testing.assert_close(ours[number], theirs, rtol=1e-6, atol=1e-7)
