@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from machine_code import assert_cuda_within, budgets
 from places import ON_CPU, ON_HOST, at, on_gpus
 from torch import Tensor
 
@@ -107,3 +108,8 @@ def test_lists_that_do_not_match_are_refused() -> None:
         sign_agreements([], [])
     with pytest.raises(TypeError, match=r"second must be a floating-point tensor, not torch.int64"):
         sign_agreements([torch.ones(3)], [torch.arange(3)])
+
+
+def test_cudas_kernel_keeps_to_its_budget() -> None:
+    _, rows = budgets("sign_agreement")
+    assert_cuda_within(rows, {"cuda agree sm_90": "5agreeE"})

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from accuracy import assert_at_most_twice, errors_of, kept
-from machine_code import MachineCode, compile_kernel
+from machine_code import (
+    MachineCode,
+    assert_cuda_within,
+    assert_within,
+    budgets,
+    compile_kernel,
+)
 from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, ON_HOST, at, compiled, of_each, on_gpus
 from torch import Tensor
 
@@ -28,6 +34,7 @@ GPUS = on_gpus("triton", "cuda")
 everywhere = at(*ON_CPU, *GPUS, *INTERPRETED, *ON_HOST)
 # The interpreter takes minutes for numerical gradients; one instruction set is enough for them.
 compiled_once = at(*ON_CPU_ONCE, *GPUS)
+BUDGETS, CUDA_BUDGETS = budgets("teacher_distance")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 hubers = pytest.mark.parametrize("huber_delta", [None, 0.01])
 
@@ -550,7 +557,24 @@ def compiled_for(kernel: str, arch: int) -> MachineCode:
 def test_triton_kernels_compile_without_spills(
     kernel: str, arch: int, compilation: MachineCode
 ) -> None:
+    from amalgam.kernels.teacher_distance import BLOCK, OPTIONS
+
+    costs = compilation.costs(BLOCK / (32 * OPTIONS["num_warps"]))
+    assert_within(costs, BUDGETS[f"{kernel} sm_{arch}"])
     assert re.search(r"ld\.global\S*\.v4", compilation.ptx)
     assert not re.search(r"\b(ld|st)\.local", compilation.ptx)
     assert compilation.count("LDG") > 0
     assert compilation.count("LDL", "STL") == 0
+
+
+CUDA_KERNELS = {
+    "cuda sum_tiles sm_90 float32": "sum_tilesILb0EfE",
+    "cuda sum_tiles sm_90 float32,huber": "sum_tilesILb1EfE",
+    "cuda gradients sm_90 float32": "gradientsILb0ELb0EfE",
+    "cuda gradients sm_90 float32,huber,teachers": "gradientsILb1ELb1EfE",
+}
+"""Fragments of the mangled names of CUDA's kernels."""
+
+
+def test_cuda_kernels_keep_to_their_budgets() -> None:
+    assert_cuda_within(CUDA_BUDGETS, CUDA_KERNELS)

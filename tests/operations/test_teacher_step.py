@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from accuracy import Errors, assert_at_most_twice, errors_of, kept, largest, of_a_row
-from machine_code import MachineCode, compile_kernel
+from machine_code import (
+    MachineCode,
+    assert_cuda_within,
+    assert_within,
+    budgets,
+    compile_kernel,
+)
 from places import INTERPRETED, ON_CPU, ON_CPU_ONCE, ON_HOST, at, compiled, on_gpus
 from torch import Tensor
 
 from amalgam.backends import core
 from amalgam.ops import KINDS, teacher_step
 
+BUDGETS, CUDA_BUDGETS = budgets("teacher_step")
 SIZES = [0, 1, 31, 33, 1000]
 K = len(KINDS)
 LR = [0.2, 0.5, 0.005, 0.01, 0.1, 0.3, 0.02, 0.03]
@@ -652,12 +659,28 @@ def compiled_for(kernel: str, dtype: torch.dtype, arch: int) -> MachineCode:
 def test_triton_kernels_compile_without_spills(
     kernel: str, dtype: torch.dtype, arch: int, compilation: MachineCode
 ) -> None:
+    from amalgam.kernels.teacher_step import BYTES, OPTIONS
+
+    costs = compilation.costs(BYTES / dtype.itemsize / (32 * OPTIONS["num_warps"]))
+    assert_within(costs, BUDGETS[f"{kernel} sm_{arch} {str(dtype).removeprefix('torch.')}"])
     wide = "v4" if dtype == torch.float32 else "v2"
     for access in ("ld", "st"):
         assert re.search(rf"{access}\.global\S*\.{wide}", compilation.ptx)
     assert not re.search(r"\b(ld|st)\.local", compilation.ptx)
     assert compilation.count("LDG") > 0
     assert compilation.count("LDL", "STL") == 0
+
+
+CUDA_KERNELS = {
+    f"cuda {name} sm_90 {dtype}": f"{kernel}I{letter}E"
+    for name, kernel in (("forward", "teachers_forward"), ("gradients", "teachers_backward"))
+    for dtype, letter in (("float32", "f"), ("float64", "d"))
+}
+"""Fragments of the mangled names of CUDA's kernels, which hold all kinds of teachers."""
+
+
+def test_cuda_kernels_keep_to_their_budgets() -> None:
+    assert_cuda_within(CUDA_BUDGETS, CUDA_KERNELS)
 
 
 # --- Errors ---
