@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amalgam import AmalgamatedOptimizer, Student, StudentConfig, Teacher, TeacherOptimizer
+from amalgam import (
+    AmalgamatedOptimizer,
+    NominalConfig,
+    NominalStudent,
+    Student,
+    StudentConfig,
+    Teacher,
+    TeacherOptimizer,
+)
 from amalgam.ops import KINDS
 
 # Decay that shows within a few steps, and rates of any size, are those that users are warned of.
@@ -357,9 +365,12 @@ class _NothingReadBack(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_capturable_step_reads_nothing_back(student, scaled) -> None:
+@pytest.mark.parametrize("paced", [False, True])
+def test_a_capturable_step_reads_nothing_back(student, paced, scaled) -> None:
     params = tensors()
     lr = torch.tensor(0.5)
+    if paced:
+        student = NominalStudent(NominalConfig(hidden=4, pacing=0.3, orthogonal=True))
     optimizer = AmalgamatedOptimizer(params, lr, student, capturable=True, backend="reference")
     if scaled:
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch
 from students import check_stats_tell_the_step, give_gradients
 from torch import Tensor, nn
 
-from amalgam import AmalgamatedOptimizer, NominalConfig, NominalStudent, estimate_memory
+from amalgam import (
+    AmalgamatedOptimizer,
+    NominalConfig,
+    NominalStudent,
+    PolicyOptimizer,
+    estimate_memory,
+)
 from amalgam.layout import Layout
 
 SHAPES = [(5, 3), (7,), (), (0, 2), (2, 3, 2)]
@@ -96,12 +103,62 @@ def test_the_peak_of_a_rate_is_kept_and_loaded() -> None:
     other = AmalgamatedOptimizer(params, student=student(), lr=0.5)
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["peak_lr"] == 0.8
-    # A tensor, as who captures steps sets.
+    # A tensor, as who captures steps sets. Statistics are of the step, and keep nothing.
     other.param_groups[0]["lr"] = torch.tensor(0.2)
-    stats = other.stats()
     other.step()
     assert float(other.param_groups[0]["peak_lr"]) == pytest.approx(0.8)
-    assert stats.keys() == {f"0.{n}" for n in (0, 1, 2, 4)}
+    other.param_groups[0]["lr"].fill_(1.5)
+    other.stats()
+    assert float(other.param_groups[0]["peak_lr"]) == pytest.approx(0.8)
+    other.step()
+    assert float(other.param_groups[0]["peak_lr"]) == 1.5
+
+
+def test_optimizers_of_before_begin_without_a_peak() -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    give_gradients(params, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    del optimizer.param_groups[0]["peak_lr"], state["param_groups"][0]["peak_lr"]
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.param_groups[0]["peak_lr"] == 0
+    other = AmalgamatedOptimizer(params, student=student())
+    other.load_state_dict(state)
+    assert other.param_groups[0]["peak_lr"] == 0
+
+
+@pytest.mark.parametrize("peak", [math.inf, math.nan, -1.0, "x", None, torch.ones(2)])
+def test_a_peak_that_is_none_is_refused(peak: Any) -> None:
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student())
+    state = optimizer.state_dict()
+    state["param_groups"][0]["peak_lr"] = peak
+    with pytest.raises((TypeError, ValueError), match="peak_lr must"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_rate_on_the_meta_device_has_a_peak_there() -> None:
+    params = [nn.Parameter(torch.ones(3, device="meta"))]
+    lr = torch.tensor(1.0, device="meta")
+    optimizer = AmalgamatedOptimizer(params, lr, student=student(), capturable=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["peak_lr"].device.type == "meta"
+
+
+def test_a_policy_optimizer_steps_by_the_schedule_likewise() -> None:
+    params, twins = parameters(), parameters()
+    optimizers = (
+        AmalgamatedOptimizer(params, student=student(), backend="reference"),
+        PolicyOptimizer(twins, student(), backend="reference"),
+    )
+    for step, rate in enumerate(SCHEDULE):
+        for each, optimizer in zip((params, twins), optimizers, strict=True):
+            give_gradients(each, step)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -194,6 +251,7 @@ def test_stats_tell_the_step_with_its_pace() -> None:
     for step in range(4):
         give_gradients(params, step)
         optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.3
     give_gradients(params, 4)
     check_stats_tell_the_step(optimizer, params, (0, 1, 4))
 

@@ -62,8 +62,8 @@ def student_contender(name: str, student: Policy) -> Contender:
         "config": _plain(asdict(student.config)),
         "weights": digest_of(student.state_dict().values()),
     }
-    if student.kind in _VERSIONS:
-        identity["version"] = _VERSIONS[student.kind]
+    if student.kind in _OF_POLICIES:
+        identity["version"] = _OF_POLICIES[student.kind]
     return Contender(name, partial(optimizer_of, policy=student), "student", identity=identity)
 
 
@@ -213,8 +213,10 @@ _MAKERS: dict[str, Any] = {
     "RMSprop": torch.optim.RMSprop,
     "Muon": muon,
 }
-# For the cache: what Muon's name stood for, and how a kind of policies steps, has changed so often.
-_VERSIONS = {"Muon": 2, "nominal": 2}
+# For the cache: what a baseline's name stood for, and how a kind of policies steps, has changed so
+# often.
+_VERSIONS = {"Muon": 2}
+_OF_POLICIES = {"nominal": 2}
 BASELINES = tuple(_MAKERS)
 """The optimizers that can be tuned; Muon is :func:`muon`, the others are PyTorch's."""
 

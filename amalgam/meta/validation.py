@@ -138,7 +138,7 @@ def _episodes_losses(
     *,
     seed: int,
 ) -> list[float]:
-    """The meta-losses of a task's episodes, that have these numbers, each as long as the others.
+    """The meta-losses of a task's episodes of these numbers, all of as many windows.
 
     Returns:
         Of each window the mean over the episodes, once for each of them; a last one that is

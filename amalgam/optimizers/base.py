@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 from amalgam.hints import did_you_mean
 from amalgam.operations.checks import hollow
 from amalgam.operations.largest_magnitude import largest_magnitudes
+from amalgam.optimizers.capture import capturing
 from amalgam.optimizers.identity import check_identity, identity_of
+from amalgam.optimizers.schedule import PEAK, settle_peak
 from amalgam.optimizers.sharding import (
     SKIP_GROUPS,
     any_process,
@@ -419,7 +421,13 @@ class LearnedOptimizer(StepOptimizer):
     """What the optimizers with learned weights share: whose weights they are, and their state."""
 
     _subject: ClassVar[str] = "policy"
-    _numbers = ("lr", "weight_decay", "warmup_steps", "warmup_lr")
+    _numbers = ("lr", PEAK, "weight_decay", "warmup_steps", "warmup_lr")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was pickled, perhaps by an earlier version, whose groups kept no peak."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault(PEAK, 0.0)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         config = self._config()
@@ -427,6 +435,7 @@ class LearnedOptimizer(StepOptimizer):
             if group[name] is None:
                 group[name] = getattr(config, name)
         super()._check_group(group)
+        settle_peak(group)
         check_whole("warmup_steps", group["warmup_steps"])
         own = self.defaults[self._subject]
         if group[self._subject] != own and self._identity(group[self._subject]) == own:
@@ -486,20 +495,6 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
         raise ValueError(f"{name} must be {listed}, not {value!r}{hint}")
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph captures what the current stream is given."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def check_before_capture() -> None:
-    """Refuse to have a graph make state: every replay would make it anew."""
-    if capturing():
-        raise RuntimeError(
-            "take a step with every parameter's gradient before capturing one in a CUDA graph, "
-            "which would reset at every replay what its first step makes"
-        )
 
 
 def warn_of_adamws_numbers(optimizer: LearnedOptimizer) -> None:

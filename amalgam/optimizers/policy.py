@@ -13,7 +13,8 @@ from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.optimizers.base import LearnedOptimizer, computing_dtype, warn_of_adamws_numbers
 from amalgam.optimizers.identity import identity_of
-from amalgam.policies import Policy, load_policy
+from amalgam.optimizers.schedule import PEAK, left_of_rate
+from amalgam.policies import FusedStudent, Policy, load_policy
 
 
 class PolicyOptimizer(LearnedOptimizer):
@@ -64,6 +65,7 @@ class PolicyOptimizer(LearnedOptimizer):
         config = own.config
         defaults = {
             "lr": lr,
+            PEAK: 0.0,
             "weight_decay": weight_decay,
             "warmup_steps": config.warmup_steps if warmup_steps is None else warmup_steps,
             "warmup_lr": config.warmup_lr if warmup_lr is None else warmup_lr,
@@ -129,6 +131,8 @@ class PolicyOptimizer(LearnedOptimizer):
             seen: dict[str, Any] = {}
             if policy.sees_params:
                 seen["params"] = torch.cat([param.reshape(-1).to(dtype) for param in unit])
+            if isinstance(policy, FusedStudent) and policy.paced:
+                seen["left"] = float(left_of_rate(group))
             update, state = policy.step(grad, state, layout=layout, backend=self.backend, **seen)
         self._scatter(policy, group, unit, state)
         lr, decay = float(group["lr"]), float(group["weight_decay"])

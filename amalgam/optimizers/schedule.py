@@ -3,6 +3,8 @@
 A pace below 1 shortens steps that are too long for a constant rate. A rate that falls shortens
 them, too, and both together would end training early: so a tensor's step is the shorter one of the
 two (:meth:`amalgam.policies.FusedStudent.context_of`). While a rate warms up, its peak is the rate.
+The peak is that of the steps of a group: one that is added late, or state of an earlier version,
+begins without one, so that its pace is multiplied by what a schedule still takes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amalgam.optimizers.base import check_before_capture
+from amalgam.operations.checks import hollow
+from amalgam.optimizers.capture import check_before_capture
 
 PEAK = "peak_lr"
 
@@ -20,10 +23,10 @@ PEAK = "peak_lr"
 def settle_peak(group: dict[str, Any]) -> None:
     """Have a group keep its peak as it keeps its rate: a number, or a tensor of its own."""
     lr, peak = group["lr"], group[PEAK]
+    known = 0.0 if isinstance(peak, Tensor) and hollow(peak) else float(peak)
+    group[PEAK] = known
     if isinstance(lr, Tensor):
-        group[PEAK] = torch.full_like(lr, float(peak), requires_grad=False)
-    else:
-        group[PEAK] = float(peak)
+        group[PEAK] = torch.full_like(lr, known, requires_grad=False)
 
 
 def left_of_rate(group: dict[str, Any]) -> float | Tensor:

@@ -27,7 +27,6 @@ from amalgam.ops import StudentState
 from amalgam.optimizers.base import (
     NONFINITE,
     LearnedOptimizer,
-    check_before_capture,
     check_choice,
     check_whole,
     computing_dtype,
@@ -35,9 +34,10 @@ from amalgam.optimizers.base import (
     warn_of_adamws_numbers,
 )
 from amalgam.optimizers.batch import Batch, paces_after, same, units_in
+from amalgam.optimizers.capture import check_before_capture
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.orthogonal import PendingUpdates, orthogonalize_
-from amalgam.optimizers.schedule import PEAK, left_of_rate, settle_peak
+from amalgam.optimizers.schedule import PEAK, left_of_rate
 from amalgam.optimizers.sharding import (
     agreements_of,
     any_sharded,
@@ -244,7 +244,6 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         super()._check_group(group)
         if group["orthogonal"] is None:
             group["orthogonal"] = self._student.orthogonal
-        settle_peak(group)
         check_choice("rounding", group["rounding"], ("nearest", "stochastic"))
         check_whole("seed", group["seed"])
         if not 0 <= group["seed"] < 2**32:

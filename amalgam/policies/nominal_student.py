@@ -282,7 +282,9 @@ class NominalStudent(FusedStudent):
             pace = grown.clamp(-PACE_BOUND, config.most_pace).to(pace.dtype)
             factor = pace.double().exp()
             if isinstance(left, Tensor) and left.device != factor.device:
-                left = put(left, factor.device)
+                # A host that did not wait for a GPU's would compute with what it has not got yet.
+                here = left.device.type == "cpu"
+                left = put(left, factor.device) if here else left.to(factor.device)
             if isinstance(left, Tensor) or left < 1:
                 # The shorter of the two steps; a pace above 1 stays.
                 factor = torch.maximum(factor, (factor / left).clamp(max=1))
