@@ -303,11 +303,8 @@ def gpu_windows(before: str, alone: str, after: str) -> str:
         alone: The rows of a run with graphs, in which each replicate steps alone.
         after: The rows of a run with graphs, in which they step together.
     """
-    old, graphs = (
-        _gpu_rows(before, "windows"),
-        [_gpu_rows(path, "windows") for path in (alone, after)],
-    )
-    rows = []
+    old, rows = _gpu_rows(before, "windows"), []
+    graphs = [_gpu_rows(path, "windows") for path in (alone, after)]
     for case in {**graphs[0], **graphs[1]}:
         found = [of.get(case) for of in graphs]
         row = found[1] or found[0]

@@ -197,7 +197,7 @@ class StudentSteps:
         return d_updates if self.blend is None else self.blend.own * d_updates
 
     def left(self, step: int) -> Tensor | None:
-        """What is left of the rows' learning rates, shape (S, B); ``None`` for all of them."""
+        """What schedules have left of the rows' rates, shape (S, B); ``None`` where none is."""
         if self.conditions is None:
             return None
         return self._episodes.by_student(self.conditions.left[step])

@@ -311,7 +311,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if group["rounding"] == "stochastic":
-            self._step_with_steps(group, params, {})
+            self._step_with_steps(group, params, self._left_of(group), {})
             return
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         left = self._left_of(group)
@@ -366,16 +366,17 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 skip[device] = flag.to(device, torch.float32, non_blocking=True)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            self._step_with_steps(group, params, skip)
+            self._step_with_steps(group, params, self._left_of(group), skip)
 
     def _step_each_on_device(self) -> None:
         """A call for each tensor, which is skipped by a flag of its own, and not by a scaler's."""
         flags = self._unusable_of_each()
         for group in self.param_groups:
+            left = self._left_of(group)
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     skip = {param.device: flags[param].to(torch.float32)}
-                    self._step_with_steps(group, [param], skip, index)
+                    self._step_with_steps(group, [param], left, skip, index)
         if flags or self._groups():
             self._count_skip(self._any_unusable(list(flags.values())))
 
@@ -394,6 +395,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self,
         group: dict[str, Any],
         params: list[Tensor],
+        left: float | Tensor,
         skip: dict[torch.device, Tensor],
         unit: int | None = None,
     ) -> None:
@@ -402,7 +404,6 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if group["rounding"] == "stochastic":
             every = chain.from_iterable(g["params"] for g in self.param_groups)
             seeds = {p: _seed_of(group["seed"], number, p) for number, p in enumerate(every)}
-        left = self._left_of(group)
         for batch in self._batches_of(group, params, unit):
             device = batch.params[0].device
             self._run(
