@@ -45,6 +45,9 @@ class NominalConfig(FusedConfig):
         layers: LSTM layers, 1 or more.
         hidden: Units in each.
         lr: The learning rate of Adam that it begins from.
+        rate_warmup: Steps over which the rate rises to lr, as t / rate_warmup of it in step t of a
+            tensor: the first gradients of a network say little of later ones, and steps that are
+            good later may spoil it. ``None`` for whole steps from the first on.
         gain: Factor on the head's first output, the logarithm of the factor on Adam's step.
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
@@ -82,6 +85,7 @@ class NominalConfig(FusedConfig):
     layers: int = 1
     hidden: int = 8
     lr: float = 0.005
+    rate_warmup: int | None = None
     gain: float = 2.0
     pacing: float = 0.0
     pacing_steps: int | None = None
@@ -98,7 +102,7 @@ class NominalConfig(FusedConfig):
         super().__post_init__()
         check_fields(
             self,
-            counts=("full_width", "pacing_steps"),
+            counts=("full_width", "pacing_steps", "rate_warmup"),
             positive=("lr", "gain"),
             not_negative=("pacing", "most_pace"),
             decays=("steady_agreement",),
@@ -269,27 +273,28 @@ class NominalStudent(FusedStudent):
         # In float64, as float32 would lose half of its bits in 1 - beta^t.
         exact = now.double()
         columns = [1 / (1 - beta**exact) for beta in (config.beta1, config.beta2)]
-        if agreements is None or pace is None:
-            columns.append(constants.shares.double())
-        else:
+        shares = constants.shares.double()
+        factor = shares
+        if config.rate_warmup is not None:
+            factor = factor * (exact / config.rate_warmup).clamp(max=1)
+        if agreements is not None and pace is not None:
             agree, disagree = agreements().unbind(1)
             rise = agree - disagree - config.steady_agreement * (agree + disagree)
-            shares = constants.shares.double()
             speed = config.pacing * shares.sqrt() / constants.roots.double().square()
             if config.pacing_steps is not None:
                 speed = speed * (config.pacing_steps / exact).clamp(max=1)
             grown = pace + speed * rise
             pace = grown.clamp(-PACE_BOUND, config.most_pace).to(pace.dtype)
-            factor = pace.double().exp()
-            if isinstance(left, Tensor) and left.device != factor.device:
+            paced = pace.double().exp()
+            if isinstance(left, Tensor) and left.device != paced.device:
                 # A host that did not wait for a GPU's would compute with what it has not got yet.
                 here = left.device.type == "cpu"
-                left = put(left, factor.device) if here else left.to(factor.device)
+                left = put(left, paced.device) if here else left.to(paced.device)
             if isinstance(left, Tensor) or left < 1:
                 # The shorter of the two steps; a pace above 1 stays.
-                factor = torch.maximum(factor, (factor / left).clamp(max=1))
-            columns.append(factor * shares)
-        corrections = torch.stack(columns, 1).to(steps.dtype)
+                paced = torch.maximum(paced, (paced / left).clamp(max=1))
+            factor = factor * paced
+        corrections = torch.stack([*columns, factor], 1).to(steps.dtype)
         return TensorContext(inputs, corrections, constants.sizes, pace)
 
     def operation_weights(self, weights: Sequence[Tensor]) -> list[Tensor]:

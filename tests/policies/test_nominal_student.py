@@ -177,6 +177,26 @@ def test_after_so_many_steps_a_pace_moves_by_less_and_less() -> None:
     assert pace.tolist() == pytest.approx([0.5, 0.5, 0.5, 0.5 * 4 / 6])
 
 
+@pytest.mark.parametrize("pacing", [0.0, 0.5])
+def test_the_rate_rises_over_a_tensors_first_steps(pacing: float) -> None:
+    """In step t to t / rate_warmup; of each tensor by its own steps, and whatever else scales it."""
+    settings = {"pacing": pacing, "inputs": (), "full_width": 2}
+    student, whole = made(rate_warmup=4, **settings), made(**settings)
+    grad = torch.ones(LAYOUT.numel, dtype=torch.float64)
+    state = student.initial_state(grad, LAYOUT)._replace(m=grad)
+    state = state._replace(t=torch.tensor([0.0, 2.0, 3.0, 9.0], dtype=torch.float64))
+    update, after = student.step(grad, state, layout=LAYOUT)
+    expected, whole_after = whole.step(grad, state, layout=LAYOUT)
+    shares = [1 / 4, 3 / 4, 1.0, 1.0]
+    for ours, theirs, share in zip(
+        update.split(FILLED), expected.split(FILLED), shares, strict=True
+    ):
+        assert theirs.abs().min() > 0
+        assert torch.allclose(ours, share * theirs, rtol=1e-12, atol=0)
+    for name, ours, theirs in zip(after._fields, after, whole_after, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 @pytest.mark.parametrize("most", [None, 0.25])
 def test_a_pace_stays_within_its_bounds(most: float | None) -> None:
     """The upper one is the configuration's; the lower one is every student's."""
@@ -236,6 +256,7 @@ def test_warm_up_counts_a_step() -> None:
         ({"full_width": 0}, "full_width must be 1 or more"),
         ({"steady_agreement": 1.0}, "steady_agreement must be in [0, 1)"),
         ({"pacing_steps": 0}, "pacing_steps must be"),
+        ({"rate_warmup": 0}, "rate_warmup must be 1 or more"),
         ({"most_pace": -0.5}, "most_pace must be 0 or more"),
         ({"most_pace": 4.5}, "most_pace must be at most 4.0, not 4.5"),
     ],
