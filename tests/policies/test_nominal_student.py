@@ -179,7 +179,7 @@ def test_after_so_many_steps_a_pace_moves_by_less_and_less() -> None:
 
 @pytest.mark.parametrize("pacing", [0.0, 0.5])
 def test_the_rate_rises_over_a_tensors_first_steps(pacing: float) -> None:
-    """In step t to t / rate_warmup; of each tensor by its own steps, and whatever else scales it."""
+    """To t / rate_warmup in a tensor's step t, whatever else scales it."""
     settings = {"pacing": pacing, "inputs": (), "full_width": 2}
     student, whole = made(rate_warmup=4, **settings), made(**settings)
     grad = torch.ones(LAYOUT.numel, dtype=torch.float64)
