@@ -74,7 +74,7 @@ STUDENTS: dict[str, Callable[[], Any]] = {
     "nominal": nominal,
     "told": lambda: nominal(*EVERYTHING),
     "orthogonal": lambda: nominal(orthogonal=True),
-    "paced": lambda: nominal(pacing=0.3, pacing_steps=2, steady_agreement=0.1),
+    "paced": lambda: nominal(pacing=0.3, pacing_steps=2, steady_agreement=0.1, rate_warmup=3),
     "paper": paper,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -29,7 +29,14 @@ SHAPES = [(5, 3), (7,), (), (0, 2), (2, 3, 2)]
 def student(pacing: float = 0.3, **config: Any) -> NominalStudent:
     made = NominalStudent(
         NominalConfig(
-            **{"hidden": 4, "pacing": pacing, "pacing_steps": 3, "steady_agreement": 0.1} | config
+            **{
+                "hidden": 4,
+                "rate_warmup": 4,
+                "pacing": pacing,
+                "pacing_steps": 3,
+                "steady_agreement": 0.1,
+            }
+            | config
         ),
         generator=torch.Generator().manual_seed(0),
     )
@@ -79,7 +86,8 @@ def test_it_steps_as_the_policy_does(backend: str, dtype: torch.dtype, rates: li
 
 @pytest.mark.parametrize("left", [1.0, 0.5, 0.01, 0.0])
 def test_a_step_is_the_shorter_of_the_paces_and_the_schedules(left: float) -> None:
-    of = student()
+    """And of that, as it is the first, one of rate_warmup parts."""
+    of = student(rate_warmup=4)
     shapes = [torch.Size((2,))] * 3
     constants = of.constants_of(shapes, torch.zeros(()))
     steps, pace = torch.zeros(3), torch.tensor([-2.0, -0.1, 0.4])
@@ -87,7 +95,7 @@ def test_a_step_is_the_shorter_of_the_paces_and_the_schedules(left: float) -> No
     for given in (left, torch.tensor(left), torch.full((3,), left)):
         context = of.context_of(constants, steps, (), pace=pace, agreements=none, left=given)
         assert torch.equal(context.pace, pace)
-        found = left * context.corrections[:, 2]
+        found = 4 * left * context.corrections[:, 2]
         shorter = [min(math.exp(-2.0), left), min(math.exp(-0.1), left), left * math.exp(0.4)]
         assert found.tolist() == pytest.approx(shorter, rel=1e-6)
 

@@ -49,9 +49,9 @@ class StepSettings(NamedTuple):
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
         eps: RNNProp: added to the second moment inside the root. Nominal: added to the root.
-        corrections: Makes it the nominal form: 1 / (1 - beta1^t), 1 / (1 - beta2^t) and the pace
-            of each tensor in this step, its t-th, shape (tensors, 3), of the weights' dtype and
-            device.
+        corrections: Makes it the nominal form: 1 / (1 - beta1^t), 1 / (1 - beta2^t) and the
+            factor on the steps of each tensor in this one, its t-th, such as a pace, shape
+            (tensors, 3), of the weights' dtype and device.
         sizes: How many coordinates each of them has, in the nominal form: in all, N.
     """
 

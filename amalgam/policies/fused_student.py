@@ -33,7 +33,7 @@ class TensorContext(NamedTuple):
 
     Attributes:
         inputs: What enters the first layer, shape (tensors, inputs).
-        corrections: Those of Adam's moments, and the pace, shape (tensors, 3).
+        corrections: Those of Adam's moments, and a factor on its steps, shape (tensors, 3).
         sizes: How many coordinates each tensor has.
         pace: The logarithm of the pace, which the next step begins from, shape (tensors,).
     """

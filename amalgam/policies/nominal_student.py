@@ -47,7 +47,8 @@ class NominalConfig(FusedConfig):
         lr: The learning rate of Adam that it begins from.
         rate_warmup: Steps over which the rate rises to lr, as t / rate_warmup of it in step t of a
             tensor: the first gradients of a network say little of later ones, and steps that are
-            good later may spoil it. ``None`` for whole steps from the first on.
+            good later may spoil it. Those of ``warmup_steps`` count, and those whose gradients are
+            0. ``None`` for whole steps from the first on.
         gain: Factor on the head's first output, the logarithm of the factor on Adam's step.
         pacing: How fast a tensor's pace, a factor on its steps, adapts. In each step its logarithm
             grows by this times the agreement of the gradient with the first moment: the share of
@@ -150,7 +151,8 @@ class NominalStudent(FusedStudent):
     """A learned optimizer that scales and corrects Adam's step, in place of replacing it.
 
     Where it has seen no gradient but zero it does not move; mirrored gradients give the mirrored
-    run; and the loss's scale does not matter. Untrained it is Adam, bias-corrected, at ``lr``.
+    run; and the loss's scale does not matter. Untrained it is Adam, bias-corrected, at
+    ``lr``, but for what the configuration makes of whole tensors' steps.
     :mod:`amalgam.operations.student_forms` has the formulas. Source: a nominal term (Harrison et
     al. 2022, "A closer look at learned optimization and its generalization", section 4), with the
     per-tensor inputs of hierarchical learned optimizers folded into the first layer's bias.

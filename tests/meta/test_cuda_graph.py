@@ -100,7 +100,12 @@ def paper(seed: int) -> Policy:
 
 def nominal(seed: int, **settings: Any) -> Policy:
     config = NominalConfig(
-        hidden=3, pacing=0.03, orthogonal=True, inputs=("time", "fan_in", "rms"), **settings
+        hidden=3,
+        rate_warmup=3,
+        pacing=0.03,
+        orthogonal=True,
+        inputs=("time", "fan_in", "rms"),
+        **settings,
     )
     student = NominalStudent(config, generator=generator_for(seed))
     with torch.no_grad():

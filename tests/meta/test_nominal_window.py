@@ -35,6 +35,7 @@ def learners(count: int, **config: Any) -> list[NominalStudent]:
         given = {
             "hidden": 5,
             "inputs": tuple(INPUTS),
+            "rate_warmup": 3,
             "pacing": 0.2,
             "steady_agreement": 0.1,
             "pacing_steps": 4,
