@@ -262,7 +262,15 @@ def _triton_student_step_backward(
     return d_grad, d_old, lstm_weights.apart([weight[0] for weight in d_weights])
 
 
-@triton.backend.kernel("student_step_into", dtypes=triton.SINGLE, takes_numerics=True)
+def _triton_accepts(update: Tensor, *_: Any, **__: Any) -> str | None:
+    if len(update) <= triton.GRID_ROWS:
+        return None
+    return f"it steps at most {triton.GRID_ROWS} students at once, not {len(update)}"
+
+
+@triton.backend.kernel(
+    "student_step_into", dtypes=triton.SINGLE, takes_numerics=True, accepts=_triton_accepts
+)
 def _triton_step_into(
     update: Tensor,
     new: StudentState,
@@ -277,7 +285,12 @@ def _triton_step_into(
     _launch_step((update, *new), (grad, *state), weights, settings, numerics)
 
 
-@triton.backend.kernel("student_step_backward_into", dtypes=triton.SINGLE, takes_numerics=True)
+@triton.backend.kernel(
+    "student_step_backward_into",
+    dtypes=triton.SINGLE,
+    takes_numerics=True,
+    accepts=_triton_accepts,
+)
 def _triton_backward_into(
     d_update: Tensor,
     d_state: StudentState,

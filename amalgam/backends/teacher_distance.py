@@ -13,15 +13,12 @@ from amalgam.backends.memory import contiguous, dtype_name
 from amalgam.operations.table import addresses
 from amalgam.operations.teacher_distance import DistanceArguments
 
-# What a grid of CUDA's, and so of Triton's, has of a second dimension.
-_MOST_ROWS = 65535
-
 
 def _accepts(arguments: DistanceArguments) -> str | None:
     rows = len(arguments.students)
-    if rows <= _MOST_ROWS:
+    if rows <= triton.GRID_ROWS:
         return None
-    return f"it measures at most {_MOST_ROWS} rows at once, not {rows}"
+    return f"it measures at most {triton.GRID_ROWS} rows at once, not {rows}"
 
 
 def _accepts_backward(

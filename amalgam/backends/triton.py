@@ -40,3 +40,4 @@ backend = register_backend(
 
 
 SINGLE = frozenset({torch.float32})
+GRID_ROWS = 65535  # what a grid of CUDA's, and so of Triton's, has of a second dimension

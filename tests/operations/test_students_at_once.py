@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from nominal_cases import F32, drawn
-from places import INTERPRETED, ON_CPU, ON_HOST, on_gpus
+from places import INTERPRETED, ON_CPU, ON_HOST, at, on_gpus
 from student_cases import SETTINGS, draw, make_state, make_weights, moved
 from torch import Tensor
 
+from amalgam.operations.registry import BackendError
 from amalgam.operations.student_forms import NOMINAL, RNNPROP, Form
 from amalgam.operations.student_step import OfStudents, backward_into, step_into
 from amalgam.ops import StepSettings, StudentState
@@ -133,6 +134,27 @@ def test_every_students_packed_weights_begin_where_four_can_be_loaded(
             assert packed.shape == (3, plan.places.numel())
             assert packed.shape[1] % 4 == 0
             assert not packed[:, plan.places == sum(w[0].numel() for w in given)].any()
+
+
+@at(*INTERPRETED, *on_gpus("triton"))
+def test_more_students_than_a_grid_has_are_refused(backend: str, device: str) -> None:
+    one, _ = rnnprop(device, 1, 4, 0, 0)
+
+    def of(count: int, tensor: Tensor) -> Tensor:
+        return tensor.expand(count, *tensor.shape)
+
+    every = OfStudents(
+        of(65536, one.grad),
+        StudentState(*(of(65536, t) for t in one.state)),
+        [of(65536, w) for w in one.weights],
+        one.settings,
+    )
+    update, *rest = (torch.zeros(t.shape, device=device) for t in (every.grad, *every.state))
+    new = StudentState(*rest)
+    with pytest.raises(BackendError, match="at most 65535 students at once, not 65536"):
+        step_into(update, new, *every, backend)
+    with pytest.raises(BackendError, match="at most 65535 students at once, not 65536"):
+        backward_into(update, new, *every, backend)
 
 
 def test_what_is_not_of_every_student_is_named() -> None:
