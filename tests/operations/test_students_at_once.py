@@ -140,15 +140,11 @@ def test_every_students_packed_weights_begin_where_four_can_be_loaded(
 def test_more_students_than_a_grid_has_are_refused(backend: str, device: str) -> None:
     one, _ = rnnprop(device, 1, 4, 0, 0)
 
-    def of(count: int, tensor: Tensor) -> Tensor:
-        return tensor.expand(count, *tensor.shape)
+    def of_all(tensor: Tensor) -> Tensor:
+        return tensor.expand(65536, *tensor.shape)
 
-    every = OfStudents(
-        of(65536, one.grad),
-        StudentState(*(of(65536, t) for t in one.state)),
-        [of(65536, w) for w in one.weights],
-        one.settings,
-    )
+    state, weights = StudentState(*map(of_all, one.state)), [*map(of_all, one.weights)]
+    every = OfStudents(of_all(one.grad), state, weights, one.settings)
     update, *rest = (torch.zeros(t.shape, device=device) for t in (every.grad, *every.state))
     new = StudentState(*rest)
     with pytest.raises(BackendError, match="at most 65535 students at once, not 65536"):
