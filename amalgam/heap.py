@@ -1,8 +1,12 @@
-"""What a process does with the memory that it frees."""
+"""What a process does with the memory that it frees, and how much autograd keeps."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
 
 # From glibc's malloc.h. A larger mmap threshold than 32 MiB it refuses.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -24,3 +28,25 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # no glibc: macOS, musl, Windows
         return False
     return bool(mallopt(_TRIM_THRESHOLD, _KEPT) and mallopt(_MMAP_THRESHOLD, _LARGEST))
+
+
+def graph_bytes(make: Callable[[], object], given: Iterable[Tensor] = ()) -> int:
+    """Bytes of what autograd saves for a backward pass.
+
+    Args:
+        make: Returns what holds the graph.
+        given: Tensors that are there in any case, and do not count.
+    """
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # The graph holds all that it saves until the end, so no address comes twice.
+        _kept = make()
+    for tensor in given:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())

@@ -11,6 +11,16 @@ LRDecay = Literal["constant", "linear", "cosine"]
 LR_DECAYS: tuple[LRDecay, ...] = get_args(LRDecay)
 
 
+def check_decay(decay: str) -> None:
+    """Refuse what is none of :data:`LR_DECAYS`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if decay not in LR_DECAYS:
+        raise ValueError(f"decay must be one of {list(LR_DECAYS)}, not {decay!r}")
+
+
 def factor_at(decay: str, step: int, horizon: int) -> float:
     """What is left of a learning rate at a step, as a share of the rate at the first one.
 

@@ -266,6 +266,7 @@ PHASES = (
     Phase("tests", 130, tests_phase),
     Phase("speed", 150, script_phase("speed")),
     Phase("model", 60, script_phase("model")),
+    Phase("evaluation", 30, script_phase("evaluation")),
     Phase("memcheck", 45, sanitized_phase("memcheck")),
     Phase("racecheck", 60, sanitized_phase("racecheck")),
     Phase("training", 240, script_phase("training")),
@@ -300,6 +301,9 @@ def summary(run: Run) -> str:
             lines.append(f"{row['case']}: {row['us']:.1f} us{graph}, {share}")
         elif row.get("phase") == "windows" and "ms_per_step" in row:
             lines.append(f"{row['case']}: {row['ms_per_step']} ms a step")
+        elif row.get("phase") == "evaluation" and "seconds" in row:
+            alone, rows_ = row["seconds"].values()
+            lines.append(f"{row['case']}: {row['runs']} runs {alone} s, side by side {rows_} s")
         elif row.get("phase") == "model" and "optimizer_us" in row:
             step, alone = row["us"] / 1e3, row["optimizer_us"] / 1e3
             lines.append(f"{row['case']}: {step:.2f} ms a step, optimizer alone {alone:.2f}")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from amalgam.digest import digest_of
 from amalgam.evaluation.runs import MakeOptimizer
 from amalgam.optimizers import optimizer_of, optimizer_of_teacher
-from amalgam.policies import Policy, Pool
+from amalgam.policies import FusedStudent, Policy, Pool
 
 DECAYS = ("constant", "linear")
 """How a rate goes on: it stays, or falls to zero over a run's steps."""
@@ -35,6 +35,8 @@ class Contender:
         settings: For tables, what was tuned, such as ``"lr=0.01"``.
         identity: All that decides its steps, JSON-serialisable, for the cache; a contender without
             it is run anew each time.
+        draws: Whether its steps may draw random numbers. Those that do not can be runs side by
+            side.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Contender:
     decay: str = "constant"
     settings: str = ""
     identity: Mapping[str, Any] | None = None
+    draws: bool = True
 
     def decaying(self, decay: str) -> Contender:
         """The same with another decay, which its name tells unless it is ``"constant"``."""
@@ -64,7 +67,9 @@ def student_contender(name: str, student: Policy) -> Contender:
     }
     if student.kind in _OF_POLICIES:
         identity["version"] = _OF_POLICIES[student.kind]
-    return Contender(name, partial(optimizer_of, policy=student), "student", identity=identity)
+    make = partial(optimizer_of, policy=student)
+    draws = not isinstance(student, FusedStudent)
+    return Contender(name, make, "student", identity=identity, draws=draws)
 
 
 def teacher_contenders(pool: Pool, taken: Collection[str] = ()) -> list[Contender]:
@@ -249,4 +254,5 @@ def baseline(optimizer: str, setting: Setting, decay: str) -> Contender:
         partial(_MAKERS[optimizer], **arguments),
         settings=", ".join(f"{name}={value:g}" for name, value in setting),
         identity=identity,
+        draws=False,
     ).decaying(decay)

@@ -383,7 +383,7 @@ def _run(runner: Runner, protocol: Protocol, plans: Sequence[_Plan]) -> list[lis
     made = iter(
         runner.run(
             [
-                Run(task, contender, seed, steps, protocol.readings(steps))
+                Run(task, contender, seed, steps, protocol.readings(steps), protocol.timed)
                 for task, contender in plans
                 for steps in _lengths(contender.decay, protocol)
                 for seed in range(protocol.seeds)
@@ -487,6 +487,7 @@ def _tune_cells(
             TUNING_SEED + seed,
             protocol.horizon,
             protocol.tuning_readings(),
+            timed=False,
         )
         for (task, optimizer, decay), settings in grids.items()
         for setting in settings

@@ -1,13 +1,15 @@
 """Many training runs: from the cache where they are there, else spread over processes.
 
 The processes of ``torchrun`` share the runs, and each of them may start processes of its own. A run
-takes one thread of a CPU, and so the same bits however many run side by side.
+takes one thread of a CPU, and so the same bits however many run side by side. On a GPU runs of one
+task are rows of one (:mod:`amalgam.evaluation.rows`).
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -16,7 +18,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ import torch
 from amalgam import distributed, tasks
 from amalgam.evaluation.cache import VERSION, RunCache, fingerprint
 from amalgam.evaluation.contenders import Contender
+from amalgam.evaluation.rows import Row, most_rows, obstacle, seconds_a_step, train_rows
 from amalgam.evaluation.runs import Curve, Readings, train
 from amalgam.heap import keep_freed_memory
 from amalgam.seeding import generator_for
@@ -67,6 +70,7 @@ class Run(NamedTuple):
         seed: Seed of all that is random.
         steps: Steps to take.
         readings: What to read.
+        timed: Whether anybody asks what a step took.
     """
 
     task: int
@@ -74,6 +78,7 @@ class Run(NamedTuple):
     seed: int
     steps: int
     readings: Readings
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class Runner:
         jobs: How many processes run side by side; 1 for this one alone.
         device: Where to train, as :func:`amalgam.device.resolve` gives it.
         report: Called after each run.
+        rows: Whether runs of one task go side by side, as rows of one, where they can: their bits
+            are others than those of each alone. Where ``None``, on a GPU.
 
     Attributes:
         about: What is known of each task.
@@ -171,7 +178,10 @@ class Runner:
         jobs: int = 1,
         device: torch.device | str = "cpu",
         report: Callable[[Progress], None] = lambda progress: None,
+        rows: bool | None = None,
     ) -> None:
+        if rows and jobs > 1:
+            raise ValueError(f"jobs must be 1 where runs go side by side as rows, not {jobs}")
         if jobs > 1 and any(isinstance(task, Task) for task in tasks):
             raise ValueError(f"jobs must be 1 for tasks that are made already, not {jobs}")
         self._tasks = tuple(tasks)
@@ -183,7 +193,13 @@ class Runner:
         self._others = multiprocessing.active_children()
         self._done, self._saved, self._runs, self._cached = 0.0, 0.0, 0, 0
         self.total = 0.0
-        self.about = tuple(look_at(_task_of(task, self._device)) for task in self._tasks)
+        rows = self._device.type == "cuda" and jobs == 1 if rows is None else rows
+        about, most = [], []
+        for task in self._tasks:
+            made = _task_of(task, self._device)
+            about.append(look_at(made))
+            most.append(most_rows(made) if rows and obstacle(made) is None else 0)
+        self.about, self._most = tuple(about), tuple(most)
 
     def __enter__(self) -> Runner:
         """Itself."""
@@ -217,17 +233,20 @@ class Runner:
             Each run's curve, in their order.
         """
         curves: dict[int, Curve] = {}
-        missing: list[tuple[int, Run]] = []
+        missing: list[list[tuple[int, Run]]] = []
         # Contenders may share runs, as AdamW does where its best setting is everyone's.
         first_of = {self._name(index, run): index for index, run in reversed([*enumerate(runs)])}
-        distinct = sorted(first_of.values())
-        for index in distinct[distributed.rank() :: distributed.world()]:
-            found = self._kept(runs[index])
-            if found is None:
-                missing.append((index, runs[index]))
-            else:
-                curves[index] = found
-                self._finished(runs[index], cached=True)
+        groups = self._groups(runs, sorted(first_of.values()))
+        for group in groups[distributed.rank() :: distributed.world()]:
+            left = []
+            for index in group:
+                found = self._kept(runs[index])
+                if found is None:
+                    left.append((index, runs[index]))
+                else:
+                    curves[index] = found
+                    self._finished(runs[index], cached=True)
+            missing += [left] if left else []
         for index, run, curve in self._made(missing):
             curves[index] = curve
             if self._cache is not None and run.contender.identity is not None:
@@ -242,18 +261,48 @@ class Runner:
                 self._finished(run, cached=False)
         return ordered
 
-    def _made(self, runs: Sequence[tuple[int, Run]]) -> Iterator[tuple[int, Run, Curve]]:
+    def _in_rows(self, run: Run) -> bool:
+        """Whether a run goes side by side with others."""
+        return self._most[run.task] > 0 and not run.contender.draws
+
+    def _groups(self, runs: Sequence[Run], indices: Sequence[int]) -> list[list[int]]:
+        """Which runs go side by side.
+
+        What is cached does not matter, so that a call that was stopped goes on to the same bits.
+        """
+        groups: list[list[int]] = []
+        open_: dict[tuple[int, int, Readings], list[int]] = {}
+        for index in indices:
+            run = runs[index]
+            if not self._in_rows(run):
+                groups.append([index])
+                continue
+            group = open_.get((run.task, run.steps, run.readings))
+            if group is None or len(group) == self._most[run.task]:
+                group = open_[run.task, run.steps, run.readings] = []
+                groups.append(group)
+            group.append(index)
+        return groups
+
+    def _made(self, groups: Sequence[list[tuple[int, Run]]]) -> Iterator[tuple[int, Run, Curve]]:
         """Each run with its curve, as they end."""
         if self._jobs == 1:
-            for index, run in runs:
-                yield index, run, _run(self._tasks[run.task], run, self._device)
+            for group in groups:
+                _, first = group[0]
+                task = self._tasks[first.task]
+                if self._in_rows(first):
+                    found = _run_rows(task, [run for _, run in group], self._device)
+                else:
+                    found = [_run(task, first, self._device)]
+                for (index, run), curve in zip(group, found, strict=True):
+                    yield index, run, curve
             return
         if self._executor is None:
             self._executor = ProcessPoolExecutor(
                 self._jobs, multiprocessing.get_context("spawn"), initializer=_begin
             )
         waiting: dict[Future[Curve], tuple[int, Run]] = {}
-        for index, run in runs:
+        for ((index, run),) in groups:
             future = self._executor.submit(_run, self._tasks[run.task], run, self._device)
             waiting[future] = (index, run)
         for future in as_completed(waiting):
@@ -276,6 +325,7 @@ class Runner:
             "readings": asdict(run.readings),
             "device": self._device.type,
             "torch": torch.__version__,
+            **({"rows": True} if self._in_rows(run) else {}),
         }
 
     def _name(self, index: int, run: Run) -> str:
@@ -324,6 +374,25 @@ def _run(task: NamedTask | Task, run: Run, device: torch.device) -> Curve:
     finally:
         if threads != 1:
             torch.set_num_threads(threads)
+
+
+def _run_rows(task: NamedTask | Task, runs: Sequence[Run], device: torch.device) -> list[Curve]:
+    made, first = _task_of(task, device), runs[0]
+    rows = [Row(run.contender.make, run.seed, run.contender.decay) for run in runs]
+    try:
+        curves = train_rows(made, rows, steps=first.steps, readings=first.readings)
+        times = {
+            run.contender.name: seconds_a_step(made, run.contender.make)
+            for run in {one.contender.name: one for one in runs if one.timed}.values()
+        }
+    except Exception as error:
+        names = ", ".join(dict.fromkeys(run.contender.name for run in runs))
+        error.add_note(f"in runs of {names} side by side, {first.steps} steps")
+        raise
+    return [
+        replace(curve, seconds=times.get(run.contender.name, math.nan))
+        for run, curve in zip(runs, curves, strict=True)
+    ]
 
 
 def _begin() -> None:

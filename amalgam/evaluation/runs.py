@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amalgam.lr_decays import LR_DECAYS, factor_at
+from amalgam.lr_decays import check_decay, factor_at
 from amalgam.seeding import drawing, generator_for
 from amalgam.tasks import SeededBatch, Task
 
@@ -205,8 +205,7 @@ def train(
     Raises:
         ValueError: There is no such decay.
     """
-    if decay not in LR_DECAYS:
-        raise ValueError(f"decay must be one of {list(LR_DECAYS)}, not {decay!r}")
+    check_decay(decay)
     # Optimizees draw by their batches' seeds; this is for optimizers that draw.
     with drawing(generator_for(seed, "optimizers").initial_seed(), task.device):
         return _train(task, make, steps, seed, readings, decay)
@@ -217,23 +216,16 @@ def _train(
 ) -> Curve:
     module = task.init_module(generator_for(seed, "optimizee"))
     optimizer = make(module.parameters())
-    rates = [group["lr"] for group in optimizer.param_groups]
-    curve_data = _some(task.validation, readings.curve_samples)
-    read_at = sorted({0, steps, *(at for at in readings.curve if 0 < at < steps)})
-    full_at = sorted(at for at in {0, *readings.full} if at <= steps) if readings.full else []
-    losses: list[float] = []
-    accuracies: list[float] = []
-    full: list[Reading] = []
+    rates = Rates(optimizer, decay, steps)
+    log = Log(task, module, steps, readings)
     batches = iter(task.batches(generator_for(seed, "batches"), steps))
     noise = generator_for(seed, "gradients")
     seconds = 0.0
     taken = 0
-    for stop in sorted({*read_at, *full_at}):
+    for stop in log.stops:
         began = time.perf_counter()
         while taken < stop:
-            if decay != "constant":
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor_at(decay, taken, steps)
+            rates.set(taken)
             optimizer.zero_grad()
             task.backward(module, next(batches), noise)
             optimizer.step()
@@ -241,30 +233,96 @@ def _train(
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
         seconds += time.perf_counter() - began
-        if stop in read_at:
-            loss, accuracy = _measure(task, module, curve_data)
-            losses.append(loss)
-            accuracies.append(accuracy)
-        if stop in full_at:
-            full.append(
+        log.read(stop)
+        if log.ended:
+            break
+    return log.curve(seconds / taken if taken else math.nan, optimizer)
+
+
+class Rates:
+    """An optimizer's rates over a run.
+
+    Args:
+        optimizer: The optimizer, its rates as a run begins.
+        decay: One of :data:`amalgam.lr_decays.LR_DECAYS`.
+        steps: Steps of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, decay: str, steps: int) -> None:
+        self._groups = optimizer.param_groups
+        self._first = [group["lr"] for group in self._groups]
+        self._decay, self._steps = decay, steps
+
+    def set(self, taken: int) -> None:
+        """Set them for the step after so many."""
+        if self._decay != "constant":
+            for group, rate in zip(self._groups, self._first, strict=True):
+                group["lr"] = rate * factor_at(self._decay, taken, self._steps)
+
+
+class Log:
+    """What is read from one run.
+
+    Args:
+        task: Its optimizee and data.
+        module: The module that is trained.
+        steps: Steps of the run.
+        readings: What to read.
+
+    Attributes:
+        stops: The steps after which something is read, ascending.
+        ended: Whether parameters were no longer finite when they were read last: what is left to
+            read is NaN.
+    """
+
+    def __init__(self, task: Task, module: nn.Module, steps: int, readings: Readings) -> None:
+        self._task, self._module, self._readings = task, module, readings
+        self._curve_data = _some(task.validation, readings.curve_samples)
+        self._read_at = sorted({0, steps, *(at for at in readings.curve if 0 < at < steps)})
+        full_at = {0, *readings.full} if readings.full else set()
+        self._full_at = sorted(at for at in full_at if at <= steps)
+        self._losses: list[float] = []
+        self._accuracies: list[float] = []
+        self._full: list[Reading] = []
+        self.stops = sorted({*self._read_at, *self._full_at})
+        self.ended = False
+
+    def read(self, stop: int) -> None:
+        """Read what is read after so many steps."""
+        if self.ended:
+            return
+        task, module, readings = self._task, self._module, self._readings
+        if stop in self._read_at:
+            loss, accuracy = _measure(task, module, self._curve_data)
+            self._losses.append(loss)
+            self._accuracies.append(accuracy)
+        if stop in self._full_at:
+            self._full.append(
                 Reading(
                     stop,
                     *_measure(task, module, _some(task.validation, readings.validation_samples)),
                     *_measure(task, module, _some(task.train, readings.training_samples)),
                 )
             )
-        if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
-            break
-    left = len(read_at) - len(losses)
-    full += [Reading(at, *[math.nan] * 4) for at in full_at[len(full) :]]
-    return Curve(
-        tuple(read_at),
-        (*losses, *[math.nan] * left),
-        (*accuracies, *[math.nan] * left),
-        tuple(full),
-        seconds / taken if taken else math.nan,
-        _state_bytes(optimizer),
-    )
+        self.ended = not all(bool(p.isfinite().all()) for p in module.parameters())
+
+    def curve(self, seconds: float, optimizer: Optimizer) -> Curve:
+        """The run as a whole.
+
+        Args:
+            seconds: Of a step on average.
+            optimizer: Its optimizer.
+        """
+        missing = [math.nan] * (len(self._read_at) - len(self._losses))
+        unread = [Reading(at, *[math.nan] * 4) for at in self._full_at[len(self._full) :]]
+        return Curve(
+            tuple(self._read_at),
+            (*self._losses, *missing),
+            (*self._accuracies, *missing),
+            (*self._full, *unread),
+            seconds,
+            _state_bytes(optimizer),
+        )
 
 
 def _some(data: Sequence[Tensor], samples: int | None) -> tuple[Tensor, ...]:

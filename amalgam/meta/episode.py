@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amalgam.heap import graph_bytes
 from amalgam.meta.finite import largest, usable
 from amalgam.meta.memory import Memory
 from amalgam.meta.objective import Amalgamation
@@ -289,19 +290,9 @@ class Episodes:
     def graph_bytes(self, params: Tensor, scale: Tensor, batch: Batch) -> int:
         """Bytes of the graph that :meth:`gradients` keeps; measured once, then remembered."""
         if self._graph_bytes is None:
-            sizes: dict[int, int] = {}
-
-            def note(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                sizes[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                # The graph holds all that it saves until the end, so no address comes twice.
-                _kept = self.gradients(params, scale, batch, graph=True)
-            for given in batch:
-                sizes.pop(given.untyped_storage().data_ptr(), None)
-            self._graph_bytes = sum(sizes.values())
+            self._graph_bytes = graph_bytes(
+                lambda: self.gradients(params, scale, batch, graph=True), batch
+            )
         return self._graph_bytes
 
     def to_teachers(self, grads: Tensor, scale: Tensor) -> Tensor:

@@ -505,7 +505,7 @@ class Task:
         return len(named) > len(set(named))
 
     @functools.cached_property
-    def _dtype(self) -> torch.dtype | None:
+    def dtype(self) -> torch.dtype | None:
         """The parameters' dtype, where it is one."""
         dtypes = set(self._dtypes.values())
         return dtypes.pop() if len(dtypes) == 1 else None
@@ -547,7 +547,7 @@ class Task:
 
     def _loss_at(self, flat: Tensor, batch: Batch) -> Tensor:
         params = self.layout.unflatten(flat)
-        if flat.dtype != self._dtype:
+        if flat.dtype != self.dtype:
             params = {name: param.to(self._dtypes[name]) for name, param in params.items()}
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         with self.drawing(batch), self.convolving():
