@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import ELSEWHERE, Census, Elsewhere
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -273,3 +274,36 @@ def test_rows_and_processes_are_two_ways() -> None:
     with pytest.raises(ValueError, match="jobs must be 1 .* not 2"):
         Runner([], jobs=2, rows=True)
     assert most_rows(a_task()) > 1
+
+
+class Still(torch.optim.SGD):
+    """Leaves everything as it is: an optimizer's step is each run's own."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+def test_many_runs_take_two_launches_more_than_one_and_no_waits() -> None:
+    still = Contender("still", partial(Still, lr=0.1), draws=False)
+    launches, waits = [], []
+    for seeds in (1, 16):
+        for steps in (2, 6):
+            with Elsewhere(census := Census()):
+                task = images().to(ELSEWHERE)
+                rows = rows_of(still, seeds=seeds)
+                train_rows(task, rows, steps=steps, readings=Readings())
+            launches.append(sum(census.launches.values()))
+            waits.append(len(census.waits))
+    assert waits[1] == waits[0]
+    assert waits[3] == waits[2]
+    # 43 a step of one, and two copies more of many.
+    assert launches[3] - launches[2] <= launches[1] - launches[0] + 4 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [a_task, images, tied])
+def test_rows_on_a_gpu_are_close_to_the_cpus_runs(make: Any) -> None:
+    rows = rows_of(*CONTENDERS.values())
+    found = train_rows(make().to("cuda"), rows, steps=5, readings=READINGS)
+    for ours, theirs in zip(found, alone(make(), rows, 5), strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-3)
