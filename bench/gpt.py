@@ -2,8 +2,8 @@
 
 python bench/gpt.py FILE.jsonl [CASE...]   # rows; what is there is not computed again
 
-A GPT of 0.5 million parameters learns to predict the bytes of the sources of Python's standard
-library. Contenders and rows are as in ``bench/gpu/training.py``, which trains larger ones on a GPU.
+GPTs of 0.5 and of 4.9 million parameters learn to predict the bytes of the sources of Python's
+standard library. Contenders and rows are as in ``bench/gpu/training.py``, which trains larger ones on a GPU.
 Everything runs in one thread.
 """
 
@@ -35,6 +35,16 @@ LONGER = (
     ("Muon", 0.003, "constant"),
     ("Muon", 0.01, "linear"),
 )
+# Six hundred times as large as any network of meta-training.
+WIDE = Size(256, 6, 4, context=128, batch=16, steps=300, readings=16)
+WIDER = (
+    *(("standard", 1.0, decay) for decay in DECAYS),
+    *(("Muon", lr, "linear") for lr in (0.003, 0.01)),
+    *(("AdamW", lr, "linear") for lr in (0.001, 0.003)),
+    *(("compact", 1.0, decay) for decay in DECAYS),
+    ("AdamW", 0.001, "constant"),
+    ("Muon", 0.003, "constant"),
+)
 
 
 class Cpu(Place):
@@ -48,7 +58,8 @@ class Cpu(Place):
 
 def cases(place: Place) -> Iterator[tuple[str, Case]]:
     def case(size: Size, name: str, lr: float, decay: str, seed: int) -> tuple[str, Case]:
-        label = f"{'long ' if size is LONG else ''}{name} lr={lr:g} {decay} seed={seed}"
+        which = {LONG: "long ", WIDE: "wide "}.get(size, "")
+        label = f"{which}{name} lr={lr:g} {decay} seed={seed}"
         return label, functools.partial(training_case, place, size, name, lr, decay, seed)
 
     rates = dict.fromkeys(STUDENTS, (1.0,)) | RATES
@@ -59,6 +70,8 @@ def cases(place: Place) -> Iterator[tuple[str, Case]]:
                     yield case(SIZE, name, lr, decay, seed)
     for name, lr, decay in LONGER:
         yield case(LONG, name, lr, decay, 0)
+    for name, lr, decay in WIDER:
+        yield case(WIDE, name, lr, decay, 0)
 
 
 def main() -> None:
