@@ -3,8 +3,8 @@
 python bench/gpt.py FILE.jsonl [CASE...]   # rows; what is there is not computed again
 
 GPTs of 0.5 and of 4.9 million parameters learn to predict the bytes of the sources of Python's
-standard library. Contenders and rows are as in ``bench/gpu/training.py``, which trains larger ones on a GPU.
-Everything runs in one thread.
+standard library. Contenders and rows are as in ``bench/gpu/training.py``, which trains larger ones
+on a GPU. Everything runs in one thread.
 """
 
 from __future__ import annotations
