@@ -88,6 +88,11 @@ def claims(path: str) -> str:
     return str(_module("bench/claims.py").table(ROOT / path)) + "\n"
 
 
+def scaling(path: str) -> str:
+    """The table of ``bench/scaling.py``."""
+    return str(_module("bench/scaling.py").table(ROOT / path)) + "\n"
+
+
 def cell_dtypes(path: str) -> str:
     """The table of ``bench/cell_dtypes.py``."""
     return str(_module("bench/cell_dtypes.py").table(ROOT / path)) + "\n"
@@ -492,6 +497,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "ablations": ablations,
     "cell-dtypes": cell_dtypes,
     "claims": claims,
+    "scaling": scaling,
     "from-markdown": from_markdown,
     "step-in-place": step_in_place,
     "thousand-tensors": thousand_tensors,
