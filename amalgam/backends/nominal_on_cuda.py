@@ -35,6 +35,9 @@ def _units() -> list[int]:
 def accepts(*arguments: Any) -> str | None:
     """Why these kernels can't compute an operation, or ``None``; its last arguments tell."""
     state, _weights, settings = arguments[-3:]
+    if state.h.dim() == 4 and len(state.h) > core.core().cuda.most_students:
+        most = core.core().cuda.most_students
+        return f"it steps at most {most} students at once, not {len(state.h)}"
     layers, hidden = state.h.shape[-3:-1]
     if settings.form is not NOMINAL:
         return "it computes the nominal form alone functionally; backend='triton' computes either"
@@ -52,6 +55,7 @@ class _Call(NamedTuple):
 
     call: Any
     held: Any
+    students: int
     steps: int
     tiles: int
     tensors: int
@@ -73,21 +77,24 @@ def _bounds(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
 def _call_of(
     grads: Tensor,
     adjoints: Tensor | None,
-    state: StudentState,
+    state: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
 ) -> _Call:
-    """Of steps (T, N), whose biases and corrections are each step's, or of one they all share."""
+    """Of steps (S, T, N) of S students, whose biases and corrections are each step's.
+
+    All else has a first dimension of S, too, and follows it as ``student_step`` has it.
+    """
     assert settings.corrections is not None
-    n, hidden = grads.shape[1], state.h.shape[1]
+    students, steps, n = grads.shape
+    hidden = state[2].shape[2]
     bounds, tiles = read_by_graphs(_bounds(tuple(settings.sizes), grads.device))
-    grads, grads_stride = with_contiguous_rows(grads)
-    adjoints, adjoints_stride = (None, 0) if adjoints is None else with_contiguous_rows(adjoints)
+    grads, grads_stride = _with_rows(grads)
+    adjoints, adjoints_stride = (None, 0) if adjoints is None else _with_rows(adjoints)
     weights, dense = contiguous(weights), contiguous(state)
     corrections = settings.corrections.contiguous()
     shared = [*weights[:2], *weights[3:]]
-    # Of several students each is another place in the same memory.
-    key = "student_step", grads.device, shared[0].storage_offset()
+    key = "student_step", grads.device, students
     (packed,) = kept(key, shared, lambda: (pack_nominal(shared, False),))
     call = core.core().cuda.UnrollCall(
         weights=packed.data_ptr(),
@@ -102,60 +109,88 @@ def _call_of(
         n=n,
         tiles=tiles,
         tensors=len(settings.sizes),
-        steps=len(grads),
+        steps=steps,
+        students=students,
         constants=settings.constants,
     )
     held = packed, weights, corrections, bounds, grads, adjoints, dense
-    return _Call(call, held, len(grads), tiles, len(settings.sizes), hidden)
+    return _Call(call, held, students, steps, tiles, len(settings.sizes), hidden)
 
 
-def step_into(
-    update: Tensor,
-    new: StudentState,
-    grad: Tensor,
-    state: StudentState,
+def _with_rows(steps: Tensor) -> tuple[Tensor, int]:
+    """Steps (S, T, N) as kernels read them, and the stride from step to step.
+
+    Those of one student lie where they lie, if each is contiguous.
+    """
+    if len(steps) > 1:
+        return steps.contiguous(), steps.shape[2]
+    rows, stride = with_contiguous_rows(steps[0])
+    return rows[None], stride
+
+
+def step(
+    results: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
 ) -> None:
-    """A step into contiguous memory that is there; the new state may lie where the old one does."""
-    made = _call_of(grad[None], None, state, weights, settings)
+    """A step of S students in one launch.
+
+    Args:
+        results: Get the updates (S, N) and the new states; contiguous. May be the old states.
+        inputs: The gradients (S, N) and the states.
+        weights: The weights, likewise.
+        settings: The students' constants.
+    """
+    grad, *state = inputs
+    made = _call_of(grad[:, None], None, state, weights, settings)
     with torch.cuda.device(grad.device):
         core.core().cuda.nominal_step(
             made.call,
             made.hidden,
-            update=update.data_ptr(),
-            new=addresses(new),
+            update=results[0].data_ptr(),
+            new=addresses(results[1:]),
             **cuda.place_of(grad),
         )
 
 
-def backward_into(
-    d_state: StudentState,
-    d_update: Tensor,
-    d_new: StudentState,
-    grad: Tensor,
-    state: StudentState,
+def step_backward(
+    results: Sequence[Tensor],
+    grads_out: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
-) -> tuple[Tensor, list[Tensor]]:
-    """A step's gradients in the state, into memory that is there; those in grad and weights."""
-    made = _call_of(grad[None], d_update[None], state, weights, settings)
-    d_grad, d_dense = grad.new_empty(grad.shape), contiguous(d_new)
+) -> list[Tensor]:
+    """The gradients of S students' step in two launches.
+
+    Args:
+        results: Get those in the gradients (S, N) and in the states; contiguous.
+        grads_out: Those in the updates (S, N) and in the new states; the latter may be results.
+        inputs: The gradients and the states, as in :func:`step`, like all that follows.
+        weights: The weights.
+        settings: The students' constants.
+
+    Returns:
+        Those in the weights.
+    """
+    (grad, *state), (d_update, *d_new) = inputs, grads_out
+    made = _call_of(grad[:, None], d_update[:, None], state, weights, settings)
+    d_dense = contiguous(d_new)
     with torch.cuda.device(grad.device):
         sums, found = _sums(made, grad)
         core.core().cuda.nominal_step_backward(
             made.call,
             made.hidden,
             d_new=addresses(d_dense),
-            d_grad=d_grad.data_ptr(),
-            d_state=addresses(d_state),
+            d_grad=results[0].data_ptr(),
+            d_state=addresses(results[1:]),
             sums=addresses(sums),
-            warps=len(sums[0]),
+            warps=sums[0].shape[1],
             found=addresses(found),
             **cuda.place_of(grad),
         )
     d_weights = _unpacked(found, made.hidden)
-    return d_grad, [*d_weights[:2], d_weights[2][0], *d_weights[3:]]
+    return [*d_weights[:2], d_weights[2][:, 0], *d_weights[3:]]
 
 
 def unroll_backward(
@@ -165,47 +200,59 @@ def unroll_backward(
     weights: Sequence[Tensor],
     settings: StepSettings,
 ) -> list[Tensor]:
-    """The gradients in the weights of many steps' updates, in one pass over coordinates."""
+    """The gradients in a student's weights of many steps' updates, in one pass over coordinates."""
     if not len(grads):
         return [torch.zeros_like(weight) for weight in weights]
-    made = _call_of(grads, adjoints, state, weights, settings)
+    assert settings.corrections is not None
+    one = (
+        [weight[None] for weight in weights],
+        settings._replace(corrections=settings.corrections[None]),
+    )
+    made = _call_of(grads[None], adjoints[None], [tensor[None] for tensor in state], *one)
     with torch.cuda.device(grads.device):
         sums, found = _sums(made, grads, with_states=True)
         core.core().cuda.nominal_unroll_backward(
             made.call,
             made.hidden,
             sums=addresses(sums),
-            warps=len(sums[0]),
+            warps=sums[0].shape[1],
             found=addresses(found),
             **cuda.place_of(grads),
         )
-    return _unpacked(found, made.hidden)
+    return [weight[0] for weight in _unpacked(found, made.hidden)]
 
 
 def _sums(
     made: _Call, like: Tensor, with_states: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Memory for what warps sum, and for the gradients in weights and biases that come of it."""
-    module, gates = core.core().cuda, 4 * made.hidden
+    module, gates, students = core.core().cuda, 4 * made.hidden, made.students
     count = module.unroll_sums(made.hidden)
+    # As many as alone: so a student's sums are the same however many there are.
     warps = module.unroll_warps(made.hidden, made.tiles, like.get_device())
     of_warp = made.steps * (2 * made.hidden + 2) * TILE if with_states else 0
     if of_warp:
         warps = min(warps, max(1, HELD // (of_warp * like.element_size())))
     sums = [
-        like.new_empty((warps, count), dtype=torch.float64),
-        like.new_empty((warps + made.tensors, made.steps, gates), dtype=torch.float64),
+        like.new_empty((students, warps, count), dtype=torch.float64),
+        like.new_empty((students, warps + made.tensors, made.steps, gates), dtype=torch.float64),
         like.new_empty((warps, of_warp)),
     ]
-    return sums, [like.new_empty(count), like.new_empty((made.steps, made.tensors, gates))]
+    found = [
+        like.new_empty((students, count)),
+        like.new_empty((students, made.steps, made.tensors, gates)),
+    ]
+    return sums, found
 
 
 def _unpacked(found: Sequence[Tensor], hidden: int) -> list[Tensor]:
-    """Gradients as the weights lie; the first bias's of every step."""
+    """Gradients as students' weights lie; the first bias's of every step."""
     (weights, biases), inputs = found, FEATURES + hidden
-    first, head = weights.split((4 * hidden * inputs, len(weights) - 4 * hidden * inputs))
-    first, head = first.view(4 * hidden, inputs), head.view(-1, hidden + 1)
+    students, gates = len(weights), 4 * hidden * inputs
+    first, head = weights.split((gates, weights.shape[1] - gates), 1)
+    first = first.reshape(students, 4 * hidden, inputs)
+    head = head.reshape(students, -1, hidden + 1)
     parts = contiguous(
-        (first[:, :FEATURES], first[:, FEATURES:], head[:, :hidden], head[:, hidden])
+        (first[..., :FEATURES], first[..., FEATURES:], head[..., :hidden], head[..., hidden])
     )
     return [*parts[:2], biases, *parts[2:]]

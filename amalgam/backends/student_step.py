@@ -31,7 +31,7 @@ def _register(
     backward: Callable[..., tuple[Tensor, list[Tensor]]],
     **how: Any,
 ) -> None:
-    """Register a step and its backward pass, with and without memory for what they give.
+    """Register a step and its backward pass of one student, with and without memory for both.
 
     Args:
         backend: The backend.
@@ -217,13 +217,66 @@ def run_on_cpu(
 
 
 _register(cpu.backend, _step_on_cpu, _backward_on_cpu)
-_register(
-    cuda.backend,
-    nominal_on_cuda.step_into,
-    nominal_on_cuda.backward_into,
-    dtypes=triton.SINGLE,
-    accepts=nominal_on_cuda.accepts,
+_by_cuda = functools.partial(
+    cuda.backend.kernel, dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts
 )
+
+
+@_by_cuda("student_step")
+def _cuda_student_step(
+    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
+) -> tuple[Tensor, StudentState]:
+    update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+    one = _single(grad, state, weights, settings)
+    nominal_on_cuda.step(_as_students(update, *new), *one)
+    return update, new
+
+
+@_by_cuda("student_step_into")
+def _cuda_step_into(
+    update: Tensor,
+    new: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+) -> None:
+    check_written(_WRITTEN, (update, *new))
+    nominal_on_cuda.step((update, *new), (grad, *state), weights, settings)
+
+
+@_by_cuda("student_step_backward")
+def _cuda_student_step_backward(
+    d_update: Tensor,
+    d_state: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+) -> tuple[Tensor, StudentState, list[Tensor]]:
+    d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+    results, grads_out = _as_students(d_grad, *d_old), _as_students(d_update, *d_state)
+    d_weights = nominal_on_cuda.step_backward(
+        results, grads_out, *_single(grad, state, weights, settings)
+    )
+    return d_grad, d_old, [weight[0] for weight in d_weights]
+
+
+@_by_cuda("student_step_backward_into")
+def _cuda_backward_into(
+    d_update: Tensor,
+    d_state: StudentState,
+    grad: Tensor,
+    state: StudentState,
+    weights: Sequence[Tensor],
+    settings: StepSettings,
+) -> tuple[Tensor, list[Tensor]]:
+    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
+    d_grad = grad.new_empty(grad.shape)
+    results, grads_out = (d_grad, *d_state), (d_update, *d_state)
+    return d_grad, nominal_on_cuda.step_backward(
+        results, grads_out, (grad, *state), weights, settings
+    )
 
 
 @triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)

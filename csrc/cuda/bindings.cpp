@@ -129,13 +129,15 @@ void bind_cuda_unroll(py::module_& module) {
   using namespace py::literals;
   using Found = std::array<Address, 2>;  // gradients in the weights, and in biases
   module.def("unroll_sizes", &cuda::unroll_sizes);
+  module.attr("most_students") = cuda::kMostStudents;
   module.def("unroll_sums", &cuda::unroll_sums, "hidden"_a);
   module.def("unroll_warps", &cuda::unroll_warps, "hidden"_a, "tiles"_a, "device"_a);
   py::class_<cuda::UnrollCall>(module, "UnrollCall", py::module_local())
       .def(py::init([](Address weights, Address biases, Address corrections, Address bounds,
                        Address grads, Address adjoints, int64_t grads_stride,
                        int64_t adjoints_stride, const StateAddresses& state, int64_t n,
-                       int64_t tiles, int tensors, int steps, const Constants& constants) {
+                       int64_t tiles, int tensors, int steps, int students,
+                       const Constants& constants) {
              cuda::UnrollCall call{};
              call.weights = at<const float>(weights);
              call.biases = at<const float>(biases);
@@ -153,13 +155,14 @@ void bind_cuda_unroll(py::module_& module) {
              call.tiles = tiles;
              call.tensors = tensors;
              call.steps = steps;
+             call.students = students;
              const auto [alpha, beta1, beta2, eps] = constants;
              cuda::set_constants(call, alpha, beta1, beta2, eps);
              return call;
            }),
            py::kw_only(), "weights"_a, "biases"_a, "corrections"_a, "bounds"_a, "grads"_a,
            "adjoints"_a, "grads_stride"_a, "adjoints_stride"_a, "state"_a, "n"_a, "tiles"_a,
-           "tensors"_a, "steps"_a, "constants"_a);
+           "tensors"_a, "steps"_a, "students"_a, "constants"_a);
   module.def(
       "nominal_step",
       [](const cuda::UnrollCall& call, int hidden, Address update, const StateAddresses& to,

@@ -55,33 +55,39 @@ template <int hidden>
 struct CoordinateState {
   float m, v, h[hidden], c[hidden];
 
-  __device__ void load(const UnrollCall& call, int64_t at) {
+  // `at` is a coordinate's place among all students'; cells hold a student's units one after another.
+  __device__ void load(const UnrollCall& call, int64_t student, int64_t at) {
     m = call.m[at];
     v = call.v[at];
+    const int64_t first = at + student * (hidden - 1) * call.n;
 #pragma unroll
     for (int unit = 0; unit < hidden; ++unit) {
-      h[unit] = call.h[unit * call.n + at];
-      c[unit] = call.c[unit * call.n + at];
+      h[unit] = call.h[unit * call.n + first];
+      c[unit] = call.c[unit * call.n + first];
     }
   }
   // Zeros where there is no such coordinate.
-  __device__ void load(const UnrollState& from, int64_t n, int64_t at, bool inside) {
+  __device__ void load(const UnrollState& from, int64_t n, int64_t student, int64_t at,
+                       bool inside) {
     m = only(inside, from.m[at]);
     v = only(inside, from.v[at]);
+    const int64_t first = at + student * (hidden - 1) * n;
 #pragma unroll
     for (int unit = 0; unit < hidden; ++unit) {
-      h[unit] = only(inside, from.h[unit * n + at]);
-      c[unit] = only(inside, from.c[unit * n + at]);
+      h[unit] = only(inside, from.h[unit * n + first]);
+      c[unit] = only(inside, from.c[unit * n + first]);
     }
   }
-  __device__ void store(const UnrollState& to, int64_t n, int64_t at, bool inside) const {
+  __device__ void store(const UnrollState& to, int64_t n, int64_t student, int64_t at,
+                        bool inside) const {
     if (!inside) return;
     to.m[at] = m;
     to.v[at] = v;
+    const int64_t first = at + student * (hidden - 1) * n;
 #pragma unroll
     for (int unit = 0; unit < hidden; ++unit) {
-      to.h[unit * n + at] = h[unit];
-      to.c[unit * n + at] = c[unit];
+      to.h[unit * n + first] = h[unit];
+      to.c[unit * n + first] = c[unit];
     }
   }
 
@@ -272,26 +278,27 @@ __device__ inline int tensor_of(const UnrollCall& call, int64_t tile) {
 // Where a tile's coordinates are, which a warp knows alike in all lanes.
 struct TilePlace {
   int tensor;
-  int64_t at;   // this lane's coordinate, or the tile's first
+  int64_t at;   // this lane's coordinate among all students', or the tile's first
   bool inside;  // whether it is this lane's
 
   // `before`: the tile's tensor, or one before it.
-  __device__ TilePlace(const UnrollCall& call, int64_t tile, int before) : tensor(before) {
+  __device__ TilePlace(const UnrollCall& call, int64_t student, int64_t tile, int before)
+      : tensor(before) {
 #pragma unroll 1
     while (call.bounds[tensor + 1] <= tile) ++tensor;
     const int64_t* begins = call.bounds + call.tensors + 1;
     const int64_t begin = begins[tensor] + (tile - call.bounds[tensor]) * kLaneCount;
     const int lane = threadIdx.x % kLaneCount;
     inside = begin + lane < begins[tensor + 1];
-    at = inside ? begin + lane : begin;
+    at = (inside ? begin + lane : begin) + student * call.n;
   }
 };
 
 // A warp's own: what it stages, and the bias and corrections of a tile's tensor in a step.
 template <int hidden>
-__device__ Corrections put_step(const UnrollCall& call, int tensor, int step,
+__device__ Corrections put_step(const UnrollCall& call, int64_t student, int tensor, int step,
                                 Stage<hidden>& stage) {
-  const int64_t row = int64_t{step} * call.tensors + tensor;
+  const int64_t row = (student * call.steps + step) * call.tensors + tensor;
   const int lane = Shares<hidden>::lane();
   __syncwarp();  // the bias of before may be in use
   if (lane < 4 * hidden) {
@@ -309,11 +316,12 @@ template <int hidden>
 constexpr int kPackedWeights = (CoordinateStep<hidden>::kHead + 2 * (hidden + 1) + 3) / 4 * 4;
 
 template <int hidden>
-__device__ void bring_weights(const UnrollCall& call, float* weights) {
-  constexpr int threads = kUnrollWarps * kLaneCount;
+__device__ void bring_weights(const UnrollCall& call, int64_t student, float* weights) {
+  constexpr int threads = kUnrollWarps * kLaneCount, words = kPackedWeights<hidden> / 4;
+  const float4* own = reinterpret_cast<const float4*>(call.weights) + student * words;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < kPackedWeights<hidden> / 4; at += threads) {
-    reinterpret_cast<float4*>(weights)[at] = reinterpret_cast<const float4*>(call.weights)[at];
+  for (int at = threadIdx.x; at < words; at += threads) {
+    reinterpret_cast<float4*>(weights)[at] = own[at];
   }
   __syncthreads();
 }
@@ -334,7 +342,8 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kStepBlocks<hidden>)
     nominal_forward(const UnrollCall call, float* update, const UnrollState to) {
   alignas(16) __shared__ float weights[kPackedWeights<hidden>];
   __shared__ Stage<hidden> stages[kUnrollWarps];
-  bring_weights<hidden>(call, weights);
+  const int64_t student = blockIdx.y;
+  bring_weights<hidden>(call, student, weights);
   Stage<hidden>& stage = stages[threadIdx.x / kLaneCount];
   const int64_t warps = int64_t{gridDim.x} * kUnrollWarps;
   const int64_t warp = int64_t{blockIdx.x} * kUnrollWarps + threadIdx.x / kLaneCount;
@@ -342,14 +351,14 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kStepBlocks<hidden>)
   int tensor = begin < end ? tensor_of(call, begin) : 0;
 #pragma unroll 1
   for (int64_t tile = begin; tile < end; ++tile) {
-    const TilePlace place(call, tile, tensor);
+    const TilePlace place(call, student, tile, tensor);
     tensor = place.tensor;
     CoordinateState<hidden> state;
-    state.load(call, place.at);
+    state.load(call, student, place.at);
     CoordinateStep<hidden> step(call, weights, stage.bias,
-                                put_step(call, place.tensor, 0, stage));
+                                put_step(call, student, place.tensor, 0, stage));
     step.run(call.grads[place.at], state);
-    state.store(to, call.n, place.at, place.inside);
+    state.store(to, call.n, student, place.at, place.inside);
     if (place.inside) update[place.at] = step.update();
   }
 }
@@ -421,7 +430,8 @@ struct LaneSums {
   }
 };
 
-// Steps forward, keeping the state before each step, and back. Of one step (`single`), gradients in
+// Steps forward, keeping the state before each step, and back. A grid's rows are students, of whom an
+// unroll has one. Of one step (`single`), gradients in
 // the state come from `in_new` and go to `in_old`; of several they begin as zeros and are dropped.
 template <int hidden, bool single>
 __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden>)
@@ -431,12 +441,14 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden
   using Share = Shares<hidden>;
   alignas(16) __shared__ float weights[kPackedWeights<hidden>];
   __shared__ Stage<hidden> stages[kUnrollWarps];
-  bring_weights<hidden>(call, weights);
+  const int64_t student = single ? blockIdx.y : 0;
+  bring_weights<hidden>(call, student, weights);
   Stage<hidden>& stage = stages[threadIdx.x / kLaneCount];
   stage.put(Share::kOutputRows - 1, 1.0f);
   const int64_t warp = int64_t{blockIdx.x} * kUnrollWarps + threadIdx.x / kLaneCount;
   if (warp >= sums.warps) return;
   const int steps = single ? 1 : call.steps;
+  const int64_t before = student * (sums.warps + call.tensors);
   float* const states = single ? nullptr : sums.states + warp * steps * State::kWords;
   const int64_t begin = first_tile(call, warp, sums.warps);
   const int64_t end = first_tile(call, warp + 1, sums.warps);
@@ -444,19 +456,19 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden
   int tensor = tensor_of(call, begin);
 #pragma unroll 1
   for (int64_t tile = begin; tile < end; ++tile) {
-    const TilePlace place(call, tile, tensor);
+    const TilePlace place(call, student, tile, tensor);
     const bool first = tile == begin || place.tensor != tensor;
     tensor = place.tensor;
     State old, d{};
-    old.load(call, place.at);
+    old.load(call, student, place.at);
     if constexpr (single) {
-      d.load(in_new, call.n, place.at, place.inside);
+      d.load(in_new, call.n, student, place.at, place.inside);
     } else {
 #pragma unroll 1
       for (int t = 0; t < steps - 1; ++t) {
         old.keep(states + t * State::kWords);
         CoordinateStep<hidden> step(call, weights, stage.bias,
-                                    put_step(call, place.tensor, t, stage));
+                                    put_step(call, student, place.tensor, t, stage));
         step.run(call.grads[t * call.grads_stride + place.at], old);
       }
     }
@@ -468,18 +480,18 @@ __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden
           only(place.inside, call.adjoints[t * call.adjoints_stride + place.at]);
       State now = old;
       CoordinateStep<hidden> step(call, weights, stage.bias,
-                                  put_step(call, place.tensor, t, stage));
+                                  put_step(call, student, place.tensor, t, stage));
       step.run(g, now);
       const float in_g = step.differentiate(g, d_update, old, now, d, stage);
       if (single && place.inside) in_grad[place.at] = in_g;
       __syncwarp();
-      const int64_t row = (warp + place.tensor) * steps + t;
+      const int64_t row = (before + warp + place.tensor) * steps + t;
       lane_sums.add(stage, sums.biases + row * Share::kGates, first);
       __syncwarp();
     }
-    if constexpr (single) d.store(in_old, call.n, place.at, place.inside);
+    if constexpr (single) d.store(in_old, call.n, student, place.at, place.inside);
   }
-  lane_sums.store(sums.weights + warp * Share::kSums);
+  lane_sums.store(sums.weights + (student * sums.warps + warp) * Share::kSums);
 }
 
 constexpr int kSumColumns = 32, kSumRows = 8;  // of a block that adds rows
@@ -502,21 +514,24 @@ __device__ inline double sum_of_rows(const double* from, int64_t first, int64_t 
 }
 
 // Adds the warps' rows: blocks of the grid's first row those of weights, the others in turn those of
-// the steps' and tensors' biases.
+// the steps' and tensors' biases. The grid's planes are students.
 template <int hidden>
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     nominal_sums(const UnrollCall call, const UnrollSums sums, float* in_weights,
                  float* in_biases) {
   using Share = Shares<hidden>;
   const int column = threadIdx.x % kSumColumns;
+  const int64_t student = blockIdx.z;
   const bool writes = threadIdx.x < kSumColumns;
   if (blockIdx.y == 0) {
     for (int64_t first = int64_t{blockIdx.x} * kSumColumns; first < Share::kSums;
          first += int64_t{gridDim.x} * kSumColumns) {
       const bool inside = first + column < Share::kSums;
-      const double sum =
-          sum_of_rows(sums.weights + first + column, 0, sums.warps, Share::kSums, inside);
-      if (writes && inside) in_weights[first + column] = static_cast<float>(sum);
+      const double sum = sum_of_rows(sums.weights + student * sums.warps * Share::kSums + first + column,
+                                     0, sums.warps, Share::kSums, inside);
+      if (writes && inside) {
+        in_weights[student * Share::kSums + first + column] = static_cast<float>(sum);
+      }
     }
     return;
   }
@@ -530,10 +545,13 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
     const bool some = tiles_end > tiles_begin, inside = column < Share::kGates;
     const int64_t first = some ? warp_of(tiles_begin) + tensor : 0;
     const int64_t end = some ? warp_of(tiles_end - 1) + tensor + 1 : 0;
-    const double sum = sum_of_rows(sums.biases + step * Share::kGates + column, first, end,
-                                   int64_t{call.steps} * Share::kGates, inside);
+    const int64_t stride = int64_t{call.steps} * Share::kGates;
+    const double* own = sums.biases + student * (sums.warps + call.tensors) * stride;
+    const double sum =
+        sum_of_rows(own + step * Share::kGates + column, first, end, stride, inside);
     if (writes && inside) {
-      in_biases[row * Share::kGates + column] = static_cast<float>(sum);
+      const int64_t to = student * call.steps * call.tensors + row;
+      in_biases[to * Share::kGates + column] = static_cast<float>(sum);
     }
   }
 }
@@ -542,18 +560,24 @@ inline unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>((warps + kUnrollWarps - 1) / kUnrollWarps);
 }
 
+// So many blocks for each student.
+inline dim3 grid_of(unsigned blocks, const UnrollCall& call) {
+  return dim3(blocks, static_cast<unsigned>(call.students));
+}
+
 template <int hidden>
 UnrollLaunches unroll_launches() {
   constexpr int threads = kUnrollWarps * kLaneCount;
   const auto forward = [](const UnrollCall& call, float* update, const UnrollState& to,
                           unsigned blocks, void* stream) {
-    launch("student_step", nominal_forward<hidden>, blocks, threads, stream, call, update, to);
+    launch("student_step", nominal_forward<hidden>, grid_of(blocks, call), threads, stream, call,
+           update, to);
   };
   const auto backward = [](const UnrollCall& call, const UnrollState& in_new, float* in_grad,
                            const UnrollState& in_old, const UnrollSums& sums, void* stream) {
     launch("student_step_backward", nominal_backward<hidden, true>,
-           blocks_for(sums.warps), threads, stream, call, in_new, in_grad,
-           in_old, sums);
+           grid_of(blocks_for(sums.warps), call), threads, stream, call, in_new, in_grad, in_old,
+           sums);
   };
   const auto unroll = [](const UnrollCall& call, const UnrollSums& sums, void* stream) {
     launch("student_unroll_backward", nominal_backward<hidden, false>,
@@ -566,8 +590,8 @@ UnrollLaunches unroll_launches() {
     const int64_t of_biases = int64_t{call.steps} * call.tensors;
     const auto rows = std::min<int64_t>((of_biases + of_weights - 1) / of_weights, 1024);
     launch("student_unroll_backward, second stage", nominal_sums<hidden>,
-           dim3(of_weights, static_cast<unsigned>(rows + 1)), kSumColumns * kSumRows, stream, call,
-           sums, in_weights, in_biases);
+           dim3(of_weights, static_cast<unsigned>(rows + 1), static_cast<unsigned>(call.students)),
+           kSumColumns * kSumRows, stream, call, sums, in_weights, in_biases);
   };
   return {hidden,  Shares<hidden>::kSums, kStepBlocks<hidden>, kUnrollBlocks<hidden>,
           forward, backward,              unroll,              add};

@@ -9,6 +9,8 @@
 namespace amalgam::cuda {
 
 // N coordinates of several tensors, one tensor after another. Every tensor begins a new tile of 32.
+// Of `students` of one kind all but the bounds comes once for each, one student's after another's; an
+// unroll is of one.
 struct UnrollCall {
   // A unit after another, four numbers each (gates i, f, a, o): zeros, what it takes of each feature
   // and of each h; then the head's rows and its biases, and zeros up to 16 bytes. Scaled as
@@ -25,7 +27,7 @@ struct UnrollCall {
   const float* h;            // (hidden, N)
   const float* c;            // (hidden, N)
   int64_t n, tiles;
-  int tensors, steps;
+  int tensors, steps, students;
   float alpha, beta1, beta2, eps;
   float of_grad, of_square;  // 1 - beta1, 1 - beta2
 };
@@ -48,12 +50,12 @@ struct UnrollState {
 };
 
 // What a backward sums over coordinates: a row for each warp, and of biases for each tensor that a
-// warp has coordinates of, the row of the sum of their numbers.
+// warp has coordinates of, the row of the sum of their numbers. Of several students likewise.
 struct UnrollSums {
   double* weights;  // (warps, unroll_sums)
   double* biases;   // (warps + tensors, steps, 4 hidden)
   float* states;    // (warps, steps, 2 hidden + 2, 32) scratch; of one step none
-  int64_t warps;    // at most as many as tiles, and one or more where there are tiles
+  int64_t warps;    // of a student, at most as many as tiles, and one or more where there are tiles
 };
 
 // Of one layer.
@@ -63,7 +65,10 @@ const std::vector<int>& unroll_sizes();
 // for each output of the head those of h and of its bias.
 int unroll_sums(int hidden);
 
-// How many warps share so many tiles.
+// So many students at once, at most: a grid has no more rows.
+constexpr int kMostStudents = 65535;
+
+// How many warps share so many tiles of a student.
 int64_t unroll_warps(int hidden, int64_t tiles, int device);
 
 // Writes the update (N,) and the new state; one step, without adjoints.

@@ -11,6 +11,7 @@ struct UnrollLaunches {
   int hidden;
   int sums;                        // of weights
   int step_blocks, unroll_blocks;  // that a processor has at once
+  // `blocks` of each student.
   void (*forward)(const UnrollCall&, float* update, const UnrollState& to, unsigned blocks,
                   void* stream);
   void (*backward)(const UnrollCall&, const UnrollState& in_new, float* in_grad,

@@ -110,6 +110,7 @@ class CudaOnHost:
     """Stands for ``amalgam._core.cuda``: functions of csrc/cuda/bindings.cpp, as it names them."""
 
     archs = ""
+    most_students = 65535
 
     def __getattr__(self, name: str) -> Any:
         operation, _, dtype = name.rpartition("_")
@@ -239,7 +240,8 @@ class CudaOnHost:
     def UnrollCall(self, **given: Any) -> ctypes.c_void_p:
         order = (
             *("weights", "biases", "corrections", "bounds", "grads", "adjoints", "grads_stride"),
-            *("adjoints_stride", "state", "n", "tiles", "tensors", "steps", "constants"),
+            *("adjoints_stride", "state", "n", "tiles", "tensors", "steps", "students"),
+            "constants",
         )
         assert set(given) == set(order)
         given["state"] = _array(ctypes.c_int64, given["state"])

@@ -189,9 +189,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   on_host::kernel = [=] { kernel(Parameters(arguments)...); };
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-      on_host::run_block(static_cast<int>(blockDim.x));
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+        on_host::run_block(static_cast<int>(blockDim.x));
+      }
     }
   }
   return cudaSuccess;

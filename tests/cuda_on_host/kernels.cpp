@@ -232,7 +232,7 @@ const UnrollCall* unroll_call(int64_t weights, int64_t biases, int64_t correctio
                               int64_t grads, int64_t adjoints, int64_t grads_stride,
                               int64_t adjoints_stride, const int64_t* state, int64_t n,
                               int64_t tiles, int64_t tensors, int64_t steps,
-                              const double* constants) {
+                              int64_t students, const double* constants) {
   auto* call = new UnrollCall{};
   call->weights = at<const float>(weights);
   call->biases = at<const float>(biases);
@@ -250,6 +250,7 @@ const UnrollCall* unroll_call(int64_t weights, int64_t biases, int64_t correctio
   call->tiles = tiles;
   call->tensors = static_cast<int>(tensors);
   call->steps = static_cast<int>(steps);
+  call->students = static_cast<int>(students);
   set_constants(*call, constants[0], constants[1], constants[2], constants[3]);
   return call;
 }

@@ -136,21 +136,57 @@ def test_every_students_packed_weights_begin_where_four_can_be_loaded(
             assert not packed[:, plan.places == sum(w[0].numel() for w in given)].any()
 
 
-@at(*INTERPRETED, *on_gpus("triton"))
-def test_more_students_than_a_grid_has_are_refused(backend: str, device: str) -> None:
-    one, _ = rnnprop(device, 1, 4, 0, 0)
+@pytest.mark.parametrize(
+    ("backend", "device", "make"),
+    [
+        pytest.param(*place.values, make, id=str(place.id), marks=place.marks)
+        for places, make in (
+            ([*INTERPRETED, *on_gpus("triton")], rnnprop),
+            ([*ON_HOST, *on_gpus("cuda")], nominal),
+        )
+        for place in places
+    ],
+    indirect=["backend"],
+)
+def test_more_students_than_a_grid_has_are_refused(backend: str, device: str, make: Any) -> None:
+    one, _ = make(device, 1, 4, 0, 0)
 
     def of_all(tensor: Tensor) -> Tensor:
         return tensor.expand(65536, *tensor.shape)
 
     state, weights = StudentState(*map(of_all, one.state)), [*map(of_all, one.weights)]
-    every = OfStudents(of_all(one.grad), state, weights, one.settings)
+    settings = one.settings
+    if settings.corrections is not None:
+        settings = settings._replace(corrections=of_all(settings.corrections))
+    every = OfStudents(of_all(one.grad), state, weights, settings)
     update, *rest = (torch.zeros(t.shape, device=device) for t in (every.grad, *every.state))
     new = StudentState(*rest)
     with pytest.raises(BackendError, match="at most 65535 students at once, not 65536"):
         step_into(update, new, *every, backend)
     with pytest.raises(BackendError, match="at most 65535 students at once, not 65536"):
         backward_into(update, new, *every, backend)
+
+
+@at(*ON_HOST)
+def test_cuda_launches_for_all_students_what_it_does_for_one(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cuda_on_host
+
+    calls: list[str] = []
+    for name in ("nominal_step", "nominal_step_backward"):
+        function = getattr(cuda_on_host.CudaOnHost, name)
+
+        def noted(*args: Any, _name: str = name, _function: Any = function, **rest: Any) -> None:
+            calls.append(_name)
+            _function(*args, **rest)
+
+        monkeypatch.setattr(cuda_on_host.CudaOnHost, name, noted)
+    every = together([nominal(device, 1, 4, 10, seed)[0] for seed in range(7)])
+    update, new = torch.empty_like(every.grad), StudentState(*map(torch.empty_like, every.state))
+    step_into(update, new, *every, backend)
+    backward_into(update, new, *every, backend)
+    assert calls == ["nominal_step", "nominal_step_backward"]
 
 
 def test_what_is_not_of_every_student_is_named() -> None:
