@@ -271,15 +271,15 @@ class Runner:
         What is cached does not matter, so that a call that was stopped goes on to the same bits.
         """
         groups: list[list[int]] = []
-        open_: dict[tuple[int, int, Readings], list[int]] = {}
+        unfilled: dict[tuple[int, int, Readings], list[int]] = {}
         for index in indices:
             run = runs[index]
             if not self._in_rows(run):
                 groups.append([index])
                 continue
-            group = open_.get((run.task, run.steps, run.readings))
+            group = unfilled.get((run.task, run.steps, run.readings))
             if group is None or len(group) == self._most[run.task]:
-                group = open_[run.task, run.steps, run.readings] = []
+                group = unfilled[run.task, run.steps, run.readings] = []
                 groups.append(group)
             group.append(index)
         return groups
