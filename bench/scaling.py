@@ -111,7 +111,7 @@ def costs(students: list[NominalStudent]) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     optimizers = []
     for student in students:
-        param = nn.Parameter(torch.randn(COORDINATES))
+        param = nn.Parameter(torch.randn(COORDINATES))  # a vector: products of matrices cost extra
         param.grad = torch.randn(COORDINATES)
         optimizers.append(AmalgamatedOptimizer([param], student=student))
     least = [math.inf] * len(optimizers)
@@ -143,9 +143,10 @@ def losses_of(found: Evaluation) -> dict[str, dict[str, list[float]]]:
 
 
 def gather(folder: Path, file: Path) -> None:
-    arms = done(folder)
-    students = [student_of(folder, arm) for arm in arms]
     found = report.read(folder / "tested")
+    losses = losses_of(found)
+    arms = [arm for arm in ARMS if arm in losses]
+    students = [student_of(folder, arm) for arm in arms]
     rows = []
     for arm, student, cost in zip(arms, students, costs(students), strict=True):
         row: dict[str, Any] = {
@@ -173,10 +174,10 @@ def gather(folder: Path, file: Path) -> None:
         "machine": machine,
         "protocol": found.protocol.about(),
         "rows": rows,
-        "losses": losses_of(found),
+        "losses": losses,
     }
-    with whole(file) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+    with whole(file) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _ratio(ours: dict[str, list[float]], others: dict[str, list[float]]) -> float:
@@ -186,7 +187,10 @@ def _ratio(ours: dict[str, list[float]], others: dict[str, list[float]]) -> floa
 
 
 def table(file: Path) -> str:
-    """Beside each arm's losses over tuned Adam's, and at falling rates over the best baseline's."""
+    """Geometric means over tasks and seeds of losses at constant rates over Adam's at its best one.
+
+    And of losses at falling rates over the best baseline's at such rates.
+    """
     content = json.loads(file.read_text())
     losses = content["losses"]
     arms = {row["arm"] for row in content["rows"]}

@@ -87,6 +87,7 @@ def _call_of(
     """
     assert settings.corrections is not None
     students, steps, n = grads.shape
+    assert students == 1 or steps == 1
     hidden = state[2].shape[2]
     bounds, tiles = read_by_graphs(_bounds(tuple(settings.sizes), grads.device))
     grads, grads_stride = _with_rows(grads)
@@ -137,7 +138,8 @@ def step(
     """A step of S students in one launch.
 
     Args:
-        results: Get the updates (S, N) and the new states; contiguous. May be the old states.
+        results: Get the updates (S, N) and the new states; contiguous. The new states may lie
+            where the old ones do.
         inputs: The gradients (S, N) and the states.
         weights: The weights, likewise.
         settings: The students' constants.
@@ -228,7 +230,8 @@ def _sums(
     """Memory for what warps sum, and for the gradients in weights and biases that come of it."""
     module, gates, students = core.core().cuda, 4 * made.hidden, made.students
     count = module.unroll_sums(made.hidden)
-    # As many as alone: so a student's sums are the same however many there are.
+    # As many as alone, though many students then need as many times the memory: so a student's
+    # sums are the same however many there are.
     warps = module.unroll_warps(made.hidden, made.tiles, like.get_device())
     of_warp = made.steps * (2 * made.hidden + 2) * TILE if with_states else 0
     if of_warp:

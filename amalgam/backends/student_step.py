@@ -31,7 +31,7 @@ def _register(
     backward: Callable[..., tuple[Tensor, list[Tensor]]],
     **how: Any,
 ) -> None:
-    """Register a step and its backward pass of one student, with and without memory for both.
+    """Register a step of one student and its backward pass, each also into memory that is there.
 
     Args:
         backend: The backend.

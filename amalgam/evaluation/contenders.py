@@ -35,7 +35,7 @@ class Contender:
         settings: For tables, what was tuned, such as ``"lr=0.01"``.
         identity: All that decides its steps, JSON-serialisable, for the cache; a contender without
             it is run anew each time.
-        draws: Whether its steps may draw random numbers. Those that do not can be runs side by
+        draws: Whether its steps may draw random numbers. Runs of those that do not can go side by
             side.
     """
 

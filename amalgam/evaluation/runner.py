@@ -18,6 +18,7 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -162,7 +163,7 @@ class Runner:
         device: Where to train, as :func:`amalgam.device.resolve` gives it.
         report: Called after each run.
         rows: Whether runs of one task go side by side, as rows of one, where they can: their bits
-            are others than those of each alone. Where ``None``, on a GPU.
+            are others than those of each alone. Where ``None``, on a GPU with one job.
 
     Attributes:
         about: What is known of each task.
@@ -198,8 +199,8 @@ class Runner:
         for task in self._tasks:
             made = _task_of(task, self._device)
             about.append(look_at(made))
-            most.append(most_rows(made) if rows and obstacle(made) is None else 0)
-        self.about, self._most = tuple(about), tuple(most)
+            most.append(most_rows(made) if rows and obstacle(made) is None else 1)
+        self.about, self._most = tuple(about), most
 
     def __enter__(self) -> Runner:
         """Itself."""
@@ -236,18 +237,20 @@ class Runner:
         missing: list[list[tuple[int, Run]]] = []
         # Contenders may share runs, as AdamW does where its best setting is everyone's.
         first_of = {self._name(index, run): index for index, run in reversed([*enumerate(runs)])}
+        # Processes are to agree, whatever memory each has.
+        self._most = [min(each) for each in zip(*distributed.from_all(self._most), strict=True)]
         groups = self._groups(runs, sorted(first_of.values()))
         for group in groups[distributed.rank() :: distributed.world()]:
-            left = []
             for index in group:
                 found = self._kept(runs[index])
-                if found is None:
-                    left.append((index, runs[index]))
-                else:
+                if found is not None:
                     curves[index] = found
                     self._finished(runs[index], cached=True)
-            missing += [left] if left else []
+            if not curves.keys() >= set(group):
+                missing.append([(index, runs[index]) for index in group])
         for index, run, curve in self._made(missing):
+            if index in curves:  # beside it another was missing
+                continue
             curves[index] = curve
             if self._cache is not None and run.contender.identity is not None:
                 self._cache.put(self._key(run), curve)
@@ -263,26 +266,26 @@ class Runner:
 
     def _in_rows(self, run: Run) -> bool:
         """Whether a run goes side by side with others."""
-        return self._most[run.task] > 0 and not run.contender.draws
+        return self._most[run.task] > 1 and not run.contender.draws
 
     def _groups(self, runs: Sequence[Run], indices: Sequence[int]) -> list[list[int]]:
-        """Which runs go side by side.
+        """Which runs go side by side, so that every process has a share of them.
 
-        What is cached does not matter, so that a call that was stopped goes on to the same bits.
+        A run's last bits depend on how many those are. So what is cached does not matter: a call
+        that was stopped goes on to the same bits.
         """
+        alike: dict[tuple[int, int, Readings], list[int]] = {}
         groups: list[list[int]] = []
-        unfilled: dict[tuple[int, int, Readings], list[int]] = {}
         for index in indices:
             run = runs[index]
-            if not self._in_rows(run):
+            if self._in_rows(run):
+                alike.setdefault((run.task, run.steps, run.readings), []).append(index)
+            else:
                 groups.append([index])
-                continue
-            group = unfilled.get((run.task, run.steps, run.readings))
-            if group is None or len(group) == self._most[run.task]:
-                group = unfilled[run.task, run.steps, run.readings] = []
-                groups.append(group)
-            group.append(index)
-        return groups
+        for (task, _, _), of_kind in alike.items():
+            most = min(self._most[task], -(-len(of_kind) // distributed.world()))
+            groups += [of_kind[at : at + most] for at in range(0, len(of_kind), most)]
+        return sorted(groups)
 
     def _made(self, groups: Sequence[list[tuple[int, Run]]]) -> Iterator[tuple[int, Run, Curve]]:
         """Each run with its curve, as they end."""
@@ -312,7 +315,10 @@ class Runner:
     def _kept(self, run: Run) -> Curve | None:
         if self._cache is None or run.contender.identity is None:
             return None
-        return self._cache.get(self._key(run))
+        found = self._cache.get(self._key(run))
+        # A run that nobody timed may be asked for by somebody who does.
+        unknown = found is not None and math.isnan(found.seconds)
+        return None if unknown and run.timed and self._in_rows(run) else found
 
     def _key(self, run: Run) -> Mapping[str, Any]:
         return {
@@ -356,43 +362,57 @@ def _task_of(task: NamedTask | Task, device: torch.device) -> Task:
 
 
 def _run(task: NamedTask | Task, run: Run, device: torch.device) -> Curve:
-    threads = torch.get_num_threads()
-    if threads != 1:
-        torch.set_num_threads(1)
-    try:
-        return train(
-            _task_of(task, device),
-            run.contender.make,
-            steps=run.steps,
-            seed=run.seed,
-            readings=run.readings,
-            decay=run.contender.decay,
-        )
-    except Exception as error:
-        error.add_note(f"in a run of {run.contender.name}, seed {run.seed}, {run.steps} steps")
-        raise
-    finally:
-        if threads != 1:
-            torch.set_num_threads(threads)
+    with _one_thread():
+        try:
+            return train(
+                _task_of(task, device),
+                run.contender.make,
+                steps=run.steps,
+                seed=run.seed,
+                readings=run.readings,
+                decay=run.contender.decay,
+            )
+        except Exception as error:
+            error.add_note(f"in a run of {run.contender.name}, seed {run.seed}, {run.steps} steps")
+            raise
 
 
 def _run_rows(task: NamedTask | Task, runs: Sequence[Run], device: torch.device) -> list[Curve]:
-    made, first = _task_of(task, device), runs[0]
-    rows = [Row(run.contender.make, run.seed, run.contender.decay) for run in runs]
-    try:
-        curves = train_rows(made, rows, steps=first.steps, readings=first.readings)
-        times = {
-            run.contender.name: seconds_a_step(made, run.contender.make)
-            for run in {one.contender.name: one for one in runs if one.timed}.values()
-        }
-    except Exception as error:
-        names = ", ".join(dict.fromkeys(run.contender.name for run in runs))
-        error.add_note(f"in runs of {names} side by side, {first.steps} steps")
-        raise
+    made = _task_of(task, device)
+    timed = {run.contender.name: run.contender.make for run in runs if run.timed}
+    with _one_thread():
+        times = {name: seconds_a_step(made, make) for name, make in timed.items()}
+        curves = _curves(made, runs)
     return [
         replace(curve, seconds=times.get(run.contender.name, math.nan))
         for run, curve in zip(runs, curves, strict=True)
     ]
+
+
+def _curves(task: Task, runs: Sequence[Run]) -> list[Curve]:
+    """All runs side by side, or, where there is no memory for that, a half after the other."""
+    rows = [
+        Row(run.contender.make, run.seed, run.contender.decay, run.contender.name) for run in runs
+    ]
+    try:
+        return train_rows(task, rows, steps=runs[0].steps, readings=runs[0].readings)
+    except torch.OutOfMemoryError:
+        if len(runs) == 1:
+            raise
+    half = len(runs) // 2
+    return [*_curves(task, runs[:half]), *_curves(task, runs[half:])]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if threads != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads != 1:
+            torch.set_num_threads(threads)
 
 
 def _begin() -> None:

@@ -76,7 +76,8 @@ class Curve:
         accuracies: Validation accuracies in [0, 1] at those steps; NaN where targets are not
             classes.
         full: The full readings, ascending; the first is that of step 0.
-        seconds: Seconds a step took on average, without readings.
+        seconds: Seconds a step took on average, without readings; of runs side by side, what it
+            takes alone, or NaN.
         state_bytes: Bytes of the tensors in the optimizer's state after the run.
     """
 
@@ -268,6 +269,7 @@ class Log:
         module: The module that is trained.
         steps: Steps of the run.
         readings: What to read.
+        like: Another run of the task whose curve is read on the same samples.
 
     Attributes:
         stops: The steps after which something is read, ascending.
@@ -275,9 +277,18 @@ class Log:
             read is NaN.
     """
 
-    def __init__(self, task: Task, module: nn.Module, steps: int, readings: Readings) -> None:
+    def __init__(
+        self,
+        task: Task,
+        module: nn.Module,
+        steps: int,
+        readings: Readings,
+        like: Log | None = None,
+    ) -> None:
         self._task, self._module, self._readings = task, module, readings
-        self._curve_data = _some(task.validation, readings.curve_samples)
+        self._curve_data: tuple[Tensor, ...] = (
+            _some(task.validation, readings.curve_samples) if like is None else like._curve_data
+        )
         self._read_at = sorted({0, steps, *(at for at in readings.curve if 0 < at < steps)})
         full_at = {0, *readings.full} if readings.full else set()
         self._full_at = sorted(at for at in full_at if at <= steps)

@@ -430,9 +430,9 @@ struct LaneSums {
   }
 };
 
-// Steps forward, keeping the state before each step, and back. A grid's rows are students, of whom an
-// unroll has one. Of one step (`single`), gradients in
-// the state come from `in_new` and go to `in_old`; of several they begin as zeros and are dropped.
+// Steps forward, keeping the state before each step, and back. Of one step (`single`), gradients in
+// the state come from `in_new` and go to `in_old`, and a grid's rows are students. Of several steps
+// there is one student; gradients in the state begin as zeros and are dropped.
 template <int hidden, bool single>
 __global__ void __launch_bounds__(kUnrollWarps* kLaneCount, kUnrollBlocks<hidden>)
     nominal_backward(const UnrollCall call, const UnrollState in_new, float* in_grad,

@@ -9,8 +9,8 @@
 namespace amalgam::cuda {
 
 // N coordinates of several tensors, one tensor after another. Every tensor begins a new tile of 32.
-// Of `students` of one kind all but the bounds comes once for each, one student's after another's; an
-// unroll is of one.
+// All but the bounds is there once for each student, one student's after another's. Either steps or
+// students are one.
 struct UnrollCall {
   // A unit after another, four numbers each (gates i, f, a, o): zeros, what it takes of each feature
   // and of each h; then the head's rows and its biases, and zeros up to 16 bytes. Scaled as
@@ -65,7 +65,7 @@ const std::vector<int>& unroll_sizes();
 // for each output of the head those of h and of its bias.
 int unroll_sums(int hidden);
 
-// So many students at once, at most: a grid has no more rows.
+// So many students at once, at most: a grid has no more rows, and no more planes.
 constexpr int kMostStudents = 65535;
 
 // How many warps share so many tiles of a student.

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from amalgam import NominalConfig, NominalStudent
 from amalgam.evaluation import Contender, Curve, Readings, Runner, train
+from amalgam.evaluation import runner as runner_module
 from amalgam.evaluation.cache import RunCache
 from amalgam.evaluation.contenders import baseline, student_contender, teacher_contenders
 from amalgam.evaluation.rows import Row, most_rows, obstacle, seconds_a_step, train_rows
@@ -117,6 +118,27 @@ def test_runs_side_by_side_are_what_each_is_alone(make: Any) -> None:
     assert len({curve.final for curve in found}) == len(found)
 
 
+def test_a_run_that_has_ended_steps_no_more() -> None:
+    steps = []
+
+    class Exploding(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            if any(bool(p.isnan().any()) for group in self.param_groups for p in group["params"]):
+                raise ValueError("nan")
+            steps.append(None)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data.fill_(math.nan)
+
+    rows = [Row(partial(Exploding, lr=1.0), 3, name="bad"), *rows_of(CONTENDERS["SGD"])]
+    found = train_rows(a_task(), rows, steps=5, readings=Readings((1,)))
+    assert len(steps) == 1
+    assert [curve.diverged for curve in found] == [True, False, False]
+    with pytest.raises(ValueError, match="nan") as raised:
+        train_rows(a_task(), rows, steps=5, readings=Readings())
+    assert raised.value.__notes__ == ["in the run of bad, seed 3"]
+
+
 def test_a_step_of_all_is_one_pass() -> None:
     calls = []
 
@@ -139,15 +161,41 @@ def test_a_step_of_all_is_one_pass() -> None:
     assert six_of_five - none_of_five == 6 + 5
 
 
-def test_a_run_that_is_not_finite_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("make", [a_task, images])
+def test_a_run_that_is_not_finite_leaves_the_others_alone(make: Any) -> None:
     exploding = Contender(
         "exploding", partial(torch.optim.SGD, lr=1e20, weight_decay=1e20), draws=False
     )
-    task, rows = a_task(), rows_of(CONTENDERS["Adam"], exploding, CONTENDERS["nominal"])
+    task, rows = make(), rows_of(CONTENDERS["Adam"], exploding, CONTENDERS["nominal"])
     found = train_rows(task, rows, steps=9, readings=READINGS)
     assert_alike(found, alone(task, rows, 9))
     assert [curve.diverged for curve in found] == [False, False, True, True, False, False]
     assert math.isnan(found[2].final)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean in a buffer, which vmap lets it do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return self.linear(x - self.mean)
+
+
+class Idle(nn.Module):
+    """Has a parameter that nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.idle = nn.Linear(4, 2), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
 
 
 def test_what_can_not_go_side_by_side_says_why() -> None:
@@ -159,14 +207,18 @@ def test_what_can_not_go_side_by_side_says_why() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.first(x).double()).float()
 
-    mixed = a_task()
-    mixed = Task("mixed", Mixed, mixed.train, mixed.validation, batch_size=8)
+    def of(module: type[nn.Module]) -> Task:
+        data = a_task()
+        return Task(module.__name__, module, data.train, data.validation, batch_size=8)
+
     private = a_task(gradient=PrivateGradient(1.0, 1.0))
     for task, why in (
         (a_task(nn.BatchNorm1d(6)), "vmap|running"),
         (a_task(nn.Dropout(0.5)), "draw random numbers"),
         (private, "its gradients are PrivateGradient"),
-        (mixed, "of several dtypes"),
+        (of(Mixed), "of several dtypes"),
+        (of(Averaging), "buffers change"),
+        (of(Idle), "have no gradients"),
     ):
         assert obstacle(task) is not None
         with pytest.raises(ValueError, match=f"task must be .* not '{task.name}': .*({why})"):
@@ -225,11 +277,9 @@ def test_a_runner_that_was_stopped_goes_on_to_the_same_bits(
     with Runner([a_task()], rows=True) as runner:
         expected = [curve.untimed().as_dict() for curve in runner.run(asked)]
     assert sizes == [4, 4, 1]
-    done: list[Progress] = []
 
     def stop(progress: Progress) -> None:
-        done.append(progress)
-        if progress.runs == 4:
+        if progress.runs == 6:
             raise KeyboardInterrupt
 
     cache = RunCache(tmp_path)
@@ -241,6 +291,7 @@ def test_a_runner_that_was_stopped_goes_on_to_the_same_bits(
     sizes.clear()
     with Runner([a_task()], cache=cache, rows=True) as runner:
         again = [curve.untimed().as_dict() for curve in runner.run(asked)]
+    # Of the second group four are made again, though two are there.
     assert sizes == [4, 1]
     assert again == expected
     # Runs one by one have other bits, and are others in the cache.
@@ -250,7 +301,50 @@ def test_a_runner_that_was_stopped_goes_on_to_the_same_bits(
     assert not sizes
 
 
-def test_a_time_is_told_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_memory_does_not_hold_at_once_goes_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = counted(monkeypatch)
+    noted = runner_module.train_rows
+
+    def of_three(task: Task, rows: list[Row], **how: Any) -> list[Curve]:
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError
+        return noted(task, rows, **how)
+
+    monkeypatch.setattr("amalgam.evaluation.runner.train_rows", of_three)
+    asked = runs([CONTENDERS["Adam"], CONTENDERS["SGD"]])
+    with Runner([a_task()], rows=True) as runner:
+        found = runner.run(asked)
+    assert sizes == [3, 3]
+    assert_alike(
+        [curve.untimed() for curve in found],
+        alone(a_task(), rows_of(CONTENDERS["Adam"], CONTENDERS["SGD"], seeds=3), 4),
+    )
+
+
+def test_processes_share_the_rows_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = runs([CONTENDERS["Adam"], CONTENDERS["SGD"]])
+    shares, kept = [], []
+    for rank in range(2):
+        kept.clear()
+        sizes = counted(monkeypatch)
+        monkeypatch.setattr("amalgam.distributed.world", lambda: 2)
+        monkeypatch.setattr("amalgam.distributed.rank", lambda rank=rank: rank)
+        # Of two GPUs one has memory for two rows.
+
+        def from_all(value: Any) -> list[Any]:
+            kept.append(value)
+            return [[2], value] if isinstance(value, list) else [value, dict.fromkeys(range(6))]
+
+        monkeypatch.setattr("amalgam.distributed.from_all", from_all)
+        with Runner([a_task()], rows=True) as runner:
+            runner.run(asked)
+        shares.append((sizes, sorted(kept[-1])))
+    assert shares == [([2, 2], [0, 1, 4, 5]), ([2], [2, 3])]
+
+
+def test_a_time_is_told_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     timed = []
 
     def noted(task: Task, make: Any) -> float:
@@ -268,6 +362,12 @@ def test_a_time_is_told_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
     assert timed == [adam.make]
     assert first.seconds == second.seconds > 0
     assert all(math.isnan(curve.seconds) for curve in others)
+    # What is kept without a time is no answer to who asks for one.
+    cache = RunCache(tmp_path)
+    for run in (asked[2], asked[2]._replace(timed=True)):
+        with Runner([a_task()], cache=cache, rows=True) as runner:
+            (curve,) = runner.run([run])
+    assert curve.seconds > 0
 
 
 def test_rows_and_processes_are_two_ways() -> None:
