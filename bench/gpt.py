@@ -39,11 +39,9 @@ LONGER = (
 WIDE = Size(256, 6, 4, context=128, batch=16, steps=300, readings=16)
 WIDER = (
     *(("standard", 1.0, decay) for decay in DECAYS),
-    *(("Muon", lr, "linear") for lr in (0.003, 0.01)),
-    *(("AdamW", lr, "linear") for lr in (0.001, 0.003)),
-    *(("compact", 1.0, decay) for decay in DECAYS),
-    ("AdamW", 0.001, "constant"),
-    ("Muon", 0.003, "constant"),
+    ("compact", 1.0, "linear"),
+    *(("Muon", lr, "linear") for lr in (0.003, 0.01, 0.03)),
+    *(("AdamW", lr, "linear") for lr in (0.001, 0.003, 0.01)),
 )
 
 
