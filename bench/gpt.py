@@ -39,7 +39,7 @@ LONGER = (
 WIDE = Size(256, 6, 4, context=128, batch=16, steps=300, readings=16)
 WIDER = (
     *(("standard", 1.0, decay) for decay in DECAYS),
-    ("compact", 1.0, "linear"),
+    *(("compact", 1.0, decay) for decay in DECAYS),
     *(("Muon", lr, "linear") for lr in (0.003, 0.01, 0.03)),
     *(("AdamW", lr, "linear") for lr in (0.001, 0.003, 0.01)),
 )
