@@ -93,6 +93,11 @@ def scaling(path: str) -> str:
     return str(_module("bench/scaling.py").table(ROOT / path)) + "\n"
 
 
+def weight_decay(path: str) -> str:
+    """The table of ``bench/weight_decay.py``."""
+    return str(_module("bench/weight_decay.py").table(ROOT / path)) + "\n"
+
+
 def cell_dtypes(path: str) -> str:
     """The table of ``bench/cell_dtypes.py``."""
     return str(_module("bench/cell_dtypes.py").table(ROOT / path)) + "\n"
@@ -498,6 +503,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "cell-dtypes": cell_dtypes,
     "claims": claims,
     "scaling": scaling,
+    "weight-decay": weight_decay,
     "from-markdown": from_markdown,
     "step-in-place": step_in_place,
     "thousand-tensors": thousand_tensors,
