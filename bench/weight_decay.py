@@ -26,10 +26,11 @@ from amalgam.files import whole
 from amalgam.version import describe
 
 TESTED, SEEDS, STEPS, EVERY = ("digits-mlp", "digits-cnn"), range(5), 500, 20
-STUDENTS = {name: functools.partial(AmalgamatedOptimizer, student=name) for name in
-            ("standard", "compact")}  # fmt: skip
+STUDENTS: dict[str, Any] = {
+    name: functools.partial(AmalgamatedOptimizer, student=name) for name in ("standard", "compact")
+}
 # Adam's and AdamW's best constant rates on these networks: docs/results.md.
-RIVALS = {
+RIVALS: dict[str, Any] = {
     "Adam, lr=0.02": functools.partial(torch.optim.Adam, lr=0.02),
     "AdamW, lr=0.01": functools.partial(torch.optim.AdamW, lr=0.01),
     "AdamW, lr=0.02": functools.partial(torch.optim.AdamW, lr=0.02),
