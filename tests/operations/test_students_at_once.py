@@ -72,8 +72,8 @@ CASES = [
     (nominal, 1, 16, 70, 3),
     (nominal, 2, 8, 130, 2),
 ]
-# On the host the last has several tiles a warp.
-SMALL = [(nominal, 1, 4, 70, 3), (nominal, 1, 8, 130, 2), (nominal, 1, 4, 1700, 2)]
+SMALL = [(nominal, 1, 4, 70, 3), (nominal, 1, 8, 130, 2)]
+SEVERAL_TILES = (nominal, 1, 4, 1000, 2)  # a warp, on the host
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ SMALL = [(nominal, 1, 4, 70, 3), (nominal, 1, 8, 130, 2), (nominal, 1, 4, 1700, 
         pytest.param(
             *place.values, case, id=f"{place.id}-{case[0].__name__}-{number}", marks=place.marks
         )
-        for places, cases in ((EVERYWHERE, [*CASES, *SMALL]), (BY_CUDA, SMALL))
+        for places, cases in ((EVERYWHERE, [*CASES, *SMALL]), (BY_CUDA, [*SMALL, SEVERAL_TILES]))
         for place in places
         for number, case in enumerate(cases)
     ],
