@@ -29,7 +29,6 @@ def _register(
     backend: registry.Backend,
     step: Callable[..., None],
     backward: Callable[..., tuple[Tensor, list[Tensor]]],
-    **how: Any,
 ) -> None:
     """Register a step of one student and its backward pass, each also into memory that is there.
 
@@ -39,7 +38,6 @@ def _register(
             one student, as several take their steps one after another.
         backward: Takes memory for the gradients in the state, and what ``student_step_backward``
             takes; returns those in the gradient and in the weights.
-        **how: What the backend is told of each kernel.
     """
 
     def functional(
@@ -79,10 +77,10 @@ def _register(
         d_grad, *d_weights = map(stacked, zip(*found, strict=True))
         return d_grad, d_weights
 
-    backend.kernel("student_step", **how)(functional)
-    backend.kernel("student_step_into", **how)(into)
-    backend.kernel("student_step_backward", **how)(functional_backward)
-    backend.kernel("student_step_backward_into", **how)(backward_into)
+    backend.kernel("student_step")(functional)
+    backend.kernel("student_step_into")(into)
+    backend.kernel("student_step_backward")(functional_backward)
+    backend.kernel("student_step_backward_into")(backward_into)
 
 
 def _step_on_cpu(

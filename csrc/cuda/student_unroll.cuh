@@ -527,8 +527,9 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
     for (int64_t first = int64_t{blockIdx.x} * kSumColumns; first < Share::kSums;
          first += int64_t{gridDim.x} * kSumColumns) {
       const bool inside = first + column < Share::kSums;
-      const double sum = sum_of_rows(sums.weights + student * sums.warps * Share::kSums + first + column,
-                                     0, sums.warps, Share::kSums, inside);
+      const double* own = sums.weights + student * sums.warps * Share::kSums;
+      const double sum =
+          sum_of_rows(own + first + column, 0, sums.warps, Share::kSums, inside);
       if (writes && inside) {
         in_weights[student * Share::kSums + first + column] = static_cast<float>(sum);
       }
