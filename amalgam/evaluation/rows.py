@@ -185,14 +185,13 @@ def _as_rows(task: Task, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     Returns:
         Both, shape (modules, coordinates).
     """
-    trained = [
-        {name: p for name, p in module.named_parameters() if p.requires_grad} for module in modules
-    ]
-    params = torch.stack([task.layout.flatten(named).detach() for named in trained])
+    named = [dict(module.named_parameters()) for module in modules]
+    # The layout holds those that are trained alone.
+    params = torch.stack([task.layout.flatten(each).detach() for each in named])
     grads = torch.zeros_like(params)
-    for named, values, slopes in zip(trained, params, grads, strict=True):
-        parts, of_grads = task.layout.unflatten(values), task.layout.unflatten(slopes)
-        for name, param in named.items():
-            param.data = parts[name]
-            param.grad = of_grads[name]
+    for each, values, slopes in zip(named, params, grads, strict=True):
+        of_grads = task.layout.unflatten(slopes)
+        for name, part in task.layout.unflatten(values).items():
+            each[name].data = part
+            each[name].grad = of_grads[name]
     return params, grads
