@@ -1,4 +1,4 @@
-"""The command line: ``amalgam train | evaluate | compare | convert | push | info``.
+"""The command line: ``amalgam train | validate | evaluate | compare | convert | push | info``.
 
 Exit codes: 0, done; 1, it failed while it ran; 2, what was asked for can't be done; 3, a run is
 over and nothing was learned; 130 and 143, interrupted by Ctrl-C and by SIGTERM; 141, nobody reads
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import platform
 import shlex
@@ -29,14 +30,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from amalgam import ops, recipes, tasks, weight_files
+from amalgam.device import resolve
 from amalgam.evaluation import commands
 from amalgam.evaluation.commands import FLAG
+from amalgam.evaluation.contenders import names_of
 from amalgam.evaluation.tables import Table
 from amalgam.extras import MissingExtra
 from amalgam.heap import keep_freed_memory
 from amalgam.optimizers import estimate_memory
 from amalgam.optimizers.source import student_of
 from amalgam.policies import load_policy
+from amalgam.tasks import Task
 from amalgam.version import describe
 
 if TYPE_CHECKING:
@@ -53,6 +57,16 @@ _WIDE_BAR = 100  # columns of a terminal that a progress bar with both losses ne
 _EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 INTERRUPTED = 128 + signal.SIGINT
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
+
+_OwnCode = Annotated[
+    bool,
+    typer.Option(
+        "--own-code",
+        metavar=FLAG,
+        help="Let a recipe from outside the working directory run the modules it names.",
+    ),
+]
 
 
 class _Terminated(SystemExit):
@@ -111,14 +125,7 @@ def train(
             metavar="DEVICE", help="auto, cpu, cuda or cuda:1.", show_default="the recipe's"
         ),
     ] = None,
-    own_code: Annotated[
-        bool,
-        typer.Option(
-            "--own-code",
-            metavar=FLAG,
-            help="Let a recipe from outside the working directory run the modules it names.",
-        ),
-    ] = False,
+    own_code: _OwnCode = False,
     tensorboard: Annotated[
         bool,
         typer.Option(
@@ -193,6 +200,57 @@ def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
             _plain(between_replicates(results, len(students)))
     kept = "student.safetensors" if len(students) == 1 else "replicate-*/student.safetensors"
     _plain(f"student: {folder / kept}\nplots:   {folder / 'plots'}")
+
+
+@app.command()
+def validate(
+    students: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDENT",
+            help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME.",
+        ),
+    ],
+    by: Annotated[
+        str, typer.Option(metavar="RECIPE", help="A shipped recipe's name, or a path.")
+    ] = "standard",
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Decides initial weights and batches.")
+    ] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")
+    ] = "auto",
+    own_code: _OwnCode = False,
+) -> None:
+    """Score students by a recipe's meta-validation, best first, to keep one of several replicates.
+
+    The score is the mean log of the last validation loss (of the loss over its first one where
+    the recipe has no logs), over the recipe's validation tasks, seeds and decays of the rate.
+    """
+    from amalgam.meta import validation
+
+    recipe, where = recipes.load(by, own_code=own_code or None), resolve(device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    sources = [one.task for one in recipe.validation or recipe.tasks]
+    scores = []
+    with _evaluation_progress() as report:
+        for name, path in zip(names_of(students), students, strict=True):
+            report(name)
+            score = validation.of_student(
+                load_policy(path).to(where),
+                [source.to(where) if isinstance(source, Task) else source for source in sources],
+                recipe.training,
+                recipe.amalgamation,
+                seed=seed,
+                device=where,
+            )
+            scores.append((score, name))
+    # A score that is no number, of a student that diverged, comes last.
+    scores.sort(key=lambda pair: (math.isnan(pair[0]), pair))
+    rows = tuple((name, f"{score:.4f}") for score, name in scores)
+    title = f"meta-validation of {Path(by).stem}, lower is better"
+    _console.print(Table(title, ("student", "score"), rows, best=frozenset({0})))
 
 
 class _Bars:

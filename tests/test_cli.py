@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed
 
-from amalgam import Student, __version__, cli, experiment
-from amalgam.meta import replicate, trainer
+from amalgam import Student, __version__, cli, experiment, weight_files
+from amalgam.meta import replicate, trainer, validation
 from amalgam.policies import Choice, load_policy
 
 TINY = """
@@ -300,6 +300,34 @@ def test_replicates_are_evaluated_and_their_spread_is_reported(wide, tiny, tmp_p
     assert "between 3 replicates" in (tmp_path / "run" / "evaluation.md").read_text()
     for index in range(3):
         Student.load(tmp_path / "run" / f"replicate-{index}" / "student.safetensors")
+
+
+def test_validate_scores_students_as_their_run_did(wide, tiny, tmp_path) -> None:
+    run = tmp_path / "run"
+    wide("train", tiny, "--out", run, "--seed", 3, "--set", "training.validate_every=30")
+    (score,) = [row["validation"] for row in metrics(run) if "validation" in row]
+    shown = wide("validate", run / "student.safetensors", "--by", tiny, "--seed", 3)
+    assert shown.startswith("evaluating\nmeta-validation of tiny, lower is better\n")
+    assert shown.strip().splitlines()[-1].split() == ["student", f"{score:.4f}"]
+
+
+def test_validate_puts_the_best_first_and_the_diverged_last(wide, tiny, monkeypatch) -> None:
+    scores = iter([math.inf, math.nan, -2.0, 0.5])
+    monkeypatch.setattr(validation, "of_student", lambda *of, **how: next(scores))
+    names = ["digits", "compact", "standard"]
+    shown = wide("validate", *names, weight_files.locate("digits"), "--by", tiny)
+    assert [line.split() for line in shown.strip().splitlines()[-4:]] == [
+        ["standard", "-2.0000"],
+        ["weights/digits", "0.5000"],
+        ["digits", "inf"],
+        ["compact", "nan"],
+    ]
+
+
+def test_validate_says_what_is_wrong_with_what_is_given(here, tmp_path) -> None:
+    assert_one_line(here("validate", "digits", "--by", "digit"), 2, "digits")
+    assert_one_line(here("validate", "digits", "digits"), 2, "'digits' is given twice")
+    assert_one_line(here("validate", tmp_path / "none"), 2, "neither a file nor a student")
 
 
 needs_gloo = pytest.mark.skipif(

@@ -38,7 +38,6 @@ from amalgam.meta.run_state import RunState
 from amalgam.meta.stages import Stages
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
-from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy, Pool
 from amalgam.tasks import Task, TaskFamily
 
@@ -419,15 +418,13 @@ class Trainer:
     def _validate(self, index: int) -> float:
         """Score a replicate, and remember its weights if the score is its best so far."""
         replicate = self._state.replicates[index]
-        student, backend = replicate.judged, self.amalgamation.backend
-        score = validation.by_final_loss(
-            lambda params: optimizer_of(params, student, backend),
+        score = validation.of_student(
+            replicate.judged,
             self.validation or self.tasks,
             self.training,
-            log_objective=self.amalgamation.log_objective,
-            device=self.device,
-            warmup_steps=student.config.warmup_steps,
+            self.amalgamation,
             seed=self.seed + index,
+            device=self.device,
         )
         replicate.note_score(score, self.meta_step)
         return score

@@ -32,6 +32,7 @@ from amalgam.meta.sampling import begin_episode, split, stacked_batches
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import WindowInputs
+from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy, Pool
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task, TaskFamily
@@ -85,6 +86,36 @@ def by_final_loss(
             else:
                 scores.append(curve.final / (abs(curve.losses[0]) + _EPS))
     return _mean_of_first(scores)
+
+
+def of_student(
+    student: Policy,
+    tasks: Sequence[Task | TaskFamily],
+    training: Training,
+    amalgamation: Amalgamation,
+    *,
+    seed: int,
+    device: torch.device,
+) -> float:
+    """A student's score by :func:`by_final_loss`.
+
+    Args:
+        student: The student, or any other policy.
+        tasks: The tasks and families.
+        training: As in :func:`by_final_loss`.
+        amalgamation: Of it ``log_objective`` and ``backend`` are read.
+        seed: The replicate's seed. Students are compared by scores of one seed.
+        device: Where the student's weights are, and tasks are to be that a family draws.
+    """
+    return by_final_loss(
+        lambda params: optimizer_of(params, student, amalgamation.backend),
+        tasks,
+        training,
+        log_objective=amalgamation.log_objective,
+        warmup_steps=student.config.warmup_steps,
+        seed=seed,
+        device=device,
+    )
 
 
 def by_meta_loss(

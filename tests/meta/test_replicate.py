@@ -13,7 +13,6 @@ from amalgam import recipes, weight_files
 from amalgam.meta import MetaBatch, Stage, Stages, Training, validation
 from amalgam.meta.replicate import Replicate
 from amalgam.meta.run_folder import CHECKPOINT, PERIODS
-from amalgam.optimizers import optimizer_of
 from amalgam.policies import Policy
 from amalgam.seeding import generator_for, normal_like
 
@@ -104,14 +103,8 @@ def test_meta_validations_are_of_the_average(tmp_path) -> None:
         with torch.no_grad():
             for weight, value in zip(student.weights(), kept, strict=True):
                 weight.copy_(value)
-        again = validation.by_final_loss(
-            lambda params, student=student: optimizer_of(params, student, "reference"),
-            run.tasks,
-            run.training,
-            log_objective=True,
-            warmup_steps=2,
-            seed=7,
-            device=run.device,
+        again = validation.of_student(
+            student, run.tasks, run.training, run.amalgamation, seed=7, device=run.device
         )
         assert score == pytest.approx(again, rel=1e-5)
 
