@@ -25,7 +25,7 @@ from amalgam.operations.table import addresses
 _WRITTEN = ("update", *(f"new {name}" for name in StudentState._fields))
 
 
-def _register(
+def _register_one_by_one(
     backend: registry.Backend,
     step: Callable[..., None],
     backward: Callable[..., tuple[Tensor, list[Tensor]]],
@@ -214,152 +214,88 @@ def run_on_cpu(
     )
 
 
-_register(cpu.backend, _step_on_cpu, _backward_on_cpu)
-_by_cuda = functools.partial(
-    cuda.backend.kernel, dtypes=triton.SINGLE, accepts=nominal_on_cuda.accepts
-)
-
-
-@_by_cuda("student_step")
-def _cuda_student_step(
-    grad: Tensor, state: StudentState, weights: Sequence[Tensor], settings: StepSettings
-) -> tuple[Tensor, StudentState]:
-    update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
-    one = _single(grad, state, weights, settings)
-    nominal_on_cuda.step(_as_students(update, *new), *one)
-    return update, new
-
-
-@_by_cuda("student_step_into")
-def _cuda_step_into(
-    update: Tensor,
-    new: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
+def _register_of_students(
+    backend: registry.Backend,
+    step: Callable[..., None],
+    backward: Callable[..., list[Tensor]],
+    accepts: registry.Accepts,
+    *,
+    takes_numerics: bool = False,
 ) -> None:
-    check_written(_WRITTEN, (update, *new))
-    nominal_on_cuda.step((update, *new), (grad, *state), weights, settings)
+    """Register a step of S students in one launch and its backward pass, of one student, too.
 
-
-@_by_cuda("student_step_backward")
-def _cuda_student_step_backward(
-    d_update: Tensor,
-    d_state: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-) -> tuple[Tensor, StudentState, list[Tensor]]:
-    d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(state))
-    results, grads_out = _as_students(d_grad, *d_old), _as_students(d_update, *d_state)
-    d_weights = nominal_on_cuda.step_backward(
-        results, grads_out, *_single(grad, state, weights, settings)
-    )
-    return d_grad, d_old, [weight[0] for weight in d_weights]
-
-
-@_by_cuda("student_step_backward_into")
-def _cuda_backward_into(
-    d_update: Tensor,
-    d_state: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-) -> tuple[Tensor, list[Tensor]]:
-    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
-    d_grad = grad.new_empty(grad.shape)
-    results, grads_out = (d_grad, *d_state), (d_update, *d_state)
-    return d_grad, nominal_on_cuda.step_backward(
-        results, grads_out, (grad, *state), weights, settings
+    Args:
+        backend: The backend.
+        step: Takes memory for the updates (S, N) and the new states; the gradients and the states;
+            the weights; the settings.
+        backward: Takes memory for the gradients in the gradients and in the states, which may be
+            the next one's; the gradients in the updates and in the new states; then what ``step``
+            takes after its memory. Returns the gradients in the weights.
+        accepts: As :meth:`amalgam.operations.registry.Backend.kernel` takes it.
+        takes_numerics: Whether both take ``numerics``.
+    """
+    kernel = functools.partial(
+        backend.kernel, dtypes=triton.SINGLE, takes_numerics=takes_numerics, accepts=accepts
     )
 
+    @kernel("student_step")
+    def functional(
+        grad: Tensor,
+        state: StudentState,
+        weights: Sequence[Tensor],
+        settings: StepSettings,
+        **numerics: Any,
+    ) -> tuple[Tensor, StudentState]:
+        update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+        one = _single(grad, state, weights, settings)
+        step(_as_students(update, *new), *one, **numerics)
+        return update, new
 
-@triton.backend.kernel("student_step", dtypes=triton.SINGLE, takes_numerics=True)
-def _triton_student_step(
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-    *,
-    numerics: Numerics,
-) -> tuple[Tensor, StudentState]:
-    update, new = grad.new_empty(grad.shape), StudentState(*unwritten(state))
-    one = _as_students(update, *new), *_single(grad, state, weights, settings)
-    _launch_step(*one, numerics)
-    return update, new
+    @kernel("student_step_into")
+    def into(
+        update: Tensor,
+        new: StudentState,
+        grad: Tensor,
+        state: StudentState,
+        weights: Sequence[Tensor],
+        settings: StepSettings,
+        **numerics: Any,
+    ) -> None:
+        check_written(_WRITTEN, (update, *new))
+        step((update, *new), (grad, *state), weights, settings, **numerics)
 
+    @kernel("student_step_backward")
+    def functional_backward(
+        d_update: Tensor,
+        d_new: StudentState,
+        grad: Tensor,
+        state: StudentState,
+        weights: Sequence[Tensor],
+        settings: StepSettings,
+        **numerics: Any,
+    ) -> tuple[Tensor, StudentState, list[Tensor]]:
+        d_grad, d_state = grad.new_empty(grad.shape), StudentState(*unwritten(state))
+        results, grads_out = _as_students(d_grad, *d_state), _as_students(d_update, *d_new)
+        one = _single(grad, state, weights, settings)
+        d_weights = backward(results, grads_out, *one, **numerics)
+        # What an operation returns may share no memory.
+        return d_grad, d_state, [weight[0].clone() for weight in d_weights]
 
-@triton.backend.kernel("student_step_backward", dtypes=triton.SINGLE, takes_numerics=True)
-def _triton_student_step_backward(
-    d_update: Tensor,
-    d_state: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-    *,
-    numerics: Numerics,
-) -> tuple[Tensor, StudentState, list[Tensor]]:
-    from amalgam.kernels import lstm_weights
-
-    d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(state))
-    results, grads_out = _as_students(d_grad, *d_old), _as_students(d_update, *d_state)
-    d_weights = _launch_backward(
-        results, grads_out, *_single(grad, state, weights, settings), numerics
-    )
-    return d_grad, d_old, lstm_weights.apart([weight[0] for weight in d_weights])
-
-
-def _triton_accepts(update: Tensor, *_: Any, **__: Any) -> str | None:
-    if len(update) <= triton.GRID_ROWS:
-        return None
-    return f"it steps at most {triton.GRID_ROWS} students at once, not {len(update)}"
-
-
-@triton.backend.kernel(
-    "student_step_into", dtypes=triton.SINGLE, takes_numerics=True, accepts=_triton_accepts
-)
-def _triton_step_into(
-    update: Tensor,
-    new: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-    *,
-    numerics: Numerics,
-) -> None:
-    check_written(_WRITTEN, (update, *new))
-    _launch_step((update, *new), (grad, *state), weights, settings, numerics)
-
-
-@triton.backend.kernel(
-    "student_step_backward_into",
-    dtypes=triton.SINGLE,
-    takes_numerics=True,
-    accepts=_triton_accepts,
-)
-def _triton_backward_into(
-    d_update: Tensor,
-    d_state: StudentState,
-    grad: Tensor,
-    state: StudentState,
-    weights: Sequence[Tensor],
-    settings: StepSettings,
-    *,
-    numerics: Numerics,
-) -> tuple[Tensor, list[Tensor]]:
-    check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
-    d_grad, d_old = grad.new_empty(grad.shape), StudentState(*unwritten(d_state))
-    results, grads_out = (d_grad, *d_old), (d_update, *d_state)
-    d_weights = _launch_backward(results, grads_out, (grad, *state), weights, settings, numerics)
-    # Not into the memory that is read: several warps load the same number, and one may have written
-    # what another has yet to load (bench/results/gpu/README.md).
-    torch._foreach_copy_(list(d_state), list(d_old))
-    return d_grad, d_weights
+    @kernel("student_step_backward_into")
+    def backward_into(
+        d_update: Tensor,
+        d_state: StudentState,
+        grad: Tensor,
+        state: StudentState,
+        weights: Sequence[Tensor],
+        settings: StepSettings,
+        **numerics: Any,
+    ) -> tuple[Tensor, list[Tensor]]:
+        check_written([f"d_state.{name}" for name in StudentState._fields], d_state)
+        d_grad = grad.new_empty(grad.shape)
+        results, grads_out = (d_grad, *d_state), (d_update, *d_state)
+        inputs = grad, *state
+        return d_grad, backward(results, grads_out, inputs, weights, settings, **numerics)
 
 
 def _as_students(*tensors: Tensor) -> list[Tensor]:
@@ -376,11 +312,19 @@ def _single(
     return _as_students(grad, *state), _as_students(*weights), settings
 
 
-def _launch_step(
+def _triton_accepts(*arguments: Any, **_: Any) -> str | None:
+    state, _weights, _settings = arguments[-3:]
+    if state.h.dim() < 4 or len(state.h) <= triton.GRID_ROWS:
+        return None
+    return f"it steps at most {triton.GRID_ROWS} students at once, not {len(state.h)}"
+
+
+def _triton_step(
     results: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
+    *,
     numerics: Numerics,
 ) -> None:
     from amalgam.kernels import student_step as kernels
@@ -388,15 +332,35 @@ def _launch_step(
     kernels.student_step(results, contiguous(inputs), contiguous(weights), settings, *numerics)
 
 
-def _launch_backward(
+def _triton_backward(
     results: Sequence[Tensor],
     grads_out: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     settings: StepSettings,
+    *,
     numerics: Numerics,
 ) -> list[Tensor]:
     from amalgam.kernels import student_step as kernels
 
     dense = contiguous(grads_out), contiguous(inputs), contiguous(weights)
-    return kernels.student_step_backward(results, *dense, settings, numerics.precision)
+    d_grad, *d_state = results
+    # Not into memory that is read: several warps load the same number, and one may have written
+    # what another has yet to load (bench/results/gpu/README.md).
+    apart = d_state[0] is not grads_out[1]
+    written = d_state if apart else unwritten(d_state)
+    d_weights = kernels.student_step_backward(
+        (d_grad, *written), *dense, settings, numerics.precision
+    )
+    if not apart:
+        torch._foreach_copy_(d_state, written)
+    return d_weights
+
+
+_register_one_by_one(cpu.backend, _step_on_cpu, _backward_on_cpu)
+_register_of_students(
+    cuda.backend, nominal_on_cuda.step, nominal_on_cuda.step_backward, nominal_on_cuda.accepts
+)
+_register_of_students(
+    triton.backend, _triton_step, _triton_backward, _triton_accepts, takes_numerics=True
+)
