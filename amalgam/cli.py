@@ -233,12 +233,13 @@ def validate(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     sources = [one.task for one in recipe.validation or recipe.tasks]
+    named = dict(zip(names_of(students), map(load_policy, students), strict=True))
     scores = []
     with _evaluation_progress() as report:
-        for name, path in zip(names_of(students), students, strict=True):
+        for name, student in named.items():
             report(name)
             score = validation.of_student(
-                load_policy(path).to(where),
+                student.to(where),
                 [source.to(where) if isinstance(source, Task) else source for source in sources],
                 recipe.training,
                 recipe.amalgamation,
@@ -250,7 +251,8 @@ def validate(
     scores.sort(key=lambda pair: (math.isnan(pair[0]), pair))
     rows = tuple((name, f"{score:.4f}") for score, name in scores)
     title = f"meta-validation of {Path(by).stem}, lower is better"
-    _console.print(Table(title, ("student", "score"), rows, best=frozenset({0})))
+    best = frozenset({0} if math.isfinite(scores[0][0]) else ())
+    _console.print(Table(title, ("student", "score"), rows, best))
 
 
 class _Bars:

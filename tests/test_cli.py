@@ -328,6 +328,8 @@ def test_validate_says_what_is_wrong_with_what_is_given(here, tmp_path) -> None:
     assert_one_line(here("validate", "digits", "--by", "digit"), 2, "digits")
     assert_one_line(here("validate", "digits", "digits"), 2, "'digits' is given twice")
     assert_one_line(here("validate", tmp_path / "none"), 2, "neither a file nor a student")
+    code, out, _ = here("validate", "digits", tmp_path / "none")
+    assert (code, out) == (2, "")  # before any run
 
 
 needs_gloo = pytest.mark.skipif(

@@ -226,8 +226,11 @@ def test_unusable_gradients_touch_nothing(student, poison, step) -> None:
 def test_sparse_gradients_are_refused(student) -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
+    optimizer = AmalgamatedOptimizer(embedding.parameters(), student=student)
     with pytest.raises(RuntimeError, match="dense gradients"):
-        AmalgamatedOptimizer(embedding.parameters(), student=student).step()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="dense gradients"):
+        optimizer.stats()
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,7 @@ def test_sparse_gradients_are_refused(student) -> None:
         ({"warmup_steps": -1}, ValueError, "warmup_steps"),
         ({"warmup_lr": math.nan}, ValueError, "warmup_lr"),
         ({"backend": "referense"}, ValueError, "did you mean 'reference'"),
+        ({"backend": None}, TypeError, "backend must be a string, one of .* not None"),
         ({"rounding": "up"}, ValueError, "rounding must be 'nearest' or 'stochastic', not 'up'"),
         ({"seed": -1}, ValueError, "seed must lie in"),
         ({"student": "no-such-student"}, FileNotFoundError, "no-such-student"),

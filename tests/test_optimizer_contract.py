@@ -650,7 +650,14 @@ def test_names_of_parameters_are_kept_and_saved() -> None:
         ({"weight_decay": None}, TypeError, "weight_decay must be a number, not None"),
         ({"capturable": 1}, TypeError, "capturable must be True or False, not 1"),
         ({"maximize": "yes"}, TypeError, "maximize must be True or False, not 'yes'"),
+        ({"lr": torch.tensor(1)}, TypeError, "lr must be a floating-point tensor, .* torch.int64"),
         ({"betas": (0.5, 0.9)}, ValueError, "betas must be those"),
+        ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, not 0.9"),
+        ({"eps": 1e-3}, ValueError, "eps must be that the student was trained with"),
+        ({"amsgrad": True}, ValueError, "amsgrad must be False"),
+        ({"backend": "cpu"}, ValueError, "'backend' must be left out: .* 'auto', .* 'cpu'"),
+        ({"cells_dtype": torch.int8}, ValueError, "'cells_dtype' must be left out"),
+        ({"nonfinite": "raise"}, ValueError, "'nonfinite' must be left out"),
     ],
 )
 def test_settings_of_a_group_are_checked_when_it_is_added(
@@ -672,6 +679,56 @@ def test_none_for_warm_up_is_what_the_student_was_trained_with(of: Any) -> None:
     optimizer = of([group], warmup_steps=7, warmup_lr=0.5, **given)
     assert optimizer.param_groups[0]["warmup_steps"] == 3
     assert optimizer.param_groups[0]["warmup_lr"] == 0.2
+
+
+def test_a_group_may_repeat_what_is_of_the_whole_optimizer() -> None:
+    """As ZeRO's optimizer has it, which writes the constructor's arguments into groups."""
+    own = {"backend": "auto", "cells_dtype": None, "nonfinite": "skip-step", "eps": None}
+    optimizer = AmalgamatedOptimizer([{"params": tensors(), **own}], student=nominal())
+    run(optimizer, range(1))
+    assert optimizer.param_groups[0]["backend"] == "auto"
+
+
+@pytest.mark.parametrize("of", [AmalgamatedOptimizer, TeacherOptimizer])
+def test_a_parameter_that_is_twice_in_a_group_is_refused(of: Any) -> None:
+    shared, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    how = {"student": nominal()} if of is AmalgamatedOptimizer else {"teacher": "adam"}
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match=r"once, but params\[1\] of group 0 .* twice; list\(dict"),
+    ):
+        of([other, shared, shared], **how)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has gradients of one dtype alone"
+)
+@pytest.mark.parametrize("how", ["plain", "capturable", "skip-tensor", "compiled"])
+@pytest.mark.parametrize("size", [1e30, 1e39])
+def test_what_is_too_large_is_measured_in_the_dtype_of_computing(size: float, how: str) -> None:
+    """A float64 gradient of a float32 parameter is squared in float32."""
+    for dtype, skipped in ((torch.float32, 1), (torch.float64, 0)):
+        param = nn.Parameter(torch.ones(3, dtype=dtype))
+        settings: dict[str, Any] = {"capturable": how == "capturable"}
+        settings |= {"nonfinite": how} if how == "skip-tensor" else {}
+        optimizer = AmalgamatedOptimizer([param], student=nominal(), **settings)
+        step = optimizer.step
+        if how == "compiled":
+            if dtype != torch.float64:
+                continue  # torch.compile takes no parameter whose gradient is of another dtype
+            torch.compiler.reset()
+            step = torch.compile(optimizer.step, backend="eager")
+        param.grad_dtype = torch.float64  # type: ignore[attr-defined]
+        param.grad = torch.full((3,), size, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step()
+        assert optimizer.skipped_steps == skipped
+        assert torch.equal(param, torch.ones_like(param)) == bool(skipped)
+        param.grad = torch.ones(3, dtype=torch.float64)
+        step()
+        assert param.isfinite().all()
+        assert (param != 1).all()
 
 
 def test_frozen_integers_are_left_alone_and_complex_numbers_refused() -> None:

@@ -122,6 +122,46 @@ def test_the_peak_of_a_rate_is_kept_and_loaded() -> None:
     assert float(other.param_groups[0]["peak_lr"]) == 1.5
 
 
+def test_a_skipped_steps_rate_is_no_peak_however_steps_are_taken() -> None:
+    """And a step that raises changes nothing."""
+    runs = []
+    for how in ("plain", "capturable", "tensor", "skip-tensor", "compiled"):
+        params = [param for param in parameters() if param.numel()]
+        optimizer = AmalgamatedOptimizer(
+            params,
+            student=student(),
+            lr=torch.tensor(1.0) if how == "tensor" else 1.0,
+            capturable=how in ("capturable", "tensor", "skip-tensor"),
+            nonfinite="skip-tensor" if how == "skip-tensor" else "skip-step",
+        )
+        step = optimizer.step
+        if how == "compiled":
+            torch.compiler.reset()
+            step = torch.compile(optimizer.step, backend="eager")
+        for number in range(4):
+            give_gradients(params, number)
+            if number == 0:
+                for param in params:
+                    assert param.grad is not None
+                    param.grad.fill_(math.inf)
+            step()
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.5) if how == "tensor" else 0.5
+        assert optimizer.skipped_steps == 1
+        assert optimizer.param_groups[0]["peak_lr"] == 0.5
+        runs.append([*(p.detach() for p in params), *map(torch.tensor, paces(optimizer))])
+    for other in runs[1:]:
+        for found, expected in zip(other, runs[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    params = parameters()
+    optimizer = AmalgamatedOptimizer(params, student=student(), nonfinite="raise")
+    give_gradients(params, 0)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = math.inf
+    with pytest.raises(RuntimeError, match="are not finite"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["peak_lr"] == 0
+
+
 def test_optimizers_of_before_begin_without_a_peak() -> None:
     params = parameters()
     optimizer = AmalgamatedOptimizer(params, student=student())

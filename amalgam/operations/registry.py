@@ -226,11 +226,20 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
 
 
 def check_backend(requested: str) -> None:
-    """Raise ValueError unless ``requested`` is what ``backend=`` may be; see :func:`resolve`."""
+    """Raise unless ``requested`` is what ``backend=`` may be; see :func:`resolve`.
+
+    Raises:
+        TypeError: It is no string.
+        ValueError: There is no such backend.
+    """
     _parse(requested)
 
 
 def _parse(requested: str) -> tuple[str, Numerics]:
+    if not isinstance(requested, str):
+        raise TypeError(
+            f"backend must be a string, one of {['auto', *_backends]}, not {requested!r}"
+        )
     name, _, words = requested.partition(":")
     if name != "auto" and name not in _backends:
         names = ["auto", *_backends]

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from numbers import Real
@@ -22,7 +22,7 @@ from amalgam.operations.checks import hollow
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.optimizers.capture import capturing
 from amalgam.optimizers.identity import check_identity, identity_of
-from amalgam.optimizers.schedule import PEAK, settle_peak
+from amalgam.optimizers.schedule import PEAK, left_of_rate, note_rate, settle_peak
 from amalgam.optimizers.sharding import (
     SKIP_GROUPS,
     any_process,
@@ -109,7 +109,7 @@ class StepOptimizer(Optimizer):
         Raises:
             TypeError: A parameter that requires gradients is not floating point, or a setting is of
                 another type.
-            ValueError: A setting is out of range, or two parameters share memory.
+            ValueError: A setting is out of range, a parameter is there twice, or two share memory.
         """
         super().add_param_group(param_group)
         try:
@@ -136,7 +136,14 @@ class StepOptimizer(Optimizer):
         self._agreeing = None
 
     def _check_memory(self) -> None:
-        """Raise ValueError where two parameters begin at one address."""
+        """Raise ValueError where two begin at one address, or the last group has one twice."""
+        group = self.param_groups[-1]["params"]
+        if len(set(map(id, group))) < len(group):
+            twice = next(p for i, p in enumerate(group) if any(p is q for q in group[:i]))
+            raise ValueError(
+                f"params must hold each parameter once, but {self._name_of(twice)} is in a group "
+                "twice; list(dict.fromkeys(params)) has each once"
+            )
         seen: dict[int, Tensor] = {}
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             part = local_part(param)
@@ -193,10 +200,7 @@ class StepOptimizer(Optimizer):
 
     def _step(self) -> None:
         gradients = self._gradients()
-        if any(map(_is_sparse, gradients)):
-            raise RuntimeError(
-                f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
-            )
+        self._check_dense(gradients)
         self._begin_step()
         if self._stays_on_device():
             self._step_on_device(gradients)
@@ -215,6 +219,13 @@ class StepOptimizer(Optimizer):
             if unusable:
                 params = [p for p in params if id(p) not in unusable]
             self._step_group(group, params)
+
+    def _check_dense(self, gradients: Iterable[Tensor]) -> None:
+        """Raise RuntimeError where a gradient is sparse."""
+        if any(map(_is_sparse, gradients)):
+            raise RuntimeError(
+                f"{type(self).__name__} takes dense gradients only; for embeddings, sparse=False"
+            )
 
     def _gradients(self) -> list[Tensor]:
         """All gradients; of those of DTensors this process's parts."""
@@ -238,10 +249,24 @@ class StepOptimizer(Optimizer):
         return self._agreeing
 
     def _all_usable(self, gradients: list[Tensor]) -> bool:
-        largest = largest_magnitudes(gradients)
+        usable = self._usable(gradients)
         if not self._groups():
-            return all(map(finite, largest))
-        return not self._any_unusable([~finite(each) for each in largest])
+            return all(usable)
+        return not self._any_unusable([~each for each in usable])
+
+    def _usable(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Whether those of each device and dtype can be used, bool of shape () each."""
+        largest = largest_magnitudes(gradients)
+        if any(each.dtype == torch.float64 for each in largest):
+            every = chain.from_iterable(group["params"] for group in self.param_groups)
+            narrowed = any(
+                p.grad.dtype == torch.float64 != computing_dtype(p.dtype)
+                for p in every
+                if p.grad is not None
+            )
+            if narrowed:
+                return [finite(each, torch.float32) for each in largest]
+        return [finite(each, computing_dtype(each.dtype)) for each in largest]
 
     def _any_unusable(self, flags: list[Tensor]) -> Tensor:
         """Whether a flag is set here, or in another process that skips steps with this one.
@@ -270,7 +295,7 @@ class StepOptimizer(Optimizer):
             grads = [] if param.grad is None else [local_part(param.grad)]
             largest = largest_magnitudes(grads)
             found[param] = (
-                ~finite(largest[0])
+                ~finite(largest[0], computing_dtype(param.dtype))
                 if largest
                 else torch.zeros((), dtype=torch.bool, device=param.device)
             )
@@ -446,6 +471,22 @@ class LearnedOptimizer(StepOptimizer):
                 f"{self._subject} for all groups"
             )
 
+    def _paced(self) -> bool:
+        """Whether the policy has a pace, to which a schedule's share is held."""
+        raise NotImplementedError
+
+    def _left_of(self, group: dict[str, Any], skip: Tensor | None = None) -> float | Tensor:
+        """What a schedule has left of a group's rate in a step, where the policy has a pace.
+
+        Args:
+            group: The group.
+            skip: Whether it skips the step, where that is not known on the host.
+        """
+        if not self._paced():
+            return 1.0
+        note_rate(group, skip)
+        return left_of_rate(group)
+
     def _config(self) -> Any:
         """The policy's configuration."""
         raise NotImplementedError
@@ -460,9 +501,9 @@ class LearnedOptimizer(StepOptimizer):
         group[subject] = self.defaults[subject]
 
 
-def finite(largest: Tensor) -> Tensor:
-    """Whether a magnitude is finite and small enough to be squared in float32."""
-    return largest < math.sqrt(torch.finfo(computing_dtype(largest.dtype)).max)
+def finite(largest: Tensor, computing: torch.dtype) -> Tensor:
+    """Whether a magnitude is finite and small enough to be squared in the dtype of computing."""
+    return largest < math.sqrt(torch.finfo(computing).max)
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -475,6 +516,11 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must hold one number, not {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be a floating-point tensor, as schedulers write fractions into it, "
+                f"not {value.dtype}"
+            )
         if hollow(value):
             return
     elif not isinstance(value, Real):

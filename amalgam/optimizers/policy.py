@@ -13,7 +13,7 @@ from amalgam import ops
 from amalgam.layout import Layout
 from amalgam.optimizers.base import LearnedOptimizer, computing_dtype, warn_of_adamws_numbers
 from amalgam.optimizers.identity import identity_of
-from amalgam.optimizers.schedule import PEAK, left_of_rate
+from amalgam.optimizers.schedule import PEAK
 from amalgam.policies import FusedStudent, Policy, load_policy
 
 
@@ -77,6 +77,10 @@ class PolicyOptimizer(LearnedOptimizer):
     def _config(self) -> Any:
         return next(iter(self._policies.values())).config
 
+    def _paced(self) -> bool:
+        policy = next(iter(self._policies.values()))
+        return isinstance(policy, FusedStudent) and policy.paced
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         policy = next(iter(self._policies.values()))
@@ -104,7 +108,7 @@ class PolicyOptimizer(LearnedOptimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if not params:
             return
-        policy = self._policy_for(params[0])
+        policy, left = self._policy_for(params[0]), float(self._left_of(group))
         by_progress: dict[bool, list[Tensor]] = {}
         for param in params:
             state = self.state[param]
@@ -115,9 +119,11 @@ class PolicyOptimizer(LearnedOptimizer):
             state["step"] += 1
         for warming, batch in by_progress.items():
             for unit in [[param] for param in batch] if policy.coordinatewise else [batch]:
-                self._step_unit(group, unit, warming)
+                self._step_unit(group, unit, warming, left)
 
-    def _step_unit(self, group: dict[str, Any], unit: list[Tensor], warming: bool) -> None:
+    def _step_unit(
+        self, group: dict[str, Any], unit: list[Tensor], warming: bool, left: float
+    ) -> None:
         """Step parameters that the policy sees together."""
         policy = self._policy_for(unit[0])
         layout = Layout({str(index): param.shape for index, param in enumerate(unit)})
@@ -131,8 +137,8 @@ class PolicyOptimizer(LearnedOptimizer):
             seen: dict[str, Any] = {}
             if policy.sees_params:
                 seen["params"] = torch.cat([param.reshape(-1).to(dtype) for param in unit])
-            if isinstance(policy, FusedStudent) and policy.paced:
-                seen["left"] = float(left_of_rate(group))
+            if self._paced():
+                seen["left"] = left
             update, state = policy.step(grad, state, layout=layout, backend=self.backend, **seen)
         self._scatter(policy, group, unit, state)
         lr, decay = float(group["lr"]), float(group["weight_decay"])

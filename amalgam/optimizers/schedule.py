@@ -3,8 +3,9 @@
 A pace below 1 shortens steps that are too long for a constant rate. A rate that falls shortens
 them, too, and both together would end training early: so a tensor's step is the shorter one of the
 two (:meth:`amalgam.policies.FusedStudent.context_of`). While a rate warms up, its peak is the rate.
-The peak is that of the steps of a group: one that is added late, or state of an earlier version,
-begins without one, so that its pace is multiplied by what a schedule still takes.
+The peak is that of the steps that a group took, and not of those that were skipped. A group that is
+added late, or state of an earlier version, begins without one, so that its pace is multiplied by
+what a schedule still takes.
 """
 
 from __future__ import annotations
@@ -29,22 +30,49 @@ def settle_peak(group: dict[str, Any]) -> None:
         group[PEAK] = torch.full_like(lr, known, requires_grad=False)
 
 
-def left_of_rate(group: dict[str, Any]) -> float | Tensor:
-    """The share of its peak that a group's rate is now; the peak is kept in the group.
+def keep_peak_on(device: torch.device, group: dict[str, Any]) -> None:
+    """Have a group keep its peak as a tensor: where its rate is, or else on this device."""
+    lr, peak = group["lr"], group[PEAK]
+    where, dtype = (device, torch.float64)
+    if isinstance(lr, Tensor):
+        where, dtype = lr.device, lr.dtype
+    if not isinstance(peak, Tensor) or (peak.device, peak.dtype) != (where, dtype):
+        check_before_capture()
+        settle_peak(group)
+        if not isinstance(lr, Tensor):
+            group[PEAK] = torch.full((), group[PEAK], dtype=dtype, device=where)
+
+
+def note_rate(group: dict[str, Any], skip: Tensor | None = None) -> None:
+    """Keep the largest learning rate of a group so far, before a step.
 
     Args:
         group: A group of parameters; its rate is a number, or a tensor of shape ().
+        skip: Whether the step is one that is not taken, of shape () on any device, which is not
+            read back; ``None`` for one that is.
+    """
+    lr = group["lr"]
+    if skip is None and not isinstance(lr, Tensor):
+        group[PEAK] = max(float(group[PEAK]), lr)
+        return
+    keep_peak_on(lr.device if skip is None else skip.device, group)
+    peak = group[PEAK]
+    largest = torch.maximum(peak, lr) if isinstance(lr, Tensor) else peak.clamp(min=lr)
+    if skip is not None:
+        largest = torch.where(skip.to(peak.device, torch.bool), peak, largest)
+    peak.copy_(largest)
+
+
+def left_of_rate(group: dict[str, Any]) -> float | Tensor:
+    """The share of its peak that a group's rate is now; nothing is read back.
+
+    Args:
+        group: A group whose rate was noted.
 
     Returns:
-        The share, in [0, 1], a tensor where the rate is one. Then nothing is read back.
+        The share, in [0, 1], of no meaning in a step that is skipped; a tensor where the peak is.
     """
     lr, peak = group["lr"], group[PEAK]
-    if isinstance(lr, Tensor):
-        if not isinstance(peak, Tensor) or (peak.device, peak.dtype) != (lr.device, lr.dtype):
-            check_before_capture()
-            settle_peak(group)
-            peak = group[PEAK]
-        peak.copy_(torch.maximum(peak, lr))
+    if isinstance(peak, Tensor):
         return torch.where(peak > 0, lr / peak, 1)
-    group[PEAK] = peak = max(float(peak), lr)
     return lr / peak if peak else 1.0

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -19,7 +19,6 @@ from amalgam import ops
 from amalgam.operations.cell_codes import numbers_of
 from amalgam.operations.checks import hollow
 from amalgam.operations.kept import Kept
-from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.operations.rounding import PLACE_HIGH, ROW
 from amalgam.operations.sign_agreement import sign_agreements
 from amalgam.operations.student_step_in_place import control_of
@@ -37,7 +36,7 @@ from amalgam.optimizers.batch import Batch, paces_after, same, units_in
 from amalgam.optimizers.capture import check_before_capture
 from amalgam.optimizers.identity import identity_of, is_identity
 from amalgam.optimizers.orthogonal import PendingUpdates, orthogonalize_
-from amalgam.optimizers.schedule import PEAK, left_of_rate
+from amalgam.optimizers.schedule import PEAK, keep_peak_on
 from amalgam.optimizers.sharding import (
     agreements_of,
     any_sharded,
@@ -65,6 +64,10 @@ from amalgam.policies.fused_student import ContextConstants
 DEFAULT_STUDENT = "standard"
 MOMENTS_DTYPES = torch.float32, torch.bfloat16
 CELLS_DTYPES = *MOMENTS_DTYPES, torch.int8
+_CONSTANTS = "betas", "eps", "amsgrad", "differentiable"
+_OF_ALL_GROUPS = (
+    *("backend", "cells_dtype", "moments_dtype", "nonfinite", "skip_group", "include_student"),
+)
 _shape, _device, _dtype = attrgetter("shape"), attrgetter("device"), attrgetter("dtype")
 
 
@@ -262,7 +265,14 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 "nonfinite='raise' must read gradients' magnitudes, and a step with capturable "
                 "reads nothing; take 'skip-step' or 'skip-tensor'"
             )
-        _check_constants(self._student, group["betas"])
+        constants = {name: group[name] for name in _CONSTANTS if name in group}
+        _check_constants(self._student, **constants)
+        for name in _OF_ALL_GROUPS:
+            if name in group and group[name] != getattr(self, name):
+                raise ValueError(
+                    f"a group's {name!r} must be left out: an optimizer has one for all groups, "
+                    f"{getattr(self, name)!r}, and this one is {group[name]!r}"
+                )
         flat = any(map(in_flat_vector, group["params"]))
         if flat and self._student.sees_shapes:
             raise ValueError(
@@ -310,11 +320,13 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         self._count_all_together()
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if not params:
+            return
+        left = self._left_of(group)
         if group["rounding"] == "stochastic":
-            self._step_with_steps(group, params, self._left_of(group), {})
+            self._step_with_steps(group, params, left, {})
             return
         lr, decay = float(group["lr"]), float(group["weight_decay"])
-        left = self._left_of(group)
         for batch in self._batches_of(group, params):
             warming = [] if hollow(params[0]) else batch.below(group["warmup_steps"])
             grads = batch.gradients(group["maximize"])
@@ -327,9 +339,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             self._run(trained, grads, lr=lr, weight_decay=decay, left=left)
             batch.count(1)
 
-    def _left_of(self, group: dict[str, Any]) -> float | Tensor:
-        """What a schedule has left of a group's rate, where the student has a pace."""
-        return left_of_rate(group) if self._student.paced else 1.0
+    def _paced(self) -> bool:
+        return self._student.paced
 
     def _warm_up(
         self, group: dict[str, Any], batch: Batch, grads: list[Tensor], warming: list[int]
@@ -356,7 +367,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if self.nonfinite == "skip-tensor":
             self._step_each_on_device()
             return
-        flags = [~finite(largest) for largest in largest_magnitudes(gradients)]
+        flags = [~usable for usable in self._usable(gradients)]
         flags += [] if found is None else [found.reshape(()) != 0]
         skip: dict[torch.device, Tensor] = {}
         if flags or self._groups():
@@ -366,17 +377,23 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 skip[device] = flag.to(device, torch.float32, non_blocking=True)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            self._step_with_steps(group, params, self._left_of(group), skip)
+            if params:
+                left = self._left_of(group, skip.get(params[0].device))
+                self._step_with_steps(group, params, left, skip)
 
     def _step_each_on_device(self) -> None:
         """A call for each tensor, which is skipped by a flag of its own, and not by a scaler's."""
         flags = self._unusable_of_each()
         for group in self.param_groups:
-            left = self._left_of(group)
-            for index, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    skip = {param.device: flags[param].to(torch.float32)}
-                    self._step_with_steps(group, [param], left, skip, index)
+            own = [(n, param) for n, param in enumerate(group["params"]) if param.grad is not None]
+            if not own:
+                continue
+            home = own[0][1].device
+            each = torch.stack([flags[param].to(home, non_blocking=True) for _, param in own])
+            left = self._left_of(group, each.all())
+            for index, param in own:
+                skip = {param.device: flags[param].to(torch.float32)}
+                self._step_with_steps(group, [param], left, skip, index)
         if flags or self._groups():
             self._count_skip(self._any_unusable(list(flags.values())))
 
@@ -468,8 +485,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             params = tensors[0]
             if params:
                 groups.append((group, tensors))
-        largest = [norm for _, (_, grads, *_) in groups for norm in _norms(grads)]
-        skip = ~finite(torch.stack([norm.float() for norm in largest]).max()) if largest else None
+        skip = _unusable(chain.from_iterable(zip(*some[:2], strict=True) for _, some in groups))
         for group, tensors in groups:
             params, grads, m, v, h, c, steps, paces, own, operation, skipped = tensors
             flag = None if skip is None else skip.to(params[0].device)
@@ -484,7 +500,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 agreements=partial(sign_agreements, grads, m, backend="reference")
                 if paces
                 else None,
-                left=self._left_of(group),
+                left=self._left_of(group, flag),
             )
             weights, settings = self._student.with_context(operation, own, context)
             rates, written, updates = (group["lr"], group["weight_decay"]), params, None
@@ -534,6 +550,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         return found
 
     def _stats_of(self, group: dict[str, Any], param: Tensor) -> StepStats:
+        self._check_dense([param.grad] if param.grad is not None else [])
         kept = self._format(group, param)
         entry = self.state.get(param) or kept._replace(home=param.device).initial()
         dtype = computing_dtype(param.dtype)
@@ -555,12 +572,13 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             constants = self._constants_of([param])
             context = None
             if constants is not None:
+                noted = {**group, PEAK: copy.deepcopy(group[PEAK])}
                 like, paced = weights.own[0], self._student.paced
                 context = self._student.context_of(
                     *(constants, steps.to(like), [param], norms_of),
                     pace=entry["pace"].reshape(1).to(like) if paced else None,
                     agreements=partial(agreements_of, [param], [grad], [flat.m]) if paced else None,
-                    left=self._left_of({**group, PEAK: copy.deepcopy(group[PEAK])}),
+                    left=self._left_of(noted),
                 )
             folded, settings = self._student.with_context(weights.operation, weights.own, context)
             if context is not None:
@@ -610,6 +628,9 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if not params:
             return
         grads += [param.grad for param in params if param.grad is not None]
+        self._check_dense(grads)
+        if self._paced():
+            keep_peak_on(params[0].device, group)
         self._new_batches(group, params)
         columns = (m, v, h, c, steps, paces)
         for name, column in zip(names_of(self._student.paced), columns, strict=False):
@@ -790,9 +811,15 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         return self._weights[device, dtype]
 
 
-def _norms(grads: list[Tensor]) -> Sequence[Tensor]:
-    filled = [grad for grad in grads if grad.numel()]
-    return torch._foreach_norm(filled, math.inf) if filled else ()
+def _unusable(given: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Whether one of the gradients beside parameters can't be used, as torch.compile traces it."""
+    pairs, flags = list(given), []
+    for dtype in (torch.float32, torch.float64):
+        grads = [g for p, g in pairs if g.numel() and computing_dtype(p.dtype) == dtype]
+        if grads:
+            norms = [norm.to(dtype) for norm in torch._foreach_norm(grads, math.inf)]
+            flags.append(~finite(torch.stack(norms).max(), dtype))
+    return torch.stack(flags).any() if flags else None
 
 
 def check_stored(name: str, dtype: torch.dtype | None, known: Sequence[torch.dtype]) -> None:
@@ -819,6 +846,8 @@ def _check_constants(
     """Raise ValueError where settings of AdamW's are others than the student has."""
     config = student.config
     own = (config.beta1, config.beta2)
+    if betas is not None and not isinstance(betas, Iterable):
+        raise TypeError(f"betas must be a pair of numbers, not {betas!r}")
     if betas is not None and tuple(betas) != own:
         raise ValueError(f"betas must be those the student was trained with, {own}, not {betas}")
     if eps is not None and eps != config.eps:
