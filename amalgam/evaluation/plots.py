@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from amalgam.evaluation import Result
 
-_COLOURS = ("#3b6fd4", "#d1495b", "#00998c", "#c98a1b", "#5a9a4a", "#8d63b8", "#7d8794", "#b5651d")
+_COLOURS = ("#3b6fd4", "#d1495b", "#00998c", "#c98a1b", "#5a9a4a", "#8d63b8", "#c65fa5", "#b5651d")
 
 
 def _figure(rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
@@ -144,10 +144,10 @@ def _drawn(results: Sequence[Result], ink: str = "black") -> tuple[Figure, Any]:
     known = np.concatenate([each[np.isfinite(each)] for each in losses])
     logarithmic = bool((known > 0).all())
     foremost = _foremost(results)
-    colours = iter(_COLOURS)
+    colours = dict(zip(dict.fromkeys(map(_contender, foremost)), _COLOURS, strict=False))
     for result, each in zip(results, losses, strict=True):
         stands_out = result in foremost
-        colour = next(colours) if stands_out else _GREY
+        colour = colours[_contender(result)] if stands_out else _GREY
         with np.errstate(all="ignore"), warnings.catch_warnings():
             # A step at which no seed's loss is finite has no mean; NaN is what it should be.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -167,8 +167,11 @@ def _drawn(results: Sequence[Result], ink: str = "black") -> tuple[Figure, Any]:
         )
         if stands_out:
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-    if len(foremost) < len(results):
-        ax.plot([], [], color=_GREY, lw=0.8, label="other baselines")
+    others = [result for result in results if result not in foremost]
+    if others:
+        students = any(result.kind == "student" for result in others)
+        label = "others" if students else "other baselines"
+        ax.plot([], [], color=_GREY, lw=0.8, label=label)
     seeds = len(results[0].curves)
     title = f"{results[0].task}, {seeds} seed{'s' if seeds > 1 else ''}"
     ax.set_title(title, color=ink)
@@ -190,12 +193,21 @@ def _drawn(results: Sequence[Result], ink: str = "black") -> tuple[Figure, Any]:
     return figure, ax
 
 
+def _contender(result: Result) -> str:
+    """Whose result it is, however its rate goes on: those have one colour."""
+    return result.name.removesuffix(f", {result.decay}")
+
+
 def _foremost(results: Sequence[Result]) -> list[Result]:
-    """The results to tell apart by colour: all, or else those that an evaluation is about."""
-    if len(results) <= len(_COLOURS):
+    """The results to tell apart by colour: all, or else those that an evaluation is about.
+
+    Where there are more students than colours, the first ones.
+    """
+    if len(set(map(_contender, results))) <= len(_COLOURS):
         return list(results)
-    found = [result for result in results if result.kind == "student"]
-    found += [one for one in (reference_of(results), oracle_of(results)) if one is not None]
+    found = [one for one in (reference_of(results), oracle_of(results)) if one is not None]
     found += [result for result in results if result.name == ONE_SETTING]
+    found += [result for result in results if result.kind == "student"]
+    named = list(dict.fromkeys(map(_contender, found)))[: len(_COLOURS)]
     # Without repeats, in the table's order.
-    return [result for result in results if result in found][: len(_COLOURS)]
+    return [one for one in results if one in found and _contender(one) in named]

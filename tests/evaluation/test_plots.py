@@ -2,10 +2,12 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from amalgam.evaluation import Curve, Result, plots
+from amalgam.evaluation.protocol import ONE_SETTING
 
 
 def row(step: int, **more) -> dict:
@@ -67,3 +69,22 @@ def test_a_pages_plots_take_its_colour_and_load_nothing() -> None:
     assert not re.search(r"(href|src)=\"(?!#)", drawn)
     again = plots.curves_svg([result("student", 2.0, 0.5), *others])
     assert drawn == again
+
+
+def test_whom_students_are_compared_with_is_never_among_the_others() -> None:
+    """Ten students at two decays each, of eight colours."""
+    students = [
+        replace(result(f"s{index}{suffix}", 2.0, 0.5), decay=decay)
+        for index in range(10)
+        for suffix, decay in (("", "constant"), (", linear", "linear"))
+    ]
+    baselines = [
+        result(name, 2.0, last, kind="baseline")
+        for name, last in (("Adam", 1.0), ("SGD", 0.8), ("Muon", 0.7), (ONE_SETTING, 0.9))
+    ]
+    drawn = plots.curves_svg([*students, *baselines])
+    shown = ["Adam", "Muon", ONE_SETTING, *(f"s{n}" for n in range(5))]
+    for label in [*shown, *(f"s{n}, linear" for n in range(5)), "others"]:
+        assert f">{label}</text>" in drawn
+    for label in ("SGD", "s5", "s5, linear", "other baselines"):
+        assert f">{label}</text>" not in drawn
