@@ -93,9 +93,9 @@ def scaling(path: str) -> str:
     return str(_module("bench/scaling.py").table(ROOT / path)) + "\n"
 
 
-def weight_decay(path: str) -> str:
-    """The table of ``bench/weight_decay.py``."""
-    return str(_module("bench/weight_decay.py").table(ROOT / path)) + "\n"
+def weight_decay(path: str, which: str = "table") -> str:
+    """A table of ``bench/weight_decay.py``: ``"table"``, or ``"table_short"``."""
+    return str(getattr(_module("bench/weight_decay.py"), which)(ROOT / path)) + "\n"
 
 
 def cell_dtypes(path: str) -> str:

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from amalgam import files
 from amalgam.digest import digest_of, digest_of_text
 from amalgam.evaluation.runs import Curve
@@ -35,7 +38,9 @@ def fingerprint(task: Task) -> str:
     """What of a task decides a run's numbers, in one line.
 
     It takes in the data, the network as its ``repr`` tells and as it is initialised, the batch
-    size, the loss's name, the task's own gradient, if it has one, and how it convolves.
+    size, the loss's name, the task's own gradient, if it has one, and how it convolves; of code
+    that is neither PyTorch's nor this package's, whose names tell less, also a batch's loss and
+    gradient as they are at first.
     """
     module = task.init_module(generator_for(0, "fingerprint"))
     network = f"{module!r} {digest_of([*module.parameters(), *module.buffers()])}"
@@ -45,7 +50,24 @@ def fingerprint(task: Task) -> str:
     return (
         f"{task.describe()}, network {digest_of_text(network)}, batches of {task.batch_size}, "
         f"{loss}, {gradient}, {task.fast_convolutions}"
-    )
+    ) + ("" if _known(task, module) else f", {_begins(task)}")
+
+
+def _known(task: Task, module: nn.Module) -> bool:
+    """Whether loss and modules are PyTorch's or this package's own."""
+    where = [type(part).__module__ for part in module.modules()]
+    where.append(getattr(task.loss, "__module__", None) or "")
+    return all(name.partition(".")[0] in ("torch", "amalgam") for name in where)
+
+
+def _begins(task: Task) -> str:
+    """A batch's loss and gradient at initial parameters, to as many digits as machines share."""
+    generator = generator_for(0, "fingerprint")
+    flat = task.init_params(generator).requires_grad_()
+    with torch.enable_grad(), task.convolving():
+        loss = task.objective(flat, task.batches(generator, 1)[0])
+        (grad,) = torch.autograd.grad(loss, flat)
+    return f"loss {loss.item():.4g}, gradient {grad.norm().item():.4g} {grad.sum().item():.3g}"
 
 
 class RunCache:
@@ -82,7 +104,7 @@ class RunCache:
             if checksum != _digest(content) or content["key"] != _canonical(key):
                 return None
             return Curve.from_dict(content["curve"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
             # Whatever is damaged is run again, and then replaced.
             return None
 

@@ -118,7 +118,7 @@ def compare(
         ):
             left_out[result.task] = "its runs do not begin alike"
             continue
-        logs = log_ratios(result.values("final")[:both], other.values("final")[:both])
+        logs = log_ratios(result.scores[:both], other.scores[:both])
         if logs is None:
             left_out[result.task] = "a loss is zero or negative"
             continue

@@ -112,6 +112,11 @@ class Protocol:
             )
         if 1.0 not in self.budgets or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets must ascend and have 1 among them, not {self.budgets}")
+        if len(set(self.steps)) < len(self.steps):
+            raise ValueError(
+                f"budgets must be of different steps, but {list(self.budgets)} times "
+                f"{self.horizon} are {list(self.steps)}"
+            )
         if self.budgets[0] * self.horizon < 1:
             raise ValueError(
                 f"budgets must be 1 step or more, not {self.budgets[0]:g} times {self.horizon}"
@@ -208,6 +213,11 @@ class Result:
     def values(self, which: str) -> list[float]:
         """Of each run ``"final"``, ``"best"``, ``"training"`` or ``"accuracy"``."""
         return [float(getattr(curve, which)) for curve in self.curves]
+
+    @property
+    def scores(self) -> list[float]:
+        """The runs' final losses as comparisons take them: infinite where a run diverged."""
+        return [math.inf if curve.diverged else float(curve.final) for curve in self.curves]
 
     def summary(self, which: str) -> tuple[float, float]:
         """Mean and standard deviation over seeds of what :meth:`values` takes.
@@ -566,8 +576,8 @@ def oracle_of(results: Sequence[Result]) -> Result | None:
 
 def _best(results: Sequence[Result]) -> Result | None:
     def key(result: Result) -> tuple[bool, float]:
-        mean, _ = result.summary("final")
-        return mean != mean, mean
+        mean = fmean(result.scores)
+        return not math.isfinite(mean), mean
 
     return min(results, key=key, default=None)
 

@@ -42,6 +42,13 @@ class Readings:
     training_samples: int | None = None
     validation_samples: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what can't be read."""
+        for name in ("curve_samples", "training_samples", "validation_samples"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be 1 or more, or None, not {count}")
+
 
 class Reading(NamedTuple):
     """A full reading.
@@ -345,6 +352,24 @@ def _some(data: Sequence[Tensor], samples: int | None) -> tuple[Tensor, ...]:
     return tuple(tensor[chosen.to(tensor.device)] for tensor in data)
 
 
+def _dimension_of_classes(output: Any, target: Tensor) -> int | None:
+    """Where an output has its classes: the second dimension, or, as language models, the last.
+
+    Returns:
+        The dimension; ``None`` where targets are no classes of it, or it may be either.
+    """
+    if not isinstance(output, Tensor) or target.is_floating_point():
+        return None
+    found = [
+        at
+        for at in sorted({1, output.dim() - 1})
+        if output.dim() > at > 0
+        and output.shape[at] > 1
+        and (*output.shape[:at], *output.shape[at + 1 :]) == target.shape
+    ]
+    return found[0] if len(found) == 1 else None
+
+
 @torch.no_grad()
 def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[float, float]:
     """Loss and accuracy of a module on data; accuracy is NaN where targets are not classes.
@@ -360,8 +385,9 @@ def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[flo
         with task.drawing(SeededBatch((*inputs, target), [start])), task.convolving():
             output = module(*inputs)
             loss += task.loss(output, target).item() * (len(target) / samples)
-        if not target.is_floating_point() and output.dim() == target.dim() + 1:
-            right += (output.argmax(1) == target).sum().item()
+        classes = _dimension_of_classes(output, target)
+        if classes is not None:
+            right += (output.argmax(classes) == target).sum().item()
             judged += target.numel()
     module.train(training)
     return loss, right / judged if judged else math.nan

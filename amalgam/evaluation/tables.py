@@ -284,7 +284,8 @@ def over_all_tasks(evaluation: Evaluation, *, wide: bool = True) -> Table:
     rows = []
     ratios: dict[str, float] = {}
     left_out: dict[str, None] = {}
-    leaders = [leader(results).name for results in evaluation.at(horizon)]
+    foremost = [leader(results) for results in evaluation.at(horizon)]
+    leaders = [result.name for result in foremost if not result.diverged]
     for name in [*names, ORACLE]:
         row = [name]
         for budget in range(len(evaluation.protocol.budgets)):
@@ -294,7 +295,7 @@ def over_all_tasks(evaluation: Evaluation, *, wide: bool = True) -> Table:
                 reference = reference_of(results)
                 if result is None or reference is None:
                     continue
-                logs = log_ratios(result.values("final"), reference.values("final"))
+                logs = log_ratios(result.scores, reference.scores)
                 if logs is None:
                     left_out[result.task] = None
                 else:

@@ -130,7 +130,7 @@ class Sampler:
         """
         if len(self._tasks) == 1:
             return 0
-        weights = torch.tensor(self._task_weights)
+        weights = torch.tensor(self._task_weights, dtype=torch.float32)
         if len(set(taken)) < len(self._tasks):
             weights[list(taken)] = 0
         generator = generator_for(self._seed, "task", episode)

@@ -110,7 +110,8 @@ class Trainer:
         students = [student] if isinstance(student, Policy) else list(student)
         tasks = [task] if isinstance(task, Task | TaskFamily) else task
         self.tasks = tuple(map(self._here, tasks))
-        self.task_weights = tuple(task_weights or [1.0] * len(self.tasks))
+        given = [1.0] * len(self.tasks) if task_weights is None else task_weights
+        self.task_weights = tuple(map(float, given))
         self.validation = tuple(map(self._here, validation))
         self.pool = pool
         self.amalgamation = amalgamation or Amalgamation()
@@ -123,7 +124,7 @@ class Trainer:
         self.seed = seed
         self.folder = Path(folder)
         self.provenance = dict(provenance or {})
-        self._check(len(students))
+        self._check(students)
         self._state = RunState([Replicate(one.to(self.device), self.training) for one in students])
         self._meta_steps = MetaSteps(
             self._state,
@@ -147,29 +148,44 @@ class Trainer:
         """A task on the run's device; a family's draws are moved there when they are drawn."""
         return task.to(self.device) if isinstance(task, Task) else task
 
-    def _check(self, students: int) -> None:
+    def _check(self, students: Sequence[Policy]) -> None:
         if not students:
             raise ValueError("student must be one or more, not none")
-        if students > 1 and self.strategy.goes_back:
+        if len(set(map(id, students))) < len(students):
+            raise ValueError("student must hold each replicate once; copy.deepcopy makes another")
+        frozen = sorted(
+            name
+            for student in students
+            for name, weight in student.named_parameters()
+            if not weight.requires_grad
+        )
+        if frozen:
             raise ValueError(
-                f"strategy goes back to earlier weights, which {students} replicates would "
+                f"student must have weights that all require gradients, for all are trained, but "
+                f"{frozen[0]!r} requires none; student.requires_grad_() makes them"
+            )
+        if not self.tasks:
+            raise ValueError("task must be one or more, not none")
+        if len(students) > 1 and self.strategy.goes_back:
+            raise ValueError(
+                f"strategy goes back to earlier weights, which {len(students)} replicates would "
                 f"have to do together; train them one by one, or by stages"
             )
         if self.amalgamation.on_policy is not None and not len(self.pool):
             raise ValueError("pool must have teachers for on-policy amalgamation, not none")
         self.training.check_schedule(self.strategy.meta_steps)
         self.estimator.check(
-            students=students,
+            students=len(students),
             optimizees=self.training.optimizees,
             perturbation=self.perturbation,
             input_noise=self.training.input_noise,
         )
         if len(self.task_weights) != len(self.tasks) or not all(
-            0 < weight < math.inf for weight in self.task_weights
+            1e-6 <= weight <= 1e6 for weight in self.task_weights
         ):
             raise ValueError(
-                f"task_weights must be {len(self.tasks)} positive numbers, a task each, "
-                f"not {list(self.task_weights)}"
+                f"task_weights must be {len(self.tasks)} positive numbers, a task each, from 1e-6 "
+                f"to 1e6, not {list(self.task_weights)}"
             )
 
     def _identity(self) -> dict[str, str]:
@@ -470,7 +486,8 @@ class Trainer:
         if faults:
             raise NothingLearned(
                 f"{'; '.join(faults)}; look at {str(self.folder / METRICS)!r}, and try smaller "
-                f"learning rates (training.meta_lr, the teachers' lr) or other data"
+                f"learning rates (training.meta_lr, the teachers' lr, the student's warmup_lr), a "
+                f"smaller amalgamation.scale_spread, or other data"
             )
 
     def _provenance(self, index: int, kept: int | str) -> dict[str, Any]:
@@ -497,5 +514,5 @@ class Trainer:
 def _settings(task: Task | TaskFamily) -> str:
     """What a run that resumes must share of a task."""
     if isinstance(task, Task):
-        return f"{task.name}, batches of {task.batch_size}"
+        return f"{task.describe()}, batches of {task.batch_size}"
     return task.describe()

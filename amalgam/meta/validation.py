@@ -82,7 +82,8 @@ def by_final_loss(
             )
             if log_objective:
                 check_logs([curve.final], _EPS, task.name)
-                scores.append(math.log(curve.final + _EPS))
+                finite = curve.final != -math.inf
+                scores.append(math.log(curve.final + _EPS) if finite else math.inf)
             else:
                 scores.append(curve.final / (abs(curve.losses[0]) + _EPS))
     return _mean_of_first(scores)

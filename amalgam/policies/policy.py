@@ -138,6 +138,11 @@ class Policy(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.config = self.config_type() if config is None else config
+        if type(self.config) is not self.config_type:
+            raise TypeError(
+                f"config must be a {self.config_type.__name__} for a {type(self).__name__}, "
+                f"not {config!r}"
+            )
         self.provenance = dict(provenance or {})
         self.build(generator)
 

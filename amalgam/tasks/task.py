@@ -22,7 +22,7 @@ from amalgam.device import put
 from amalgam.digest import digest_of
 from amalgam.layout import Layout
 from amalgam.seeding import drawing, global_states
-from amalgam.tasks import convolution
+from amalgam.tasks import convolution, weight_norm
 
 Batch = tuple[Tensor, ...]
 
@@ -453,13 +453,16 @@ class Task:
         """How its gradients are differentiated, found out on a few samples.
 
         Fused attention and cuDNN's recurrent layers have no second derivatives; PyTorch has other
-        kernels in their place that do.
+        kernels in their place that do. That of fused weight norm is wrong
+        (:mod:`amalgam.tasks.weight_norm`).
         """
         if self.device.type == "meta":
             return SecondOrder(nullcontext, None)
         batch, flat = self._trial, self._flat_of(self._module)
         failure: str | None = None
-        for kernels in (nullcontext, _math_attention, _plain_kernels):
+        normed = weight_norm.used(lambda: self.objective(flat, batch))
+        for attempt in (nullcontext, _math_attention, _plain_kernels):
+            kernels = functools.partial(weight_norm.plain, attempt) if normed else attempt
             try:
                 with kernels():
                     _differentiate(lambda leaf: self.objective(leaf, batch), flat, True)

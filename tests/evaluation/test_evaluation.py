@@ -26,6 +26,7 @@ from amalgam.evaluation import (
     evaluate,
     plots,
     report,
+    runs,
     spread,
     tables,
     train,
@@ -42,6 +43,7 @@ from amalgam.evaluation.protocol import (
     DEFAULTS,
     ONE_SETTING,
     TUNING_SEED,
+    leader,
     oracle_of,
     reference_of,
 )
@@ -384,6 +386,7 @@ def test_wrong_protocols_are_refused() -> None:
         ({"budgets": (0.5, 2.0)}, "budgets must ascend and have 1 among them"),
         ({"budgets": (2.0, 1.0)}, "budgets must ascend"),
         ({"budgets": (0.01, 1.0), "horizon": 10}, "budgets must be 1 step or more"),
+        ({"budgets": (0.24, 0.25, 1.0), "horizon": 10}, "budgets must be of different steps"),
         ({"grids": {"Adagrad": ()}}, "grids must be of some of .*'Adagrad'"),
         ({"decays": ("cosine",)}, "decays must be some of .*'cosine'"),
         ({"decays": ()}, "decays must be some of .*not \\[\\]"),
@@ -391,6 +394,80 @@ def test_wrong_protocols_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SMALL, **changes)
+
+
+def test_readings_are_of_a_sample_or_more() -> None:
+    for name in ("curve_samples", "training_samples", "validation_samples"):
+        with pytest.raises(ValueError, match=f"{name} must be 1 or more, or None, not 0"):
+            Readings(**{name: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "expected"),
+    [
+        ((8, 3), (8,), 1),
+        ((8, 3, 5), (8, 5), 1),  # PyTorch's order
+        ((8, 5, 3), (8, 5), 2),  # language models'
+        ((8, 5, 5), (8, 5), None),  # either
+        ((8, 1), (8,), None),  # one number is no class
+        ((8, 4, 5, 3), (8, 4, 5), 3),
+        ((8, 3), (8, 3), None),
+        ((8, 3, 2), (8, 5), None),
+    ],
+)
+def test_where_an_output_has_its_classes(output: Any, target: Any, expected: int | None) -> None:
+    classes = torch.zeros(target, dtype=torch.long)
+    assert runs._dimension_of_classes(torch.zeros(output), classes) == expected
+    assert runs._dimension_of_classes(torch.zeros(output), classes.float()) is None
+    assert runs._dimension_of_classes((torch.zeros(output), 1), classes) is None
+
+
+def test_accuracies_of_language_models_and_of_outputs_that_are_no_tensor() -> None:
+    class Model(nn.Module):
+        def __init__(self, named: bool) -> None:
+            super().__init__()
+            self.table, self.named = nn.Embedding(7, 7), named
+
+        def forward(self, x: torch.Tensor) -> Any:
+            out = self.table(x)
+            return {"logits": out} if self.named else out
+
+    tokens = torch.arange(160).view(32, 5) % 7
+    for named in (False, True):
+
+        def loss(out: Any, target: torch.Tensor, named: bool = named) -> torch.Tensor:
+            logits = out["logits"] if named else out
+            return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+        made_of = (tokens, tokens)
+        task = Task("lm", lambda named=named: Model(named), made_of, made_of, loss, 16)
+        make = partial(torch.optim.Adam, lr=0.5)
+        curve = train(task, make, steps=20, seed=0, readings=Readings())
+        assert curve.final < 0.01
+        accuracy = curve.accuracies[-1]
+        assert math.isnan(accuracy) if named else accuracy == 1
+
+
+def test_a_diverged_run_counts_as_an_infinite_loss() -> None:
+    """Also where its validation loss is finite, and small."""
+
+    def of(name: str, *ends: tuple[float, float]) -> Result:
+        curves = tuple(
+            Curve(
+                (0, 2),
+                (3.0, final),
+                (0.1, 0.1),
+                (Reading(0, 3.0, 0.1, 3.0, 0.1), Reading(2, final, 0.1, training, 0.1)),
+            )
+            for final, training in ends
+        )
+        return Result(name, "task", curves, steps=2)
+
+    diverged, sound = of("a", (0.5, 9.0), (0.5, 1.0)), of("b", (2.0, 2.0), (2.0, 2.0))
+    assert diverged.scores == [math.inf, 0.5]
+    assert diverged.values("final") == [0.5, 0.5]
+    assert leader([diverged, sound]) is sound
+    assert leader([diverged]) is diverged
 
 
 def test_identities_tell_students_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -61,13 +62,41 @@ def test_a_damaged_file_is_no_run(tmp_path: Path) -> None:
         b"[]",
         b"{}",
         b'{"checksum": 3}',
+        b"[" * 100_000,
     ):
         path.write_bytes(damaged)
         found = cache.get(KEY)
         # A flipped bit may leave what JSON means as it was.
         assert found is None or found.as_dict() == CURVE.as_dict(), damaged
+    path.unlink()
+    path.mkdir()
+    assert cache.get(KEY) is None
+    path.rmdir()
     cache.put(KEY, CURVE)
     assert cache.get(KEY) is not None
+
+
+class Activated(nn.Module):
+    """Does what neither its ``repr`` nor its parameters say."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.activation = nn.Linear(4, 2), activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.layer(x))
+
+
+def test_fingerprints_tell_apart_what_has_one_name() -> None:
+    def scaled(by: float) -> Task:
+        return linear(loss=lambda out, target: by * nn.functional.cross_entropy(out, target))
+
+    def activated(by: Callable[[torch.Tensor], torch.Tensor]) -> Task:
+        return dataclasses.replace(linear(), build=lambda: Activated(by))
+
+    for one, other in ((scaled(1.0), scaled(2.0)), (activated(torch.relu), activated(torch.tanh))):
+        assert fingerprint(one) == fingerprint(one)
+        assert fingerprint(one) != fingerprint(other)
 
 
 def test_fingerprints_tell_tasks_apart() -> None:

@@ -131,6 +131,40 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_weight_norms_second_derivatives_are_right(norm: Any, dim: int | None, stack: bool) -> None:
+    """PyTorch's own are not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(16, 2, generator=generator, dtype=torch.float64)
+    task = Task(
+        "normed",
+        lambda: norm(nn.Linear(3, 2).double(), dim=dim),
+        (x, y),
+        (x, y),
+        loss=functional.mse_loss,
+        batch_size=16,
+    )
+    flat = task.init_params(generator).double()
+
+    def gradient(at: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = at.detach().requires_grad_()
+        with task.second_order.kernels():
+            loss = task.objectives(leaf[None, None], (x[None], y[None]), stack).sum()
+            (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return leaf, grad
+
+    along = torch.randn(flat.shape, generator=generator, dtype=torch.float64)
+    leaf, grad = gradient(flat)
+    (found,) = torch.autograd.grad(grad, leaf, along)
+    step = 1e-5
+    ends = [gradient(flat + sign * step * along)[1].detach() for sign in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 def sequences(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Task:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(SAMPLES, TIME, WIDTH, generator=generator)

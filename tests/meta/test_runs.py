@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
+import numpy as np
 import pytest
 import torch
 from runs import (
@@ -24,6 +25,7 @@ from amalgam.meta import (
     Repeat,
     Stage,
     Stages,
+    Trainer,
     Training,
     Truncation,
     Unroll,
@@ -302,6 +304,22 @@ def test_replicates_resume(tmp_path) -> None:
 def test_what_two_replicates_cannot_do_is_named(changes, named, tmp_path) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(tmp_path, [tiny_student(7), tiny_student(8)], **changes)
+
+
+def test_students_and_tasks_that_cannot_be_trained_are_named(tmp_path) -> None:
+    one = tiny_student(7)
+    with pytest.raises(ValueError, match="student must hold each replicate once"):
+        trainer(tmp_path, [one, one])
+    one.head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"but 'head.weight' requires none; student.requires_gr"):
+        trainer(tmp_path, [one])
+    with pytest.raises(ValueError, match="task must be one or more, not none"):
+        Trainer(tiny_student(7), [], Pool(["adam"]), folder=tmp_path)
+    two = [linear_task(4, "a"), linear_task(3, "b")]
+    for weights in ((1.0, 1e39), (1.0, 1e-50), (1.0, math.nan)):
+        with pytest.raises(ValueError, match="task_weights must be 2 positive numbers, a task"):
+            trainer(tmp_path, tasks=two, task_weights=weights)
+    trainer(tmp_path, tasks=two, task_weights=np.array([1, 3])).run()
 
 
 @pytest.mark.parametrize(
