@@ -21,7 +21,7 @@ def result(
             (0, 2),
             (first + seed, final),
             (0.1, 0.5),
-            (Reading(0, 3.0, 0.1, 3.0, 0.1), Reading(2, final, 0.5, final, 0.5)),
+            (Reading(0, 3.0, 0.1, 300.0, 0.1), Reading(2, final, 0.5, final, 0.5)),
         )
         for seed, final in enumerate(finals)
     )
