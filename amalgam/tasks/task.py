@@ -237,6 +237,8 @@ class Task:
         # Found out now, so that no bits depend on what came first.
         self._large = self._convolves and self._has_large_convolutions()
         self._drew = self.device.type != "meta" and self._draws_on_trial()
+        if self.device.type != "meta":
+            self._try_validation()
 
     @property
     def device(self) -> torch.device:
@@ -641,6 +643,28 @@ class Task:
                 f"nothing from call to call but the module's buffers"
             )
         return drew
+
+    @torch.no_grad()
+    def _try_validation(self) -> None:
+        """Run an optimizee on some validation samples, as readings of a run do.
+
+        Raises:
+            ValueError: It can't be run.
+        """
+        *inputs, target = (tensor[:_TRIED] for tensor in self.validation)
+        modes = {module: module.training for module in self._module.modules()}
+        self._module.eval()
+        try:
+            with self.drawing(SeededBatch((*inputs, target), [0])), self.convolving():
+                self.loss(self._module(*inputs), target).item()
+        except Exception as error:
+            raise ValueError(
+                f"task {self.name!r} can't be validated on its first validation samples: "
+                f"{_said(error)}"
+            ) from error
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

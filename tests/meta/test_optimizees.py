@@ -165,6 +165,22 @@ def test_weight_norms_second_derivatives_are_right(norm: Any, dim: int | None, s
     torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
 
 
+def test_validation_data_that_cannot_be_run_are_named_at_once() -> None:
+    """And modules stay in the modes that they were in."""
+    x, y = torch.randn(16, 3), torch.randn(16, 2)
+
+    def build() -> nn.Module:
+        made = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
+        made[1].eval()
+        return made
+
+    for validation in ((x[:, :2], y), (x,), (x, y[:, :1].long()), (x.double(), y)):
+        with pytest.raises(ValueError, match="task 'odd' can't be validated on its first valid"):
+            Task("odd", build, (x, y), validation, functional.cross_entropy, 8)
+    made = Task("odd", build, (x, y), (x[:1], y[:1]), functional.mse_loss, 8)
+    assert [part.training for part in made._module.modules()] == [True, True, False]
+
+
 def sequences(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> Task:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(SAMPLES, TIME, WIDTH, generator=generator)
