@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -25,6 +26,8 @@ FLOATS = frozenset({torch.float32, torch.float64})
 
 PRECISIONS = ("ieee", "3xtf32", "tf32", "bf16")
 APPROXIMATE = "approximate"
+# Those with gradients. An operator without a rule for tangents would drop them in silence.
+_DIFFERENTIABLE = frozenset({"student_step", "teacher_step", "teacher_distance", "choice_step"})
 
 Kernel = Callable[..., Any]
 Probe = Callable[[], str | None]
@@ -121,6 +124,9 @@ class Backend:
         problem = self.probe()
         if problem is not None:
             return problem
+        forward = operation in _DIFFERENTIABLE and forward_ad._current_level >= 0
+        if forward and self.name != REFERENCE:
+            return "it has no forward-mode derivatives, as the reference has"
         entry = self.kernels.get(operation)
         if entry is None:
             return f"it has no kernel for {operation!r}"

@@ -578,3 +578,20 @@ CUDA_KERNELS = {
 
 def test_cuda_kernels_keep_to_their_budgets() -> None:
     assert_cuda_within(CUDA_BUDGETS, CUDA_KERNELS)
+
+
+def test_forward_mode_derivatives_are_the_references() -> None:
+    """An operator would drop tangents in silence."""
+    generator = torch.Generator().manual_seed(0)
+    student, along = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    teachers = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+
+    def distances(at: Tensor, backend: str = "auto") -> Tensor:
+        return teacher_distance(at, teachers, backend=backend)
+
+    _, found = torch.func.jvp(distances, (student,), (along,))
+    step = 1e-6
+    ends = [distances(student + sign * step * along) for sign in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+    with pytest.raises(RuntimeError, match="backend='cpu' can't .* no forward-mode derivatives"):
+        torch.func.jvp(lambda at: distances(at, "cpu"), (student,), (along,))
