@@ -39,7 +39,8 @@ from amalgam.meta.memory import Memory
 from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.objective import MECHANISMS, Amalgamation
 from amalgam.meta.on_policy import OnPolicy
-from amalgam.meta.periods import Strategy
+from amalgam.meta.periods import Finish, Period, Record, Strategy, UnrollSettings
+from amalgam.meta.perturbation import FGSM, PGD, AdaptivePGD, Gaussian, Perturbation
 from amalgam.meta.stages import Stage, Stages
 from amalgam.meta.trainer import NothingLearned, Trainer
 from amalgam.meta.training import Training
@@ -47,16 +48,24 @@ from amalgam.meta.unroll import Unroll
 from amalgam.meta.window import Window, WindowInputs
 
 __all__ = [
+    "FGSM",
     "MECHANISMS",
+    "PGD",
+    "AdaptivePGD",
     "Amalgamation",
     "Conditions",
     "Curriculum",
     "Estimator",
+    "Finish",
+    "Gaussian",
     "Memory",
     "MetaBatch",
     "NothingLearned",
     "OnPolicy",
+    "Period",
     "PersistentEvolution",
+    "Perturbation",
+    "Record",
     "Repeat",
     "Stage",
     "Stages",
@@ -66,6 +75,7 @@ __all__ = [
     "Trajectories",
     "Truncation",
     "Unroll",
+    "UnrollSettings",
     "Window",
     "WindowInputs",
     "clip_adaptively",
