@@ -304,7 +304,8 @@ def test_replicates_are_evaluated_and_their_spread_is_reported(wide, tiny, tmp_p
 
 def test_validate_scores_students_as_their_run_did(wide, tiny, tmp_path) -> None:
     run = tmp_path / "run"
-    wide("train", tiny, "--out", run, "--seed", 3, "--set", "training.validate_every=30")
+    short = ["--set", "strategy.stages=[{episodes=2}]", "--set", "training.validate_every=2"]
+    wide("train", tiny, "--out", run, "--seed", 3, *short)
     (score,) = [row["validation"] for row in metrics(run) if "validation" in row]
     shown = wide("validate", run / "student.safetensors", "--by", tiny, "--seed", 3)
     assert shown.startswith("evaluating\nmeta-validation of tiny, lower is better\n")

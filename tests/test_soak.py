@@ -44,7 +44,7 @@ def test_faults_change_nothing(name: str, tmp_path: Path) -> None:
 def test_a_step_that_lets_a_fault_in_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amalgam.optimizers.base.finite", lambda largest: largest == largest)
+    monkeypatch.setattr("amalgam.optimizers.base.finite", lambda largest, _: largest == largest)
     with pytest.raises(AssertionError, match="gradient changed"):
         FaultyRun("standard", 1, 150, tmp_path).go()
 

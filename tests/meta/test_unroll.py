@@ -166,8 +166,8 @@ def test_warm_up_skips_unusable_gradients(task, student) -> None:
 def test_one_teacher_diverges_alone(task, student) -> None:
     """A teacher whose updates overflow stands still; the others and the student go on."""
     pool = Pool([Teacher("sgd", 1e38), Teacher("adam")])
-    x, y = task.train
-    task = replace(task, build=lambda: Net().float(), train=(x.float(), y))
+    train, validation = ((x.float(), y) for x, y in (task.train, task.validation))
+    task = replace(task, build=lambda: Net().float(), train=train, validation=validation)
     unroll = Unroll(
         task, student.float(), pool, Amalgamation(backend="reference", scale_spread=0.0)
     )
