@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from amalgam import ops, recipes, tasks, weight_files
 from amalgam.device import resolve
 from amalgam.evaluation import commands
-from amalgam.evaluation.commands import FLAG
+from amalgam.evaluation.commands import FLAG, Device, Students
 from amalgam.evaluation.contenders import names_of
 from amalgam.evaluation.tables import Table
 from amalgam.extras import MissingExtra
@@ -204,22 +204,14 @@ def _train_and_evaluate(run: Experiment, name: str, folder: Path) -> None:
 
 @app.command()
 def validate(
-    students: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="STUDENT",
-            help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME.",
-        ),
-    ],
+    students: Students,
     by: Annotated[
         str, typer.Option(metavar="RECIPE", help="A shipped recipe's name, or a path.")
     ] = "standard",
     seed: Annotated[
         int, typer.Option(metavar="N", help="Decides initial weights and batches.")
     ] = 0,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")
-    ] = "auto",
+    device: Device = "auto",
     own_code: _OwnCode = False,
 ) -> None:
     """Score students by a recipe's meta-validation, best first, to keep one of several replicates.
@@ -232,7 +224,10 @@ def validate(
     recipe, where = recipes.load(by, own_code=own_code or None), resolve(device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    sources = [one.task for one in recipe.validation or recipe.tasks]
+    sources = [
+        one.task.to(where) if isinstance(one.task, Task) else one.task
+        for one in recipe.validation or recipe.tasks
+    ]
     named = dict(zip(names_of(students), map(load_policy, students), strict=True))
     scores = []
     with _evaluation_progress() as report:
@@ -240,7 +235,7 @@ def validate(
             report(name)
             score = validation.of_student(
                 student.to(where),
-                [source.to(where) if isinstance(source, Task) else source for source in sources],
+                sources,
                 recipe.training,
                 recipe.amalgamation,
                 seed=seed,

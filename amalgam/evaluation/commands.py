@@ -39,14 +39,18 @@ _WIDE_SUMMARY, _WIDE_TASK = 120, 190  # columns of a terminal that the widest ta
 _EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
+Students = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="STUDENT",
+        help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")]
+
+
 def evaluate_command(
-    students: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="STUDENT",
-            help="Learned optimizers: names of shipped ones, paths, hf://OWNER/NAME.",
-        ),
-    ],
+    students: Students,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,9 +121,7 @@ def evaluate_command(
             show_default="one a core",
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")
-    ] = "auto",
+    device: Device = "auto",
     cache: Annotated[
         Path | None,
         typer.Option(

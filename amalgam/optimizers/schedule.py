@@ -33,7 +33,7 @@ def settle_peak(group: dict[str, Any]) -> None:
 def keep_peak_on(device: torch.device, group: dict[str, Any]) -> None:
     """Have a group keep its peak as a tensor: where its rate is, or else on this device."""
     lr, peak = group["lr"], group[PEAK]
-    where, dtype = (device, torch.float64)
+    where, dtype = device, torch.float64
     if isinstance(lr, Tensor):
         where, dtype = lr.device, lr.dtype
     if not isinstance(peak, Tensor) or (peak.device, peak.dtype) != (where, dtype):

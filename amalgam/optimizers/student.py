@@ -572,13 +572,12 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             constants = self._constants_of([param])
             context = None
             if constants is not None:
-                noted = {**group, PEAK: copy.deepcopy(group[PEAK])}
                 like, paced = weights.own[0], self._student.paced
                 context = self._student.context_of(
                     *(constants, steps.to(like), [param], norms_of),
                     pace=entry["pace"].reshape(1).to(like) if paced else None,
                     agreements=partial(agreements_of, [param], [grad], [flat.m]) if paced else None,
-                    left=self._left_of(noted),
+                    left=self._left_of({**group, PEAK: copy.deepcopy(group[PEAK])}),
                 )
             folded, settings = self._student.with_context(weights.operation, weights.own, context)
             if context is not None:

@@ -462,16 +462,16 @@ class Task:
             return SecondOrder(nullcontext, None)
         batch, flat = self._trial, self._flat_of(self._module)
         failure: str | None = None
-        normed = weight_norm.used(lambda: self.objective(flat, batch))
-        for attempt in (nullcontext, _math_attention, _plain_kernels):
-            kernels = functools.partial(weight_norm.plain, attempt) if normed else attempt
+        for kernels in (nullcontext, _math_attention, _plain_kernels):
             try:
-                with kernels():
+                with kernels(), weight_norm.Plain() as mode:
                     _differentiate(lambda leaf: self.objective(leaf, batch), flat, True)
             except Exception as error:
                 failure = failure or _said(error)
             else:
-                return SecondOrder(kernels, None)
+                normed = mode.taken > 0
+                plain = functools.partial(weight_norm.plain, kernels) if normed else kernels
+                return SecondOrder(plain, None)
         return SecondOrder(nullcontext, failure)
 
     def objectives(self, flat: Tensor, batch: Batch, stack: bool | None = None) -> Tensor:

@@ -15,24 +15,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def used(call: Callable[[], object]) -> bool:
-    """Whether anything that is called norms weights; not where it fails, which shows elsewhere."""
-    with torch.no_grad(), _Plain() as mode:
-        try:
-            call()
-        except Exception:
-            return False
-    return mode.taken > 0
-
-
 @contextmanager
 def plain(kernels: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Inside, weight norm is plain, and kernels are these."""
-    with kernels(), _Plain():
+    with kernels(), Plain():
         yield
 
 
-class _Plain(TorchFunctionMode):
+class Plain(TorchFunctionMode):
+    """Inside, weight norm is plain; what intercepts every call is for those that have it.
+
+    Attributes:
+        taken: How often weights were normed.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.taken = 0
