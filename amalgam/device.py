@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from amalgam.ranges import check_kind
+
 T = TypeVar("T")
 
 
@@ -24,8 +26,10 @@ def resolve(device: str | torch.device = "auto") -> torch.device:
             ``torch.device``.
 
     Raises:
+        TypeError: It is neither a name nor a ``torch.device``.
         ValueError: There is no such device, or none is left for this process.
     """
+    check_kind("device", device, str | torch.device, "'auto', 'cpu', 'cuda' or a torch.device")
     if isinstance(device, str) and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:NUMBER', not {device!r}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

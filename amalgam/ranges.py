@@ -1,4 +1,4 @@
-"""The ranges of settings' numbers, checked where settings are made.
+"""The kinds of arguments and the ranges of settings' numbers, checked where they are given.
 
 Numbers end up in float32. So a *finite* number is one that float32 holds, up to 3.4e38, and a
 *positive* one is 1.2e-38 or more.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 MOST = torch.finfo(torch.float32).max
 LEAST = torch.finfo(torch.float32).tiny
+_LONGEST = 200  # characters of an object in an error; a task shows its data
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,31 @@ def check_fields(
                 fault = allowed.fault(number)
                 if fault and not (name in or_infinite and number == math.inf):
                     raise ValueError(f"{name} must be {fault}, not {number!r}")
+
+
+def check_kind(name: str, given: object, kinds: Any, words: str) -> None:
+    """Raise a TypeError that names the argument, unless it is of a kind.
+
+    Args:
+        name: The argument's name.
+        given: What was given.
+        kinds: What :func:`isinstance` takes.
+        words: What it must be, in words, with an example.
+    """
+    # A class has all members that a protocol asks its instances for.
+    if isinstance(given, type) or not isinstance(given, kinds):
+        said = repr(given)
+        if len(said) > _LONGEST:
+            said = f"an object of {type(given).__qualname__}"
+        raise TypeError(f"{name} must be {words}, not {said}")
+
+
+def several_of(name: str, given: Any, kinds: Any, words: str) -> list[Any]:
+    """What was given, one or several, as a list; as :func:`check_kind` for each of them."""
+    if isinstance(given, kinds | str) or not isinstance(given, Iterable):
+        check_kind(name, given, kinds, f"{words}, or several")
+        return [given]
+    several = list(given)
+    for index, one in enumerate(several):
+        check_kind(f"{name}[{index}]", one, kinds, words)
+    return several

@@ -20,7 +20,7 @@ from amalgam.meta.meta_batch import MetaBatch
 from amalgam.meta.periods import INITIAL, Finish, Period, Record, UnrollSettings
 from amalgam.meta.rule import Place, RuleByRecords
 from amalgam.meta.stages import Stages
-from amalgam.ranges import check_fields
+from amalgam.ranges import check_fields, check_kind
 
 IMITATION_WEIGHTS: dict[str, tuple[float, ...]] = {
     "il_more": (0.2, 0.1, 0.05, 0.02),
@@ -240,6 +240,7 @@ class Repeat(RuleByRecords):
         _name_weights(self)
         if isinstance(self.validation, Mapping):
             object.__setattr__(self, "validation", UnrollSettings(**self.validation))
+        check_kind("validation", self.validation, UnrollSettings, "UnrollSettings")
         _check(self, "num_periods")
 
     def _period(self, place: Place) -> Period:

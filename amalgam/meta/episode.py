@@ -27,6 +27,7 @@ from amalgam.meta.objective import Amalgamation
 from amalgam.meta.on_policy import OnPolicy
 from amalgam.meta.steps import AutogradSteps, FusedSteps, PolicySteps
 from amalgam.policies import FusedStudent, Policy, Pool
+from amalgam.ranges import check_kind, several_of
 from amalgam.seeding import drawing
 from amalgam.tasks import Batch, Task, convolution
 from amalgam.tasks.task import SecondOrder, SeededBatch
@@ -94,8 +95,11 @@ class Episodes:
         optimizees: int = 1,
         shared: bool = False,
     ) -> None:
+        check_kind("task", task, Task, "a Task, such as tasks.load('digits-mlp')")
+        check_kind("pool", pool, Pool, "a Pool, such as Pool(['adam'])")
+        check_kind("amalgamation", amalgamation, Amalgamation, "an Amalgamation")
         self.task = task
-        self.students = (student,) if isinstance(student, Policy) else tuple(student)
+        self.students = tuple(several_of("student", student, Policy, "a policy, such as Student()"))
         if len({(type(one), str(one.config)) for one in self.students}) != 1:
             raise ValueError("student must be one, or several of one kind and configuration")
         elsewhere = {w.device for one in self.students for w in one.weights()} - {task.device}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class Estimate(NamedTuple):
     carried: list[Tensor]
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Runs one window and computes its meta-gradient."""
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from amalgam import ops
 from amalgam.hints import did_you_mean
 from amalgam.meta.on_policy import OnPolicy
-from amalgam.ranges import check_fields
+from amalgam.ranges import check_fields, check_kind
 
 MECHANISMS = ("mean", "min-max")
 OBJECTIVES = ("mean", "final")
@@ -129,6 +129,7 @@ class Amalgamation:
                 f"scale_spread must be at most {MOST_SPREAD}, beyond which float32 does not hold "
                 f"the square of exp(scale_spread), not {self.scale_spread}"
             )
+        check_kind("on_policy", self.on_policy, OnPolicy | None, "an OnPolicy or None")
         ops.check_backend(self.backend)
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from amalgam.ranges import check_fields
 
@@ -174,6 +174,7 @@ def _name(period: Period | Record) -> str:
     return f"stage_{period.stage}.{period.period}.{period.repeat}"
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """Chooses the next period by the records of all periods before."""
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from amalgam.meta.periods import Finish, Period, Record, UnrollSettings
 from amalgam.meta.rule import Place, RuleByRecords
-from amalgam.ranges import check_fields
+from amalgam.ranges import check_fields, several_of
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,11 @@ class Stages(RuleByRecords):
 
     def __post_init__(self) -> None:
         """Make stages of tables, and refuse what can't be run."""
-        stages = (Stage(**s) if isinstance(s, Mapping) else s for s in self.stages)
+        given = several_of("stages", self.stages, Stage | Mapping, "a stage, such as Stage(10, 2)")
+        stages = (Stage(**s) if isinstance(s, Mapping) else s for s in given)
         object.__setattr__(self, "stages", tuple(stages))
         if not self.stages:
             raise ValueError("stages must hold at least one stage, not none")
-        for stage in self.stages:
-            if not isinstance(stage, Stage):
-                raise TypeError(f"stages must hold stages, as in (Stage(10, 2),), not {stage!r}")
         check_fields(self, counts=("unroll",))
 
     @property

@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +40,21 @@ from amalgam.meta.stages import Stages
 from amalgam.meta.training import Training
 from amalgam.meta.unroll import Unroll
 from amalgam.policies import Policy, Pool
+from amalgam.ranges import check_kind, several_of
 from amalgam.tasks import Task, TaskFamily
+
+# What arguments are, and how errors say it.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "pool": (Pool, "a Pool, such as Pool(['adam'])"),
+    "amalgamation": (Amalgamation, "an Amalgamation, such as Amalgamation(mechanism='mean')"),
+    "training": (Training, "a Training, such as Training(meta_lr=0.01)"),
+    "strategy": (Strategy, "a Strategy, such as Stages()"),
+    "estimator": (Estimator, "an Estimator, such as PersistentEvolution()"),
+    "memory": (Memory, "a Memory, such as Memory(budget='2GiB')"),
+    "perturbation": (Perturbation | None, "a Perturbation, such as Gaussian(0.01)"),
+    "conditions": (Conditions, "Conditions, such as Conditions(weight_decay=(1e-3, 0.1))"),
+    "seed": (Integral, "a whole number"),
+}
 
 # Called with the metrics of a meta-step.
 Report = Callable[[dict[str, Any]], None]
@@ -82,6 +97,7 @@ class Trainer:
         provenance: Facts to save with the student, beside those that the trainer knows itself.
 
     Raises:
+        TypeError: An argument is of another kind; the message says what would work.
         ValueError: There is no student, or the strategy, the estimator or the task weights do not
             fit the others; the message says what would work.
     """
@@ -101,18 +117,23 @@ class Trainer:
         perturbation: Perturbation | None = None,
         conditions: Conditions | None = None,
         task_weights: Sequence[float] | None = None,
-        validation: Sequence[Task | TaskFamily] = (),
+        validation: Task | TaskFamily | Sequence[Task | TaskFamily] = (),
         seed: int = 0,
         device: str | torch.device = "auto",
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.device = resolve(device)
-        students = [student] if isinstance(student, Policy) else list(student)
-        tasks = [task] if isinstance(task, Task | TaskFamily) else task
+        students = several_of("student", student, Policy, "a policy, such as Student()")
+        tasks, validated = (
+            several_of(name, sources, Task | TaskFamily, "a task or a family, as of tasks.load()")
+            for name, sources in (("task", task), ("validation", validation))
+        )
+        check_kind("folder", folder, str | os.PathLike, "a path")
         self.tasks = tuple(map(self._here, tasks))
         given = [1.0] * len(self.tasks) if task_weights is None else task_weights
-        self.task_weights = tuple(map(float, given))
-        self.validation = tuple(map(self._here, validation))
+        weights = several_of("task_weights", given, Real, "a number")
+        self.task_weights = tuple(map(float, weights))
+        self.validation = tuple(map(self._here, validated))
         self.pool = pool
         self.amalgamation = amalgamation or Amalgamation()
         self.training = training or Training()
@@ -123,6 +144,7 @@ class Trainer:
         self.conditions = conditions or Conditions()
         self.seed = seed
         self.folder = Path(folder)
+        check_kind("provenance", provenance, dict | None, "a dictionary")
         self.provenance = dict(provenance or {})
         self._check(students)
         self._state = RunState([Replicate(one.to(self.device), self.training) for one in students])
@@ -149,6 +171,8 @@ class Trainer:
         return task.to(self.device) if isinstance(task, Task) else task
 
     def _check(self, students: Sequence[Policy]) -> None:
+        for name, (kinds, words) in _KINDS.items():
+            check_kind(name, getattr(self, name), kinds, words)
         if not students:
             raise ValueError("student must be one or more, not none")
         if len(set(map(id, students))) < len(students):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import Killed, killer, metrics, trainer
+from runs import Killed, killer, linear_task, metrics, tiny_student, trainer
 from torch import Tensor
 
 from amalgam import weight_files
@@ -15,13 +15,16 @@ from amalgam.meta import (
     Amalgamation,
     Memory,
     NothingLearned,
+    Repeat,
     Stage,
     Stages,
+    Trainer,
     Training,
+    Unroll,
     clip_adaptively,
 )
 from amalgam.meta.run_folder import CHECKPOINT, FORMAT, METRICS, STUDENT
-from amalgam.policies import Student
+from amalgam.policies import Pool, Student
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -117,6 +120,69 @@ def test_random_state_outside_does_not_matter(tmp_path) -> None:
 def test_a_foreign_checkpoint_is_refused(over, changes, named) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(over, **changes).run(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"student": "standard"}, r"student must be a policy, .* or several, not 'standard'"),
+        ({"student": [tiny_student(1), Student]}, r"student\[1\] must be a policy, .* not <class"),
+        ({"task": "digits-mlp"}, "task must be a task .* not 'digits-mlp'"),
+        ({"validation": [linear_task(), 3]}, r"validation\[1\] must be a task .* not 3"),
+        ({"pool": ["adam"]}, r"pool must be a Pool, such as Pool\(\['adam'\]\), not \['adam'\]"),
+        ({"pool": linear_task()}, "pool must be a Pool, .* not an object of Task"),
+        ({"folder": None}, "folder must be a path, not None"),
+        ({"amalgamation": "mean"}, "amalgamation must be an Amalgamation, .* not 'mean'"),
+        ({"training": {"meta_lr": 1}}, "training must be a Training, .* not {'meta_lr': 1}"),
+        ({"strategy": Stages}, r"strategy must be a Strategy, such as Stages\(\), not <class"),
+        ({"estimator": "pes"}, "estimator must be an Estimator, .* not 'pes'"),
+        ({"memory": "1GB"}, "memory must be a Memory, .* not '1GB'"),
+        ({"perturbation": "gaussian"}, "perturbation must be a Perturbation, .* not 'gaussian'"),
+        ({"conditions": 3}, "conditions must be Conditions, .* not 3"),
+        ({"task_weights": ["a"]}, r"task_weights\[0\] must be a number, not 'a'"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"device": 3}, "device must be 'auto', 'cpu', 'cuda' or a torch.device, not 3"),
+        ({"provenance": "mine"}, "provenance must be a dictionary, not 'mine'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(changes, named, tmp_path) -> None:
+    arguments = {
+        "student": tiny_student(1),
+        "task": linear_task(),
+        "pool": Pool(["adam"]),
+        "folder": tmp_path,
+    }
+    with pytest.raises(TypeError, match=named):
+        Trainer(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: Stages("long"), r"stages must be a stage, such as .*, or several, not 'long'"),
+        (lambda: Stages((Stage(), 3)), r"stages\[1\] must be a stage, .* not 3"),
+        (lambda: Repeat(validation=3), "validation must be UnrollSettings, not 3"),
+        (lambda: Amalgamation(on_policy=True), "on_policy must be an OnPolicy or None, not True"),
+        (
+            lambda: Unroll("digits-mlp", tiny_student(1), Pool([]), Amalgamation()),
+            "task must be a Task, .* not 'digits-mlp'",
+        ),
+        (
+            lambda: Unroll(linear_task(), tiny_student(1), ["adam"], Amalgamation()),
+            "pool must be a Pool, .* not ",
+        ),
+    ],
+)
+def test_settings_and_engines_name_what_is_of_another_kind(make, named) -> None:
+    with pytest.raises(TypeError, match=named):
+        make()
+
+
+def test_a_single_stage_and_a_single_validation_task_need_no_sequence(tmp_path) -> None:
+    assert Stages(Stage(2, 3)) == Stages((Stage(2, 3),))
+    assert [task.name for task in trainer(tmp_path, validation=linear_task()).validation] == [
+        "linear"
+    ]
 
 
 def test_a_checkpoint_from_before_formats_were_numbered_is_refused(over) -> None:
