@@ -55,7 +55,10 @@ class Estimate(NamedTuple):
 
 @runtime_checkable
 class Estimator(Protocol):
-    """Runs one window and computes its meta-gradient."""
+    """Runs one window and computes its meta-gradient.
+
+    Its ``repr`` says all that decides what it does: a run resumes only with the same one.
+    """
 
     @property
     def particles(self) -> int:

@@ -176,7 +176,10 @@ def _name(period: Period | Record) -> str:
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Chooses the next period by the records of all periods before."""
+    """Chooses the next period by the records of all periods before.
+
+    Its ``repr`` says all that decides what it does: a run resumes only with the same one.
+    """
 
     @property
     def goes_back(self) -> bool:

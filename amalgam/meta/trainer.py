@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import IO, Any
@@ -97,7 +98,8 @@ class Trainer:
         provenance: Facts to save with the student, beside those that the trainer knows itself.
 
     Raises:
-        TypeError: An argument is of another kind; the message says what would work.
+        TypeError: An argument is of another kind, or does not say in its ``repr`` by what a run
+            that is resumed could know it again; the message says what would work.
         ValueError: There is no student, or the strategy, the estimator or the task weights do not
             fit the others; the message says what would work.
     """
@@ -163,7 +165,9 @@ class Trainer:
             meta_steps=self.strategy.meta_steps,
             device=self.device,
         )
-        self._files = RunFolder(self.folder, self._identity())
+        identity = self._identity()
+        _check_known_again(identity)
+        self._files = RunFolder(self.folder, identity)
         self._checked = False
 
     def _here(self, task: Task | TaskFamily) -> Task | TaskFamily:
@@ -540,3 +544,18 @@ def _settings(task: Task | TaskFamily) -> str:
     if isinstance(task, Task):
         return f"{task.describe()}, batches of {task.batch_size}"
     return task.describe()
+
+
+def _check_known_again(identity: Mapping[str, str]) -> None:
+    """Raise TypeError where a setting has an address in memory, which the next process has not.
+
+    So has the ``repr`` of an object whose class has none of its own.
+    """
+    for name, said in identity.items():
+        place = re.search(r"<.*? at 0x[0-9a-f]+>", said, re.IGNORECASE)
+        if place is not None:
+            raise TypeError(
+                f"{name} must say in its repr() all that decides what it does, as runs are resumed "
+                f"only with the same repr, not {place.group()}; give its class a __repr__, or make "
+                f"it a dataclass"
+            )

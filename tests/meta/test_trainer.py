@@ -2,6 +2,8 @@
 
 import math
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from amalgam.meta import (
     Stages,
     Trainer,
     Training,
+    Truncation,
     Unroll,
     clip_adaptively,
 )
@@ -120,6 +123,27 @@ def test_random_state_outside_does_not_matter(tmp_path) -> None:
 def test_a_foreign_checkpoint_is_refused(over, changes, named) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(over, **changes).run(resume=True)
+
+
+class Alone(Truncation):
+    __repr__ = object.__repr__
+
+
+@dataclass(frozen=True)
+class Scheduled(Stages):
+    schedule: Callable[[int], float] = float
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"estimator": Alone()}, "estimator .* not <test_trainer.Alone object at 0x"),
+        ({"strategy": Scheduled(schedule=lambda step: 0.1)}, "strategy .* not <function <lambda> "),
+    ],
+)
+def test_what_no_run_could_know_again_is_refused(changes, named, tmp_path) -> None:
+    with pytest.raises(TypeError, match=f"{named}.*give its class a __repr__"):
+        trainer(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(
