@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from amalgam.lr_decays import check_decay, factor_at
 from amalgam.seeding import drawing, generator_for
 from amalgam.tasks import SeededBatch, Task
+from amalgam.tasks.task import judging
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -376,20 +377,18 @@ def _measure(task: Task, module: nn.Module, data: Sequence[Tensor]) -> tuple[flo
 
     What draws without regard to the module's mode draws alike in every call.
     """
-    training = module.training
-    module.eval()
     loss, right, judged, samples = 0.0, 0.0, 0, len(data[0])
     chunk = _CHUNK if task.device.type == "cpu" else _CHUNK_ON_GPU
-    for start in range(0, samples, chunk):
-        *inputs, target = (tensor[start : start + chunk] for tensor in data)
-        with task.drawing(SeededBatch((*inputs, target), [start])), task.convolving():
-            output = module(*inputs)
-            loss += task.loss(output, target).item() * (len(target) / samples)
-        classes = _dimension_of_classes(output, target)
-        if classes is not None:
-            right += (output.argmax(classes) == target).sum().item()
-            judged += target.numel()
-    module.train(training)
+    with judging(module):
+        for start in range(0, samples, chunk):
+            *inputs, target = (tensor[start : start + chunk] for tensor in data)
+            with task.drawing(SeededBatch((*inputs, target), [start])), task.convolving():
+                output = module(*inputs)
+                loss += task.loss(output, target).item() * (len(target) / samples)
+            classes = _dimension_of_classes(output, target)
+            if classes is not None:
+                right += (output.argmax(classes) == target).sum().item()
+                judged += target.numel()
     return loss, right / judged if judged else math.nan
 
 

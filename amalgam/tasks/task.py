@@ -652,19 +652,27 @@ class Task:
             ValueError: It can't be run.
         """
         *inputs, target = (tensor[:_TRIED] for tensor in self.validation)
-        modes = {module: module.training for module in self._module.modules()}
-        self._module.eval()
+        batch = SeededBatch((*inputs, target), [0])
         try:
-            with self.drawing(SeededBatch((*inputs, target), [0])), self.convolving():
+            with judging(self._module), self.drawing(batch), self.convolving():
                 self.loss(self._module(*inputs), target).item()
         except Exception as error:
             raise ValueError(
                 f"task {self.name!r} can't be validated on its first validation samples: "
                 f"{_said(error)}"
             ) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
+
+
+@contextmanager
+def judging(module: nn.Module) -> Iterator[None]:
+    """Inside, a module and its parts are in evaluation mode; afterwards each as it was before."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

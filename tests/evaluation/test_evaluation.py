@@ -83,6 +83,28 @@ SMALL = Protocol(
 )
 
 
+def test_readings_leave_each_part_in_its_mode() -> None:
+    """Also a frozen batch norm, which a run of one's own keeps in evaluation mode."""
+
+    def build() -> nn.Module:
+        made = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        made[1].eval()
+        return made
+
+    modes = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            modes.append([part.training for part in module.modules()])
+            super().step(closure)
+
+    task = dataclasses.replace(linear(), build=build)
+    module = task.init_module(generator_for(0, "modes"))
+    task.init_module = lambda generator: module  # type: ignore[method-assign]
+    train(task, partial(Spy, lr=0.1), steps=2, seed=0, readings=Readings(full=(1,)))
+    assert modes == [[True, True, False, True]] * 2
+
+
 def made(contenders: list[Contender], protocol: Protocol = SMALL, *of: Task) -> Evaluation:
     with Runner(of or [linear()]) as runner:
         return evaluate(runner, contenders, protocol)
