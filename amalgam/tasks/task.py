@@ -200,6 +200,7 @@ class Task:
     _module: nn.Module = field(init=False, repr=False)
     _dtypes: dict[str, torch.dtype] = field(init=False, repr=False)
     _shares_constants: bool = field(init=False, repr=False, default=False)
+    _shapes: dict[str, torch.Size] = field(init=False, repr=False, default_factory=dict)
     _drew: bool = field(init=False, repr=False)
     _trial: Batch = field(init=False, repr=False)
     _without_cudnn: bool = field(init=False, repr=False)
@@ -283,10 +284,26 @@ class Task:
         return self.layout.flatten(dict(module.named_parameters())).detach().to(self.device)
 
     def _built(self, generator: torch.Generator) -> nn.Module:
-        """An initialised module where it is built."""
+        """An initialised module where it is built.
+
+        Raises:
+            ValueError: ``build`` does not return a module, or one of other shapes than before.
+        """
         seed = int(torch.randint(2**62, (), generator=generator))
         with drawing(seed, torch.device("cpu")):
             module = self.build()
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"build must return an nn.Module, not {module!r}")
+        if self._shapes and self._shapes != (found := _shapes(module)):
+            name = next(n for n in self._shapes | found if self._shapes.get(n) != found.get(n))
+            before, now = (
+                f"has the shape {tuple(shapes[name])}" if name in shapes else "is absent"
+                for shapes in (self._shapes, found)
+            )
+            raise ValueError(
+                f"build must return a module of the same shapes each time, but {name!r} of task "
+                f"{self.name!r} {before} in one and {now} in another"
+            )
         return copy.deepcopy(module) if self._shares_constants else module
 
     def _first_module(self) -> nn.Module:
@@ -294,12 +311,10 @@ class Task:
 
         Raises:
             ValueError: ``build`` does not return a module, there is nothing to train, parameters
-                do not fit, or ``build`` returns the same ones again.
+                do not fit, or ``build`` returns the same ones again, or others.
         """
         generator = torch.Generator().manual_seed(0)
         module = self._built(generator)
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"build must return an nn.Module, not {module!r}")
         if any(map(is_lazy, module.parameters())):
             raise ValueError(
                 f"build must return a module whose parameters have shapes, which the lazy ones of "
@@ -317,6 +332,7 @@ class Task:
                     f"build must return a module of floating-point parameters, but {name!r} of "
                     f"task {self.name!r} is {param.dtype}"
                 )
+        self._shapes = _shapes(module)
         other = self._built(generator)
         again = _storages(_trained(other).values())
         for name, param in trained.items():
@@ -684,6 +700,11 @@ def _constants(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that require no gradients, and the buffers, by name."""
     frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
     return {**frozen, **dict(module.named_buffers())}
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of its parameters and buffers, by name."""
+    return {name: tensor.shape for name, tensor in (_trained(module) | _constants(module)).items()}
 
 
 def _storages(tensors: Iterable[Tensor]) -> set[int]:

@@ -258,6 +258,16 @@ class Through(nn.Linear):
 
 
 MODEL, COUNT = nn.Linear(3, 2), itertools.count(1)
+WIDTHS, OTHERS = itertools.count(4), itertools.cycle((True, False))
+
+
+def of_another_width() -> nn.Module:
+    width = next(WIDTHS)
+    return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+
+
+def of_another_constant() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=next(OTHERS)))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +280,16 @@ MODEL, COUNT = nn.Linear(3, 2), itertools.count(1)
             "a new module each time.*share '0.weight'",
         ),
         (lambda: 3, {}, "must return an nn.Module, not 3"),
+        (
+            of_another_width,
+            {},
+            r"same shapes each time, but '0.weight' .* \(4, 3\) in one and has the shape \(5, 3\)",
+        ),
+        (
+            of_another_constant,
+            {},
+            r"'1.running_mean' .* has the shape \(2,\) in one and is absent",
+        ),
         (nn.Flatten, {}, "none to train"),
         (lambda: nn.Linear(3, 2).requires_grad_(False), {}, "none to train"),
         (lambda: nn.LazyLinear(2), {}, "lazy ones .* call it on a sample in build"),
@@ -312,6 +332,15 @@ def test_what_no_optimizee_can_be(build, changes, named) -> None:
     data = (torch.randn(4, 3), torch.randint(2, (4,)))
     with pytest.raises(ValueError, match=named):
         Task("bad", build, data, data, batch_size=4, **changes)
+
+
+def test_a_build_that_comes_to_other_shapes_later_is_refused_then() -> None:
+    widths = itertools.chain((4, 4), itertools.count(5))
+    data = (torch.randn(4, 3), torch.randint(2, (4,)))
+    task = Task("bad", lambda: nn.Sequential(nn.Linear(3, next(widths))), data, data, batch_size=4)
+    for begin in (task.init_module, task.init_params):
+        with pytest.raises(ValueError, match="same shapes each time, but '0.weight'"):
+            begin(torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
