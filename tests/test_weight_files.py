@@ -69,6 +69,19 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     assert names(tmp_path / "deep" / "er") == ["s.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_student_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    ours = student().to(dtype)
+    with torch.no_grad():
+        ours.head.bias.fill_(1 / 3)
+    ours.save(tmp_path / "s.safetensors")
+    back = load_policy(tmp_path / "s.safetensors")
+    for theirs, weight in zip(back.weights(), ours.weights(), strict=True):
+        assert theirs.dtype == dtype
+        assert theirs.requires_grad
+        assert torch.equal(theirs, weight)
+
+
 def test_strided_and_half_tensors_round_trip(tmp_path: Path) -> None:
     tensors = {
         "strided": torch.arange(12.0).view(3, 4).T[1:],
@@ -149,6 +162,7 @@ def test_foreign_files_are_named(tmp_path: Path, metadata: dict[str, str], why: 
         (state(**{"head.bias": torch.tensor([float("nan")])}), "head.bias holds non-finite"),
         (state(**{"head.bias": torch.tensor([float("-inf")])}), "head.bias holds non-finite"),
         (state(**{"head.bias": torch.zeros(2)}), "head.bias"),
+        (state(**{"head.bias": torch.zeros(1, dtype=torch.int64)}), "head.bias.*int64"),
     ],
 )
 def test_unfit_weights_are_named(

@@ -237,7 +237,7 @@ class Policy(nn.Module, ABC):
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
-        """Read a policy of this kind that :meth:`save` wrote.
+        """Read a policy of this kind that :meth:`save` wrote, in the dtype that it had.
 
         Args:
             name_or_path: As :func:`amalgam.weight_files.locate` takes it.
@@ -254,9 +254,15 @@ class Policy(nn.Module, ABC):
             config = cls.config_type(**about["config"])
             cls._check_shapes(config, tensors)
             policy = cls(config, provenance=about["provenance"])
+            own = policy.state_dict(keep_vars=True)
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{name} holds non-finite values")
+                if name in own:
+                    if tensor.is_floating_point() != own[name].is_floating_point():
+                        raise ValueError(f"{name} must be {own[name].dtype}, not {tensor.dtype}")
+                    # What is loaded is rounded to the dtype that is there.
+                    own[name].data = own[name].data.to(tensor.dtype)
             policy.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{str(path)!r} does not hold a usable {cls.kind}: {error}") from error
