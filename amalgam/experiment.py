@@ -308,10 +308,12 @@ class Experiment:
             training_samples=2**15,
         )
         tasks = [self._here(task) for task in self.recipe.evaluation_tasks]
-        with Runner(
-            tasks, device=self.device, report=lambda progress: report(progress.what)
-        ) as runner:
-            found = evaluate(runner, self._contenders(), protocol)
+        found = Evaluation(protocol, (), ())
+        if tasks:
+            with Runner(
+                tasks, device=self.device, report=lambda progress: report(progress.what)
+            ) as runner:
+                found = evaluate(runner, self._contenders(), protocol)
         record_closing(found, self.folder, replicates=len(students))
         return found
 

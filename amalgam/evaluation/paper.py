@@ -119,7 +119,13 @@ def evaluate(
 
     Returns:
         For each task, the contenders' results, in their order.
+
+    Raises:
+        ValueError: There is no contender, epoch or run.
     """
+    for name, count in (("contenders", len(contenders)), ("epochs", epochs), ("runs", runs)):
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, not {count}")
     tasks = range(len(runner.about))
     steps = [about.epoch * epochs for about in runner.about]
     runner.total += sum(runner.cost(task, steps[task]) * runs * len(contenders) for task in tasks)

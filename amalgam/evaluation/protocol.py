@@ -121,9 +121,14 @@ class Protocol:
             raise ValueError(
                 f"budgets must be 1 step or more, not {self.budgets[0]:g} times {self.horizon}"
             )
-        for name in self.grids:
+        for name, settings in self.grids.items():
             if name not in BASELINES:
                 raise ValueError(f"grids must be of some of {list(BASELINES)}, not of {name!r}")
+            if not settings:
+                raise ValueError(
+                    f"grids must hold one setting or more of {name!r}, such as grid(lr=(0.01,)), "
+                    f"not none; leave {name!r} out to do without it"
+                )
         distinct = set(self.decays)
         if not self.decays or not distinct <= set(DECAYS) or len(distinct) < len(self.decays):
             raise ValueError(f"decays must be some of {list(DECAYS)}, not {list(self.decays)}")
@@ -332,8 +337,10 @@ def evaluate(
         protocol: The protocol.
 
     Raises:
-        ValueError: Two contenders, or two tasks, have one name.
+        ValueError: Two contenders, or two tasks, have one name; or there is nothing to evaluate.
     """
+    if not contenders and not protocol.grids:
+        raise ValueError("contenders must be one or more where grids has no baseline, not none")
     tasks = range(len(runner.about))
     everybody = [
         each

@@ -169,6 +169,9 @@ class Runner:
         about: What is known of each task.
         total: Seconds that all runs are expected to take, for the reports; whoever knows of runs to
             come adds :meth:`cost` of them.
+
+    Raises:
+        ValueError: There is no task, or several jobs are not to be had with these.
     """
 
     def __init__(
@@ -181,6 +184,8 @@ class Runner:
         report: Callable[[Progress], None] = lambda progress: None,
         rows: bool | None = None,
     ) -> None:
+        if not tasks:
+            raise ValueError("tasks must be one or more, such as NamedTask('digits-mlp'), not none")
         if rows and jobs > 1:
             raise ValueError(f"jobs must be 1 where runs go side by side as rows, not {jobs}")
         if jobs > 1 and any(isinstance(task, Task) for task in tasks):

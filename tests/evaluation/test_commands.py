@@ -271,6 +271,7 @@ def test_wrong_options_are_refused_before_any_work(student, tmp_path) -> None:
         ({"decays": "linear,cosine"}, "decays must be some of .*'cosine'"),
         ({"budgets": "1,x"}, "budgets must be numbers .* not '1,x'"),
         ({"budgets": "2"}, "budgets must ascend and have 1 among them"),
+        ({"tasks": [""]}, "tasks must be some of .*, not ''"),
         ({"out": ""}, "out must be the path of a folder, not ''"),
         ({"device": "tpu"}, "device must be"),
         ({"teacher": ["adum"]}, "adum"),

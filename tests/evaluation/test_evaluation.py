@@ -24,6 +24,7 @@ from amalgam.evaluation import (
     Result,
     Runner,
     evaluate,
+    paper,
     plots,
     report,
     runs,
@@ -410,12 +411,26 @@ def test_wrong_protocols_are_refused() -> None:
         ({"budgets": (0.01, 1.0), "horizon": 10}, "budgets must be 1 step or more"),
         ({"budgets": (0.24, 0.25, 1.0), "horizon": 10}, "budgets must be of different steps"),
         ({"grids": {"Adagrad": ()}}, "grids must be of some of .*'Adagrad'"),
+        ({"grids": {"SGD": grid(lr=())}}, "grids must hold one setting or more of 'SGD', .* leave"),
         ({"decays": ("cosine",)}, "decays must be some of .*'cosine'"),
         ({"decays": ()}, "decays must be some of .*not \\[\\]"),
         ({"decays": ("linear", "linear")}, "decays must be some of .*'linear', 'linear'"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SMALL, **changes)
+
+
+def test_an_evaluation_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="tasks must be one or more, such as .*, not none"):
+        Runner([])
+    with Runner([linear()]) as runner:
+        with pytest.raises(ValueError, match="contenders must be one or more where grids has no"):
+            evaluate(runner, [], dataclasses.replace(SMALL, grids={}))
+        with pytest.raises(ValueError, match="contenders must be 1 or more, not 0"):
+            paper.evaluate(runner, [])
+        for name in ("epochs", "runs"):
+            with pytest.raises(ValueError, match=f"{name} must be 1 or more, not 0"):
+                paper.evaluate(runner, [baseline("SGD", (), "constant")], **{name: 0})
 
 
 def test_readings_are_of_a_sample_or_more() -> None:

@@ -372,7 +372,7 @@ def test_a_time_is_told_where_it_is_asked_for(
 
 def test_rows_and_processes_are_two_ways() -> None:
     with pytest.raises(ValueError, match="jobs must be 1 .* not 2"):
-        Runner([], jobs=2, rows=True)
+        Runner([a_task()], jobs=2, rows=True)
     assert most_rows(a_task()) > 1
 
 
