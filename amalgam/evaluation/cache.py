@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,35 +40,50 @@ def fingerprint(task: Task) -> str:
 
     It takes in the data, the network as its ``repr`` tells and as it is initialised, the batch
     size, the loss's name, the task's own gradient, if it has one, and how it convolves; of code
-    that is neither PyTorch's nor this package's, whose names tell less, also a batch's loss and
-    gradient as they are at first.
+    whose names tell less, as all do that is neither PyTorch's nor this package's, also a batch's
+    loss and gradient as they are at first.
     """
     module = task.init_module(generator_for(0, "fingerprint"))
     network = f"{module!r} {digest_of([*module.parameters(), *module.buffers()])}"
-    loss, gradient = (
-        getattr(one, "__qualname__", None) or repr(one) for one in (task.loss, task.gradient)
-    )
     return (
         f"{task.describe()}, network {digest_of_text(network)}, batches of {task.batch_size}, "
-        f"{loss}, {gradient}, {task.fast_convolutions}"
-    ) + ("" if _known(task, module) else f", {_begins(task)}")
+        f"{named(task.loss)}, {named(task.gradient)}, {task.fast_convolutions}"
+    ) + ("" if _known(task, module) else f", {begins(task)}")
+
+
+def named(code: object) -> str:
+    """The name of a function, or what an object's ``repr`` tells but for addresses in memory."""
+    return getattr(code, "__qualname__", None) or re.sub(r" at 0x[0-9a-fA-F]+", "", repr(code))
 
 
 def _known(task: Task, module: nn.Module) -> bool:
-    """Whether loss and modules are PyTorch's or this package's own."""
+    """Whether loss and modules are PyTorch's or this package's own, and tell their settings."""
+    # Neither a loss's smoothing nor the heads of attention are in their repr.
+    if isinstance(task.loss, nn.Module):
+        return False
     where = [type(part).__module__ for part in module.modules()]
     where.append(getattr(task.loss, "__module__", None) or "")
-    return all(name.partition(".")[0] in ("torch", "amalgam") for name in where)
+    return not any(isinstance(part, nn.MultiheadAttention) for part in module.modules()) and all(
+        name.partition(".")[0] in ("torch", "amalgam") for name in where
+    )
 
 
-def _begins(task: Task) -> str:
-    """A batch's loss and gradient at initial parameters, to as many digits as machines share."""
+def begins(task: Task, digits: int = 4) -> str:
+    """A batch's loss and gradient at initial parameters, to as many digits as machines share.
+
+    Args:
+        task: The task.
+        digits: How many.
+    """
     generator = generator_for(0, "fingerprint")
-    flat = task.init_params(generator).requires_grad_()
-    with torch.enable_grad(), task.convolving():
-        loss = task.objective(flat, task.batches(generator, 1)[0])
-        (grad,) = torch.autograd.grad(loss, flat)
-    return f"loss {loss.item():.4g}, gradient {grad.norm().item():.4g} {grad.sum().item():.3g}"
+    module = task.init_module(generator)
+    with torch.enable_grad():
+        loss = task.backward(module, task.batches(generator, 1)[0], generator)
+    grads = [p.grad.double() for p in module.parameters() if p.grad is not None]
+    norm = torch.stack([grad.norm() for grad in grads]).norm()
+    # Relative to the norm, as what is left of a sum that cancels is rounding; 0.0 has no sign.
+    total = round((sum(grad.sum() for grad in grads) / norm).item(), digits - 1) + 0.0
+    return f"loss {loss.item():.{digits}g}, gradient {norm.item():.{digits}g} {total:g}"
 
 
 class RunCache:

@@ -94,9 +94,43 @@ def test_fingerprints_tell_apart_what_has_one_name() -> None:
     def activated(by: Callable[[torch.Tensor], torch.Tensor]) -> Task:
         return dataclasses.replace(linear(), build=lambda: Activated(by))
 
+    def smoothed(by: float) -> Task:
+        return linear(loss=nn.CrossEntropyLoss(label_smoothing=by))
+
+    def attending(heads: int) -> Task:
+        made = partial(nn.TransformerEncoderLayer, 4, heads, 2, dropout=0.0)
+        return dataclasses.replace(linear(), build=lambda: nn.Sequential(made(), nn.Linear(4, 2)))
+
+    assert fingerprint(smoothed(0.0)) != fingerprint(smoothed(0.1))
+    assert fingerprint(attending(1)) != fingerprint(attending(2))
     for one, other in ((scaled(1.0), scaled(2.0)), (activated(torch.relu), activated(torch.tanh))):
         assert fingerprint(one) == fingerprint(one)
         assert fingerprint(one) != fingerprint(other)
+
+
+def test_fingerprints_are_the_same_in_another_process() -> None:
+    """Where functions lie in memory is not."""
+    loss = partial(nn.functional.cross_entropy, label_smoothing=0.1)
+    found = fingerprint(linear(loss=loss))
+    assert "functools.partial(<function cross_entropy>, label_smoothing=0.1)" in found
+    assert "0x" not in found
+    # The gradients of a classifier's last layer sum to rounding.
+    assert found.endswith(" 0")
+
+
+def test_a_network_of_ones_own_may_have_its_own_gradient() -> None:
+    def clipped(by: float) -> Task:
+        def gradient(module, loss, batch, generator) -> torch.Tensor:
+            found = loss(module(batch[0]), batch[1])
+            found.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), by)
+            return found.detach()
+
+        build = partial(Activated, torch.relu)
+        return dataclasses.replace(linear(), build=build, gradient=gradient)
+
+    assert "gradient 0.01 " in fingerprint(clipped(0.01))
+    assert fingerprint(clipped(0.01)) != fingerprint(clipped(0.02))
 
 
 def test_fingerprints_tell_tasks_apart() -> None:
