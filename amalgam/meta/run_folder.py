@@ -35,6 +35,9 @@ PERIODS = "periods"
 FORMAT = 6
 """The format of checkpoints; it counts up when what a checkpoint holds gets another meaning."""
 
+LATER = ("dtype", "optimizees")
+"""Settings that checkpoints of this format may lack, as those of earlier versions do."""
+
 
 class RunFolder:
     """The folder of one run.
@@ -136,7 +139,7 @@ class RunFolder:
         run = about.get("run")
         for key, value in self._identity.items():
             stored = run.get(key) if isinstance(run, dict) else None
-            if stored != value:
+            if stored != value and not (stored is None and key in LATER):
                 raise ValueError(f"{path!r} belongs to a run with {key} = {stored}, not {value}")
 
     def save_period(self, name: str, state: RunState) -> None:

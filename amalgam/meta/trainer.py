@@ -25,6 +25,7 @@ import torch
 
 from amalgam import distributed
 from amalgam.device import resolve
+from amalgam.evaluation import cache
 from amalgam.meta import validation
 from amalgam.meta.conditions import Conditions
 from amalgam.meta.estimators import Estimator, Truncation
@@ -232,7 +233,14 @@ class Trainer:
                     *(f"validation: {_settings(task)}" for task in self.validation),
                 ]
             ),
+            "optimizees": "; ".join(
+                # On the CPU, so that the run may go on on another device.
+                f"{task.name}: {cache.named(task.loss)}, {cache.begins(task.to('cpu'), digits=3)}"
+                for task in (*self.tasks, *self.validation)
+                if isinstance(task, Task)
+            ),
             "student": f"{self.student.kind} {self.student.config}, {len(self.students)}",
+            "dtype": ", ".join(sorted({str(weight.dtype) for weight in self.student.weights()})),
             "teachers": f"{self.pool.teachers}{decays}",
             "amalgamation": str(self.amalgamation),
             "training": str(self.training),

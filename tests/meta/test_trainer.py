@@ -3,14 +3,15 @@
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from runs import Killed, killer, linear_task, metrics, tiny_student, trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from amalgam import weight_files
 from amalgam.meta import (
@@ -26,10 +27,11 @@ from amalgam.meta import (
     Unroll,
     clip_adaptively,
 )
-from amalgam.meta.run_folder import CHECKPOINT, FORMAT, METRICS, STUDENT
+from amalgam.meta.run_folder import CHECKPOINT, FORMAT, LATER, METRICS, STUDENT
 from amalgam.policies import Pool, Student
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+SMOOTHED = partial(nn.functional.cross_entropy, label_smoothing=0.1)
 
 
 def test_a_run_learns(tmp_path) -> None:
@@ -118,11 +120,35 @@ def test_random_state_outside_does_not_matter(tmp_path) -> None:
         ({"strategy": Stages((Stage(3, 1, 0.2),), 4)}, "strategy = Stages"),
         ({"strategy": Stages((Stage(3, 1, 0.2), Stage(2, 2, 0.05)), 5)}, "unroll=4.*unroll=5"),
         ({"amalgamation": Amalgamation(mechanism="mean")}, "mechanism"),
+        (
+            {"tasks": replace(linear_task(), loss=SMOOTHED)},
+            "optimizees = linear: cross_entropy, loss .*, not linear: functools.partial.*=0.1",
+        ),
+        (
+            {
+                "tasks": replace(
+                    linear_task(), build=lambda: nn.Sequential(nn.Linear(4, 2), nn.ELU())
+                )
+            },
+            "optimizees = linear: cross_entropy, loss .*, not linear: cross_entropy, loss",
+        ),
+        ({"students": tiny_student(7).double()}, "dtype = torch.float32, not torch.float64"),
     ],
 )
 def test_a_foreign_checkpoint_is_refused(over, changes, named) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(over, **changes).run(resume=True)
+
+
+def test_a_checkpoint_that_says_nothing_of_losses_and_dtypes_goes_on(over) -> None:
+    """As those did that were begun before they were looked at."""
+    tensors, about = weight_files.read(over / CHECKPOINT, "checkpoint")
+    assert about["run"].keys() > set(LATER)
+    about["run"] = {name: said for name, said in about["run"].items() if name not in LATER}
+    weight_files.write(over / CHECKPOINT, "checkpoint", tensors, about)
+    trainer(over).run(resume=True)
+    with pytest.raises(ValueError, match="seed = 7, not 8"):
+        trainer(over, seed=8).run(resume=True)
 
 
 class Alone(Truncation):
