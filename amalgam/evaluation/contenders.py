@@ -17,6 +17,7 @@ from amalgam.digest import digest_of
 from amalgam.evaluation.runs import MakeOptimizer
 from amalgam.optimizers import optimizer_of, optimizer_of_teacher
 from amalgam.policies import FusedStudent, Policy, Pool
+from amalgam.ranges import several_of
 
 DECAYS = ("constant", "linear")
 """How a rate goes on: it stays, or falls to zero over a run's steps."""
@@ -51,6 +52,12 @@ class Contender:
         """The same with another decay, which its name tells unless it is ``"constant"``."""
         name = self.name if decay == "constant" else f"{self.name}, {decay}"
         return replace(self, name=name, decay=decay)
+
+
+def contenders_of(given: Contender | Sequence[Contender]) -> list[Contender]:
+    """One contender, or several, as a list; raises a TypeError for what is none."""
+    words = "a Contender, such as amalgam.evaluation.contenders.student_contender(name, student)"
+    return several_of("contenders", given, Contender, words)
 
 
 def student_contender(name: str, student: Policy) -> Contender:

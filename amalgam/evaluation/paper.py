@@ -17,7 +17,7 @@ from statistics import fmean
 
 import numpy as np
 
-from amalgam.evaluation.contenders import Contender
+from amalgam.evaluation.contenders import Contender, contenders_of
 from amalgam.evaluation.protocol import Result
 from amalgam.evaluation.runner import Run, Runner
 from amalgam.evaluation.runs import Curve, Readings
@@ -121,8 +121,10 @@ def evaluate(
         For each task, the contenders' results, in their order.
 
     Raises:
+        TypeError: One of the contenders is none.
         ValueError: There is no contender, epoch or run.
     """
+    contenders = contenders_of(contenders)
     for name, count in (("contenders", len(contenders)), ("epochs", epochs), ("runs", runs)):
         if count < 1:
             raise ValueError(f"{name} must be 1 or more, not {count}")

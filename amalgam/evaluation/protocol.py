@@ -17,10 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from amalgam.evaluation.contenders import BASELINES, DECAYS, Contender, Setting, baseline, grid
+from amalgam.evaluation.contenders import (
+    BASELINES,
+    DECAYS,
+    Contender,
+    Setting,
+    baseline,
+    contenders_of,
+    grid,
+)
 from amalgam.evaluation.runner import About, Run, Runner
 from amalgam.evaluation.runs import Curve, Readings
-from amalgam.ranges import check_fields
+from amalgam.ranges import check_fields, check_kind
 
 TUNING_SEED = 10_000
 """The first of the seeds that baselines are tuned with; those of the reported runs begin at 0."""
@@ -337,8 +345,11 @@ def evaluate(
         protocol: The protocol.
 
     Raises:
+        TypeError: One of the contenders is none, or the protocol is none.
         ValueError: Two contenders, or two tasks, have one name; or there is nothing to evaluate.
     """
+    contenders = contenders_of(contenders)
+    check_kind("protocol", protocol, Protocol, "a Protocol, such as Protocol(horizon=100)")
     if not contenders and not protocol.grids:
         raise ValueError("contenders must be one or more where grids has no baseline, not none")
     tasks = range(len(runner.about))

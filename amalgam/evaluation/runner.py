@@ -30,6 +30,7 @@ from amalgam.evaluation.contenders import Contender
 from amalgam.evaluation.rows import Row, most_rows, obstacle, seconds_a_step, train_rows
 from amalgam.evaluation.runs import Curve, Readings, train
 from amalgam.heap import keep_freed_memory
+from amalgam.ranges import several_of
 from amalgam.seeding import generator_for
 from amalgam.tasks import Task
 
@@ -171,12 +172,13 @@ class Runner:
             come adds :meth:`cost` of them.
 
     Raises:
+        TypeError: What is given is no task.
         ValueError: There is no task, or several jobs are not to be had with these.
     """
 
     def __init__(
         self,
-        tasks: Sequence[NamedTask | Task],
+        tasks: NamedTask | Task | Sequence[NamedTask | Task],
         *,
         cache: RunCache | None = None,
         jobs: int = 1,
@@ -184,13 +186,14 @@ class Runner:
         report: Callable[[Progress], None] = lambda progress: None,
         rows: bool | None = None,
     ) -> None:
-        if not tasks:
+        words = "a NamedTask, such as NamedTask('digits-mlp'), or a Task"
+        self._tasks = tuple(several_of("tasks", tasks, NamedTask | Task, words))
+        if not self._tasks:
             raise ValueError("tasks must be one or more, such as NamedTask('digits-mlp'), not none")
         if rows and jobs > 1:
             raise ValueError(f"jobs must be 1 where runs go side by side as rows, not {jobs}")
-        if jobs > 1 and any(isinstance(task, Task) for task in tasks):
+        if jobs > 1 and any(isinstance(task, Task) for task in self._tasks):
             raise ValueError(f"jobs must be 1 for tasks that are made already, not {jobs}")
-        self._tasks = tuple(tasks)
         self._cache = cache
         self._jobs = jobs
         self._device = torch.device(device)

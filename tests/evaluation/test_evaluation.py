@@ -433,6 +433,23 @@ def test_an_evaluation_of_nothing_is_refused() -> None:
                 paper.evaluate(runner, [baseline("SGD", (), "constant")], **{name: 0})
 
 
+def test_what_is_no_task_and_no_contender_is_named() -> None:
+    with pytest.raises(TypeError, match="tasks must be a NamedTask, .* not 'digits-mlp'"):
+        Runner("digits-mlp")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tasks\[0\] must be a NamedTask, .* not 'digits-mlp'"):
+        Runner(["digits-mlp"])  # type: ignore[list-item]
+    student: Any = Student(StudentConfig(layers=1, hidden=2))
+    with Runner(linear()) as runner:
+        with pytest.raises(
+            TypeError, match=r"contenders\[0\] must be a Contender, such as .*Student"
+        ):
+            evaluate(runner, [student], SMALL)
+        with pytest.raises(TypeError, match="contenders must be .* an object of Student"):
+            paper.evaluate(runner, student)
+        with pytest.raises(TypeError, match="protocol must be a Protocol, .* not 'short'"):
+            evaluate(runner, [], "short")  # type: ignore[arg-type]
+
+
 def test_readings_are_of_a_sample_or_more() -> None:
     for name in ("curve_samples", "training_samples", "validation_samples"):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, or None, not 0"):
