@@ -2,7 +2,9 @@
 
 Operations that have gradients, or that train models, are ``torch.library`` operators too, so
 ``torch.compile``, fake tensors and ``torch.library.opcheck`` work on them. The operator checks its
-arguments and chooses the backend.
+arguments and chooses the backend. ``torch.compile`` traces through ``"reference"``, which is plain
+PyTorch, and through :func:`largest_magnitudes` and :func:`sign_agreements`, which are no operators
+and are the reference's there.
 """
 
 from amalgam.operations.choice_step import ChoiceSettings, ChoiceState, choice_step

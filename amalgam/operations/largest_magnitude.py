@@ -37,7 +37,8 @@ def largest_magnitudes(tensors: Sequence[Tensor], *, backend: str = "auto") -> l
         RuntimeError: The backend asked for can't compute this here.
     """
     of_kinds = [list(tensors)] if tensors else []
-    if len(set(map(_dtype, tensors))) > 1 or not all(map(_is_cpu, tensors)):
+    traced = torch.compiler.is_dynamo_compiling()  # which does not know an attrgetter
+    if traced or len(set(map(_dtype, tensors))) > 1 or not all(map(_is_cpu, tensors)):
         by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)

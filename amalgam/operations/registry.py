@@ -121,12 +121,11 @@ class Backend:
                 nothing else is asked.
             numerics: What the call permits.
         """
+        if _wants_tangents(operation) and self.name != REFERENCE:
+            return "it has no forward-mode derivatives, as the reference has"
         problem = self.probe()
         if problem is not None:
             return problem
-        forward = operation in _DIFFERENTIABLE and forward_ad._current_level >= 0
-        if forward and self.name != REFERENCE:
-            return "it has no forward-mode derivatives, as the reference has"
         entry = self.kernels.get(operation)
         if entry is None:
             return f"it has no kernel for {operation!r}"
@@ -205,30 +204,43 @@ def resolve(operation: str, requested: str, deciding: torch.Tensor, *args: Any) 
         *args: As :meth:`Backend.obstacle` takes them.
 
     Returns:
-        The name; with what was permitted, where the backend's kernel makes use of it.
+        The name; with what was permitted, where the backend's kernel makes use of it. Where
+        ``torch.compile`` traces the call, what was requested, for the operator to choose by.
 
     Raises:
         ValueError: ``requested`` names no backend, or permits what nothing does.
         BackendError: The backend asked for can't compute this; the message says why.
     """
+    # The compiler can't trace probes. For tangents it need not: all but the reference lack them.
+    if torch.compiler.is_dynamo_compiling() and not _wants_tangents(operation):
+        return requested
+    backend, permitted = _chosen(operation, requested, deciding, *args)
+    if permitted == Numerics() or not backend.kernels[operation].takes_numerics:
+        return backend.name
+    return f"{backend.name}:{requested.partition(':')[2]}"
+
+
+def _chosen(
+    operation: str, requested: str, deciding: torch.Tensor, *args: Any
+) -> tuple[Backend, Numerics]:
+    """The backend that :func:`resolve` names, and what was permitted."""
     name, permitted = _parse(requested)
     if name == "auto":
         for backend in sorted(_backends.values(), key=lambda b: -b.rank):
             if backend.obstacle(operation, deciding, *args, numerics=permitted) is None:
-                name = backend.name
-                break
-        else:
-            raise BackendError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
-    else:
-        problem = _backends[name].obstacle(operation, deciding, *args, numerics=permitted)
-        if problem is not None:
-            raise BackendError(
-                f"backend={requested!r} can't compute {operation!r} here: {problem}. "
-                f"backend='auto' takes the fastest that works."
-            )
-    if permitted == Numerics() or not _backends[name].kernels[operation].takes_numerics:
-        return name
-    return f"{name}:{requested.partition(':')[2]}"
+                return backend, permitted
+        raise BackendError(f"no backend computes {operation!r} for {deciding.dtype} tensors")
+    problem = _backends[name].obstacle(operation, deciding, *args, numerics=permitted)
+    if problem is not None:
+        raise BackendError(
+            f"backend={requested!r} can't compute {operation!r} here: {problem}. "
+            f"backend='auto' takes the fastest that works."
+        )
+    return _backends[name], permitted
+
+
+def _wants_tangents(operation: str) -> bool:
+    return forward_ad._current_level >= 0 and operation in _DIFFERENTIABLE
 
 
 def check_backend(requested: str) -> None:
@@ -265,9 +277,19 @@ def _parse(requested: str) -> tuple[str, Numerics]:
 
 
 def compute(operation: str, requested: str, deciding: torch.Tensor, *args: Any) -> Any:
-    """Run ``operation`` on the backend that :func:`resolve` chooses."""
-    name, permitted = _parse(resolve(operation, requested, deciding, *args))
-    entry = _backends[name].kernels[operation]
+    """Run ``operation`` on the backend that :func:`resolve` chooses.
+
+    Where ``torch.compile`` traces the call itself, and no operator's, that is the reference.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        if requested.partition(":")[0] not in ("auto", REFERENCE):
+            raise BackendError(
+                f"backend={requested!r} can't compute {operation!r} in torch.compile, which can "
+                f"trace plain PyTorch alone; backend='auto' is 'reference' there."
+            )
+        return reference.kernels[operation].function(*args)
+    backend, permitted = _chosen(operation, requested, deciding, *args)
+    entry = backend.kernels[operation]
     if entry.takes_numerics:
         return entry.function(*args, numerics=permitted)
     return entry.function(*args)

@@ -247,15 +247,6 @@ def test_opcheck_backward(size: int) -> None:
     )
 
 
-def test_compile_traces_the_operator_whole() -> None:
-    @torch.compile(backend="eager", fullgraph=True)
-    def compiled(*inputs: Tensor) -> Tensor:
-        return 2 * through_op(*inputs)[0]
-
-    inputs = make_inputs(5)
-    assert torch.equal(compiled(*inputs), 2 * direct(*inputs)[0])
-
-
 # --- Errors ---
 
 GOOD = make_state(5)

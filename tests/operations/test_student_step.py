@@ -140,15 +140,6 @@ def test_opcheck_step(size: int, requires_grad: bool) -> None:
     torch.library.opcheck(torch.ops.amalgam.student_step, op_arguments(size, requires_grad))
 
 
-def test_compile_traces_the_operator_whole() -> None:
-    @torch.compile(backend="eager", fullgraph=True)
-    def compiled(grad: Tensor, state: StudentState, weights: list[Tensor]) -> Tensor:
-        return 2 * torch.ops.amalgam.student_step(grad, *state, weights, *SETTINGS, "reference")[0]
-
-    arguments = draw(5), make_state(5), make_weights()
-    assert torch.equal(compiled(*arguments), 2 * direct(*arguments)[0])
-
-
 # --- Errors ---
 
 

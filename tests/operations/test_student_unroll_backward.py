@@ -318,19 +318,6 @@ def test_differentiating_it_is_refused(backend: str) -> None:
         torch.autograd.grad(found[0].sum(), weights[0])
 
 
-def test_compile_traces_the_operator_whole() -> None:
-    @torch.compile(backend="eager", fullgraph=True)
-    def whole(
-        grads: Tensor, adjoints: Tensor, state: StudentState, weights: list[Tensor]
-    ) -> Tensor:
-        arguments = grads, adjoints, *state, weights, *SETTINGS, "reference"
-        return 2 * torch.ops.amalgam.student_unroll_backward(*arguments)[0]
-
-    inputs = inputs_of(3, 5, 2, 4, torch.float64)
-    expected = student_unroll_backward(*inputs, SETTINGS, backend="reference")[0]
-    assert torch.equal(whole(*inputs), 2 * expected)
-
-
 GRADS, ADJOINTS, STATE, WEIGHTS = inputs_of(3, 5, 2, 4, torch.float64)
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grads": GRADS.int()}, TypeError, "grads must be a floating-point tensor, not torch.int32"),

@@ -252,15 +252,6 @@ def test_opcheck_backward(size: int) -> None:
     )
 
 
-def test_compile_traces_the_operator_whole() -> None:
-    @torch.compile(backend="eager", fullgraph=True)
-    def whole(grads: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        return 2 * torch.ops.amalgam.teacher_step(grads, m, v, *op_settings(), "reference")[0]
-
-    inputs = make_inputs(5)
-    assert torch.equal(whole(*inputs), 2 * direct(*inputs)[0])
-
-
 # --- The compiled kernels ---
 
 everywhere = at(*ON_CPU, *on_gpus("triton", "cuda"), *INTERPRETED, *ON_HOST)
