@@ -106,8 +106,8 @@ class ChoiceArguments(NamedTuple):
 
 
 _ARGUMENTS_SCHEMA = (
-    f"Tensor grad, {STATE_SCHEMA}, Tensor[] weights, Tensor ranks, {POOL_SCHEMA}, float time, "
-    "float learning_rate, str backend"
+    f"Tensor grad, {STATE_SCHEMA}, Tensor[] weights, Tensor ranks, {POOL_SCHEMA}, SymInt steps, "
+    "float time_scale, float learning_rate, str backend"
 )
 
 
@@ -151,22 +151,27 @@ def choice_step(
         raise TypeError(f"ranks must be a tensor of integers, not {type(ranks).__name__}")
     if not settings.kinds:
         raise ValueError("kinds must name one teacher or more, not none")
-    if not 0 < settings.time_scale < math.inf:
-        raise ValueError(f"time_scale must be positive and finite, not {settings.time_scale}")
-    pool = settings.pool()
-    time, learning_rate = state.steps / settings.time_scale, settings.learning_rate
-    carried = StudentState(*state[:4])
-    arguments = ChoiceArguments(ranks, pool, time, learning_rate)
+    pool, carried = settings.pool(), StudentState(*state[:4])
+    constants = state.steps, settings.time_scale, settings.learning_rate
+    arguments = _arguments(ranks, pool, *constants)
     chosen = registry.resolve(_NAME, backend, grad, grad, carried, weights, arguments)
     if chosen == registry.REFERENCE:
         _check(grad, carried, weights, ranks, pool)
         update, new, mixture = _reference(grad, carried, weights, arguments)
     else:
         update, *moved, mixture = torch.ops.amalgam.choice_step(
-            grad, *carried, list(weights), ranks, *pool, time, learning_rate, chosen
+            grad, *carried, list(weights), ranks, *pool, *constants, chosen
         )
         new = StudentState(*moved)
     return update, ChoiceState(new.m, new.v, new.h, new.c, state.steps + 1), mixture
+
+
+def _arguments(
+    ranks: Tensor, pool: PoolSettings, steps: int, time_scale: float, learning_rate: float
+) -> ChoiceArguments:
+    if not 0 < time_scale < math.inf:
+        raise ValueError(f"time_scale must be positive and finite, not {time_scale}")
+    return ChoiceArguments(ranks, pool, steps / time_scale, learning_rate)
 
 
 def _check(
@@ -274,10 +279,10 @@ def _reference_backward(
 def _structured(
     *flat: Any,
 ) -> tuple[Tensor, StudentState, Sequence[Tensor], ChoiceArguments, str]:
-    grad, m, v, h, c, weights, ranks, *columns, time, learning_rate, backend = flat
+    grad, m, v, h, c, weights, ranks, *columns, steps, time_scale, learning_rate, backend = flat
     pool, state = PoolSettings(*columns), StudentState(m, v, h, c)
     _check(grad, state, weights, ranks, pool)
-    arguments = ChoiceArguments(ranks.to(torch.int64), pool, time, learning_rate)
+    arguments = _arguments(ranks.to(torch.int64), pool, steps, time_scale, learning_rate)
     return grad, state, weights, arguments, backend
 
 

@@ -95,7 +95,7 @@ def _choice_gradients() -> None:
     (*state, _), weights, settings = _choice()
     inputs = torch.ones(5), *state, weights, torch.ones(5, dtype=torch.int64)
     upstream = [torch.ones(5), *state, state[0]]
-    constants = *settings.pool(), 0.0, 1.0
+    constants = *settings.pool(), 0, 1.0, 1.0
     torch.ops.amalgam.choice_step_backward(upstream, *inputs, *constants, "cuda")
 
 

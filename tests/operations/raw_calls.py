@@ -138,7 +138,7 @@ class Calls:
             "weights": self.weights(layers, hidden, k + 4, k),
             "ranks": torch.arange(n) % 5,
             **self.pool(k),
-            **{"time": 0.1, "learning_rate": 1.0},
+            **{"steps": 7, "time_scale": 20.0, "learning_rate": 1.0},
         }
 
     def choice_step_backward(self) -> Arguments:

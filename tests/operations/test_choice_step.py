@@ -69,7 +69,7 @@ def wanting(*tensors: Tensor) -> list[Tensor]:
 
 def constants(n: int, k: int = K) -> tuple[Any, ...]:
     columns = [list(column[:k]) for column in SETTINGS[1:5]]
-    return make_ranks(n), list(range(k)), *columns, 7 / 20.0, 0.7
+    return make_ranks(n), list(range(k)), *columns, 7, 20.0, 0.7
 
 
 def through_op(grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -302,7 +302,7 @@ POOLS = {1: [3], 2: [2, 3], 6: [0, 1, 2, 3, 4, 5], 8: [7, 6, 5, 4, 3, 2, 1, 0]}
 def pool(n: int, k: int) -> tuple[Any, ...]:
     """The operator's arguments after the weights."""
     columns = ([column[kind] for kind in POOLS[k]] for column in SETTINGS[1:5])
-    return make_ranks(n), POOLS[k], *columns, 7 / 20.0, 0.7
+    return make_ranks(n), POOLS[k], *columns, 7, 20.0, 0.7
 
 
 def skewed_arguments(

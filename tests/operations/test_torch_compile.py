@@ -11,7 +11,7 @@ from accuracy import flat
 from nominal_cases import nominal_settings, nominal_weights
 from student_cases import SETTINGS, draw, make_state, make_weights, wanting
 from torch import Tensor
-from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounter
 
 from amalgam.ops import (
     KINDS,
@@ -108,6 +108,20 @@ def test_lists_of_tensors_are_looked_at_in_plain_pytorch() -> None:
     assert all(map(torch.equal, compiled(*tensors), found(*tensors)))
     with pytest.raises(Exception, match="can't compute 'largest_magnitude' in torch.compile"):
         torch.compile(by_name, fullgraph=True, backend="eager")(tensors[0])
+
+
+def test_a_choice_is_not_compiled_anew_for_every_step() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(choice_step, fullgraph=True, backend=counter)
+    ours = theirs = ChoiceState(*PAIR, *STATE[2:])
+    ranks, settings = torch.arange(N), ChoiceSettings(*POOL)
+    for step in range(5):
+        grad = draw(N, seed=step)
+        _, ours, ours_mixed = compiled(grad, ours, CHOICE, ranks, settings)
+        _, theirs, theirs_mixed = choice_step(grad, theirs, CHOICE, ranks, settings)
+        assert torch.equal(ours_mixed, theirs_mixed)
+    assert ours.steps == 5
+    assert counter.frame_count <= 3  # numbers 0 and 1 may have graphs of their own
 
 
 def test_compiled_calls_have_the_reference_tangents() -> None:
