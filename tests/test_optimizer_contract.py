@@ -24,6 +24,7 @@ import pytest
 import torch
 from students import nominal
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler as schedulers
 from torch.optim import swa_utils
@@ -906,6 +907,24 @@ def test_a_compiled_step_is_one_graph_and_the_same(make: Make) -> None:
         torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-7)
         assert float(optimizer.state[param]["step"]) == 5
     assert optimizer.skipped_steps == 1
+
+
+def test_a_compiled_step_takes_numbers_that_a_scheduler_sets() -> None:
+    """Of a default optimizer, whose peaks begin as numbers, too; and traces few of them anew."""
+    params, twins = tensors(), tensors()
+    optimizer, plain = AmalgamatedOptimizer(params), AmalgamatedOptimizer(twins)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    for step in range(4):
+        for given, each, take in ((params, optimizer, compiled), (twins, plain, plain.step)):
+            set_gradients(given, step)
+            each.param_groups[0]["lr"] = 1.0 - step / 8
+            take()
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-7)
+    assert float(optimizer.param_groups[0]["peak_lr"]) == 1
+    assert counter.frame_count <= 3
 
 
 def test_what_a_compiled_step_does_not_do_is_said() -> None:

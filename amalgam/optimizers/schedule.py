@@ -60,7 +60,8 @@ def note_rate(group: dict[str, Any], skip: Tensor | None = None) -> None:
     largest = torch.maximum(peak, lr) if isinstance(lr, Tensor) else peak.clamp(min=lr)
     if skip is not None:
         largest = torch.where(skip.to(peak.device, torch.bool), peak, largest)
-    peak.copy_(largest)
+    # torch.compile of PyTorch 2.13 loses what copy_ writes to a float64 tensor of shape ().
+    torch._foreach_copy_([peak], [largest])
 
 
 def left_of_rate(group: dict[str, Any]) -> float | Tensor:

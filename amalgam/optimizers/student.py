@@ -479,6 +479,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         Its arguments lie where they lay when it was traced; where they do not, it is traced anew.
         """
         groups = []
+        # The compiler guards on what groups hold as soon as it reads them, so this goes first.
+        self._init_group(None)
         for group in self.param_groups:
             tensors: list[list[Tensor]] = [[] for _ in range(11)]
             self._init_group(group, *tensors)
@@ -489,6 +491,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         for group, tensors in groups:
             params, grads, m, v, h, c, steps, paces, own, operation, skipped = tensors
             flag = None if skip is None else skip.to(params[0].device)
+            lr = _left_open(group["lr"], params[0].device)
             shapes = [param.shape for param in params]
             constants = self._student.constants_of(shapes, own[0])
             taken = torch.stack(steps)
@@ -500,10 +503,11 @@ class AmalgamatedOptimizer(LearnedOptimizer):
                 agreements=partial(sign_agreements, grads, m, backend="reference")
                 if paces
                 else None,
-                left=self._left_of(group, flag),
+                left=self._left_of({**group, "lr": lr}, flag),
             )
             weights, settings = self._student.with_context(operation, own, context)
-            rates, written, updates = (group["lr"], group["weight_decay"]), params, None
+            rates: tuple[float | Tensor, float | Tensor] = (lr, group["weight_decay"])
+            written, updates = params, None
             if group["orthogonal"]:
                 updates = PendingUpdates(params, units_in(h[0]))
                 rates, written = (1.0, 0.0), updates.tensors
@@ -515,7 +519,7 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             )
             if updates is not None:
                 updates.take(
-                    *(group["lr"], group["weight_decay"]),
+                    *(lr, group["weight_decay"]),
                     steps=steps,
                     warmup_steps=group["warmup_steps"],
                     skip=flag,
@@ -596,24 +600,24 @@ class AmalgamatedOptimizer(LearnedOptimizer):
 
     def _init_group(
         self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        m: list[Tensor],
-        v: list[Tensor],
-        h: list[Tensor],
-        c: list[Tensor],
-        steps: list[Tensor],
-        paces: list[Tensor],
-        own: list[Tensor],
-        operation: list[Tensor],
-        skipped: list[Tensor],
+        group: dict[str, Any] | None,
+        *columns: list[Tensor],
     ) -> None:
         """Fill these with a group's tensors; torch.compile calls this by name, and not traces it.
+
+        Args:
+            group: The group; ``None`` to have all groups make their state.
+            *columns: Parameters, gradients, m, v, h, c, steps, paces, weights, what the operation
+                makes of them, and the count of skipped steps.
 
         Raises:
             RuntimeError: What a compiled step does not do is asked of it.
         """
+        if group is None:
+            for each in self.param_groups:
+                self._init_group(each, *([] for _ in range(11)))
+            return
+        params, grads, m, v, h, c, steps, paces, own, operation, skipped = columns
         kinds = {(p.device, computing_dtype(p.dtype)) for p in group["params"]}
         apart = any_sharded(group["params"]) or bool(self._groups())
         otherwise = group["rounding"] == "stochastic" or self.nonfinite != "skip-step"
@@ -631,8 +635,8 @@ class AmalgamatedOptimizer(LearnedOptimizer):
         if self._paced():
             keep_peak_on(params[0].device, group)
         self._new_batches(group, params)
-        columns = (m, v, h, c, steps, paces)
-        for name, column in zip(names_of(self._student.paced), columns, strict=False):
+        made = (m, v, h, c, steps, paces)
+        for name, column in zip(names_of(self._student.paced), made, strict=False):
             column += [self.state[param][name] for param in params]
         weights = self._weights_for(params[0])
         own += weights.own
@@ -808,6 +812,17 @@ class AmalgamatedOptimizer(LearnedOptimizer):
             own = [w.to(device, dtype) for w in first.own]
             self._weights[device, dtype] = _weights_of(self._student, own)
         return self._weights[device, dtype]
+
+
+def _left_open(number: float | Tensor, device: torch.device) -> Tensor:
+    """A number as a tensor, such that torch.compile takes any number there is in a later step.
+
+    Of arguments of operations it does so where it can make them tensors: of products, and not of
+    ``torch.full``.
+    """
+    if isinstance(number, Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64, device=device) * number
 
 
 def _unusable(given: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
