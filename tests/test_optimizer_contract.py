@@ -760,9 +760,13 @@ def test_parameters_on_one_storage_are_refused(number: int) -> None:
     with pytest.raises(ValueError, match="params must not share memory, but params.0. of group 0"):
         list(each_optimizer([tied, again]))[number]
     optimizer = AmalgamatedOptimizer([("a", tied)], student=nominal())
-    with pytest.raises(ValueError, match="but 'a' and 'b' begin at one address"):
-        optimizer.add_param_group({"params": [("b", again)]})
+    for tail in (again, nn.Parameter(tied.data[1:])):
+        with pytest.raises(ValueError, match="but 'a' and 'b' do"):
+            optimizer.add_param_group({"params": [("b", tail)]})
     assert len(optimizer.param_groups) == 1
+    expanded = nn.Parameter(torch.ones(1).expand(3))
+    with pytest.raises(ValueError, match="but params.0. of .* is expanded"):
+        list(each_optimizer([expanded]))[number]
     halves = torch.ones(6)
     AmalgamatedOptimizer([nn.Parameter(halves[:3]), nn.Parameter(halves[3:])], student=nominal())
     AmalgamatedOptimizer([nn.Parameter(torch.ones(0)) for _ in range(2)], student=nominal())

@@ -38,7 +38,7 @@ def check_written(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         tensors: As many; they must be contiguous (a copy would be written in their place) and
             share no memory.
     """
-    check_distinct("outputs", tensors)
+    check_distinct("outputs", tensors, names.__getitem__)
     for name, tensor in zip(names, tensors, strict=True):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")

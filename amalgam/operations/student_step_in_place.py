@@ -20,7 +20,12 @@ from torch import Tensor
 
 from amalgam.operations import registry
 from amalgam.operations.cell_codes import numbers_of, units_of
-from amalgam.operations.checks import check_distinct, check_floating, check_like
+from amalgam.operations.checks import (
+    check_all_floating,
+    check_distinct,
+    check_floating,
+    check_like,
+)
 from amalgam.operations.rounding import as_stored, key_of
 from amalgam.operations.student_forms import RNNPROP, StepSettings, check_tensors
 from amalgam.operations.student_step import (
@@ -95,10 +100,17 @@ class StudentTensors:
             return
         self._checked = []
         self.check_shapes(weights)
-        check_distinct("params and states", self.written())
+        check_distinct("params and states", self.written(), self._name_of)
         self.shapes = list(map(_shape, self.params))
         self.made.clear()
         self._checked = self._stamp()
+
+    def _name_of(self, place: int) -> str:
+        """What errors call one of :meth:`written`."""
+        column, index = divmod(place, len(self.params))
+        return (
+            f"states[{index}].{StudentState._fields[column - 1]}" if column else f"params[{index}]"
+        )
 
     def check_weights(self, weights: Sequence[Tensor], settings: StepSettings) -> None:
         """Raise ValueError unless the weights fit the states, and what is given of tensors, these.
@@ -137,17 +149,18 @@ class StudentTensors:
         check_floating("state.m", m)
         moments_like = _narrow_or(like, m, (torch.bfloat16,))
         cells_like = _narrow_or(like, h, (torch.bfloat16, torch.int8))
+        check_all_floating("params", self.params)
+        for strange in set(map(_device, self.params)) - {m.device}:
+            raise ValueError(f"params must be on {m.device}, not on {strange}")
+        for strange in set(map(_layout, self.params)) - {torch.strided}:
+            raise ValueError(f"params must be dense tensors, not {strange}")
         states = map(StudentState, *self._columns())
         for param, state in zip(self.params, states, strict=True):
-            check_floating("params", param)
             check_state(state, param.shape, h.shape[:2], moments_like, cells_like)
-            for name, tensor in state._asdict().items():
-                if not tensor.is_contiguous():
-                    raise ValueError(f"state.{name} must be contiguous")
-            if param.device != m.device:
-                raise ValueError(f"params must be on {m.device}, not on {param.device}")
-            if param.layout != torch.strided:
-                raise ValueError(f"params must be dense tensors, not {param.layout}")
+            if not all(map(Tensor.is_contiguous, state)):
+                fields = state._asdict().items()
+                name = next(name for name, tensor in fields if not tensor.is_contiguous())
+                raise ValueError(f"state.{name} must be contiguous")
 
 
 def _narrow_or(like: Tensor, stored: Tensor, narrow: Sequence[torch.dtype]) -> Tensor:
@@ -221,9 +234,8 @@ def student_step_(
             f"params, grads and states must be equally many, "
             f"not {len(params)}, {len(grads)} and {len(states)}"
         )
-    for name, tensors in (("params", params), ("grads", grads)):
-        for tensor in tensors:
-            check_floating(name, tensor)
+    check_all_floating("params", params)
+    check_all_floating("grads", grads)
     step_tensors_(StudentTensors(params, states), grads, weights, settings, **how)
     torch.autograd.graph.increment_version([tensor for state in states for tensor in state])
 

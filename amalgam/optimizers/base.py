@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from amalgam.hints import did_you_mean
-from amalgam.operations.checks import hollow
+from amalgam.operations.checks import hollow, overlap
 from amalgam.operations.largest_magnitude import largest_magnitudes
 from amalgam.optimizers.capture import capturing
 from amalgam.optimizers.identity import check_identity, identity_of
@@ -136,7 +136,7 @@ class StepOptimizer(Optimizer):
         self._agreeing = None
 
     def _check_memory(self) -> None:
-        """Raise ValueError where two begin at one address, or the last group has one twice."""
+        """Raise ValueError where some share memory, or the last group has one twice."""
         group = self.param_groups[-1]["params"]
         if len(set(map(id, group))) < len(group):
             twice = next(p for i, p in enumerate(group) if any(p is q for q in group[:i]))
@@ -144,16 +144,20 @@ class StepOptimizer(Optimizer):
                 f"params must hold each parameter once, but {self._name_of(twice)} is in a group "
                 "twice; list(dict.fromkeys(params)) has each once"
             )
-        seen: dict[int, Tensor] = {}
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            part = local_part(param)
-            address = 0 if hollow(part) or not part.numel() else part.data_ptr()
-            if address and seen.setdefault(address, param) is not param:
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        parts = list(map(local_part, params))
+        filled = [index for index, part in enumerate(parts) if not hollow(part)]
+        if found := overlap([parts[index] for index in filled]):
+            one, other = (self._name_of(params[filled[index]]) for index in found)
+            if one == other:
                 raise ValueError(
-                    f"params must not share memory, but {self._name_of(seen[address])} and "
-                    f"{self._name_of(param)} begin at one address. Tie them as one Parameter "
-                    "(decoder.weight = encoder.weight), or pass one of them"
+                    f"params must not share memory, but {one} is expanded, or overlaps itself; "
+                    "its clone() does not"
                 )
+            raise ValueError(
+                f"params must not share memory, but {one} and {other} do. Tie them as one "
+                "Parameter (decoder.weight = encoder.weight), or pass one of them"
+            )
 
     def _name_of(self, param: Tensor) -> str:
         """What messages call a parameter: its name where it has one, else its place and shape."""

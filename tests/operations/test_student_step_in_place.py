@@ -367,6 +367,29 @@ def test_compiled_tensors_must_not_share_memory(backend: str) -> None:
         student_step_([param, param], grads, states, weights, backend=backend)
 
 
+def test_tensors_that_overlap_are_refused_by_name() -> None:
+    """In part, in strides, and with themselves; not those that lie between each other."""
+    base, wide = draw(24), draw(4, 6)
+
+    def step(*params: Tensor, **state: Tensor) -> None:
+        states = [make_state(*param.shape) for param in params]
+        states[0] = states[0]._replace(**state)
+        student_step_(params, [torch.ones_like(p) for p in params], states, make_weights())
+
+    for params, why in (
+        ((draw(3), base[:8], base[4:12]), r"params\[1\] and params\[2\] do"),
+        ((base[:8], base[8:9].expand(3)), r"params\[1\] is expanded"),
+        ((base.unfold(0, 3, 1),), r"params\[0\] is expanded, or overlaps itself"),
+        ((wide[:, :4], wide[:, 3:]), r"params\[0\] and params\[1\] do"),
+        ((wide[:, 1], draw(4), wide[2]), r"params\[.\] and params\[.\] do"),
+    ):
+        with pytest.raises(ValueError, match=f"must not share memory: .* but {why}"):
+            step(*params)
+    with pytest.raises(ValueError, match=r"but (params\[0\] and states\[0\].v|.*v and params) do"):
+        step(base[:8], v=base[7:15])
+    step(base[:8], base[8:], wide[:, ::2], wide[:, 1::2].mT, draw(0), draw(2, 3, 4).transpose(0, 2))
+
+
 @of_each
 def test_steps_into_memory_that_is_there(backend: str) -> None:
     """Out of place, in place and backwards, the results are the functional form's."""
