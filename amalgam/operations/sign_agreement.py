@@ -9,12 +9,13 @@ not, either.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from amalgam.operations import registry
-from amalgam.operations.checks import check_floating
+from amalgam.operations.checks import check_all_floating
 
 _NAME = "sign_agreement"
 
@@ -37,18 +38,21 @@ def sign_agreements(
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: The two lists do not match.
+        ValueError: The two lists do not match, are empty, or lie on several devices.
         RuntimeError: The backend asked for can't compute this here.
     """
-    sizes = [list(map(Tensor.numel, tensors)) for tensors in (first, second)]
-    if sizes[0] != sizes[1] or not sizes[0]:
-        raise ValueError(
-            f"second must be tensors of {sizes[0]} elements, one or more, as first is, not of "
-            f"{sizes[1]}"
-        )
     for name, tensors in (("first", first), ("second", second)):
-        for tensor in {tensor.dtype: tensor for tensor in tensors}.values():
-            check_floating(name, tensor)
+        check_all_floating(name, tensors)
+    sizes = [list(map(Tensor.numel, tensors)) for tensors in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"second must be tensors of {sizes[0]} elements, as first is, not of {sizes[1]}"
+        )
+    if not sizes[0]:
+        raise ValueError("first and second must hold one or more tensors, not none")
+    for tensor in chain(first, second):
+        if tensor.device != first[0].device:
+            raise ValueError(f"all must be on {first[0].device}, as first is, not {tensor.device}")
     return registry.compute(_NAME, backend, first[0], first, second)
 
 

@@ -226,7 +226,8 @@ def student_step_(
     Raises:
         TypeError: A parameter, gradient or state is not a floating-point tensor.
         ValueError: Lists of different lengths; shapes, dtypes or devices that do not fit; a state
-            that is not contiguous; warm-up without ``steps``; a seed out of range.
+            that is not contiguous; parameters and states that share memory; warm-up without
+            ``steps``; a seed out of range.
         RuntimeError: The backend asked for can't compute this here.
     """
     if not len(params) == len(grads) == len(states):

@@ -58,7 +58,7 @@ def student_unroll_backward(
         weights: The student's, as in :func:`amalgam.ops.student_step`; of the nominal form the
             first b is each step's, (T, tensors, 4 hidden).
         settings: The student's constants, and the form; corrections are each step's, too, of shape
-            (T, tensors, 2).
+            (T, tensors, 3).
         backend: ``"auto"``, or a backend's name.
 
     Returns:

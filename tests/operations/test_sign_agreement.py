@@ -108,6 +108,10 @@ def test_lists_that_do_not_match_are_refused() -> None:
         sign_agreements([], [])
     with pytest.raises(TypeError, match=r"second must be a floating-point tensor, not torch.int64"):
         sign_agreements([torch.ones(3)], [torch.arange(3)])
+    with pytest.raises(TypeError, match="first must be a floating-point tensor, not list"):
+        sign_agreements([[1.0]], [torch.ones(1)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="all must be on cpu, as first is, not meta"):
+        sign_agreements([torch.ones(3)], [torch.ones(3, device="meta")])
 
 
 def test_cudas_kernel_keeps_to_its_budget() -> None:
