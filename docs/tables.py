@@ -455,7 +455,7 @@ def unroll_time(path: str) -> str:
         rows.append([name, *map(_milliseconds, each)])
     for name, of in (
         ("digits MLP, one replicate / eight as rows", "digits-mlp"),
-        ("digits CNN, one replicate / eight one after another", "digits-cnn"),
+        ("digits CNN, one replicate / eight as rows", "digits-cnn"),
     ):
         both = " / ".join(_milliseconds(found[of, None, count]) for count in (1, 8))
         rows.append([name, both, "", ""])

@@ -80,7 +80,7 @@ class Amalgamation:
         huber_delta: Where given, differences of parameters beyond it count linearly in distances.
         eps: Added to losses and distances inside logs, and to divisors.
         stack: Whether optimizees of one shape run as one batched module. Where ``None``, they do
-            where that is faster (see :attr:`amalgam.tasks.Task.stacks`).
+            where that is faster (see :meth:`amalgam.tasks.Task.stacks`).
         autocast: ``"bfloat16"`` lets PyTorch compute optimizees' losses and gradients in it where
             that is safe (:class:`torch.autocast`); parameters, steps and distances stay as they
             are. Where ``None``, optimizees compute in their own dtypes.

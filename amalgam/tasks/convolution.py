@@ -6,6 +6,9 @@ PyTorch's own second derivative makes the kernels' gradient by a convolution wit
 as the images, and the input's whether anybody wants it or not. Here ``aten::convolution`` and
 ``aten::convolution_backward`` do it all, images channels-last: pooling and convolutions are faster
 so, and what stands between them keeps the order.
+
+Many optimizees' convolutions as one, each with kernels of its own, PyTorch makes a convolution of
+as many groups, which takes as long as all of them. Here small ones are products of matrices.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# Numbers in an output. Of smaller ones neither order nor second derivatives are worth the Python.
+# Numbers in an output. Of smaller ones neither order nor second derivatives are worth the Python;
+# of larger ones, what a product of matrices reads several times over no cache holds.
 _SMALLEST = 2**17
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
@@ -39,6 +44,21 @@ def fast(wanted: bool | None) -> AbstractContextManager[Any]:
             faster.
     """
     return nullcontext() if wanted is False else _Fast(bool(wanted))
+
+
+def products() -> AbstractContextManager[Any]:
+    """Inside, small convolutions on a CPU are products of matrices, under ``torch.func.vmap``, too.
+
+    Those of several groups, transposed ones, and any under autocast stay PyTorch's.
+    """
+    return _Products()
+
+
+def are_products(call: Callable[[], object]) -> bool | None:
+    """Whether :func:`products` takes all convolutions that are called; ``None`` without any."""
+    with torch.no_grad(), _Products() as mode:
+        call()
+    return not mode.left if mode.taken or mode.left else None
 
 
 @contextmanager
@@ -121,17 +141,46 @@ class _Fast(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _takes(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
-        tensors = [x, weight] if bias is None else [x, weight, bias]
-        # PyTorch has the words for shapes that do not fit.
-        if (
-            any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors)
-            or not x.is_floating_point()
-            or {x.dim() - 2, weight.dim() - 2} != set(map(len, how[:3]))
-        ):
+        if not _fits(x, weight, bias, how):
             return False
         if self._every:
             return x.numel() > 0
         return x.dtype == torch.float32 and _out(x, weight, how) >= _SMALLEST
+
+
+class _Products(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = self.left = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CONVOLUTIONS:
+            x, weight, bias, how = _bind(_CONVOLUTIONS[func], *args, **kwargs)
+            if how is not None and self._takes(x, weight, bias, how):
+                self.taken += 1
+                return _product(x, weight, bias, how)
+        self.left += func in _CONVOLUTIONS or func in _TRANSPOSED
+        if func is torch.Tensor.view:
+            return _view(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _takes(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
+        return (
+            _fits(x, weight, bias, how)
+            and x.shape[1] == weight.shape[1]
+            and (bias is None or bias.shape == weight.shape[:1])
+            and how.groups == 1
+            and min(_sizes(x, weight, how)) > 0
+            and _out(x, weight, how) < _SMALLEST
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 def _elsewhere() -> bool:
@@ -171,15 +220,52 @@ def _bind(
     return input, weight, bias, _How(each(stride), each(padding), dilations, groups)
 
 
-def _out(x: Tensor, weight: Tensor, how: _How) -> int:
-    """How many numbers a convolution has for a result."""
-    sizes = (
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
+    """Whether dtypes, devices and dimensions fit; where not, PyTorch has the words for it."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
+        and x.is_floating_point()
+        and {x.dim() - 2, weight.dim() - 2} == set(map(len, how[:3]))
+    )
+
+
+def _sizes(x: Tensor, weight: Tensor, how: _How) -> tuple[int, ...]:
+    """A convolution's result: samples, channels, and the sizes of its images."""
+    images = (
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(
             x.shape[2:], weight.shape[2:], how.stride, how.padding, how.dilation, strict=True
         )
     )
-    return len(x) * len(weight) * math.prod(sizes)
+    return len(x), len(weight), *images
+
+
+def _out(x: Tensor, weight: Tensor, how: _How) -> int:
+    """How many numbers a convolution has for a result."""
+    return math.prod(_sizes(x, weight, how))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+    """A convolution as the product of what each kernel sees and the kernels, channels-last."""
+    kernel = weight.shape[2:]
+    spatial = range(2, 2 + len(kernel))
+    if any(how.padding):
+        x = functional.pad(x, [side for p in reversed(how.padding) for side in (p, p)])
+    if x.shape[2:] == kernel:  # each sees all
+        seen = x.reshape(*x.shape[:2], *[1] * len(kernel), *kernel)
+    else:
+        seen = x
+        for dim, k, step, d in zip(spatial, kernel, how.stride, how.dilation, strict=True):
+            seen = seen.unfold(dim, d * (k - 1) + 1, step)[..., ::d]
+    out = seen.shape[2 : 2 + len(kernel)]
+    # With channels last where they are so in memory, little or nothing is copied.
+    columns = seen.permute(0, *range(2, seen.dim()), 1).reshape(-1, weight[0].numel())
+    rows = weight.permute(0, *spatial, 1).reshape(len(weight), -1)
+    product = columns.mm(rows.t())  # under vmap faster than linear
+    if bias is not None:
+        product = product + bias
+    return product.view(len(x), *out, len(weight)).movedim(-1, 1)
 
 
 def _ordered(tensor: Tensor) -> Tensor:

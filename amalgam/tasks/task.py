@@ -35,8 +35,8 @@ Gradient = Callable[[nn.Module, Loss, Batch, torch.Generator], Tensor]
 # What is called around an optimizee's passes to choose PyTorch's kernels.
 Kernels = Callable[[], AbstractContextManager[Any]]
 
-# Fewer optimizees run faster one after another.
-_FEWEST = 3
+# Fewer optimizees run faster one after another; those that convolve do so on a CPU up to more.
+_FEWEST, _FEWEST_CONVOLVING = 3, 4
 
 # Samples on which an optimizee is tried out: a batch of images may take seconds.
 _TRIED = 8
@@ -174,7 +174,7 @@ class Task:
         fast_convolutions: Whether convolutions on a CPU are those of
             :mod:`amalgam.tasks.convolution`, whose last bits are others than PyTorch's; where
             ``None``, those in float32 that are large enough to be faster, if a training batch has
-            any.
+            any, and small ones of many optimizees that run as one.
         draws: Whether module or loss draw random numbers while they run. Where ``None``, what they
             do on the first samples; say so where they draw in some steps only.
         gradient: How the gradients of a training run are taken, such as
@@ -236,7 +236,9 @@ class Task:
             isinstance(module, nn.RNNBase) and module.dropout for module in self._module.modules()
         )
         # Found out now, so that no bits depend on what came first.
-        self._large = self._convolves and self._has_large_convolutions()
+        self._large = (
+            self._convolves and self.device.type == "cpu" and convolution.pays(self._first_forward)
+        )
         self._drew = self.device.type != "meta" and self._draws_on_trial()
         if self.device.type != "meta":
             self._try_validation()
@@ -428,20 +430,28 @@ class Task:
         with drawing(seed, self.device), kernels:
             yield
 
-    @property
-    def stacks(self) -> bool:
-        """Whether many optimizees of it run faster as one.
+    def stacks(self, optimizees: int) -> bool:
+        """Whether so many optimizees of it run faster as one.
 
         Products of matrices do, from about three on. On a GPU so do convolutions, which there are
-        so many launches each; on a CPU those with as many kernels take as long where they are small
-        and up to three times as long where they are not. Some modules and losses can't, see
-        :attr:`unstackable`.
+        so many launches each; on a CPU, if all are small and may be products of matrices
+        (:func:`amalgam.tasks.convolution.products`), from about four on. Some modules and losses
+        can't, see :attr:`unstackable`.
         """
-        if self.device.type == "cuda":
-            return self.unstackable is None
-        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        convolves = any(isinstance(module, convolutions) for module in self._module.modules())
-        return not convolves and self.unstackable is None
+        fewest = _FEWEST
+        if self._convolves and self.device.type != "cuda" and self._are_products is not None:
+            fewest = _FEWEST_CONVOLVING
+            if not self._are_products or torch.is_autocast_enabled("cpu"):
+                return False
+        return optimizees >= fewest and self.unstackable is None
+
+    @functools.cached_property
+    def _are_products(self) -> bool | None:
+        """Whether its convolutions may be products of matrices; ``None`` where it has none."""
+        if self.device.type != "cpu":
+            return False
+        products = convolution.are_products(self._first_forward)
+        return products and self.fast_convolutions is not False
 
     @functools.cached_property
     def unstackable(self) -> str | None:
@@ -496,14 +506,14 @@ class Task:
         Args:
             flat: Their parameters, shape (R, M, layout.numel).
             batch: R batches, each tensor (R, samples, ...); M optimizees see each.
-            stack: Whether all run as one; where ``None``, three or more that :attr:`stacks`.
+            stack: Whether all run as one; where ``None``, what :meth:`stacks` says.
 
         Returns:
             The losses, shape (R, M), in ``flat``'s dtype.
         """
         rows, each = flat.shape[:2]
         if stack is None:
-            stack = rows * each >= _FEWEST and self.stacks
+            stack = self.stacks(rows * each)
         if stack:
             # PyTorch's mse_loss and others fail where, in the inner of two vmaps, only the output
             # is batched.
@@ -511,7 +521,8 @@ class Task:
             target = target[:, None].expand(rows, each, *target.shape[1:])
             axes = (*[None] * len(inputs), 0)
             of_batch = torch.func.vmap(self.objective, in_dims=(0, axes))
-            return torch.func.vmap(of_batch)(flat, (*inputs, target))
+            with self._convolving_as_one():
+                return torch.func.vmap(of_batch)(flat, (*inputs, target))
         losses = [
             self.objective(one, row_of(batch, row))
             for row, of_row in enumerate(flat.unbind())
@@ -582,6 +593,12 @@ class Task:
         pays = self._large if self.fast_convolutions is None else self._convolves
         return convolution.fast(self.fast_convolutions if pays else False)
 
+    def _convolving_as_one(self) -> AbstractContextManager[Any]:
+        """Inside, where many run as one, small convolutions are products if they may be."""
+        if self._convolves and self.fast_convolutions is not False:
+            return convolution.products()
+        return nullcontext()
+
     def _first(self, samples: int) -> Batch:
         """The first training samples, as a batch, with a seed."""
         return SeededBatch((tensor[:samples] for tensor in self.train), (0,))
@@ -590,18 +607,14 @@ class Task:
         """A module's parameters as one vector, shape (layout.numel,)."""
         return self.layout.flatten(dict(module.named_parameters())).detach()
 
-    def _has_large_convolutions(self) -> bool:
-        batch = self._first(self.batch_size)
-        if self.device.type != "cpu":
-            return False
+    def _first_forward(self) -> Tensor:
+        """Run an optimizee on a batch, there alone."""
         params = {name: p.detach() for name, p in self._module.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        inputs = tuple(self._first(self.batch_size)[:-1])
         with drawing(0, self.device):
-            return convolution.pays(
-                lambda: torch.func.functional_call(
-                    self._module, (params, buffers), tuple(batch[:-1])
-                )
-            )
+            output: Tensor = torch.func.functional_call(self._module, (params, buffers), inputs)
+        return output
 
     def _draws_on_trial(self) -> bool:
         """Whether an optimizee draws random numbers on some samples, there and back.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +29,10 @@ SETTINGS = {
     "depthwise": {"groups": 4},
     "all": {"stride": (2,), "padding": (1,), "dilation": [2], "groups": 2},
 }
+
+
+Within = Callable[[], AbstractContextManager[Any]]
+WITHIN = [partial(convolution.fast, True), partial(convolution.fast, None), convolution.products]
 
 
 def paper_cnn() -> nn.Module:
@@ -82,15 +91,17 @@ def test_two_derivatives_are_pytorchs(dims: int, setting: str, channels: int, bi
     x, weight, bias = draw(dims, channels, groups)
     inputs = [x, weight, bias] if biased else [x, weight]
     found = []
-    for wanted in (True, False):
-        with convolution.fast(wanted):
+    for within in (convolution.fast(True), convolution.products(), convolution.fast(False)):
+        with within:
             out = CONVOLUTIONS[dims - 1](*inputs, **how)
         grads = torch.autograd.grad(out.tanh().square().sum(), inputs, create_graph=True)
         twice = torch.autograd.grad(sum((g.sin() * g).sum() for g in grads), inputs)
         found.append((out, *grads, *twice))
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.shape == theirs.shape
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12 * theirs.abs().max().item())
+    for *ours, theirs in zip(*found, strict=True):
+        for one in ours:
+            assert one.shape == theirs.shape
+            atol = 1e-12 * theirs.abs().max().item()
+            torch.testing.assert_close(one, theirs, rtol=1e-12, atol=atol)
 
 
 @pytest.mark.parametrize("kept", ["x", "weight", "bias"])
@@ -240,21 +251,87 @@ def test_autocast_is_pytorchs() -> None:
         ({"stride": (1, 1, 1)}, "stride"),
     ],
 )
-@pytest.mark.parametrize("wanted", [True, None])
-def test_pytorch_refuses(wanted: bool | None, changes: dict, message: str) -> None:
+@pytest.mark.parametrize("within", WITHIN)
+def test_pytorch_refuses(within: Within, changes: dict, message: str) -> None:
     x, weight, _ = draw(2, 4, dtype=torch.float32)
-    with convolution.fast(wanted), pytest.raises(RuntimeError, match=message):
+    with within(), pytest.raises(RuntimeError, match=message):
         functional.conv2d(**({"input": x, "weight": weight} | changes))
 
 
-@pytest.mark.parametrize("wanted", [True, None])
-def test_what_is_left_to_pytorch(wanted: bool | None) -> None:
+@pytest.mark.parametrize("within", WITHIN)
+def test_what_is_left_to_pytorch(within: Within) -> None:
     """One image without a batch, no images, padding that is not the same on both sides."""
     x, weight, bias = draw(2, 4, dtype=torch.float32)
     for images, how in ((x[0], {}), (x[:0], {}), (x, {"padding": "same", "dilation": (2, 3)})):
-        with convolution.fast(wanted):
+        with within():
             ours = functional.conv2d(images, weight, bias, **how)
         assert torch.equal(ours, functional.conv2d(images, weight, bias, **how))
+
+
+class Viewed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1).sigmoid()
+
+
+def small_task(
+    *layers: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, **how: Any
+) -> Task:
+    """Images of 9 x 9 numbers in two channels, 6 a batch."""
+    generator = generator_for(0)
+    x = torch.rand(12, 2, 9, 9, generator=generator).to(dtype)
+    y = torch.randint(3, (12,), generator=generator)
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(layer() for layer in layers), nn.Flatten(), nn.LazyLinear(3))
+
+    def called() -> nn.Module:
+        module = build().to(dtype)
+        module(x[:1])
+        return module
+
+    return Task("small", called, (x, y), (x, y), batch_size=6, **how)
+
+
+SMALL = {
+    "pooled": (partial(nn.Conv2d, 2, 8, 3), nn.ReLU, partial(nn.MaxPool2d, 2)),
+    "seen whole": (partial(nn.Conv2d, 2, 5, 9, bias=False), nn.Tanh),
+    "two": (partial(nn.Conv2d, 2, 4, (3, 2), 2, 1), nn.GELU, partial(nn.Conv2d, 4, 3, 2)),
+    "viewed": (partial(nn.Conv2d, 2, 4, 3, dilation=2), Viewed),
+    "grouped": (partial(nn.Conv2d, 2, 4, 3, groups=2), nn.ReLU),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_many_run_as_one_as_exactly_as_alone(name: str) -> None:
+    """Losses, gradients and Hessian products of 4 times 2, each within PyTorch's own error."""
+    flat = vector = None
+    found = []
+    for dtype, stack in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        task = small_task(*SMALL[name], dtype=dtype)
+        if flat is None:
+            flat = torch.stack([task.init_params(generator_for(s)) for s in range(8)])
+            vector = torch.randn(flat.shape, generator=generator_for(9))
+        batches = [task.batches(generator_for(row), 1)[0] for row in range(4)]
+        batch = tuple(map(torch.stack, zip(*batches, strict=True)))
+        leaf = flat.to(dtype).view(4, 2, -1).requires_grad_()
+        losses = task.objectives(leaf, batch, stack)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+        (product,) = torch.autograd.grad(grad, leaf, vector.to(dtype).view_as(leaf))
+        found.append([each.detach().double() for each in (losses, grad, product)])
+    for together, alone, exact in zip(*found, strict=True):
+        assert (together - exact).norm() <= 2 * (alone - exact).norm()
+
+
+def test_what_runs_as_one_on_a_cpu_is_small_and_is_many() -> None:
+    pooled = small_task(*SMALL["pooled"])
+    assert [pooled.stacks(count) for count in (3, 4)] == [False, True]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not pooled.stacks(8)
+    assert not small_task(*SMALL["pooled"], fast_convolutions=False).stacks(8)
+    assert not small_task(*SMALL["grouped"]).stacks(8)
+    assert not small_task(partial(nn.ConvTranspose2d, 2, 4, 3)).stacks(8)
+    assert not paper_task().stacks(8)
+    assert tasks.load("digits-cnn").stacks(8)
 
 
 def test_large_ones_are_fast_by_default() -> None:

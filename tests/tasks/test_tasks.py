@@ -357,7 +357,7 @@ def test_a_build_that_comes_to_other_shapes_later_is_refused_then() -> None:
 def test_what_runs_as_one_is_found_out(build, unstackable) -> None:
     data = (torch.randn(4, 3), torch.randint(2, (4,)))
     task = Task("some", build, data, data, batch_size=4)
-    assert task.stacks == (unstackable is None)
+    assert [task.stacks(count) for count in (2, 3)] == [False, unstackable is None]
     if unstackable is not None:
         assert re.search(unstackable, task.unstackable)
 
@@ -371,7 +371,7 @@ def test_one_may_say_that_it_draws() -> None:
 
     for draws in (None, True):
         task = Task("some", sometimes, data, data, batch_size=4, draws=draws)
-        assert task.stacks is False
+        assert not task.stacks(3)
         flat = 100 + torch.zeros(8)
         torch.manual_seed(0)
         batch = task.batches(generator_for(0), 1)[0]
