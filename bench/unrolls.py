@@ -7,7 +7,8 @@ those held before, per coordinate and step, and likewise what the window's steps
 of a window of two: not the optimizees' own passes and what else does not grow. ``engine`` is
 ``eager`` for plain autograd through the reference, ``ours``, or ``floor`` for the optimizees' own
 passes alone. ``python bench/unrolls.py all FILE`` runs every case below, one after the other, and
-writes FILE. With ``keep_freed_memory``, as on the command line of the package, for all engines.
+writes FILE; ``replicates`` in the place of ``all``, those alone that tell what replicates cost, three
+times in turn. With ``keep_freed_memory``, as on the command line of the package, for all engines.
 """
 
 from __future__ import annotations
@@ -203,6 +204,11 @@ def peak_of(case: Case, rounds: int) -> tuple[float, int]:
 
 
 ENGINES = ("ours", "eager", "floor")
+REPLICATES: list[dict[str, Any]] = [
+    {"task": task, "steps": 20, "rounds": 5, "keep_freed_memory": True, **how}
+    for task in ("digits-mlp", "digits-cnn")
+    for how in ({"replicates": 1}, {"replicates": 8}, {"replicates": 8, "stack": False})
+]
 CASES: list[dict[str, Any]] = [
     # Memory.
     *({"task": "mlp", "steps": steps, "order": 1} for steps in (20, 100, 500)),
@@ -221,18 +227,14 @@ CASES: list[dict[str, Any]] = [
         for task, steps in (("mlp", 100), ("million", 5), ("cnn", 20))
         for engine in ENGINES
     ),
-    *(
-        {"task": task, "steps": 20, "replicates": count, "rounds": 5, "keep_freed_memory": True}
-        for task in ("digits-mlp", "digits-cnn")
-        for count in (1, 8)
-    ),
+    *REPLICATES,
 ]
 
 
-def run_all(path: Path) -> None:
+def run_all(cases: list[dict[str, Any]], path: Path) -> None:
     """Every case in a process of its own, and what they gave in one file."""
     rows = []
-    for case in CASES:
+    for case in cases:
         command = [sys.executable, __file__, json.dumps(case)]
         line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         print(line, end="", flush=True)
@@ -251,8 +253,9 @@ def processor() -> str:
 
 
 def main() -> None:
-    if sys.argv[1] == "all":
-        run_all(Path(sys.argv[2]))
+    several = {"all": CASES, "replicates": 3 * REPLICATES}
+    if sys.argv[1] in several:
+        run_all(several[sys.argv[1]], Path(sys.argv[2]))
         return
     asked = json.loads(sys.argv[1])
     threads, rounds = asked.pop("threads", 2), asked.pop("rounds", 1)
