@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -453,14 +454,26 @@ def unroll_time(path: str) -> str:
     ):
         each = (found[of, engine, None] for engine in ("ours", "eager", "floor"))
         rows.append([name, *map(_milliseconds, each)])
-    for name, of in (
-        ("digits MLP, one replicate / eight as rows", "digits-mlp"),
-        ("digits CNN, one replicate / eight as rows", "digits-cnn"),
-    ):
-        both = " / ".join(_milliseconds(found[of, None, count]) for count in (1, 8))
-        rows.append([name, both, "", ""])
     return _markdown(
         ["ms per step, freed memory kept", "ours", "eager", "the optimizees' own passes"], rows
+    )
+
+
+def unroll_replicates(path: str) -> str:
+    """Milliseconds a step of one replicate and of eight: the least, middle and most of the runs."""
+    found: dict[tuple[str, int, Any], list[float]] = {}
+    for row in _rows_of(path)["rows"]:
+        key = row["task"], row["replicates"], row.get("stack")
+        found.setdefault(key, []).append(row["milliseconds_per_step"])
+    rows = []
+    for name, task in (("digits MLP", "digits-mlp"), ("digits CNN", "digits-cnn")):
+        one, together, apart = (found[task, *how] for how in ((1, None), (8, None), (8, False)))
+        times = [statistics.median(each) for each in (together, one)]
+        cells = [" / ".join(map(_milliseconds, sorted(each))) for each in (one, together, apart)]
+        rows.append([name, *cells, f"{times[0] / times[1]:.1f}"])
+    return _markdown(
+        ["ms per step", "one", "eight as one", "eight one after another", "eight as one / one"],
+        rows,
     )
 
 
@@ -518,6 +531,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "gpu-windows": gpu_windows,
     "unroll-memory": unroll_memory,
     "unroll-time": unroll_time,
+    "unroll-replicates": unroll_replicates,
 }
 """What a table may be made by."""
 
