@@ -7,6 +7,7 @@ stands in :mod:`amalgam.operations.teacher_kinds`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,13 @@ class PoolSettings(NamedTuple):
         """The settings with kinds by name.
 
         Raises:
+            TypeError: One is no list of entries.
             ValueError: There is no such kind.
         """
+        columns = zip(cls._fields, (kinds, lr, beta1, beta2, eps), strict=True)
+        for name, column in columns:
+            if isinstance(column, str | Real):
+                raise TypeError(f"{name} must hold an entry a teacher, [{column!r}], not {column!r}")
         for unknown in set(kinds) - set(KINDS):
             raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
         numbers = [KINDS.index(kind) for kind in kinds]
@@ -103,7 +109,7 @@ def teacher_step(
         The updates (to be subtracted), and the new m and v, each (K, N).
 
     Raises:
-        TypeError: ``grads`` is not a floating-point tensor.
+        TypeError: ``grads`` is not a floating-point tensor; a number in the place of several.
         ValueError: An unknown kind, or shapes, lengths, dtypes or devices that do not fit.
         RuntimeError: The backend asked for can't compute this here.
     """

@@ -688,6 +688,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grads": draw(2, 3, 1)}, ValueError, "grads must have shape (2, N)"),
     ({"kinds": ["adam"]}, ValueError, "grads must have shape (1, N)"),
     ({"kinds": ["adam", "adamw"]}, ValueError, "kinds must be among"),
+    ({"kinds": "adam"}, TypeError, "kinds must hold an entry a teacher, ['adam'], not 'adam'"),
+    ({"lr": 0.1}, TypeError, "lr must hold an entry a teacher, [0.1], not 0.1"),
     ({"lr": [0.1]}, ValueError, "lr must hold 2 numbers, one a kind, not 1"),
     ({"beta1": [0.1] * 3}, ValueError, "beta1 must hold 2 numbers, one a kind, not 3"),
     ({"beta2": []}, ValueError, "beta2 must hold 2 numbers, one a kind, not 0"),
