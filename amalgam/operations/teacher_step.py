@@ -55,7 +55,9 @@ class PoolSettings(NamedTuple):
         columns = zip(cls._fields, (kinds, lr, beta1, beta2, eps), strict=True)
         for name, column in columns:
             if isinstance(column, str | Real):
-                raise TypeError(f"{name} must hold an entry a teacher, [{column!r}], not {column!r}")
+                raise TypeError(
+                    f"{name} must hold an entry a teacher, [{column!r}], not {column!r}"
+                )
         for unknown in set(kinds) - set(KINDS):
             raise ValueError(f"kinds must be among {list(KINDS)}, not {unknown!r}")
         numbers = [KINDS.index(kind) for kind in kinds]
