@@ -7,7 +7,7 @@ those held before, per coordinate and step, and likewise what the window's steps
 of a window of two: not the optimizees' own passes and what else does not grow. ``engine`` is
 ``eager`` for plain autograd through the reference, ``ours``, or ``floor`` for the optimizees' own
 passes alone. ``python bench/unrolls.py all FILE`` runs every case below, one after the other, and
-writes FILE; ``replicates`` in the place of ``all``, those that tell what replicates cost, three times
+writes FILE; ``replicates`` in the place of ``all``, what tells the cost of replicates, three times
 in turn. With ``keep_freed_memory``, as on the command line of the package, for all engines.
 """
 
