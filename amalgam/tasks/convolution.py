@@ -117,38 +117,14 @@ class _Cast(TorchFunctionMode):
         return value.to(self._dtype) if single else value
 
 
-class _Fast(TorchFunctionMode):
-    def __init__(self, every: bool) -> None:
-        super().__init__()
-        self._every = every
-        self.taken = 0
+class _Convolving(TorchFunctionMode):
+    """Computes convolutions in PyTorch's place, those that it takes.
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _CONVOLUTIONS and not types and not _elsewhere():
-            x, weight, bias, how = _bind(_CONVOLUTIONS[func], *args, **kwargs)
-            if how is not None and self._takes(x, weight, bias, how):
-                self.taken += 1
-                return _Convolution.apply(_ordered(x), _ordered(weight), bias, how)
-        if func is torch.Tensor.view:
-            return _view(*args, **kwargs)
-        return func(*args, **kwargs)
+    Attributes:
+        taken: How many it has taken.
+        left: How many it has left to PyTorch.
+    """
 
-    def _takes(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
-        if not _fits(x, weight, bias, how):
-            return False
-        if self._every:
-            return x.numel() > 0
-        return x.dtype == torch.float32 and _out(x, weight, how) >= _SMALLEST
-
-
-class _Products(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.taken = self.left = 0
@@ -161,26 +137,51 @@ class _Products(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
+        if func in _CONVOLUTIONS and not types:
             x, weight, bias, how = _bind(_CONVOLUTIONS[func], *args, **kwargs)
-            if how is not None and self._takes(x, weight, bias, how):
+            if how is not None and _fits(x, weight, bias, how) and self._takes(x, weight, how):
                 self.taken += 1
-                return _product(x, weight, bias, how)
+                return self._compute(x, weight, bias, how)
         self.left += func in _CONVOLUTIONS or func in _TRANSPOSED
         if func is torch.Tensor.view:
             return _view(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _takes(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
+    def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
+        raise NotImplementedError
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Any:
+        raise NotImplementedError
+
+
+class _Fast(_Convolving):
+    def __init__(self, every: bool) -> None:
+        super().__init__()
+        self._every = every
+
+    def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
+        if _elsewhere():
+            return False
+        if self._every:
+            return x.numel() > 0
+        return x.dtype == torch.float32 and _out(x, weight, how) >= _SMALLEST
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Any:
+        return _Convolution.apply(_ordered(x), _ordered(weight), bias, how)
+
+
+class _Products(_Convolving):
+    def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
         return (
-            _fits(x, weight, bias, how)
+            how.groups == 1
             and x.shape[1] == weight.shape[1]
-            and (bias is None or bias.shape == weight.shape[:1])
-            and how.groups == 1
             and min(_sizes(x, weight, how)) > 0
             and _out(x, weight, how) < _SMALLEST
             and not torch.is_autocast_enabled("cpu")
         )
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
+        return _product(x, weight, bias, how)
 
 
 def _elsewhere() -> bool:
@@ -227,6 +228,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
         all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
         and x.is_floating_point()
         and {x.dim() - 2, weight.dim() - 2} == set(map(len, how[:3]))
+        and (bias is None or bias.shape == weight.shape[:1])
     )
 
 
