@@ -101,6 +101,7 @@ class Case:
         graph: Whether ``ours`` runs as a CUDA graph, after some runs without.
         stack: As :class:`amalgam.meta.Amalgamation` has it.
         autocast: Likewise.
+        fast: As :class:`amalgam.tasks.Task` has ``fast_convolutions``; ``None`` leaves the task's.
     """
 
     def __init__(
@@ -119,8 +120,11 @@ class Case:
         graph: bool = True,
         stack: bool | None = None,
         autocast: Literal["bfloat16"] | None = None,
+        fast: bool | None = None,
     ) -> None:
         self.task, self.steps, self.engine = task_of(task).to(device), steps, engine
+        if fast is not None:
+            self.task.fast_convolutions = fast
         self.students = [
             Student(generator=torch.Generator().manual_seed(seed)).to(device)
             for seed in range(replicates)

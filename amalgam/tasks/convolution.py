@@ -46,17 +46,20 @@ def fast(wanted: bool | None) -> AbstractContextManager[Any]:
     return nullcontext() if wanted is False else _Fast(bool(wanted))
 
 
-def products() -> AbstractContextManager[Any]:
+def products(on_gpu: bool = False) -> AbstractContextManager[Any]:
     """Inside, small convolutions on a CPU are products of matrices, under ``torch.func.vmap``, too.
 
     Those of several groups, transposed ones, and any under autocast stay PyTorch's.
+
+    Args:
+        on_gpu: Whether convolutions of any size on a GPU are, too.
     """
-    return _Products()
+    return _Products(on_gpu)
 
 
 def are_products(call: Callable[[], object]) -> bool | None:
     """Whether :func:`products` takes all convolutions that are called; ``None`` without any."""
-    with torch.no_grad(), _Products() as mode:
+    with torch.no_grad(), _Products(on_gpu=False) as mode:
         call()
     return not mode.left if mode.taken or mode.left else None
 
@@ -160,7 +163,7 @@ class _Fast(_Convolving):
         self._every = every
 
     def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
-        if _elsewhere():
+        if x.device.type != "cpu" or _elsewhere():
             return False
         if self._every:
             return x.numel() > 0
@@ -171,13 +174,22 @@ class _Fast(_Convolving):
 
 
 class _Products(_Convolving):
+    def __init__(self, on_gpu: bool) -> None:
+        super().__init__()
+        self._on_gpu = on_gpu
+
     def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
+        device = x.device.type
         return (
             how.groups == 1
             and x.shape[1] == weight.shape[1]
             and min(_sizes(x, weight, how)) > 0
-            and _out(x, weight, how) < _SMALLEST
-            and not torch.is_autocast_enabled("cpu")
+            and (
+                _out(x, weight, how) < _SMALLEST
+                if device == "cpu"
+                else device == "cuda" and self._on_gpu
+            )
+            and not torch.is_autocast_enabled(device)
         )
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
@@ -225,7 +237,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> bool:
     """Whether dtypes, devices and dimensions fit; where not, PyTorch has the words for it."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
-        all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
+        all((t.device, t.dtype) == (x.device, x.dtype) for t in tensors)
         and x.is_floating_point()
         and {x.dim() - 2, weight.dim() - 2} == set(map(len, how[:3]))
         and (bias is None or bias.shape == weight.shape[:1])

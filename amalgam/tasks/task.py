@@ -174,7 +174,8 @@ class Task:
         fast_convolutions: Whether convolutions on a CPU are those of
             :mod:`amalgam.tasks.convolution`, whose last bits are others than PyTorch's; where
             ``None``, those in float32 that are large enough to be faster, if a training batch has
-            any, and small ones of many optimizees that run as one.
+            any, and small ones of many optimizees that run as one. True also makes those of many
+            optimizees on a GPU products of matrices, as :func:`convolution.products` says.
         draws: Whether module or loss draw random numbers while they run. Where ``None``, what they
             do on the first samples; say so where they draw in some steps only.
         gradient: How the gradients of a training run are taken, such as
@@ -594,9 +595,9 @@ class Task:
         return convolution.fast(self.fast_convolutions if pays else False)
 
     def _convolving_as_one(self) -> AbstractContextManager[Any]:
-        """Inside, where many run as one, small convolutions are products if they may be."""
+        """Inside, where many run as one, convolutions are products if they may be."""
         if self._convolves and self.fast_convolutions is not False:
-            return convolution.products()
+            return convolution.products(on_gpu=self.fast_convolutions is True)
         return nullcontext()
 
     def _first(self, samples: int) -> Batch:

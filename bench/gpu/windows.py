@@ -35,6 +35,7 @@ def window_case(
     engine: str = "ours",
     stack: bool | None = None,
     autocast: Literal["bfloat16"] | None = None,
+    fast: bool | None = None,
 ) -> Row:
     on_device = device == "cuda"
     steps = steps if place.real else 2
@@ -52,6 +53,7 @@ def window_case(
         graph=graph,
         stack=stack,
         autocast=autocast,
+        fast=fast,
     )
     if on_device and place.real:
         torch.cuda.reset_peak_memory_stats()
@@ -70,6 +72,7 @@ def window_case(
         "engine": engine,
         "stack": stack,
         "autocast": autocast,
+        "fast": fast,
         "coordinates": window.coordinates,
         "replicates": replicates,
         "order": order,
@@ -132,8 +135,13 @@ def long_windows(place: Place, graph: bool) -> Iterator[tuple[str, tuple[Any, ..
         for word, stack in (("stacked", True), ("one by one", False)):
             label = f"digits-cnn replicates={replicates} {word}{in_graph}"
             yield label, ("digits-cnn", replicates, 2, "cuda", graph, STEPS, "ours", stack)
+    for replicates in (1, 8, 64) if place.real else (8,):
+        how = ("digits-cnn", replicates, 2, "cuda", graph, STEPS, "ours", True, None, True)
+        yield f"digits-cnn replicates={replicates} as products{in_graph}", how
     if not place.real:  # there is not memory enough
         return
+    how = ("cnn", 8, 2, "cuda", graph, 100, "ours", True, None, True)
+    yield f"the paper's CNN replicates=8 T=100 as products{in_graph}", how
     for steps in (10, 100):
         label = f"a million coordinates T={steps}{in_graph}"
         yield label, ("million", 1, 2, "cuda", graph, steps)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import needs_gpu
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -302,21 +303,21 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_many_run_as_one_as_exactly_as_alone(name: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_many_run_as_one_as_exactly_as_alone(device: str, name: str) -> None:
     """Losses, gradients and Hessian products of 4 times 2, each within PyTorch's own error."""
-    flat = vector = None
+    like = small_task(*SMALL[name])
+    flat = torch.stack([like.init_params(generator_for(s)) for s in range(8)]).view(4, 2, -1)
+    vector = torch.randn(flat.shape, generator=generator_for(9))
     found = []
     for dtype, stack in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
-        task = small_task(*SMALL[name], dtype=dtype)
-        if flat is None:
-            flat = torch.stack([task.init_params(generator_for(s)) for s in range(8)])
-            vector = torch.randn(flat.shape, generator=generator_for(9))
+        task = small_task(*SMALL[name], dtype=dtype, fast_convolutions=stack).to(device)
         batches = [task.batches(generator_for(row), 1)[0] for row in range(4)]
         batch = tuple(map(torch.stack, zip(*batches, strict=True)))
-        leaf = flat.to(dtype).view(4, 2, -1).requires_grad_()
+        leaf = flat.to(device, dtype).requires_grad_()
         losses = task.objectives(leaf, batch, stack)
         (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
-        (product,) = torch.autograd.grad(grad, leaf, vector.to(dtype).view_as(leaf))
+        (product,) = torch.autograd.grad(grad, leaf, vector.to(leaf))
         found.append([each.detach().double() for each in (losses, grad, product)])
     for together, alone, exact in zip(*found, strict=True):
         assert (together - exact).norm() <= 2 * (alone - exact).norm()
