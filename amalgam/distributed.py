@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from amalgam import files
 T = TypeVar("T")
 
 _apart = False
+_waits: list[Callable[[], float]] = []  # of each sum, its seconds
 
 
 def join() -> None:
@@ -89,7 +91,8 @@ def total(tensors: Sequence[Tensor]) -> list[Tensor]:
     if world() == 1:
         return list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
+    with _waiting(flat.device):
+        dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
@@ -99,6 +102,40 @@ def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     if world() == 1:
         return list(tensors)
     return [tensor / world() for tensor in total(tensors)]
+
+
+@contextlib.contextmanager
+def _waiting(device: torch.device) -> Iterator[None]:
+    """Note how long what is in the block takes: on a GPU by its own clock, as the host goes on."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+
+        def seconds() -> float:
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+    else:
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+
+        def seconds() -> float:
+            return spent
+
+    _waits.append(seconds)
+
+
+def waited() -> list[float]:
+    """How long each process has waited for sums since the last call, the transfer counted.
+
+    Returns:
+        Seconds, in the order of the ranks; an empty list in all processes but the first.
+    """
+    own = sum(seconds() for seconds in _waits)
+    _waits.clear()
+    return gather(own)
 
 
 def gather(value: Any) -> list[Any]:

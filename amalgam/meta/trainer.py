@@ -363,10 +363,13 @@ class Trainer:
             over = progress.done == period.training.meta_steps
             if over:
                 entries[0] |= self._close(period)
+            saves = over or progress.meta_step % every == 0
+            if saves and distributed.world() > 1:
+                entries[0]["waited"] = distributed.waited()
             for entry in entries:
                 log.write(json.dumps(entry, allow_nan=False) + "\n")
             log.flush()
-            if over or progress.meta_step % every == 0:
+            if saves:
                 self._files.save_checkpoint(self._state)
             if report is not None:
                 report(entries[0])

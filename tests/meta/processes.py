@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+import time
 from pathlib import Path
 
+import torch
 from runs import Killed, LinearFamily, killer, linear_task, trainer
 
 from amalgam import distributed
@@ -116,9 +119,20 @@ def family_slots(folder: Path, cut: int | None = None) -> None:
     make().run(resume=True)
 
 
+def late(path: Path) -> None:
+    """The second process comes late to a sum; the first writes how long each waited."""
+    distributed.waited()
+    time.sleep(0.3 * distributed.rank())
+    distributed.total([torch.ones(2)])
+    waited = distributed.waited()
+    if distributed.rank() == 0:
+        path.write_text(json.dumps(waited))
+
+
 if __name__ == "__main__":
     distributed.join()
     out = Path(sys.argv[1])
+    late(out / "late.json")
     plain(out / "plain", 1)
     adversarial(out / "adversarial", 1)
     curriculum(out / "curriculum", 1)

@@ -132,6 +132,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     for row in rows:
         del row["seconds"]
+        row.pop("waited", None)
     return rows
 
 

@@ -1,5 +1,6 @@
 """Processes that meta-train as one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def test_two_processes_resume_to_the_same_bits(whole, cut, together) -> None:
     students = [together / name / "student.safetensors" for name in (whole, cut)]
     assert students[0].read_bytes() == students[1].read_bytes()
     assert metrics(together / whole) == metrics(together / cut)
+
+
+def test_what_each_process_waits_for_is_told(together) -> None:
+    first, second = json.loads((together / "late.json").read_text())
+    assert first > 0.25 > second
+    rows = (together / "curriculum" / "metrics.jsonl").read_text().splitlines()
+    told = [row["waited"] for row in map(json.loads, rows) if "waited" in row]
+    assert told
+    for of_ranks in told:
+        assert len(of_ranks) == 2
+        assert min(of_ranks) > 0
 
 
 def test_alone_nothing_is_asked_of_anybody() -> None:
