@@ -24,10 +24,15 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# Numbers in an output. Of smaller ones neither order nor second derivatives are worth the Python;
-# of larger ones, what a product of matrices reads several times over no cache holds.
+# Numbers in an output. Of smaller ones neither order nor second derivatives are worth the Python.
 _SMALLEST = 2**17
+# Numbers that kernels see, one that several see as often. Of more, products of matrices take up to
+# eight times as long as convolutions, most of it in adding up the gradients of what several see.
+_MOST_SEEN = 2**16
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_VIEWS = {torch.Tensor.view, torch.Tensor.view_as}
+# Of images channels-last, these ask for the order by name, which nothing tells under vmap.
+_GROUP_NORMS = frozenset((functional.group_norm, torch.group_norm))
 _TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -128,6 +133,8 @@ class _Convolving(TorchFunctionMode):
         left: How many it has left to PyTorch.
     """
 
+    _plain: frozenset[Callable[..., Any]] = frozenset()  # what is given images channels-first
+
     def __init__(self) -> None:
         super().__init__()
         self.taken = self.left = 0
@@ -146,8 +153,10 @@ class _Convolving(TorchFunctionMode):
                 self.taken += 1
                 return self._compute(x, weight, bias, how)
         self.left += func in _CONVOLUTIONS or func in _TRANSPOSED
-        if func is torch.Tensor.view:
-            return _view(*args, **kwargs)
+        if func in _VIEWS:
+            return _view(func, *args, **kwargs)
+        if func in self._plain:
+            return _ordered_plainly(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
@@ -174,6 +183,8 @@ class _Fast(_Convolving):
 
 
 class _Products(_Convolving):
+    _plain = _GROUP_NORMS
+
     def __init__(self, on_gpu: bool) -> None:
         super().__init__()
         self._on_gpu = on_gpu
@@ -185,7 +196,7 @@ class _Products(_Convolving):
             and x.shape[1] == weight.shape[1]
             and min(_sizes(x, weight, how)) > 0
             and (
-                _out(x, weight, how) < _SMALLEST
+                _out(x, weight, how) < _SMALLEST and _seen(x, weight, how) < _MOST_SEEN
                 if device == "cpu"
                 else device == "cuda" and self._on_gpu
             )
@@ -260,6 +271,12 @@ def _out(x: Tensor, weight: Tensor, how: _How) -> int:
     return math.prod(_sizes(x, weight, how))
 
 
+def _seen(x: Tensor, weight: Tensor, how: _How) -> int:
+    """How many numbers kernels see, all places taken together."""
+    samples, _, *images = _sizes(x, weight, how)
+    return samples * math.prod(images) * math.prod(weight.shape[1:])
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
     """A convolution as the product of what each kernel sees and the kernels, channels-last."""
     kernel = weight.shape[2:]
@@ -293,12 +310,17 @@ def _ordered(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _view(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _view(func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A view as a module asks for it that expects an order that ours is not."""
     try:
-        return tensor.view(*args, **kwargs)
+        return func(tensor, *args, **kwargs)
     except RuntimeError:
-        return tensor.contiguous().view(*args, **kwargs)
+        return func(tensor.contiguous(), *args, **kwargs)
+
+
+def _ordered_plainly(func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A call with its input channels-first."""
+    return func(input.contiguous(), *args, **kwargs)
 
 
 class _Convolution(torch.autograd.Function):

@@ -274,6 +274,16 @@ class Viewed(nn.Module):
         return x.view(len(x), -1).sigmoid()
 
 
+class ViewedAs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view_as(torch.empty(len(x), x[0].numel())).sigmoid()
+
+
+class ViewedByAten(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.view(x, [len(x), x[0].numel()])
+
+
 def small_task(
     *layers: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, **how: Any
 ) -> Task:
@@ -298,6 +308,8 @@ SMALL = {
     "seen whole": (partial(nn.Conv2d, 2, 5, 9, bias=False), nn.Tanh),
     "two": (partial(nn.Conv2d, 2, 4, (3, 2), 2, 1), nn.GELU, partial(nn.Conv2d, 4, 3, 2)),
     "viewed": (partial(nn.Conv2d, 2, 4, 3, dilation=2), Viewed),
+    "viewed as": (partial(nn.Conv2d, 2, 4, 3), ViewedAs),
+    "normed": (partial(nn.Conv2d, 2, 4, 3), partial(nn.GroupNorm, 2, 4), nn.ReLU),
     "grouped": (partial(nn.Conv2d, 2, 4, 3, groups=2), nn.ReLU),
 }
 
@@ -333,6 +345,22 @@ def test_what_runs_as_one_on_a_cpu_is_small_and_is_many() -> None:
     assert not small_task(partial(nn.ConvTranspose2d, 2, 4, 3)).stacks(8)
     assert not paper_task().stacks(8)
     assert tasks.load("digits-cnn").stacks(8)
+
+
+def test_what_kernels_see_many_times_over_runs_one_after_another() -> None:
+    """Gradients of it add up slowly: as one, these took twice as long."""
+    widened = partial(nn.Conv2d, 2, 16, 1)
+    assert small_task(widened, partial(nn.Conv2d, 16, 4, 2, padding=1)).stacks(8)
+    assert not small_task(widened, partial(nn.Conv2d, 16, 4, 3, padding=1)).stacks(8)
+
+
+def test_what_counts_on_an_order_in_memory_runs_one_after_another() -> None:
+    assert not small_task(partial(nn.Conv2d, 2, 4, 3), ViewedByAten).stacks(8)
+
+
+@pytest.mark.parametrize("name", ["viewed as", "normed"])
+def test_what_runs_as_one_may_expect_another_order(name: str) -> None:
+    assert small_task(*SMALL[name]).stacks(8)
 
 
 def test_large_ones_are_fast_by_default() -> None:
