@@ -772,6 +772,21 @@ def test_parameters_on_one_storage_are_refused(number: int) -> None:
     AmalgamatedOptimizer([nn.Parameter(torch.ones(0)) for _ in range(2)], student=nominal())
 
 
+def test_frozen_parameters_may_share_memory() -> None:
+    tied = nn.Parameter(torch.ones(3))
+    frozen = [
+        nn.Parameter(view, requires_grad=False) for view in (tied[1:], torch.ones(1).expand(3))
+    ]
+    for optimizer in each_optimizer([tied, *frozen]):
+        set_gradients([tied], 0)
+        optimizer.step()
+    assert torch.equal(frozen[1], torch.ones(3))
+    thawed = AmalgamatedOptimizer([tied, *frozen], student=nominal())
+    set_gradients([each.requires_grad_() for each in (tied, *frozen)], 0)
+    with pytest.raises(ValueError, match="must not share memory"):
+        thawed.step()
+
+
 def warned(**how: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

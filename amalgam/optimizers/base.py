@@ -146,7 +146,8 @@ class StepOptimizer(Optimizer):
             )
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         parts = list(map(local_part, params))
-        filled = [index for index, part in enumerate(parts) if not hollow(part)]
+        # What is frozen is not written, and may be a view of anything; a step asks once it is not.
+        filled = [i for i, p in enumerate(params) if p.requires_grad and not hollow(parts[i])]
         if found := overlap([parts[index] for index in filled]):
             one, other = (self._name_of(params[filled[index]]) for index in found)
             if one == other:
