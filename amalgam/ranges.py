@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 MOST = torch.finfo(torch.float32).max
@@ -69,7 +70,7 @@ def check_fields(
     """Raise a ValueError that names the field, unless the numbers of a dataclass are in range.
 
     A field whose default is ``None`` may be ``None``. A field that holds a list or tuple must hold
-    one number or more, all of them in range; a list becomes a tuple.
+    one number or more, all of them in range; a list becomes a tuple, and NumPy's numbers Python's.
 
     Args:
         settings: An instance of a dataclass.
@@ -100,8 +101,12 @@ def check_fields(
             value = getattr(settings, name)
             if value is None and defaults[name] is None:
                 continue
-            if isinstance(value, list):
-                object.__setattr__(settings, name, value := tuple(value))
+            if isinstance(value, np.generic):
+                object.__setattr__(settings, name, value := value.item())
+            several = value if isinstance(value, list | tuple) else ()
+            if isinstance(value, list) or any(isinstance(one, np.generic) for one in several):
+                plain = (one.item() if isinstance(one, np.generic) else one for one in several)
+                object.__setattr__(settings, name, value := tuple(plain))
             if value == ():
                 raise ValueError(f"{name} must be a number, or one or more, not none")
             for number in value if isinstance(value, tuple) else (value,):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from amalgam.meta import (
@@ -112,3 +113,12 @@ def test_all_kinds_of_settings_were_looked_at() -> None:
 def test_a_number_out_of_range_is_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Training(**changes)
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    """So that what resumes a run, which goes by the repr, tells no difference."""
+    assert repr(Stage(np.int64(3), 1, np.float64(0.5))) == repr(Stage(3, 1, 0.5))
+    drawn = Conditions(weight_decay=(np.float32(0.5), np.float64(0.75)))
+    assert repr(drawn) == repr(Conditions(weight_decay=(0.5, 0.75)))
+    with pytest.raises(ValueError, match="episodes must be"):
+        Stage(np.int64(0), 1)
