@@ -234,8 +234,7 @@ class Trainer:
                 ]
             ),
             "optimizees": "; ".join(
-                # On the CPU, so that the run may go on on another device.
-                f"{task.name}: {cache.named(task.loss)}, {cache.begins(task.to('cpu'), digits=3)}"
+                f"{task.name}: {cache.named(task.loss)}, {cache.begins(_home(task), digits=3)}"
                 for task in (*self.tasks, *self.validation)
                 if isinstance(task, Task)
             ),
@@ -555,6 +554,17 @@ def _settings(task: Task | TaskFamily) -> str:
     if isinstance(task, Task):
         return f"{task.describe()}, batches of {task.batch_size}"
     return task.describe()
+
+
+def _home(task: Task) -> Task:
+    """The task on the CPU, so that a run may go on on another device, or where it is.
+
+    A loss that holds tensors of a GPU, or a module with kernels for it alone, runs nowhere else.
+    """
+    try:
+        return task.to("cpu")
+    except Exception:
+        return task
 
 
 def _check_known_again(identity: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ from amalgam.meta import (
 )
 from amalgam.meta.run_folder import CHECKPOINT, FORMAT, LATER, METRICS, STUDENT
 from amalgam.policies import Pool, Student
+from amalgam.tasks import Task
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMOOTHED = partial(nn.functional.cross_entropy, label_smoothing=0.1)
@@ -138,6 +139,23 @@ def test_random_state_outside_does_not_matter(tmp_path) -> None:
 def test_a_foreign_checkpoint_is_refused(over, changes, named) -> None:
     with pytest.raises(ValueError, match=named):
         trainer(over, **changes).run(resume=True)
+
+
+def test_a_task_that_runs_on_a_gpu_alone_can_be_trained_there(tmp_path, monkeypatch) -> None:
+    """As one whose loss holds tensors there; what a run is known by is then read there, too."""
+    task, moves = linear_task(), []
+
+    def to(_: Task, device: str | torch.device) -> Task:
+        moves.append(device)
+        if len(moves) > 1:
+            raise ValueError("task 'linear' can't be trained on its first samples")
+        return task
+
+    monkeypatch.setattr(Task, "to", to)
+    assert (
+        "linear: cross_entropy, loss 0." in trainer(tmp_path, tasks=task)._identity()["optimizees"]
+    )
+    assert moves == [torch.device("cpu"), "cpu", "cpu"]
 
 
 def test_a_checkpoint_that_says_nothing_of_losses_and_dtypes_goes_on(over) -> None:
