@@ -63,8 +63,11 @@ def products(on_gpu: bool = False) -> AbstractContextManager[Any]:
 
 
 def are_products(call: Callable[[], object]) -> bool | None:
-    """Whether :func:`products` takes all convolutions that are called; ``None`` without any."""
-    with torch.no_grad(), _Products(on_gpu=False) as mode:
+    """Whether :func:`products` takes all convolutions that are called; ``None`` without any.
+
+    That is without autocast, whatever surrounds this.
+    """
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _Products(on_gpu=False) as mode:
         call()
     return not mode.left if mode.taken or mode.left else None
 

@@ -340,6 +340,9 @@ def test_what_runs_as_one_on_a_cpu_is_small_and_is_many() -> None:
     assert [pooled.stacks(count) for count in (3, 4)] == [False, True]
     with torch.autocast("cpu", torch.bfloat16):
         assert not pooled.stacks(8)
+        asked = small_task(*SMALL["pooled"])
+        assert not asked.stacks(8)
+    assert asked.stacks(8)
     assert not small_task(*SMALL["pooled"], fast_convolutions=False).stacks(8)
     assert not small_task(*SMALL["grouped"]).stacks(8)
     assert not small_task(partial(nn.ConvTranspose2d, 2, 4, 3)).stacks(8)
