@@ -207,6 +207,7 @@ class Task:
     _without_cudnn: bool = field(init=False, repr=False)
     _convolves: bool = field(init=False, repr=False)
     _large: bool = field(init=False, repr=False)
+    _are_products: bool | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the data, and look at one module's parameters."""
@@ -240,6 +241,7 @@ class Task:
         self._large = (
             self._convolves and self.device.type == "cpu" and convolution.pays(self._first_forward)
         )
+        self._are_products = self._find_products() if self._convolves else None
         self._drew = self.device.type != "meta" and self._draws_on_trial()
         if self.device.type != "meta":
             self._try_validation()
@@ -440,16 +442,15 @@ class Task:
         can't, see :attr:`unstackable`.
         """
         fewest = _FEWEST
-        if self._convolves and self.device.type != "cuda" and self._are_products is not None:
+        if self.device.type != "cuda" and self._are_products is not None:
             fewest = _FEWEST_CONVOLVING
             if not self._are_products or torch.is_autocast_enabled("cpu"):
                 return False
         return optimizees >= fewest and self.unstackable is None
 
-    @functools.cached_property
-    def _are_products(self) -> bool | None:
+    def _find_products(self) -> bool | None:
         """Whether its convolutions may be products of matrices; ``None`` where it has none."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self._large:
             return False
         try:
             products = convolution.are_products(self._first_forward)
