@@ -36,7 +36,7 @@ Gradient = Callable[[nn.Module, Loss, Batch, torch.Generator], Tensor]
 Kernels = Callable[[], AbstractContextManager[Any]]
 
 # Fewer optimizees run faster one after another; those that convolve do so on a CPU up to more.
-_FEWEST, _FEWEST_CONVOLVING = 3, 4
+_FEWEST, _FEWEST_CONVOLVING = 3, 8
 
 # Samples on which an optimizee is tried out: a batch of images may take seconds.
 _TRIED = 8
@@ -438,7 +438,7 @@ class Task:
 
         Products of matrices do, from about three on. On a GPU so do convolutions, which there are
         so many launches each; on a CPU, if all are small and may be products of matrices
-        (:func:`amalgam.tasks.convolution.products`), from about four on. Some modules and losses
+        (:func:`amalgam.tasks.convolution.products`), from about eight on. Some modules and losses
         can't, see :attr:`unstackable`.
         """
         fewest = _FEWEST
