@@ -43,7 +43,7 @@ def choice_inputs(
     ]
     ranks = torch.arange(n, device=place.device) % 5
     kinds = [2, 3] if k == 2 else list(range(k))
-    arguments: tuple[Any, ...] = (grad, *state, weights, ranks, kinds, *of_each, 0.5, 1.0)
+    arguments: tuple[Any, ...] = (grad, *state, weights, ranks, kinds, *of_each, 5, 10.0, 1.0)
     if direction == "forward":
         return arguments
     like = (grad, *state, state[0])

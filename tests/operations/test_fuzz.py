@@ -532,7 +532,7 @@ def test_choice_step(
     inputs = [laid_out(t, how) for t, how in zip(inputs, fitting(layout), strict=True)]
     weights = lstm_weights(draws, *architecture, features=k + 4, outputs=k)
     ranks = torch.randint(0, 5, (n,), generator=draws.generator)
-    rest = weights, ranks, kinds, *pool_constants(draws, k), 0.3, 0.5
+    rest = weights, ranks, kinds, *pool_constants(draws, k), 3, 10.0, 0.5
     assert_accurate("choice_step", (*inputs, *rest), dtype, of_a_coordinate)
     shapes = [*(t.shape for t in inputs), (k, n)]
     grads_out = [draws.normal(*shape).to(dtype) for shape in shapes]
@@ -547,7 +547,7 @@ def test_an_error_of_a_few_units_is_found(result: int) -> None:
     inputs = [grad, *moments(draws, grad.expand(2, 100)), *cells(draws, 2, 4, 100)]
     weights = lstm_weights(draws, 2, 4, features=6, outputs=2)
     ranks = torch.randint(0, 5, (100,), generator=draws.generator)
-    arguments = (*inputs, weights, ranks, [2, 3], *pool_constants(draws, 2), 0.3, 0.5)
+    arguments = (*inputs, weights, ranks, [2, 3], *pool_constants(draws, 2), 3, 10.0, 0.5)
     reference = reference_of("choice_step")
     plain = flat(reference(*arguments))
     rest = reference, arguments, torch.float32, of_a_coordinate
