@@ -60,7 +60,8 @@ def check_distinct(what: str, tensors: Sequence[Tensor], name_of: Callable[[int]
     if found is None:
         return
     one, other = map(name_of, found)
-    how = f"{one} and {other} do" if one != other else f"{one} is expanded, or overlaps itself"
+    itself = found[0] == found[1]
+    how = f"{one} is expanded, or overlaps itself" if itself else f"{one} and {other} do"
     raise ValueError(f"{what} must not share memory: each place may be written once, but {how}")
 
 

@@ -150,7 +150,7 @@ class StepOptimizer(Optimizer):
         filled = [i for i, p in enumerate(params) if p.requires_grad and not hollow(parts[i])]
         if found := overlap([parts[index] for index in filled]):
             one, other = (self._name_of(params[filled[index]]) for index in found)
-            if one == other:
+            if found[0] == found[1]:
                 raise ValueError(
                     f"params must not share memory, but {one} is expanded, or overlaps itself; "
                     "its clone() does not"

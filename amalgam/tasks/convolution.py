@@ -14,6 +14,7 @@ as many groups, which takes as long as all of them. Here small ones are products
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ class _Cast(TorchFunctionMode):
         return value.to(self._dtype) if single else value
 
 
-class _Convolving(TorchFunctionMode):
+class _Convolving(TorchFunctionMode, ABC):
     """Computes convolutions in PyTorch's place, those that it takes.
 
     Attributes:
@@ -162,11 +163,13 @@ class _Convolving(TorchFunctionMode):
             return _ordered_plainly(func, *args, **kwargs)
         return func(*args, **kwargs)
 
+    @abstractmethod
     def _takes(self, x: Tensor, weight: Tensor, how: _How) -> bool:
-        raise NotImplementedError
+        """Whether it takes a convolution whose arguments fit."""
 
+    @abstractmethod
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Any:
-        raise NotImplementedError
+        """The result of a convolution that it takes."""
 
 
 class _Fast(_Convolving):
